@@ -1,0 +1,41 @@
+"""The paper's algorithm: tensors in, tensors out. One file an idea; imports torch and a solver, nothing of this package."""
+
+from topd.algorithm.candidates import highest_loss
+from topd.algorithm.downweighting import cap_weights, select_for_capping
+from topd.algorithm.forks import false_alarm_threshold, is_fork
+from topd.algorithm.guidance import Targets, make_targets, own_token_share, rescale_rows, trajectory_loss
+from topd.algorithm.token_loss import (
+    Head,
+    TokenScores,
+    gathered_log_probs,
+    score_tokens,
+    token_kl,
+    token_kl_from_hidden,
+    token_nll,
+)
+from topd.algorithm.transport import Transport, entropic_transport, exact_transport, ground_cost, token_cost
+
+__all__ = [
+    "Head",
+    "Targets",
+    "TokenScores",
+    "Transport",
+    "cap_weights",
+    "entropic_transport",
+    "exact_transport",
+    "false_alarm_threshold",
+    "gathered_log_probs",
+    "ground_cost",
+    "highest_loss",
+    "is_fork",
+    "make_targets",
+    "own_token_share",
+    "rescale_rows",
+    "score_tokens",
+    "select_for_capping",
+    "token_cost",
+    "token_kl",
+    "token_kl_from_hidden",
+    "token_nll",
+    "trajectory_loss",
+]

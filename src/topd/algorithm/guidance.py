@@ -1,0 +1,85 @@
+"""Near-future guidance: the loss at forks, spread over the window (section 3).
+
+For the i-th student window position the paper sets the target y_i = sum_j gamma_ij onehot(teacher token j) and
+trains KL(y_i || p_S(. | c_{t+i})), where c_{t+i} is the student's own context. Only K x K log-probabilities a fork are
+needed for that; a target over the vocabulary is never built.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TargetKind = Literal["transport", "same_index", "own"]
+"""transport: the paper. Controls: same_index, the teacher's token at the same index (no alignment); own, the student's
+own token (pure sharpening)."""
+
+
+class Targets(NamedTuple):
+    """What each student window position is pulled towards.
+
+    Attributes:
+        weight: [fork, student_position, target_position], each guided row sums to 1, others are 0.
+        tokens: [fork, target_position], the tokens that the columns stand for.
+    """
+
+    weight: Float[Tensor, "fork student_position target_position"]
+    tokens: Int[Tensor, "fork target_position"]
+
+    @property
+    def guided(self) -> Bool[Tensor, "fork student_position"]:
+        """Positions that have a target."""
+        return self.weight.sum(-1) > 0
+
+
+def make_targets(
+    kind: TargetKind,
+    plan: Float[Tensor, "fork student_position teacher_position"],
+    student_tokens: Int[Tensor, "fork student_position"],
+    student_mask: Bool[Tensor, "fork student_position"],
+    teacher_tokens: Int[Tensor, "fork teacher_position"],
+    teacher_mask: Bool[Tensor, "fork teacher_position"],
+) -> Targets:
+    """Targets of the wanted kind. `same_index` guides as many positions as the shorter window has."""
+    if kind == "transport":
+        return Targets(rescale_rows(plan), teacher_tokens)
+    tokens, present = (student_tokens, student_mask) if kind == "own" else (teacher_tokens, teacher_mask)
+    same = torch.eye(student_mask.shape[1], present.shape[1], dtype=plan.dtype, device=plan.device)
+    return Targets(same * student_mask[:, :, None] * present[:, None, :], tokens)
+
+
+def rescale_rows(
+    plan: Float[Tensor, "fork student_position teacher_position"],
+) -> Float[Tensor, "fork student_position teacher_position"]:
+    """Rows scaled to sum to 1, so that a target is a distribution (a plan's rows sum to 1/K). Empty rows stay 0."""
+    mass = plan.sum(-1, keepdim=True)
+    return torch.where(mass > 0, plan / mass.clamp(min=torch.finfo(plan.dtype).tiny), 0.0)
+
+
+def trajectory_loss(
+    log_probs: Float[Tensor, "fork student_position target_position"], targets: Targets
+) -> Float[Tensor, "fork student_position"]:
+    """KL(y_i || p_S(. | c_{t+i})) at each window position, in nats; 0 where nothing is guided.
+
+    Args:
+        log_probs: log p_S(target token j | the student's context at window position i).
+        targets: from `make_targets`. Columns that hold the same token are one outcome of y_i.
+    """
+    weight = targets.weight.to(log_probs.dtype)
+    same_token = (targets.tokens[:, :, None] == targets.tokens[:, None, :]).to(weight.dtype)
+    probability = weight @ same_token  # y_i of the token in column j, its copies counted in
+    negative_entropy = weight * probability.clamp(min=torch.finfo(weight.dtype).tiny).log()
+    cross_entropy = torch.where(weight > 0, -weight * log_probs, 0.0)
+    return (negative_entropy + cross_entropy).sum(-1)
+
+
+def own_token_share(
+    targets: Targets, student_tokens: Int[Tensor, "fork student_position"]
+) -> Float[Tensor, "fork student_position"]:
+    """The part of each position's target that is the student's own token there: the student imitating itself.
+
+    Its mean over guided positions is the share of guidance that only sharpens.
+    """
+    own = student_tokens[:, :, None] == targets.tokens[:, None, :]
+    return (targets.weight * own).sum(-1)

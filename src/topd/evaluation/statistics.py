@@ -1,0 +1,193 @@
+"""How sure a score is: bootstrap intervals over problems, and a paired test of two arms.
+
+The unit is the problem: a benchmark is a sample of the problems that could have been asked. Nothing here assumes a normal
+distribution, and every number is reproducible from a seed. Where few different values occur (right or wrong, say), how
+often each is drawn has an exact binomial or multinomial law; that is drawn instead of the problems themselves, so
+10,000 resamples of 2,000 problems take milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+_CHUNK = 4_000_000
+"""Numbers held at once while resampling (32 MB of float64)."""
+_FEW = 32
+"""Up to so many different values, counts are drawn instead of problems. Both are the same law."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` problems and the interval that holds it, in the units of the values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of a - b over `n` problems with its interval, and the two-sided p-value of "no difference"."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def bootstrap_mean(values: ArrayLike, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Mean and its percentile bootstrap interval.
+
+    Args:
+        values: [problem], 0/1 or any numbers. Or [problem, sample]: several answers to each problem; then problems are
+            resampled, and within each drawn problem its answers. (That counts the noise between answers a little more
+            than once, so the interval is slightly too wide rather than too narrow.)
+        samples: bootstrap resamples.
+        level: share of resampled means inside the interval.
+        seed: the same seed gives the same interval. The order of problems does not matter.
+
+    Raises:
+        ValueError: if `values` is empty, ragged or not finite, or `samples` or `level` is out of range.
+    """
+    table = _table(values, "values")
+    _check_options(samples, level)
+    rng = np.random.default_rng(seed)
+    if table.shape[1] == 1:
+        means = _resampled_means(table[:, 0], samples, rng)
+    elif np.isin(table, (0.0, 1.0)).all():
+        means = _two_level_binary(table, samples, rng)
+    else:
+        means = _two_level(table, samples, rng)
+    low, high = _percentiles(means, level)
+    return Interval(float(table.mean()), low, high, len(table))
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> PairedDifference:
+    """Mean of a - b on the same problems, its percentile bootstrap interval, and a sign-flip permutation test.
+
+    The test: if the two arms did not differ, each problem's difference could as well have had the other sign. p is the
+    share of random sign assignments whose mean is at least as far from 0, by the rule (count + 1) / (samples + 1), which
+    is never 0 and never too small.
+
+    Args:
+        a, b: [problem], or [problem, sample]; each problem's answers are averaged first, so the two arms need the same
+            problems, in the same order, but not equally many answers.
+        samples: bootstrap resamples, and sign assignments.
+        level: share of resampled means inside the interval.
+        seed: the same seed gives the same result. Exchanging a and b gives the same p.
+
+    Raises:
+        ValueError: if an input is empty, ragged or not finite, the numbers of problems differ, or an option is out of range.
+    """
+    first, second = _table(a, "a").mean(axis=1), _table(b, "b").mean(axis=1)
+    _check_options(samples, level)
+    if len(first) != len(second):
+        raise ValueError(
+            f"a has {len(first)} problems and b has {len(second)}: a paired difference needs the same problems in the "
+            "same order. Keep those that both arms answered."
+        )
+    difference = first - second
+    bootstrap, permutation = np.random.default_rng(seed).spawn(2)
+    low, high = _percentiles(_resampled_means(difference, samples, bootstrap), level)
+    p = _sign_flip_p(difference, samples, permutation)
+    return PairedDifference(float(difference.mean()), low, high, p, len(difference))
+
+
+def _resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> Floats:
+    """[samples] means of resamples of [problem] values."""
+    n = len(values)
+    distinct, count = np.unique(values, return_counts=True)
+    if len(distinct) <= _FEW:
+        return rng.multinomial(n, count / n, size=samples) @ distinct / n
+    ordered = np.sort(values)
+    return _in_chunks(samples, n, lambda size: ordered[rng.integers(n, size=(size, n))].mean(axis=1))
+
+
+def _two_level_binary(table: Floats, samples: int, rng: np.random.Generator) -> Floats:
+    """[samples] two-level resampled means of a [problem, sample] table of 0 and 1.
+
+    Problems with the same number of right answers are alike: draw how many of each kind there are, then how many right
+    answers those give.
+    """
+    n, answers = table.shape
+    right, count = np.unique(table.sum(axis=1), return_counts=True)
+
+    def draw(size: int) -> Floats:
+        problems = rng.multinomial(n, count / n, size=size)
+        return rng.binomial(problems * answers, right / answers).sum(axis=1) / (n * answers)
+
+    return _in_chunks(samples, len(right), draw)
+
+
+def _two_level(table: Floats, samples: int, rng: np.random.Generator) -> Floats:
+    """[samples] two-level resampled means of any [problem, sample] table."""
+    n, answers = table.shape
+    table = np.sort(table, axis=1)
+    table = table[np.lexsort(table.T)]
+
+    def draw(size: int) -> Floats:
+        problem = rng.integers(n, size=(size, n, 1))
+        return table[problem, rng.integers(answers, size=(size, n, answers))].mean(axis=(1, 2))
+
+    return _in_chunks(samples, 3 * table.size, draw)
+
+
+def _sign_flip_p(difference: Floats, samples: int, rng: np.random.Generator) -> float:
+    """Two-sided sign-flip permutation p-value of the sum of [problem] differences."""
+    size = np.sort(np.abs(difference[difference != 0]))
+    distinct, count = np.unique(size, return_counts=True)
+    if len(distinct) <= _FEW:  # the signs of c equal sizes add up to 2 Binomial(c, 1/2) - c
+        sums = (2 * rng.binomial(count, 0.5, size=(samples, len(count))) - count) @ distinct
+    else:
+        sums = _in_chunks(
+            samples, len(size), lambda draws: (2.0 * rng.integers(2, size=(draws, len(size)), dtype=np.int8) - 1) @ size
+        )
+    tolerance = 1e-9 * size.sum()  # so that equal sums stay equal whatever the order of summation
+    extreme = int((np.abs(sums) >= abs(difference.sum()) - tolerance).sum())
+    return (extreme + 1) / (samples + 1)
+
+
+def _in_chunks(samples: int, width: int, draw: Callable[[int], Floats]) -> Floats:
+    """[samples] results of `draw(size) -> [size]`, each of which holds `size * width` numbers at once."""
+    size = max(1, _CHUNK // width)
+    return np.concatenate([draw(min(size, samples - start)) for start in range(0, samples, size)])
+
+
+def _percentiles(means: Floats, level: float) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _table(values: ArrayLike, name: str) -> Floats:
+    """[problem, sample] float64; a list of problems gets one sample each."""
+    try:
+        table = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be numbers, [problem] or [problem, sample] with equally many samples for each problem: {error}. "
+            "Average each problem's samples first if their numbers differ."
+        ) from error
+    if table.ndim not in (1, 2):
+        raise ValueError(f"{name} must be [problem] or [problem, sample], got {table.ndim} dimensions. Reshape it.")
+    if table.size == 0:
+        raise ValueError(f"{name} is empty: there is nothing to average. Evaluate at least one problem.")
+    if not np.isfinite(table).all():
+        raise ValueError(f"{name} holds NaN or infinity. Count a missing answer as wrong (0), or leave the problem out.")
+    return table[:, None] if table.ndim == 1 else table
+
+
+def _check_options(samples: int, level: float) -> None:
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}; 10,000 is usual.")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}; 0.95 is usual.")

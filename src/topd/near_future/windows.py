@@ -1,0 +1,80 @@
+"""The data of the near future: rollouts, places in them, and the windows that start there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A batch of prompts and the responses sampled for them.
+
+    Attributes:
+        prompt_ids, prompt_mask: [rollout, prompt_position], padded on the left.
+        response_ids: [rollout, position], padded on the right.
+        response_mask: [rollout, position], 1 at tokens of the response (those the model reads).
+        loss_mask: [rollout, position], 1 at tokens that are trained on; a subset of `response_mask`.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    loss_mask: Tensor
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[rollout, prompt_position + position]"""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    def prefix(self, row: int, position: int) -> Tensor:
+        """The student's prefix x_<t: the prompt and the response tokens before `position`, without padding."""
+        prompt = self.prompt_ids[row][self.prompt_mask[row].bool()]
+        return torch.cat([prompt, self.response_ids[row, :position]])
+
+    def __len__(self) -> int:
+        return self.response_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> Rollouts:
+        return Rollouts(
+            self.prompt_ids[rows],
+            self.prompt_mask[rows],
+            self.response_ids[rows],
+            self.response_mask[rows],
+            self.loss_mask[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Near futures, one a candidate: the tokens a model continues a prefix with.
+
+    Attributes:
+        tokens: [window, window_position], padded on the right.
+        mask: [window, window_position], True at tokens that are there. EOS is part of its window and ends it.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, which: Tensor) -> Windows:
+        return Windows(self.tokens[which], self.mask[which])
+
+
+def rollout_windows(rollouts: Rollouts, rows: Tensor, positions: Tensor, length: int) -> Windows:
+    """The rollout's own next `length` tokens from each (row, position): nothing to generate (our variant)."""
+    last = rollouts.response_ids.shape[1] - 1
+    index = positions[:, None] + torch.arange(length, device=positions.device)
+    inside = index.clamp(max=last)
+    mask = (index <= last) & rollouts.response_mask[rows[:, None], inside].bool()
+    return Windows(rollouts.response_ids[rows[:, None], inside] * mask, mask)

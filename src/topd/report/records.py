@@ -1,0 +1,288 @@
+"""What a run left behind, read into small dataclasses. Nothing here needs a model.
+
+A run is either one trainer output folder (an arm), or a folder with `results.json` and such arms beneath it. Every file
+and every key may be missing: what is not there is not shown. What cannot be read is counted in `notes`. Only records
+written by a newer version are refused, because they would be misread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topd.errors import TOPDError
+
+RECORD_VERSION = 1
+"""The newest version of `audit.jsonl` and `results.json` that is understood here."""
+
+MAX_CANDIDATES = 300
+"""Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
+
+
+class ReportError(TOPDError, ValueError):
+    """The records of a run cannot be used."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A high-loss position, and what became of it. `distance` (D_OT) is None where it was not measured."""
+
+    position: int
+    token: str
+    token_loss: float | None
+    distance: float | None
+    fork: bool
+    decision: str = "none"
+    weight: float = 1.0
+    student_window: tuple[str, ...] = ()
+    teacher_window: tuple[str, ...] = ()
+    plan: tuple[tuple[int, int, float], ...] = ()
+    """(student position, teacher position, mass)"""
+
+    @property
+    def kind(self) -> str:
+        """fork, alarm (a false alarm), or unknown if there is no distance."""
+        if self.distance is None:
+            return "unknown"
+        return "fork" if self.fork else "alarm"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One audited response: text and token loss (nats, None where not finite) of each token, and its candidates."""
+
+    step: int
+    method: str
+    prompt: str
+    tokens: tuple[str, ...]
+    token_loss: tuple[float | None, ...]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate as a dot: nats, D_OT, and its `kind`."""
+
+    token_loss: float | None
+    distance: float | None
+    kind: str
+
+
+@dataclass
+class Arm:
+    """One trainer output folder.
+
+    Attributes:
+        log: metrics by step, oldest first.
+        options: what the run was started with.
+        rollouts: the newest audited rollouts, newest first.
+        points: all audited candidates, also those of rollouts that are not kept.
+        audited: number of audited rollouts.
+    """
+
+    name: str
+    log: list[dict[str, Any]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    rollouts: list[Rollout] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    audited: int = 0
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was logged and is finite."""
+        values = {entry["step"]: value for entry in self.log if (value := number(entry.get(key))) is not None}
+        return sorted(values), [values[step] for step in sorted(values)]
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a metric over the logged steps, None if it was never logged."""
+        values = self.series(key)[1]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def steps(self) -> int:
+        """The last step that left a record."""
+        return max([entry["step"] for entry in self.log] + [rollout.step for rollout in self.rollouts], default=0)
+
+
+@dataclass
+class Run:
+    """All records of a run. `notes` say, in sentences, what could not be read."""
+
+    name: str
+    arms: list[Arm]
+    results: dict[str, Any]
+    notes: list[str]
+
+
+def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
+    """Read a run folder.
+
+    Args:
+        folder: a demo folder (`results.json`, one folder an arm), or one arm.
+        keep: at least so many candidates of each arm stay with their windows, newest steps first.
+
+    Raises:
+        ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder. Give the output folder of a run.")
+    notes: list[str] = []
+    results = _read_object(folder / "results.json", notes)
+    _check_version(results, folder / "results.json")
+    folders = [path for path in sorted(folder.iterdir()) if _is_arm(path) and not path.name.startswith("checkpoint-")]
+    named = [arm["name"] for arm in mappings(results.get("arms")) if isinstance(arm.get("name"), str)]
+    folders.sort(key=lambda path: named.index(path.name) if path.name in named else len(named))
+    if _is_arm(folder):
+        folders = [folder]
+    if not folders and not results:
+        raise ReportError(
+            f"{folder} holds no records of a run: expected results.json, trainer_state.json or audit.jsonl. "
+            "Give the output folder of a run, and set audit_steps to record rollouts."
+        )
+    arms = [_load_arm(path, notes, keep) for path in folders]
+    missing = [name for name in named if name not in {arm.name for arm in arms}]
+    if missing:
+        notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
+    return Run(folder.resolve().name, arms, results, notes)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mappings(value: Any) -> list[Mapping[str, Any]]:
+    """The JSON objects of a list; empty if it is something else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _is_arm(folder: Path) -> bool:
+    own = (folder / name for name in ("trainer_state.json", "audit.jsonl", "topd_config.json"))
+    return any(path.is_file() for path in (*own, *_checkpoints(folder)))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("checkpoint-*/trainer_state.json"))
+
+
+def _load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
+    arm = Arm(folder.resolve().name)
+    log = _read_object(_trainer_state(folder), notes).get("log_history")
+    arm.log = [{**entry, "step": int(entry["step"])} for entry in mappings(log) if number(entry.get("step")) is not None]
+    arm.options = _read_object(folder / "topd_config.json", notes)
+    for rollout in _read_audit(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes):
+        arm.audited += 1
+        arm.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]
+        arm.rollouts.append(rollout)
+        if len(arm.rollouts) % 256 == 0:  # a long run's windows need not all stay in memory
+            arm.rollouts = _newest(arm.rollouts, keep)
+    arm.rollouts = _newest(arm.rollouts, keep)
+    return arm
+
+
+def _trainer_state(folder: Path) -> Path:
+    """The trainer's state, or that of the newest checkpoint while training still goes on."""
+    final = folder / "trainer_state.json"
+    return final if final.is_file() else max(_checkpoints(folder), key=lambda path: path.stat().st_mtime, default=final)
+
+
+def _newest(rollouts: list[Rollout], keep: int) -> list[Rollout]:
+    """Newest steps first, until `keep` candidates are reached. A rollout without candidates counts as one."""
+    kept, count = [], 0
+    for rollout in sorted(rollouts, key=lambda rollout: -rollout.step):
+        if count >= keep:
+            break
+        kept.append(rollout)
+        count += max(len(rollout.candidates), 1)
+    return kept
+
+
+def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.parent.name}/{path.name} is not a JSON object; it was left out.")
+    return {}
+
+
+def _read_audit(path: Path, shown_as: str, notes: list[str]) -> Iterator[Rollout]:
+    if not path.is_file():
+        return
+    broken = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                _check_version(record, path)
+                yield _rollout(record)
+            except ReportError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                broken += 1
+    if broken:
+        lines_were = "1 line was" if broken == 1 else f"{broken} lines were"
+        notes.append(f"{lines_were} left out of {shown_as}: not a complete JSON record.")
+
+
+def _check_version(record: Mapping[str, Any], path: Path) -> None:
+    version = record.get("version", RECORD_VERSION)
+    if version != RECORD_VERSION:
+        raise ReportError(
+            f"{path} has record version {version!r}; this version of topd reads version {RECORD_VERSION}. "
+            "Install the version of topd that wrote it, or a newer one."
+        )
+
+
+def _rollout(record: Mapping[str, Any]) -> Rollout:
+    spoken = record.get("rollout") or {}
+    tokens = _strings(spoken.get("tokens"))
+    losses = [number(loss) for loss in spoken.get("token_loss") or ()][: len(tokens)]
+    return Rollout(
+        step=int(record.get("step") or 0),
+        method=_clean(record.get("method") or ""),
+        prompt=_clean(record.get("prompt") or ""),
+        tokens=tokens,
+        token_loss=(*losses, *[None] * (len(tokens) - len(losses))),
+        candidates=tuple(_candidate(candidate) for candidate in record.get("candidates") or ()),
+    )
+
+
+def _candidate(record: Mapping[str, Any]) -> Candidate:
+    weight = number(record.get("weight"))
+    return Candidate(
+        position=int(record["position"]),
+        token=_clean(record.get("token") or ""),
+        token_loss=number(record.get("token_loss")),
+        distance=number(record.get("distance")),
+        fork=bool(record.get("fork")),
+        decision=_clean(record.get("decision") or "none"),
+        weight=1.0 if weight is None else weight,
+        student_window=_strings(record.get("student_window")),
+        teacher_window=_strings(record.get("teacher_window")),
+        plan=tuple((int(i), int(j), mass) for i, j, value in record.get("plan") or () if (mass := number(value))),
+    )
+
+
+def _strings(values: Any) -> tuple[str, ...]:
+    return tuple(_clean(value) for value in values or ())
+
+
+def _clean(value: Any) -> str:
+    """Text that can be written as UTF-8: half a surrogate pair becomes a question mark."""
+    return str(value).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,128 @@
+"""A matplotlib figure as SVG that lives inside a page: its text, fonts and colours follow the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+INK = "#808080"
+"""Text, axes and neutral marks; becomes the colour of the page's text."""
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+
+_CSS = {
+    INK: "currentColor",
+    BLUE: f"var(--blue,{BLUE})",
+    ORANGE: f"var(--orange,{ORANGE})",
+    GREEN: f"var(--green,{GREEN})",
+    PURPLE: f"var(--purple,{PURPLE})",
+    SKY: f"var(--sky,{SKY})",
+    VERMILION: f"var(--vermilion,{VERMILION})",
+}
+_COLOUR = re.compile("|".join(_CSS))
+_REFERENCE = re.compile(r"#([\w.-]+)")
+_FONT_FAMILY = re.compile(r"(font: [^;]*?[\d.]+px)[^;]*")
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INK,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.6,
+    "lines.linewidth": 1.6,
+}
+
+
+class Drawing:
+    """One figure being drawn: `axes` to draw on, and the finished `svg` afterwards."""
+
+    def __init__(self, canvas: Canvas, axes: list[Axes]) -> None:
+        self.canvas, self.axes, self.svg = canvas, axes, ""
+
+
+@contextmanager
+def drawing(name: str, alt: str, *, panels: int = 1, height: float = 2.7) -> Iterator[Drawing]:
+    """Draw on `axes`; when the block ends, `svg` holds the figure.
+
+    Args:
+        name: unique on the page; all ids in the figure start with it.
+        alt: what the figure shows, for those who cannot see it.
+        panels: number of axes side by side that share their scale.
+        height: inches, at a width of 4.6.
+    """
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        canvas = Canvas(figsize=(4.6, height), layout="constrained")
+        grid = canvas.subplots(1, panels, sharey=True, sharex=True, squeeze=False)
+        result = Drawing(canvas, list(grid[0]))
+        yield result
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True)
+    result.svg = inline(buffer.getvalue(), name, alt)
+
+
+def inline(document: str, name: str, alt: str) -> str:
+    """Turn an SVG document into an element for an HTML page, with ids of its own and a text alternative."""
+    root = ElementTree.fromstring(document)
+    for parent in root.iter():
+        parent.tag = parent.tag.rpartition("}")[2]
+        for child in [child for child in parent if child.tag.rpartition("}")[2] in ("metadata", "style")]:
+            parent.remove(child)
+    referenced = {
+        found for element in root.iter() for value in element.attrib.values() for found in _REFERENCE.findall(value)
+    }
+    for element in root.iter():
+        element.attrib = {
+            key.rpartition("}")[2]: _attribute(key, value, name)
+            for key, value in element.attrib.items()
+            if key != "id" or value in referenced
+        }
+        if not (element.text or "").strip():
+            element.text = None
+        element.tail = None
+    view_box = root.get("viewBox", "")
+    root.attrib = {"viewBox": view_box, "class": "figure", "role": "img", "aria-label": alt}
+    title = ElementTree.Element("title")
+    title.text = alt
+    root.insert(0, title)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _attribute(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "d":
+        return " ".join(value.split())
+    if key.endswith("href"):
+        return value.replace("#", f"#{name}-")
+    if key in ("style", "fill", "stroke"):
+        value = _COLOUR.sub(lambda found: _CSS[found.group()], value)
+        value = _FONT_FAMILY.sub(r"\1 inherit", value)
+    return value.replace("url(#", f"url(#{name}-")

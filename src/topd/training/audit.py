@@ -1,0 +1,71 @@
+"""Audit records: what the method decided, on which tokens, as JSON lines that the report reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from topd.near_future import Rollouts
+from topd.training.step import NearFuture
+
+RECORD_VERSION = 1
+
+
+def audit_records(
+    rollouts: Rollouts,
+    future: NearFuture,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    step: int,
+    method: str,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """One record a rollout: prompt, tokens with their loss (nats), and every candidate with both windows."""
+
+    def texts(ids: Tensor) -> list[str]:
+        return [tokenizer.decode([token]) for token in ids.tolist()]
+
+    records = []
+    for row in range(min(limit, len(rollouts))):
+        mask = rollouts.response_mask[row].bool()
+        tokens, losses = texts(rollouts.response_ids[row][mask]), future.token_loss[row][mask]
+        candidates = []
+        for index in (future.rows == row).nonzero().squeeze(-1).tolist():
+            position = int(future.positions[index])
+            plan, distance = future.transport.plan[index], float(future.transport.distance[index])
+            candidates.append({
+                "position": position,
+                "token": tokens[position],
+                "token_loss": _number(future.token_loss[row, position]),
+                "distance": _number(distance) if bool(future.transport.converged[index]) else None,
+                "fork": bool(future.fork[index]),
+                "decision": "guided" if future.guided[index] else "capped" if future.capped[index] else "none",
+                "weight": _number(future.weights[row, position]),
+                "student_window": texts(future.ours.tokens[index][future.ours.mask[index]]),
+                "teacher_window": texts(future.theirs.tokens[index][future.theirs.mask[index]]),
+                "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist()],
+            })  # fmt: skip
+        records.append({
+            "version": RECORD_VERSION,
+            "step": step,
+            "method": method,
+            "prompt": tokenizer.decode(rollouts.prefix(row, 0)),
+            "rollout": {"tokens": tokens, "token_loss": [_number(loss) for loss in losses]},
+            "candidates": candidates,
+        })
+    return records
+
+
+def append_records(records: list[dict[str, Any]], path: Path) -> None:
+    """Append to a JSON-lines file, creating it and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _number(value: Tensor | float) -> float:
+    return round(float(value), 6)

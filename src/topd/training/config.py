@@ -1,0 +1,139 @@
+"""`TOPDConfig`: every choice that the method leaves open, each with its default and where that comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DistillationConfig
+
+CHOICES = {
+    "method": ("opd", "opd-capped", "topd"),
+    "student_window": ("regenerated", "rollout"),
+    "candidate_ranking": ("reverse_kl", "teacher_nll"),
+    "embedding": ("student", "teacher", "student_hidden", "teacher_hidden"),
+    "ground_cost": ("cosine", "sqeuclidean"),
+    "transport_solver": ("exact", "entropic"),
+    "cap_selection": ("low", "high", "random"),
+    "guidance_target": ("transport", "same_index", "own"),
+    "guidance_at": ("forks", "false_alarms", "random"),
+    "guidance_context": ("student", "teacher"),
+    "teacher_context_loss": ("reverse_kl", "forward_kl", "cross_entropy"),
+    "guidance_reduction": ("mean", "sum"),
+}
+
+
+def _option(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
+@dataclass
+class TOPDConfig(DistillationConfig):
+    """Options of [`TOPDTrainer`], on top of TRL's [`~trl.DistillationConfig`].
+
+    Where the help says "our choice", the paper does not give the value; see `docs/paper_to_code.md`.
+    """
+
+    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS
+
+    method: str = _option(
+        "topd",
+        "opd: on-policy distillation, exactly TRL's DistillationTrainer. opd-capped: false alarms suppressed "
+        "(section 5.1). topd: near-future guidance (section 3).",
+    )
+    window_length: int = _option(50, "K, tokens of each window. Paper: 50.")
+    student_window: str = _option(
+        "regenerated",
+        "regenerated: the student continues each prefix anew (paper). rollout: the rollout's own next K tokens, "
+        "nothing to generate.",
+    )
+    window_temperature: float = _option(0.0, "Decoding of windows; 0 is greedy. The paper does not give it; our choice.")
+
+    candidate_ranking: str = _option(
+        "reverse_kl",
+        "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
+        "token (axis of Fig. 6). The paper does not give it; our choice.",
+    )
+    candidate_share: float | None = _option(
+        0.0225, "Highest share of a rollout's positions, at least one. The paper gives 218 of 9,688; the rule is our choice."
+    )
+    candidate_count: int | None = _option(None, "Instead of a share: a fixed number of candidates a rollout.")
+    candidate_threshold: float | None = _option(None, "Instead of a share: every position with at least this loss (nats).")
+    candidate_spacing: int = _option(1, "Least distance between candidates of a rollout. Our choice: no spacing.")
+
+    embedding: str = _option(
+        "student",
+        "What the ground cost is measured on: student or teacher, static input embeddings; student_hidden or "
+        "teacher_hidden, that model's last hidden states over the windows. The paper does not give it; our choice.",
+    )
+    ground_cost: str = _option("cosine", "cosine: 1 - cosine; or sqeuclidean. The paper does not give it; our choice.")
+    transport_solver: str = _option("exact", "exact, or entropic (log-domain Sinkhorn). The paper does not give it; our choice.")
+    entropic_epsilon: float = _option(0.05, "Regularisation of the entropic solver, in units of the ground cost. Our choice.")
+
+    false_alarm_share: float = _option(
+        0.30, "The bottom share of the batch's candidates by D_OT are false alarms. Paper (section 5.1): 0.30."
+    )
+    fork_threshold: float | None = _option(
+        None, "Instead of a share: candidates above this D_OT are forks, such as the threshold that a probe reports."
+    )
+
+    guidance_weight: float = _option(0.3, "lambda in L_OPD + lambda L_traj. The paper does not give it; provisional, our choice.")
+    guidance_target: str = _option(
+        "transport", "transport: the paper. Controls: same_index (no alignment), own (the student's own tokens)."
+    )
+    guidance_at: str = _option(
+        "forks", "forks: the paper. Controls, equally many: false_alarms (as far as there are), random (positions of the rollout)."
+    )
+    guidance_context: str = _option(
+        "student", "student: the student's own contexts (paper). teacher: prefix + the teacher's window (another reading)."
+    )
+    teacher_context_loss: str = _option(
+        "reverse_kl", "In the teacher's contexts: reverse_kl, forward_kl (full vocabulary) or cross_entropy (its tokens)."
+    )
+    guidance_reduction: str = _option(
+        "mean",
+        "mean over guided window positions, so that lambda means the same at any K (our choice); sum over each window, "
+        "mean over forks (the paper's sum).",
+    )
+    cap_false_alarms: bool = _option(False, "Whether topd also caps false alarms. Paper (the formula): no.")
+    cap_selection: str = _option("low", "Which candidates opd-capped caps: low (paper), or the controls high and random.")
+
+    audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")
+    audit_rollouts: int = _option(2, "Rollouts in each audit record.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if self.candidate_count is not None or self.candidate_threshold is not None:
+            self.candidate_share = None
+        rules = {"candidate_count": self.candidate_count, "candidate_threshold": self.candidate_threshold}
+        if all(value is not None for value in rules.values()):
+            raise ValueError("candidate_count and candidate_threshold exclude each other; give one of them.")
+        for name, least in (("window_length", 1), ("candidate_spacing", 1), ("audit_rollouts", 1), ("audit_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        for name in ("guidance_weight", "window_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if not 0 <= self.false_alarm_share < 1:
+            raise ValueError(f"false_alarm_share must be in [0, 1); got {self.false_alarm_share}.")
+        if self.entropic_epsilon <= 0:
+            raise ValueError(f"entropic_epsilon must be positive; got {self.entropic_epsilon}.")
+        if self.looks_ahead and self.beta not in (0.0, 1.0):
+            raise ValueError(
+                f"method={self.method} needs beta 1 (reverse KL, the paper) or 0 (forward KL); got beta={self.beta}."
+            )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether windows are needed; otherwise training is TRL's, untouched."""
+        return self.method == "opd-capped" or (
+            self.method == "topd" and (self.guidance_weight > 0 or self.cap_false_alarms)
+        )
+
+    @property
+    def guides(self) -> bool:
+        """Whether the trajectory loss is part of the loss."""
+        return self.method == "topd" and self.guidance_weight > 0

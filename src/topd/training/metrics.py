@@ -1,0 +1,76 @@
+"""Metrics of the near future, key by key. `docs/metrics.md` says the same to users; a test holds the two together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from topd.near_future import Rollouts
+from topd.training.step import Guided, NearFuture, own_share
+
+NEAR_FUTURE_METRICS = {
+    "token_loss/mean": "mean token loss over response tokens (nats, scoring pass)",
+    "token_loss/q50": "median token loss (nats)",
+    "token_loss/q90": "90 % quantile of the token loss (nats)",
+    "token_loss/q99": "99 % quantile of the token loss (nats)",
+    "candidates/per_rollout": "candidates a rollout",
+    "distance/q25": "lower quartile of D_OT over candidates (units of the ground cost)",
+    "distance/q50": "median of D_OT over candidates",
+    "distance/q75": "upper quartile of D_OT over candidates",
+    "false_alarm_share": "share of candidates, with a distance, that are not forks (0..1)",
+    "forks/per_rollout": "forks a rollout",
+    "windows/tokens": "tokens in the windows that were generated, both models, all processes",
+    "guidance/positions": "window positions with a target, all processes",
+    "guidance/own_token_share": "mean part of a target that is the student's own token at that position (0..1)",
+    "guidance/loss": "L_traj of the step, without lambda (nats a position; a fork with guidance_reduction=sum)",
+}
+
+
+def near_future_metrics(
+    future: NearFuture, guided: Guided | None, rollouts: Rollouts, gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """All but "guidance/loss", over the batches of all processes. `gather` may pad with NaN."""
+    loss = _known(gather(future.token_loss[rollouts.loss_mask.bool()]))
+    distance = _known(gather(future.transport.distance))
+    n_rollouts, n_candidates, n_forks, generated = gather(
+        torch.tensor(
+            [[len(rollouts), len(future.rows), int(future.fork.sum()), _generated_tokens(future)]],
+            device=loss.device,
+            dtype=torch.float64,
+        )
+    ).sum(0)
+    metrics = {
+        "token_loss/mean": loss.mean(),
+        **{f"token_loss/q{q}": _quantile(loss, q / 100) for q in (50, 90, 99)},
+        "candidates/per_rollout": n_candidates / n_rollouts,
+        **{f"distance/q{q}": _quantile(distance, q / 100) for q in (25, 50, 75)},
+        "false_alarm_share": 1 - n_forks / max(1, len(distance)),
+        "forks/per_rollout": n_forks / n_rollouts,
+        "windows/tokens": generated,
+    }
+    if guided is not None:
+        share = _known(gather(own_share(guided)))
+        metrics["guidance/positions"] = torch.tensor(float(len(share)))
+        metrics["guidance/own_token_share"] = share.mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _generated_tokens(future: NearFuture) -> int:
+    return int(future.theirs.mask.sum()) + (0 if future.ours_from_rollout else int(future.ours.mask.sum()))
+
+
+def _known(values: Tensor) -> Tensor:
+    return values[~values.isnan()]
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """Linear interpolation; NaN of nothing. (torch.quantile is limited to 16 million values.)"""
+    if len(values) == 0:
+        return torch.tensor(torch.nan)
+    ordered = values.float().sort().values
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

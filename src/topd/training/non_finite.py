@@ -1,0 +1,64 @@
+"""A NaN or infinity stops the run before the optimizer moves, and says where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from topd.errors import NonFiniteError
+from topd.near_future import Rollouts
+
+
+def non_finite_error(
+    what: str, step: int, output_dir: str, rollouts: Rollouts | None, row_loss: torch.Tensor | None, decode: Any
+) -> NonFiniteError:
+    """Name the step and the rollouts at fault, write them to `non_finite.json`, and return the error to raise.
+
+    Args:
+        what: "loss", "gradient of layer X", ...
+        row_loss: [rollout] mean token loss (nats); the rows that are not finite are at fault, else the largest.
+        decode: token ids to text.
+    """
+    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; the last checkpoint is whole."]
+    if rollouts is not None and row_loss is not None:
+        bad = (~row_loss.isfinite()).nonzero().squeeze(-1).tolist() or [int(row_loss.argmax())]
+        records = [
+            {
+                "step": step,
+                "rollout": row,
+                "token_loss_nats": float(row_loss[row]),
+                "prompt": decode(rollouts.prefix(row, 0)),
+                "response": decode(rollouts.response_ids[row][rollouts.response_mask[row].bool()]),
+            }
+            for row in bad
+        ]
+        where = Path(output_dir) / "non_finite.json"
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text(json.dumps(records, indent=1, ensure_ascii=False, allow_nan=True) + "\n")
+        first = records[0]
+        lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
+    lines.append(
+        "Resume from the last checkpoint with a lower learning_rate or a smaller guidance_weight; if it comes back on the "
+        "same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+    )
+    return NonFiniteError(" ".join(lines))
+
+
+class StopOnNonFiniteGradient(TrainerCallback):
+    """Looks at every gradient before the optimizer steps (not with fp16, whose scaler skips such steps itself)."""
+
+    def __init__(self, raise_error: Any) -> None:
+        self.raise_error = raise_error
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            return
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                self.raise_error(f"gradient of {name}")

@@ -1,0 +1,301 @@
+"""`TOPDTrainer`: the step on TRL's `DistillationTrainer`. Plumbing, timing, metrics and audit; the method is in `step.py`."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import DistillationTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from topd.near_future import Branches, ContinuesPrefixes, LocalModel, Rollouts
+from topd.training.audit import append_records, audit_records
+from topd.training.config import TOPDConfig
+from topd.training.metrics import near_future_metrics
+from topd.training.models import DistilledModel, fixed
+from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
+from topd.training.stages import STAGES, Stopwatch
+from topd.training.step import Guided, NearFuture, guided_windows, look_ahead, score, topd_loss
+from topd.training.tokenizers import check_context, check_tokenizers
+
+_GUIDED = "guided_"
+"""Prefix of the batch's entries that hold a `Guided`, laid out [rollout, ...] so that TRL can shuffle and split them."""
+
+
+class TOPDTrainer(DistillationTrainer):
+    """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
+
+    Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of 0)
+    every step equals `DistillationTrainer`'s, bit for bit.
+
+    ```python
+    from topd import TOPDConfig, TOPDTrainer
+
+    trainer = TOPDTrainer(
+        model="Qwen/Qwen3-0.6B",
+        teacher_model="Qwen/Qwen3-1.7B",
+        args=TOPDConfig("runs/mine"),
+        train_dataset=dataset,  # a column "prompt": text or messages
+    )
+    trainer.train()
+    ```
+
+    Raises:
+        TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
+        NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
+    """
+
+    _tag_names = ["trl", "topd", "on-policy-distillation"]
+    _name = "TOPD"
+    _paper = {
+        "title": "Bridging Reasoning Trajectories in On-Policy Distillation via Near-Future Guidance",
+        "id": "2606.00305",
+        "citation": textwrap.dedent("""\
+            @article{jiang2026bridging,
+                title  = {{Bridging Reasoning Trajectories in On-Policy Distillation via Near-Future Guidance}},
+                author = {Yuxuan Jiang and Francis Ferraro},
+                year   = 2026,
+                eprint = {arXiv:2606.00305},
+            }"""),
+    }
+
+    args: TOPDConfig
+
+    def __init__(
+        self, model: Any, teacher_model: Any = None, args: TOPDConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
+            args = TOPDConfig(f"{Path(name).name}-TOPD")
+        if teacher_model is None:
+            raise ValueError("TOPDTrainer needs a teacher_model: a name, a folder, or a loaded model.")
+        super().__init__(model, teacher_model, args, *rest, **kwargs)
+        if isinstance(teacher_model, str):
+            teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=args.trust_remote_code)
+            check_tokenizers(self._tokenizer, teacher_tokenizer)
+        if args.looks_ahead and (self._is_vlm or self.tools):
+            raise ValueError(
+                f"method={args.method} works on text without tools so far; use method=opd for images or tools."
+            )
+        self._stage = Stopwatch()
+        self._guidance_loss = 0.0
+        self.add_callback(StopOnNonFiniteGradient(self._stop_on))
+
+    # The models, as the step sees them
+
+    def _student(self) -> DistilledModel:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+
+        @contextmanager
+        def source() -> Iterator[ContinuesPrefixes]:
+            with (
+                unwrap_model_for_generation(
+                    self.model_wrapped,
+                    self.accelerator,
+                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                ) as model,
+                self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            ):
+                yield self._local(model)
+
+        return self._distilled(self.model_wrapped, unwrapped, source)
+
+    def _teacher(self) -> DistilledModel:
+        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
+        return self._distilled(self.teacher_model, unwrapped, fixed(self._local(unwrapped)))
+
+    def _distilled(self, wrapped: Any, unwrapped: Any, source: Any) -> DistilledModel:
+        return DistilledModel(
+            unwrapped,
+            source,
+            lambda function, *args: self._forward_redirection(wrapped, unwrapped, function, *args),
+            temperature=self.temperature,
+            micro_batch=self.args.per_device_train_batch_size,
+        )
+
+    def _local(self, model: Any) -> LocalModel:
+        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
+
+    # Rollouts, then the near future
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        longest = max(prompt_ids, key=len)
+        check_context(
+            len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, self._longest_window(),
+            {"student": self.model.config, "teacher": self.teacher_model.config},
+        )  # fmt: skip
+        return prompt_ids, images, fields
+
+    def _longest_window(self) -> int:
+        return self.args.window_length if self.args.looks_ahead else 0
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self._stage("rollout"):
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if not (self.args.looks_ahead and self.model.training):
+            return batch
+
+        rollouts, teacher = _rollouts(batch), self._teacher()
+        with self.compute_loss_context_manager():
+            future = look_ahead(rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged)
+        self._stop_unless_finite(future.token_loss, rollouts)
+        batch |= {"weights": future.weights, "entropy": future.entropy, "teacher_hidden": future.teacher_hidden}
+
+        guided = None
+        if self.args.guides:
+            guided = guided_windows(future, rollouts, self.args)
+            if self.args.guidance_context == "teacher" and self.args.teacher_context_loss != "cross_entropy":
+                with self._stage("scoring"), self.compute_loss_context_manager():
+                    guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided))
+            guided_positions = guided.targets.guided
+            count = guided_positions.sum() if self.args.guidance_reduction == "mean" else guided_positions.any(-1).sum()
+            batch |= _pack(guided) | {"num_guided": self.accelerator.gather(count).sum()}
+
+        self._record(future, guided, rollouts)
+        return batch
+
+    def _gather_ragged(self, values: Tensor) -> Tensor:
+        """Values of all processes, however many each has."""
+        if self.accelerator.num_processes == 1:
+            return values
+        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
+        return self.accelerator.gather(padded)  # NaN marks what is not there, as it marks unknown distances
+
+    # The loss
+
+    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        if "teacher_hidden" not in inputs:
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        rollouts = _rollouts(inputs)
+        processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
+        loss, guidance = topd_loss(
+            rollouts,
+            DistilledModel(unwrapped_student, fixed(self._local(unwrapped_student)), temperature=self.temperature),
+            self._teacher(),
+            inputs["teacher_hidden"],
+            inputs["weights"],
+            _unpack(inputs),
+            self.args,
+            num_tokens=num_items_in_batch,
+            num_guided=inputs["num_guided"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
+        )
+        inputs["guidance_loss"] = guidance
+        mask = rollouts.loss_mask.bool()
+        return loss, inputs["entropy"][mask].sum(), mask.sum()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with self._stage("loss"):
+            outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            loss = outputs[0] if return_outputs else outputs
+            self._stop_unless_finite(loss.detach(), _rollouts(inputs))
+            if "guidance_loss" in inputs:
+                self._guidance_loss += float(self.accelerator.gather(inputs.pop("guidance_loss")).mean())
+        return outputs
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        before = sum(self._stage.seconds.values())
+        with self._stage("whole"):
+            output = super().training_step(model, inputs, num_items_in_batch)
+        whole = self._stage.seconds.pop("whole")
+        self._stage.seconds["backward"] += whole - (sum(self._stage.seconds.values()) - before)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._finish_step_metrics()
+        return output
+
+    # A NaN stops the run
+
+    def _stop_unless_finite(self, loss: Tensor, rollouts: Rollouts) -> None:
+        self._last_batch = rollouts
+        finite = self.accelerator.gather(loss.isfinite().all().float())
+        if not bool(finite.all()):
+            self._stop_on("loss")
+
+    def _stop_on(self, what: str) -> None:
+        """Raise, naming the rollouts at fault: those whose token loss is not finite, else the largest of the last batch."""
+        rollouts = self._last_batch
+        with self.compute_loss_context_manager():
+            token_loss, _, _ = score(rollouts, self._student(), self._teacher(), self.args)
+        mask = rollouts.loss_mask
+        raise non_finite_error(
+            what,
+            self.state.global_step + 1,
+            self.args.output_dir,
+            rollouts,
+            token_loss.sum(-1) / mask.sum(-1).clamp(min=1),
+            self._tokenizer.decode,
+        )
+
+    # Metrics and audit
+
+    def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts) -> None:
+        for name, value in near_future_metrics(future, guided, rollouts, self._gather_ragged).items():
+            self._metrics["train"][name].append(value)
+        due = self.args.audit_steps and self.state.global_step % self.args.audit_steps == 0
+        if due and self.accelerator.is_main_process:
+            records = audit_records(
+                rollouts, future, self._tokenizer,
+                step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
+            )  # fmt: skip
+            append_records(records, Path(self.args.output_dir) / "audit.jsonl")
+
+    def _finish_step_metrics(self) -> None:
+        seconds = self._stage.take()
+        for name in STAGES:
+            if name in seconds:
+                self._metrics["train"][f"seconds/{name}"].append(seconds[name])
+        if self.args.guides:
+            self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
+            self._guidance_loss = 0.0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.is_main_process:
+            save_options(self.args)
+        return super().train(*args, **kwargs)
+
+
+def save_options(args: TOPDConfig) -> None:
+    """Write the method's options to `topd_config.json` in the output folder, for the report."""
+    names = set(asdict(args)) & set(TOPDConfig.__annotations__) | {"learning_rate", "seed", "max_completion_length"}
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {name: getattr(args, name) for name in sorted(names)}
+    (folder / "topd_config.json").write_text(json.dumps(options, indent=1) + "\n")
+
+
+def _rollouts(batch: dict[str, Any]) -> Rollouts:
+    mask = batch["completion_mask"]
+    loss_mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask
+    return Rollouts(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask, loss_mask)
+
+
+def _pack(guided: Guided) -> dict[str, Tensor]:
+    entries = {
+        "position": guided.branches.position,
+        "window": guided.branches.tokens,
+        "mask": guided.branches.mask,
+        "weight": guided.weight,
+        "tokens": guided.tokens,
+        "teacher_hidden": guided.teacher_hidden,
+    }
+    return {_GUIDED + name: value for name, value in entries.items() if value is not None}
+
+
+def _unpack(batch: dict[str, Any]) -> Guided | None:
+    entry = {name.removeprefix(_GUIDED): value for name, value in batch.items() if name.startswith(_GUIDED)}
+    if not entry:
+        return None
+    branches = Branches(entry["position"], entry["window"], entry["mask"])
+    return Guided(branches, entry["weight"], entry["tokens"], entry.get("teacher_hidden"))

@@ -1,0 +1,304 @@
+"""The token loss from hidden states, tile by tile: `Head`, `token_kl_from_hidden` and `gathered_log_probs`."""
+
+import math
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from topd.algorithm import Head, gathered_log_probs, token_kl, token_kl_from_hidden
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+POSITIONS, VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 7, 11, 3, 4
+SHAPES = {
+    "plain": {},
+    "scaled": {"scale": 0.7},
+    "softcapped": {"softcap": 1.3},
+    "cooled": {"temperature": 0.6},
+    "everything": {"scale": 1.4, "softcap": 2.0, "temperature": 1.7},
+}
+directions = pytest.mark.parametrize("direction", ["reverse", "forward"])
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+tile_sizes = pytest.mark.parametrize("tile_elements", [1, 2 * VOCABULARY, 3 * VOCABULARY + 5, 2**22])
+
+
+def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def models(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Head]:
+    """Student hidden states, weight, bias; teacher hidden states, head. The widths differ."""
+    return (
+        random_tensor(POSITIONS, STUDENT_WIDTH, seed=1, dtype=dtype).requires_grad_(),
+        random_tensor(VOCABULARY, STUDENT_WIDTH, seed=2, dtype=dtype).requires_grad_(),
+        random_tensor(VOCABULARY, seed=3, dtype=dtype).requires_grad_(),
+        random_tensor(POSITIONS, TEACHER_WIDTH, seed=4, dtype=dtype),
+        Head(random_tensor(VOCABULARY, TEACHER_WIDTH, seed=5, dtype=dtype), scale=0.8),
+    )
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    positions=st.integers(0, 4),
+    scale=st.floats(0.1, 3),
+    softcap=st.none() | st.floats(0.5, 5),
+    temperature=st.floats(0.3, 2),
+    biased=st.booleans(),
+)
+def test_the_logits_of_a_head_are_those_of_the_oracle(
+    seed: int, positions: int, scale: float, softcap: float | None, temperature: float, biased: bool
+) -> None:
+    hidden, weight = random_tensor(positions, 3, seed=seed), random_tensor(5, 3, seed=seed + 1)
+    bias = random_tensor(5, seed=seed + 2) if biased else None
+    logits = Head(weight, bias, scale, softcap, temperature).logits(hidden)
+    assert_close(logits, oracles.head_logits(hidden, weight, bias, scale, softcap, temperature))
+
+
+def test_a_head_worked_by_hand() -> None:
+    hidden = torch.tensor([[1.0, 2.0]])
+    head = Head(torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, -1.0]]), torch.tensor([1.0, -2.0, 4.0]), 0.5, 2.0, 4.0)
+    # h W^T + b = (1, 2, 1) + (1, -2, 4) = (2, 0, 5); times 0.5 = (1, 0, 2.5); 2 tanh(./2) / 4 = tanh(0.5, 0, 1.25) / 2
+    assert_close(head.logits(hidden).tolist(), [[0.231059, 0.0, 0.424142]], atol=1e-6, rtol=0)
+
+
+@shapes
+@directions
+@tile_sizes
+def test_values_and_gradients_equal_those_of_the_whole_logits(shape: Any, direction: str, tile_elements: int) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models()
+    head = Head(weight, bias, **shape)
+    upstream = random_tensor(POSITIONS, seed=6)  # a different weight on each position
+    tiled = token_kl_from_hidden(hidden, head, teacher_hidden, teacher, direction, tile_elements)
+    whole = token_kl(head.logits(hidden), teacher.logits(teacher_hidden), direction)
+    assert_close(tiled, whole)
+    gradients = torch.autograd.grad(tiled, (hidden, weight, bias), upstream)
+    for ours, theirs in zip(gradients, torch.autograd.grad(whole, (hidden, weight, bias), upstream), strict=True):
+        assert_close(ours, theirs)
+
+
+@directions
+def test_the_values_are_those_of_the_oracle(direction: str) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = (
+        each.detach() if isinstance(each, Tensor) else each for each in models()
+    )
+    values = token_kl_from_hidden(hidden, Head(weight, bias, 1.2, 2.0), teacher_hidden, teacher, direction, 30)
+    student_logits = oracles.head_logits(hidden, weight, bias, 1.2, 2.0)
+    teacher_logits = oracles.head_logits(teacher_hidden, teacher.weight, scale=0.8)
+    assert_close(values, oracles.token_kl(student_logits, teacher_logits, direction))
+
+
+@shapes
+@directions
+def test_the_gradient_is_the_finite_difference(shape: Any, direction: str) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models()
+
+    def values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return token_kl_from_hidden(hidden, Head(weight, bias, **shape), teacher_hidden, teacher, direction, 25)
+
+    assert torch.autograd.gradcheck(values, (hidden, weight, bias))
+
+
+@directions
+def test_the_gradient_is_the_central_difference_along_a_random_direction(direction: str) -> None:
+    *inputs, teacher_hidden, teacher = models()
+    along = [random_tensor(*each.shape, seed=20 + i) for i, each in enumerate(inputs)]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = Head(weight, bias, 0.9, 3.0, 0.8)
+        return token_kl_from_hidden(hidden, head, teacher_hidden, teacher, direction, 25).mean()
+
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
+    slope = sum((gradient * way).sum() for gradient, way in zip(gradients, along, strict=True))
+    ahead, behind = (
+        loss(*(each.detach() + step * way for each, way in zip(inputs, along, strict=True))) for step in (1e-5, -1e-5)
+    )
+    assert_close(slope, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+def test_the_teacher_is_constant_and_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, _, teacher_hidden, teacher = models()
+    teacher_hidden.requires_grad_()
+    teacher.weight.requires_grad_()
+    token_kl_from_hidden(hidden, Head(weight.detach()), teacher_hidden, teacher).sum().backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+    assert teacher_hidden.grad is None and teacher.weight.grad is None and weight.grad is None
+
+
+def test_frozen_hidden_states_leave_the_gradient_of_the_head() -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models()
+    values = token_kl_from_hidden(hidden.detach(), Head(weight, bias), teacher_hidden, teacher)
+    whole = token_kl(Head(weight, bias).logits(hidden.detach()), teacher.logits(teacher_hidden))
+    for ours, theirs in zip(
+        torch.autograd.grad(values.sum(), (weight, bias)), torch.autograd.grad(whole.sum(), (weight, bias)), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+@directions
+def test_a_vocabulary_masked_by_the_bias_equals_the_smaller_one(direction: str) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models()
+    kept = list(range(VOCABULARY - 2))
+    hole = torch.zeros(VOCABULARY, dtype=torch.float64)
+    hole[VOCABULARY - 2 :] = -math.inf
+    masked_teacher = Head(teacher.weight, hole)
+    wide = token_kl_from_hidden(hidden, Head(weight, bias + hole), teacher_hidden, masked_teacher, direction, 25)
+    small_teacher = Head(teacher.weight[kept])
+    small = token_kl_from_hidden(hidden, Head(weight[kept], bias[kept]), teacher_hidden, small_teacher, direction, 25)
+    assert_close(wide, small)
+    for ours, theirs in zip(
+        torch.autograd.grad(wide.sum(), (hidden, weight)), torch.autograd.grad(small.sum(), (hidden, weight)), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+@directions
+def test_bf16_hidden_states_give_float32_values_and_bf16_gradients(direction: str) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models(torch.bfloat16)
+    values = token_kl_from_hidden(hidden, Head(weight, bias), teacher_hidden, teacher, direction, 25)
+    assert values.dtype == torch.float32 and (values > -1e-6).all()
+    double = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
+    teacher64 = Head(teacher.weight.double(), scale=0.8)
+    exact = token_kl_from_hidden(double[0], Head(double[1], double[2]), teacher_hidden.double(), teacher64, direction)
+    assert_close(values.double(), exact, rtol=0.05, atol=0.02)  # the product h W^T is rounded to bf16
+    gradients = torch.autograd.grad(values.mean(), (hidden, weight, bias))
+    assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
+    for ours, theirs in zip(gradients, torch.autograd.grad(exact.mean(), double), strict=True):
+        assert_close(ours.double(), theirs, rtol=0.1, atol=0.01)
+
+
+def test_a_small_kl_of_bf16_states_is_zero_for_equal_models_and_keeps_its_gradient() -> None:
+    hidden, weight, _, _, _ = models(torch.bfloat16)
+    teacher_hidden = hidden.detach().clone()
+    teacher_hidden[1:] *= 1.02
+    values = token_kl_from_hidden(hidden, Head(weight), teacher_hidden, Head(weight.detach()))
+    assert values[0] == 0
+    (gradient,) = torch.autograd.grad(values.sum(), hidden)
+    assert (gradient[0] == 0).all() and (gradient[1:].abs().sum(-1) > 0).all()
+
+
+def test_no_positions_give_no_values_and_a_zero_gradient() -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models()
+    values = token_kl_from_hidden(hidden[:0], Head(weight, bias), teacher_hidden[:0], teacher)
+    assert values.shape == (0,)
+    for gradient in torch.autograd.grad(values.sum(), (hidden, weight, bias)):
+        assert (gradient == 0).all()
+
+
+@given(seed=st.integers(0, 2**20), rows=st.integers(1, 6))
+def test_a_batch_equals_the_loop_and_follows_a_permutation(seed: int, rows: int) -> None:
+    student, teacher = Head(random_tensor(5, 3, seed=seed)), Head(random_tensor(5, 2, seed=seed + 1))
+    hidden, teacher_hidden = random_tensor(rows, 3, seed=seed + 2), random_tensor(rows, 2, seed=seed + 3)
+    batch = token_kl_from_hidden(hidden, student, teacher_hidden, teacher, tile_elements=12)
+    loop = [token_kl_from_hidden(hidden[[i]], student, teacher_hidden[[i]], teacher) for i in range(rows)]
+    assert_close(batch, torch.cat(loop))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    permuted = token_kl_from_hidden(hidden[order], student, teacher_hidden[order], teacher, tile_elements=12)
+    assert_close(permuted, batch[order])
+
+
+@shapes
+@tile_sizes
+def test_gathered_log_probs_and_their_gradients_are_those_of_the_whole_softmax(shape: Any, tile_elements: int) -> None:
+    hidden, weight, bias, _, _ = models()
+    head = Head(weight, bias, **shape)
+    tokens = torch.randint(VOCABULARY, (POSITIONS, 4), generator=torch.Generator().manual_seed(0))
+    tokens[:, 3] = tokens[:, 0]  # the same token wanted twice
+    gathered = gathered_log_probs(hidden, head, tokens, tile_elements)
+    logits = oracles.head_logits(hidden.detach(), weight.detach(), bias.detach(), **shape)
+    assert_close(gathered.detach(), oracles.gathered_log_probs(logits, tokens))
+    whole = head.logits(hidden).log_softmax(-1).gather(-1, tokens)
+    upstream = random_tensor(POSITIONS, 4, seed=7)
+    for ours, theirs in zip(
+        torch.autograd.grad(gathered, (hidden, weight, bias), upstream),
+        torch.autograd.grad(whole, (hidden, weight, bias), upstream),
+        strict=True,
+    ):
+        assert_close(ours, theirs)
+
+
+def test_the_gradient_of_gathered_log_probs_is_the_finite_difference() -> None:
+    hidden, weight, bias, _, _ = models()
+    tokens = torch.arange(POSITIONS * 2).reshape(POSITIONS, 2) % VOCABULARY
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: gathered_log_probs(h, Head(w, b, 1.1, 2.0, 0.7), tokens, 25), (hidden, weight, bias)
+    )
+
+
+def test_gathered_log_probs_of_bf16_states_are_float32() -> None:
+    hidden, weight, _, _, _ = models(torch.bfloat16)
+    tokens = torch.zeros(POSITIONS, 2, dtype=torch.long)
+    gathered = gathered_log_probs(hidden, Head(weight), tokens, 25)
+    exact = gathered_log_probs(hidden.detach().double(), Head(weight.detach().double()), tokens)
+    assert gathered.dtype == torch.float32
+    assert_close(gathered.double(), exact, rtol=0.01, atol=0.02)
+    assert torch.autograd.grad(gathered.sum(), hidden)[0].dtype == torch.bfloat16
+
+
+def test_gathered_log_probs_of_no_position_or_no_token_are_empty() -> None:
+    hidden, weight, _, _, _ = models()
+    assert gathered_log_probs(hidden[:0], Head(weight), torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3)
+    assert gathered_log_probs(hidden, Head(weight), torch.zeros(POSITIONS, 0, dtype=torch.long)).shape == (POSITIONS, 0)
+
+
+class LiveElements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return and that are still alive, whoever holds them.
+
+    `peak` is the most that were alive at once, `largest` the biggest single tensor. Scratch inside an operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                size = storage.nbytes() // tensor.element_size()
+                self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), size))
+                self.largest = max(self.largest, size)
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def memory(positions: int, how: str, direction: str = "reverse") -> LiveElements:
+    """Elements alive in a forward and a backward pass over a vocabulary of 512, in tiles of 4 positions."""
+    hidden, teacher_hidden = torch.randn(positions, 2, requires_grad=True), torch.randn(positions, 3)
+    student, teacher = Head(torch.randn(512, 2, requires_grad=True)), Head(torch.randn(512, 3))
+    tokens = torch.zeros(positions, 2, dtype=torch.long)
+    with LiveElements() as meter:
+        if how == "tiled":
+            loss = token_kl_from_hidden(hidden, student, teacher_hidden, teacher, direction, 4 * 512).mean()
+        elif how == "gathered":
+            loss = gathered_log_probs(hidden, student, tokens, 4 * 512).mean()
+        else:
+            loss = token_kl(student.logits(hidden), teacher.logits(teacher_hidden), direction).mean()
+        loss.backward()
+    assert hidden.grad is not None
+    return meter
+
+
+@directions
+def test_peak_memory_is_a_few_tiles_whatever_the_number_of_positions(direction: str) -> None:
+    few, many, whole = memory(16, "tiled", direction), memory(128, "tiled", direction), memory(128, "whole", direction)
+    assert whole.largest == 128 * 512 and whole.peak > 3 * 128 * 512  # the meter sees what it should
+    assert many.largest == 4 * 512  # one tile's logits are the biggest thing ever made
+    assert many.peak < 10 * 4 * 512  # both models' logits, their log-softmaxes, and the terms of the gradient
+    assert many.peak - few.peak < 112 * 10  # beyond that only a few numbers a position
+    assert many.peak < whole.peak / 10
+
+
+def test_gathered_log_probs_keep_one_tiles_logits() -> None:
+    few, many = memory(16, "gathered"), memory(128, "gathered")
+    assert many.largest == 4 * 512
+    assert many.peak < 8 * 4 * 512
+    assert many.peak - few.peak < 112 * 20
