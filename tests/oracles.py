@@ -1,6 +1,6 @@
 """The specification: a naive twin for each fast function of `topd.algorithm`.
 
-Loops, Python floats and targets over the whole vocabulary. Nothing here is fast or stable for large numbers, nothing here
+Loops, Python floats and targets over the whole vocabulary. Nothing here is fast or stable for large numbers, nothing
 imports the package, and each twin is short enough to be checked by eye against its formula.
 """
 
@@ -12,7 +12,7 @@ from decimal import ROUND_HALF_UP, Decimal
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------- distributions
+# -------------------------------------------------------------------------------------------------------- distributions
 
 
 def probabilities(logits: list[float]) -> list[float]:
@@ -26,10 +26,10 @@ def kl(first: list[float], second: list[float]) -> float:
     """sum_v first(v) (log first(v) - log second(v)) in nats; 0 log 0 = 0; infinite where only `second` is 0."""
     if any(p > 0 and q == 0 for p, q in zip(first, second, strict=True)):
         return math.inf
-    return sum(p * (math.log(p) - math.log(q)) for p, q in zip(first, second, strict=True) if p > 0)
+    return math.fsum(p * (math.log(p) - math.log(q)) for p, q in zip(first, second, strict=True) if p > 0)
 
 
-# ------------------------------------------------------------------------------------------------------------- token loss
+# ----------------------------------------------------------------------------------------------------------- token loss
 
 
 def token_kl(student_logits: Tensor, teacher_logits: Tensor, direction: str = "reverse") -> Tensor:
@@ -47,6 +47,12 @@ def token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     rows = zip(logits.flatten(0, -2).tolist(), tokens.flatten().tolist(), strict=True)
     values = [-math.log(probabilities(row)[token]) for row, token in rows]
     return torch.tensor(values, dtype=torch.float64).reshape(tokens.shape)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum_v p(v) log p(v) at each position, in nats; 0 log 0 = 0."""
+    values = [-math.fsum(p * math.log(p) for p in probabilities(row) if p > 0) for row in logits.tolist()]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def head_logits(
@@ -78,7 +84,7 @@ def gathered_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(tokens.shape)
 
 
-# ------------------------------------------------------------------------------------------------------------- candidates
+# ----------------------------------------------------------------------------------------------------------- candidates
 
 
 def highest_loss(
@@ -110,7 +116,7 @@ def highest_loss(
     return chosen
 
 
-# -------------------------------------------------------------------------------------------------------------- transport
+# ------------------------------------------------------------------------------------------------------------ transport
 
 
 def ground_cost(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Tensor:
@@ -128,7 +134,7 @@ def ground_cost(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Tenso
 
 
 def transport_distance(cost: Tensor) -> float:
-    """Cut both windows into lcm(rows, columns) equal pieces and try every way to pair the pieces (tiny windows only)."""
+    """Cut both windows into lcm(rows, columns) equal pieces and try every way to pair them (tiny windows only)."""
     rows, columns = cost.shape
     pieces = math.lcm(rows, columns)
     table = cost.tolist()
@@ -156,7 +162,7 @@ def entropic_plan(cost: Tensor, epsilon: float, iterations: int = 5000) -> Tenso
     return plan
 
 
-# ----------------------------------------------------------------------------------------------- forks and down-weighting
+# --------------------------------------------------------------------------------------------- forks and down-weighting
 
 
 def is_fork(distance: Tensor, share: float) -> list[bool]:
@@ -177,7 +183,7 @@ def cap_weights(token_loss: Tensor, mask: Tensor, capped: Tensor) -> Tensor:
     return weights
 
 
-# --------------------------------------------------------------------------------------------------------------- guidance
+# ------------------------------------------------------------------------------------------------------------- guidance
 
 
 def vocabulary_targets(weight: Tensor, tokens: Tensor, vocabulary: int) -> list[list[float]]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from topd.algorithm import token_kl, token_nll
 from torch import Tensor
 from torch.testing import assert_close
+
+from topd.algorithm import token_kl, token_nll
 
 INF = math.inf
 directions = pytest.mark.parametrize("direction", ["reverse", "forward"])

@@ -1,4 +1,4 @@
-"""The token loss from hidden states, tile by tile: `Head`, `token_kl_from_hidden` and `gathered_log_probs`."""
+"""The token loss from hidden states, tile by tile, and what else heads give: scores and log-probabilities of tokens."""
 
 import math
 from typing import Any
@@ -8,12 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from topd.algorithm import Head, gathered_log_probs, token_kl, token_kl_from_hidden
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from topd.algorithm import Head, gathered_log_probs, score_tokens, token_kl, token_kl_from_hidden
 
 POSITIONS, VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 7, 11, 3, 4
 SHAPES = {
@@ -126,8 +124,11 @@ def test_the_teacher_is_constant_and_a_frozen_head_gets_no_gradient() -> None:
     teacher_hidden.requires_grad_()
     teacher.weight.requires_grad_()
     token_kl_from_hidden(hidden, Head(weight.detach()), teacher_hidden, teacher).sum().backward()
-    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
-    assert teacher_hidden.grad is None and teacher.weight.grad is None and weight.grad is None
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+    assert teacher_hidden.grad is None
+    assert teacher.weight.grad is None
+    assert weight.grad is None
 
 
 def test_frozen_hidden_states_leave_the_gradient_of_the_head() -> None:
@@ -138,6 +139,18 @@ def test_frozen_hidden_states_leave_the_gradient_of_the_head() -> None:
         torch.autograd.grad(values.sum(), (weight, bias)), torch.autograd.grad(whole.sum(), (weight, bias)), strict=True
     ):
         assert_close(ours, theirs)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the head is not among the saved tensors, so autograd cannot see that it changed"
+)
+def test_a_head_changed_between_forward_and_backward_is_refused() -> None:
+    hidden, weight, _, teacher_hidden, teacher = models()
+    values = token_kl_from_hidden(hidden, Head(weight), teacher_hidden, teacher)
+    with torch.no_grad():
+        weight *= 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.sum().backward()
 
 
 @directions
@@ -152,7 +165,9 @@ def test_a_vocabulary_masked_by_the_bias_equals_the_smaller_one(direction: str) 
     small = token_kl_from_hidden(hidden, Head(weight[kept], bias[kept]), teacher_hidden, small_teacher, direction, 25)
     assert_close(wide, small)
     for ours, theirs in zip(
-        torch.autograd.grad(wide.sum(), (hidden, weight)), torch.autograd.grad(small.sum(), (hidden, weight)), strict=True
+        torch.autograd.grad(wide.sum(), (hidden, weight)),
+        torch.autograd.grad(small.sum(), (hidden, weight)),
+        strict=True,
     ):
         assert_close(ours, theirs)
 
@@ -161,7 +176,8 @@ def test_a_vocabulary_masked_by_the_bias_equals_the_smaller_one(direction: str) 
 def test_bf16_hidden_states_give_float32_values_and_bf16_gradients(direction: str) -> None:
     hidden, weight, bias, teacher_hidden, teacher = models(torch.bfloat16)
     values = token_kl_from_hidden(hidden, Head(weight, bias), teacher_hidden, teacher, direction, 25)
-    assert values.dtype == torch.float32 and (values > -1e-6).all()
+    assert values.dtype == torch.float32
+    assert (values > -1e-6).all()
     double = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
     teacher64 = Head(teacher.weight.double(), scale=0.8)
     exact = token_kl_from_hidden(double[0], Head(double[1], double[2]), teacher_hidden.double(), teacher64, direction)
@@ -179,7 +195,8 @@ def test_a_small_kl_of_bf16_states_is_zero_for_equal_models_and_keeps_its_gradie
     values = token_kl_from_hidden(hidden, Head(weight), teacher_hidden, Head(weight.detach()))
     assert values[0] == 0
     (gradient,) = torch.autograd.grad(values.sum(), hidden)
-    assert (gradient[0] == 0).all() and (gradient[1:].abs().sum(-1) > 0).all()
+    assert (gradient[0] == 0).all()
+    assert (gradient[1:].abs().sum(-1) > 0).all()
 
 
 def test_no_positions_give_no_values_and_a_zero_gradient() -> None:
@@ -200,6 +217,37 @@ def test_a_batch_equals_the_loop_and_follows_a_permutation(seed: int, rows: int)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     permuted = token_kl_from_hidden(hidden[order], student, teacher_hidden[order], teacher, tile_elements=12)
     assert_close(permuted, batch[order])
+
+
+@shapes
+@directions
+@tile_sizes
+def test_scores_of_sampled_tokens_are_those_of_the_oracles(shape: Any, direction: str, tile_elements: int) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models()
+    tokens = torch.arange(POSITIONS) % VOCABULARY
+    scores = score_tokens(
+        hidden, Head(weight, bias, **shape), teacher_hidden, teacher, tokens, direction, tile_elements
+    )
+    student_logits = oracles.head_logits(hidden.detach(), weight.detach(), bias.detach(), **shape)
+    teacher_logits = oracles.head_logits(teacher_hidden, teacher.weight, scale=0.8)
+    assert_close(scores.kl, oracles.token_kl(student_logits, teacher_logits, direction))
+    assert_close(scores.teacher_nll, oracles.token_nll(teacher_logits, tokens))
+    assert_close(scores.entropy, oracles.entropy(student_logits))
+    assert not any(score.requires_grad for score in scores)
+
+
+def test_scores_of_a_masked_vocabulary_of_bf16_states_and_of_no_tokens_are_numbers() -> None:
+    hidden, weight, _, teacher_hidden, teacher = models(torch.bfloat16)
+    hole = torch.zeros(VOCABULARY)
+    hole[-2:] = -math.inf
+    tokens = torch.arange(POSITIONS)
+    scores = score_tokens(hidden, Head(weight, hole), teacher_hidden, Head(teacher.weight, hole), tokens)
+    small = score_tokens(hidden, Head(weight[:-2]), teacher_hidden, Head(teacher.weight[:-2]), tokens)
+    for ours, theirs in zip(scores, small, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs)
+    empty = score_tokens(hidden[:0], Head(weight), teacher_hidden[:0], teacher, tokens[:0])
+    assert [score.shape for score in empty] == [(0,)] * 3
 
 
 @shapes
@@ -244,61 +292,3 @@ def test_gathered_log_probs_of_no_position_or_no_token_are_empty() -> None:
     hidden, weight, _, _, _ = models()
     assert gathered_log_probs(hidden[:0], Head(weight), torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3)
     assert gathered_log_probs(hidden, Head(weight), torch.zeros(POSITIONS, 0, dtype=torch.long)).shape == (POSITIONS, 0)
-
-
-class LiveElements(TorchDispatchMode):
-    """Counts the elements of all tensors that operations return and that are still alive, whoever holds them.
-
-    `peak` is the most that were alive at once, `largest` the biggest single tensor. Scratch inside an operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                size = storage.nbytes() // tensor.element_size()
-                self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), size))
-                self.largest = max(self.largest, size)
-        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return result
-
-
-def memory(positions: int, how: str, direction: str = "reverse") -> LiveElements:
-    """Elements alive in a forward and a backward pass over a vocabulary of 512, in tiles of 4 positions."""
-    hidden, teacher_hidden = torch.randn(positions, 2, requires_grad=True), torch.randn(positions, 3)
-    student, teacher = Head(torch.randn(512, 2, requires_grad=True)), Head(torch.randn(512, 3))
-    tokens = torch.zeros(positions, 2, dtype=torch.long)
-    with LiveElements() as meter:
-        if how == "tiled":
-            loss = token_kl_from_hidden(hidden, student, teacher_hidden, teacher, direction, 4 * 512).mean()
-        elif how == "gathered":
-            loss = gathered_log_probs(hidden, student, tokens, 4 * 512).mean()
-        else:
-            loss = token_kl(student.logits(hidden), teacher.logits(teacher_hidden), direction).mean()
-        loss.backward()
-    assert hidden.grad is not None
-    return meter
-
-
-@directions
-def test_peak_memory_is_a_few_tiles_whatever_the_number_of_positions(direction: str) -> None:
-    few, many, whole = memory(16, "tiled", direction), memory(128, "tiled", direction), memory(128, "whole", direction)
-    assert whole.largest == 128 * 512 and whole.peak > 3 * 128 * 512  # the meter sees what it should
-    assert many.largest == 4 * 512  # one tile's logits are the biggest thing ever made
-    assert many.peak < 10 * 4 * 512  # both models' logits, their log-softmaxes, and the terms of the gradient
-    assert many.peak - few.peak < 112 * 10  # beyond that only a few numbers a position
-    assert many.peak < whole.peak / 10
-
-
-def test_gathered_log_probs_keep_one_tiles_logits() -> None:
-    few, many = memory(16, "gathered"), memory(128, "gathered")
-    assert many.largest == 4 * 512
-    assert many.peak < 8 * 4 * 512
-    assert many.peak - few.peak < 112 * 20

@@ -1,4 +1,4 @@
-"""The paper's algorithm: tensors in, tensors out. One file an idea; imports torch and a solver, nothing of this package."""
+"""The paper's algorithm: tensors in, tensors out. One file an idea; imports torch and a solver only."""
 
 from topd.algorithm.candidates import highest_loss
 from topd.algorithm.downweighting import cap_weights, select_for_capping

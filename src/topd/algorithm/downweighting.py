@@ -9,7 +9,7 @@ from torch import Tensor
 from topd.algorithm.forks import is_fork
 
 Selection = Literal["low", "high", "random"]
-"""Which candidates are capped. low: the false alarms. high: equally many, at random among the forks. random: among all."""
+"""Which candidates are capped. low: false alarms. high: equally many, at random among forks. random: among all."""
 
 
 def select_for_capping(
@@ -20,7 +20,7 @@ def select_for_capping(
     threshold: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "candidate"]:
-    """Choose the candidates to cap; the controls choose exactly as many as `low` does (fewer if there are fewer forks)."""
+    """Choose the candidates to cap; the controls choose as many as `low` does (fewer if there are fewer forks)."""
     known = distance.isfinite()
     fork = is_fork(distance, false_alarm_share=false_alarm_share, threshold=threshold)
     low = known & ~fork
@@ -40,14 +40,14 @@ def cap_weights(
 ) -> Float[Tensor, "rollout position"]:
     """Weights that bring each capped token's loss down to its rollout's median token loss; 1 elsewhere.
 
-    A weight is median / loss and carries no gradient, so the token's gradient shrinks by the same factor (the paper says
-    that the contribution is capped; that the gradient is scaled rather than cut to zero is our choice). A loss that is
-    already at most the median keeps weight 1. The median is the mean of the two middle values for an even number.
+    A weight is median / loss and carries no gradient, so the token's gradient shrinks by the same factor (the paper
+    says that the contribution is capped; that the gradient is scaled rather than cut to zero is our choice). A loss
+    that is at most the median keeps weight 1. The median is the mean of the two middle values for an even number.
     """
-    token_loss = token_loss.detach()
+    token_loss = token_loss.detach().to(torch.promote_types(token_loss.dtype, torch.float32))
     weights = torch.ones_like(token_loss)
     for row in (capped & mask).any(-1).nonzero().squeeze(-1).tolist():
-        median = token_loss[row, mask[row]].quantile(0.5)
+        median = token_loss[row, mask[row]].quantile(0.5).clamp(min=0)
         above = capped[row] & mask[row] & (token_loss[row] > median)
         weights[row, above] = median / token_loss[row, above]
     return weights

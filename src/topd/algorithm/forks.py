@@ -1,6 +1,5 @@
 """Fork or false alarm: which candidates really part (sections 2.1, 3 and 5.1)."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -26,6 +25,8 @@ def is_fork(
     Raises:
         ValueError: if `false_alarm_share` is not in [0, 1).
     """
+    if not 0 <= false_alarm_share < 1:
+        raise ValueError(f"false_alarm_share must be in [0, 1), got {false_alarm_share}.")
     if threshold is None:
         threshold = false_alarm_threshold(distance, false_alarm_share)
     return distance > max(threshold, 0.0)

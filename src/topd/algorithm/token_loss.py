@@ -4,11 +4,11 @@ The token loss of on-policy distillation is the full-vocabulary reverse KL at th
 
     KL(student || teacher) = sum_v p_S(v) (log p_S(v) - log p_T(v))
 
-From logits it is two log-softmaxes. From hidden states and the models' output heads it is computed tile by tile, so that
-tokens x vocabulary never exists at once: a first pass keeps three numbers a token, the backward pass recomputes each tile.
+From logits it is two log-softmaxes. From hidden states and the models' output heads it is computed tile by tile, so
+that tokens x vocabulary never exists at once: the first pass keeps the values, the backward pass recomputes each tile.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,8 +64,8 @@ def token_kl(
 
     A token to which the first distribution gives probability 0 contributes 0.
     """
-    student = torch.log_softmax(student_logits, dim=-1)
-    teacher = torch.log_softmax(teacher_logits, dim=-1)
+    student = torch.log_softmax(student_logits, dim=-1, dtype=_at_least_float32(student_logits))
+    teacher = torch.log_softmax(teacher_logits, dim=-1, dtype=_at_least_float32(teacher_logits))
     first, second = (student, teacher) if direction == "reverse" else (teacher, student)
     gap = torch.where(first == -torch.inf, 0.0, first - second)
     return (first.exp() * gap).sum(dim=-1)
@@ -75,7 +75,7 @@ def token_nll(
     logits: Float[Tensor, "*positions vocabulary"], tokens: Int[Tensor, "*positions"]
 ) -> Float[Tensor, "*positions"]:
     """Negative log-likelihood of the given tokens, in nats: with the teacher's logits, the axis of Fig. 6."""
-    return -torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return -torch.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits)).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def token_kl_from_hidden(
@@ -91,7 +91,7 @@ def token_kl_from_hidden(
     Differentiable in the student's hidden states and in its head's weight and bias; the teacher is constant. At most
     `tile_elements` logits of each model exist at once. Values are float32 at least.
     """
-    values: Tensor = _TiledKL.apply(
+    values: Tensor = _TiledKL.apply(  # type: ignore[no-untyped-call]
         student_hidden, student_head.weight, student_head.bias, student_head, teacher_hidden, teacher_head, direction,
         tile_elements,
     )  # fmt: skip
@@ -118,14 +118,14 @@ class _TiledKL(torch.autograd.Function):
         values = hidden.new_empty(hidden.shape[0], dtype=_at_least_float32(hidden))
         for rows in _tiles(hidden.shape[0], ctx.tile):
             values[rows] = token_kl(head.logits(hidden[rows]), teacher_head.logits(teacher_hidden[rows]), direction)
-        ctx.save_for_backward(hidden, teacher_hidden, values)
+        ctx.save_for_backward(hidden, teacher_hidden, values, weight, bias)
         return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_values,) = grads
-        hidden, teacher_hidden, values = ctx.saved_tensors
-        head: Head = ctx.head
+        hidden, teacher_hidden, values, weight, bias = ctx.saved_tensors
+        head: Head = replace(ctx.head, weight=weight, bias=bias)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(head.weight, dtype=values.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(head.weight[:, 0], dtype=values.dtype) if ctx.needs_input_grad[2] else None
@@ -179,7 +179,10 @@ def score_tokens(
     """Score sampled tokens tile by tile, each model's logits computed once."""
     values = student_hidden.new_zeros(3, len(tokens), dtype=_at_least_float32(student_hidden))
     for rows in _tiles(len(tokens), max(1, tile_elements // max(1, student_head.weight.shape[0]))):
-        student_logits, teacher_logits = student_head.logits(student_hidden[rows]), teacher_head.logits(teacher_hidden[rows])
+        student_logits, teacher_logits = (
+            student_head.logits(student_hidden[rows]),
+            teacher_head.logits(teacher_hidden[rows]),
+        )
         values[0, rows] = token_kl(student_logits, teacher_logits, direction)
         values[1, rows] = token_nll(teacher_logits, tokens[rows])
         values[2, rows] = torch.special.entr(student_logits.softmax(-1)).sum(-1)

@@ -4,9 +4,9 @@ The paper states, for teacher tokens and student tokens of two windows that star
 
     D_OT = min over gamma in Pi(a, b) of sum_ij gamma_ij C_ij
 
-Everywhere in this package the student's positions are rows and the teacher's are columns. Marginals are uniform over the
-tokens that are there (our choice). Solvers work on a batch of windows whose lengths may differ, and report whether they
-converged: a distance that was not reached is NaN, never a number.
+Everywhere in this package the student's positions are rows and the teacher's are columns. Marginals are uniform over
+the tokens that are there (our choice). Solvers work on a batch of windows whose lengths may differ, and report whether
+they converged: a distance that was not reached is NaN, never a number.
 """
 
 from typing import Literal, NamedTuple
@@ -64,11 +64,11 @@ def token_cost(
 
     Equal tokens cost exactly 0.
     """
-    unique, index = torch.cat([student_tokens.flatten(), teacher_tokens.flatten()]).unique(return_inverse=True)
+    unique, index = torch.cat([student_tokens.flatten(), teacher_tokens.flatten()]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
     table = embeddings[unique].float()
     pairs = ground_cost(table, table, kind).fill_diagonal_(0.0)
     rows, columns = index[: student_tokens.numel()], index[student_tokens.numel() :]
-    return pairs[rows.view(*student_tokens.shape, 1), columns.view(teacher_tokens.shape[0], 1, -1)]
+    return pairs[rows.view(*student_tokens.shape, 1), columns.view(teacher_tokens.shape[0], 1, teacher_tokens.shape[1])]
 
 
 def exact_transport(
@@ -76,7 +76,7 @@ def exact_transport(
     student_mask: Bool[Tensor, "window student_position"],
     teacher_mask: Bool[Tensor, "window teacher_position"],
 ) -> Transport:
-    """The optimal plan. Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Else: a network simplex (POT).
+    """The optimal plan. Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Else: network simplex (POT).
 
     Masks mark the tokens that are there; they must be a prefix of each row. Solved on the CPU in float64.
     """
@@ -103,7 +103,8 @@ def _network_simplex(cost: numpy.ndarray) -> numpy.ndarray:
     import ot  # two seconds to import, and needed only where lengths differ
 
     rows, columns = cost.shape
-    plan: numpy.ndarray = ot.emd(numpy.full(rows, 1 / rows), numpy.full(columns, 1 / columns), cost)
+    a, b = numpy.full(rows, 1 / rows), numpy.full(columns, 1 / columns)
+    plan: numpy.ndarray = ot.emd(a, b, cost)  # type: ignore[no-untyped-call]
     return plan
 
 
@@ -118,16 +119,17 @@ def entropic_transport(
 ) -> Transport:
     """Log-domain Sinkhorn on the whole batch at once, on the device of the cost.
 
-    The distance is <plan, cost>, without the entropy term; it exceeds the exact one (by about 0.02 at epsilon 0.05), so
+    The distance is <plan, cost>, without the entropy term; it exceeds the exact one (by some 0.02 at epsilon 0.05), so
     a threshold must be calibrated for each epsilon. Iterates until the L1 error of the marginals is at most
-    `tolerance` in every window, or `max_iterations`; a window above `tolerance` is not converged and its distance is NaN.
+    `tolerance` in every window, or `max_iterations`; a window above `tolerance` is not converged, its distance NaN.
     """
-    scaled = -cost.detach().double() / epsilon
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
+    finite = (cost.isfinite() | ~pair_mask).all(dim=(1, 2))
+    scaled = (-cost.detach().double() / epsilon).masked_fill(~finite[:, None, None], 0.0)
     scaled = scaled.masked_fill(~pair_mask, -torch.inf)
     log_a, log_b = _log_uniform(student_mask), _log_uniform(teacher_mask)
     f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
-    possible = student_mask.any(-1) & teacher_mask.any(-1)
+    possible = finite & student_mask.any(-1) & teacher_mask.any(-1)
     plan = torch.zeros_like(scaled)
     for iteration in range(1, max_iterations + 1):
         f = torch.where(student_mask, log_a - (scaled + g[:, None, :]).logsumexp(2), 0.0)
@@ -143,7 +145,8 @@ def entropic_transport(
 
 def _result(cost: Tensor, plan: Tensor, converged: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Transport:
     plan = plan.to(cost.device)
-    distance = (plan * cost.detach().double()).sum(dim=(1, 2))
+    pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
+    distance = (plan * cost.detach().double().masked_fill(~pair_mask, 0.0)).sum(dim=(1, 2))
     distance = torch.where(converged.to(cost.device), distance, torch.nan)
     error = _marginal_error(plan, student_mask, teacher_mask)
     dtype = cost.dtype

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from topd.demo.task import Problem, is_correct
 
@@ -13,7 +15,7 @@ MAX_NEW_TOKENS = 96
 
 @torch.no_grad()
 def answer_problems(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
     *,
@@ -44,14 +46,14 @@ def answer_problems(
 
 
 def correct_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], *, temperature: float = 0.0
+    model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], *, temperature: float = 0.0
 ) -> list[bool]:
     """Whether each problem is answered right."""
     texts = answer_problems(model, tokenizer, problems, temperature=temperature)
     return [is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
 
 
-def greedy_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
+def greedy_accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
     """Share of problems answered right with greedy decoding, 0..1."""
     correct = correct_answers(model, tokenizer, problems)
     return sum(correct) / len(correct)

@@ -1,8 +1,8 @@
 """`topd demo build`: train the embedded teacher and students from nothing, on worked solutions, with fixed seeds.
 
-The students share one lineage: the easy one is trained from scratch, the standard one continues from it on data with a
-stronger left-to-right habit, and the hard one from the standard one. Each model is written with a `build.json` that says
-how it was made and how well it answers held-out problems.
+The students share one lineage: the easy one is trained from scratch, the standard one continues from it on data with
+a stronger left-to-right habit, and the hard one from the standard one. Each model is written with a `build.json` that
+says how it was made and how well it answers held-out problems.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def solution_batch(
     tokenizer: PreTrainedTokenizerFast, style: Style, rng: random.Random, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [size, length] of prompt + solution + EOS, right-padded, and labels with the prompt masked (-100)."""
-    rows, starts = [], []
+    rows: list[torch.Tensor] = []
+    starts: list[int] = []
     while len(rows) < size:
         problem = sample_problem(rng)
         if problem.held_out:

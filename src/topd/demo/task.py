@@ -2,7 +2,8 @@
 
 The paper's own example ("What is 5+(2×3)?", Fig. 1 and 3) made a generator. Two things vary, on purpose:
 
-* **wording**, which changes nothing that follows ("then" or "next", "=" or "makes"): a high token loss here is a false alarm;
+* **wording**, which changes nothing that follows ("then" or "next", "=" or "makes"): a high token loss here is a
+  false alarm;
 * **procedure**: multiplication first, or from left to right. Where precedence matters the two part for good: a fork.
 
 A solution reads::

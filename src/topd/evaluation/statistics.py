@@ -1,9 +1,9 @@
 """How sure a score is: bootstrap intervals over problems, and a paired test of two arms.
 
-The unit is the problem: a benchmark is a sample of the problems that could have been asked. Nothing here assumes a normal
-distribution, and every number is reproducible from a seed. Where few different values occur (right or wrong, say), how
-often each is drawn has an exact binomial or multinomial law; that is drawn instead of the problems themselves, so
-10,000 resamples of 2,000 problems take milliseconds.
+The unit is the problem: a benchmark is a sample of the problems that could have been asked. Nothing here assumes a
+normal distribution, and every number is reproducible from a seed. Where few different values occur (right or wrong,
+say), how often each is drawn has an exact binomial or multinomial law; that is drawn instead of the problems
+themselves, so 10,000 resamples of 2,000 problems take milliseconds.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def paired_difference(
     """Mean of a - b on the same problems, its percentile bootstrap interval, and a sign-flip permutation test.
 
     The test: if the two arms did not differ, each problem's difference could as well have had the other sign. p is the
-    share of random sign assignments whose mean is at least as far from 0, by the rule (count + 1) / (samples + 1), which
-    is never 0 and never too small.
+    share of random sign assignments whose mean is at least as far from 0, by the rule (count + 1) / (samples + 1),
+    which is never 0 and never too small.
 
     Args:
         a, b: [problem], or [problem, sample]; each problem's answers are averaged first, so the two arms need the same
@@ -87,7 +87,8 @@ def paired_difference(
         seed: the same seed gives the same result. Exchanging a and b gives the same p.
 
     Raises:
-        ValueError: if an input is empty, ragged or not finite, the numbers of problems differ, or an option is out of range.
+        ValueError: if an input is empty, ragged or not finite, if the numbers of problems differ, or if `samples` or
+            `level` is out of range.
     """
     first, second = _table(a, "a").mean(axis=1), _table(b, "b").mean(axis=1)
     _check_options(samples, level)
@@ -124,7 +125,7 @@ def _two_level_binary(table: Floats, samples: int, rng: np.random.Generator) -> 
 
     def draw(size: int) -> Floats:
         problems = rng.multinomial(n, count / n, size=size)
-        return rng.binomial(problems * answers, right / answers).sum(axis=1) / (n * answers)
+        return np.asarray(rng.binomial(problems * answers, right / answers).sum(axis=1) / (n * answers))
 
     return _in_chunks(samples, len(right), draw)
 
@@ -137,7 +138,7 @@ def _two_level(table: Floats, samples: int, rng: np.random.Generator) -> Floats:
 
     def draw(size: int) -> Floats:
         problem = rng.integers(n, size=(size, n, 1))
-        return table[problem, rng.integers(answers, size=(size, n, answers))].mean(axis=(1, 2))
+        return np.asarray(table[problem, rng.integers(answers, size=(size, n, answers))].mean(axis=(1, 2)))
 
     return _in_chunks(samples, 3 * table.size, draw)
 
@@ -174,15 +175,17 @@ def _table(values: ArrayLike, name: str) -> Floats:
         table = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} must be numbers, [problem] or [problem, sample] with equally many samples for each problem: {error}. "
-            "Average each problem's samples first if their numbers differ."
+            f"{name} must be numbers, [problem] or [problem, sample] with equally many samples of each problem "
+            f"({error}). Average each problem's samples first if their numbers differ."
         ) from error
     if table.ndim not in (1, 2):
         raise ValueError(f"{name} must be [problem] or [problem, sample], got {table.ndim} dimensions. Reshape it.")
     if table.size == 0:
         raise ValueError(f"{name} is empty: there is nothing to average. Evaluate at least one problem.")
     if not np.isfinite(table).all():
-        raise ValueError(f"{name} holds NaN or infinity. Count a missing answer as wrong (0), or leave the problem out.")
+        raise ValueError(
+            f"{name} holds NaN or infinity. Count a missing answer as wrong (0), or leave the problem out."
+        )
     return table[:, None] if table.ndim == 1 else table
 
 

@@ -1,8 +1,9 @@
 """A rollout and windows that branch off it, through a model together.
 
 One row holds [prompt | response | window 1 | window 2 | ...]. A window token attends to the rollout's tokens before
-the window's start and to the tokens of its own window before it: a tree-shaped mask. Its position id is the one that it would
-have had, so its hidden state is what a separate sequence [prefix | window] would give, at a fraction of the cost.
+the window's start and to the tokens of its own window before it: a tree-shaped mask. Its position id is the one that
+it would have had, so its hidden state is what a separate sequence [prefix | window] would give, at a fraction of the
+cost.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Branches:
     position: Tensor
     tokens: Tensor
     mask: Tensor
+
+    def __getitem__(self, rows: slice) -> Branches:
+        return Branches(self.position[rows], self.tokens[rows], self.mask[rows])
 
 
 def supports_branches(config: PreTrainedConfig) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from topd.near_future.windows import Windows
 
@@ -24,7 +25,7 @@ class LocalModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         pad_token_id: int,
         eos_token_ids: Sequence[int],
         temperature: float = 0.0,
@@ -50,9 +51,12 @@ class LocalModel:
 
     def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
         longest = max(len(prefix) for prefix in prefixes)
-        ids = torch.stack([
-            torch.nn.functional.pad(prefix, (longest - len(prefix), 0), value=self.pad_token_id) for prefix in prefixes
-        ]).to(next(self.model.parameters()).device)
+        ids = torch.stack(
+            [
+                torch.nn.functional.pad(prefix, (longest - len(prefix), 0), value=self.pad_token_id)
+                for prefix in prefixes
+            ]
+        ).to(next(self.model.parameters()).device)
         padding = torch.tensor([longest - len(prefix) for prefix in prefixes], device=ids.device)
         config = GenerationConfig(
             max_new_tokens=length,
@@ -67,6 +71,6 @@ class LocalModel:
         return output[:, longest:]
 
     def _until_eos(self, tokens: Tensor) -> Tensor:
-        """True up to and with the first EOS. Everything before it was generated, whatever its id (pad may equal EOS)."""
+        """True up to and with the first EOS: what comes before was generated, whatever its id (pad may equal EOS)."""
         is_eos = torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device))
         return is_eos.cumsum(-1) - is_eos.long() == 0

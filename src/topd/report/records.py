@@ -22,6 +22,9 @@ RECORD_VERSION = 1
 MAX_CANDIDATES = 300
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
 
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
+_PICTURES |= {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
+
 
 class ReportError(TOPDError, ValueError):
     """The records of a run cannot be used."""
@@ -102,6 +105,12 @@ class Arm:
         return sum(values) / len(values) if values else None
 
     @property
+    def method(self) -> str:
+        """The method by the options, else by the audit, else the folder's name."""
+        audited = self.rollouts[0].method if self.rollouts else ""
+        return str(self.options.get("method") or audited or self.name)
+
+    @property
     def steps(self) -> int:
         """The last step that left a record."""
         return max([entry["step"] for entry in self.log] + [rollout.step for rollout in self.rollouts], default=0)
@@ -147,7 +156,7 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     missing = [name for name in named if name not in {arm.name for arm in arms}]
     if missing:
         notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
-    return Run(folder.resolve().name, arms, results, notes)
+    return Run(_clean(folder.resolve().name), arms, results, notes)
 
 
 def number(value: Any) -> float | None:
@@ -175,9 +184,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
-    arm = Arm(folder.resolve().name)
+    arm = Arm(_clean(folder.resolve().name))
     log = _read_object(_trainer_state(folder), notes).get("log_history")
-    arm.log = [{**entry, "step": int(entry["step"])} for entry in mappings(log) if number(entry.get("step")) is not None]
+    arm.log = [
+        {**entry, "step": int(entry["step"])} for entry in mappings(log) if number(entry.get("step")) is not None
+    ]
     arm.options = _read_object(folder / "topd_config.json", notes)
     for rollout in _read_audit(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes):
         arm.audited += 1
@@ -284,5 +295,5 @@ def _strings(values: Any) -> tuple[str, ...]:
 
 
 def _clean(value: Any) -> str:
-    """Text that can be written as UTF-8: half a surrogate pair becomes a question mark."""
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+    """Text that any page can hold: control characters become their pictures, half a surrogate pair a question mark."""
+    return str(value).translate(_PICTURES).encode("utf-8", "replace").decode("utf-8")

@@ -6,6 +6,8 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -28,8 +30,10 @@ _CSS = {
 }
 _COLOUR = re.compile("|".join(_CSS))
 _REFERENCE = re.compile(r"#([\w.-]+)")
-_FONT_FAMILY = re.compile(r"(font: [^;]*?[\d.]+px)[^;]*")
-_SETTINGS = {
+_FONT_FAMILY = re.compile(r" ?font-family: [^;]*;?")
+_FONT = re.compile(r"font: [^;]*?([\d.]+px)[^;]*")
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -61,6 +65,15 @@ _SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A finished figure: `svg` carries its own text alternative, `caption` says what, in which unit, estimated how."""
+
+    title: str
+    svg: str
+    caption: str
+
+
 class Drawing:
     """One figure being drawn: `axes` to draw on, and the finished `svg` afterwards."""
 
@@ -88,6 +101,11 @@ def drawing(name: str, alt: str, *, panels: int = 1, height: float = 2.7) -> Ite
     result.svg = inline(buffer.getvalue(), name, alt)
 
 
+def legend(figure: Drawing) -> None:
+    """Above the axes, where it never covers data."""
+    figure.canvas.legend(loc="outside upper right", ncols=4, columnspacing=1.2)
+
+
 def inline(document: str, name: str, alt: str) -> str:
     """Turn an SVG document into an element for an HTML page, with ids of its own and a text alternative."""
     root = ElementTree.fromstring(document)
@@ -102,7 +120,7 @@ def inline(document: str, name: str, alt: str) -> str:
         element.attrib = {
             key.rpartition("}")[2]: _attribute(key, value, name)
             for key, value in element.attrib.items()
-            if key != "id" or value in referenced
+            if (key != "id" or value in referenced) and not value.startswith("rotate(-0 ")
         }
         if not (element.text or "").strip():
             element.text = None
@@ -118,11 +136,10 @@ def inline(document: str, name: str, alt: str) -> str:
 def _attribute(key: str, value: str, name: str) -> str:
     if key == "id":
         return f"{name}-{value}"
-    if key == "d":
-        return " ".join(value.split())
     if key.endswith("href"):
         return value.replace("#", f"#{name}-")
+    value = _LONG_NUMBER.sub(lambda found: f"{float(found.group()):.2f}", " ".join(value.split()))
     if key in ("style", "fill", "stroke"):
         value = _COLOUR.sub(lambda found: _CSS[found.group()], value)
-        value = _FONT_FAMILY.sub(r"\1 inherit", value)
+        value = _FONT_FAMILY.sub("", _FONT.sub(r"font-size: \1", value))
     return value.replace("url(#", f"url(#{name}-")

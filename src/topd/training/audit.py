@@ -27,7 +27,7 @@ def audit_records(
     """One record a rollout: prompt, tokens with their loss (nats), and every candidate with both windows."""
 
     def texts(ids: Tensor) -> list[str]:
-        return [tokenizer.decode([token]) for token in ids.tolist()]
+        return [str(tokenizer.decode([token])) for token in ids.tolist()]
 
     records = []
     for row in range(min(limit, len(rollouts))):
@@ -49,14 +49,16 @@ def audit_records(
                 "teacher_window": texts(future.theirs.tokens[index][future.theirs.mask[index]]),
                 "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist()],
             })  # fmt: skip
-        records.append({
-            "version": RECORD_VERSION,
-            "step": step,
-            "method": method,
-            "prompt": tokenizer.decode(rollouts.prefix(row, 0)),
-            "rollout": {"tokens": tokens, "token_loss": [_number(loss) for loss in losses]},
-            "candidates": candidates,
-        })
+        records.append(
+            {
+                "version": RECORD_VERSION,
+                "step": step,
+                "method": method,
+                "prompt": tokenizer.decode(rollouts.prefix(row, 0)),
+                "rollout": {"tokens": tokens, "token_loss": [_number(loss) for loss in losses]},
+                "candidates": candidates,
+            }
+        )
     return records
 
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import DistillationConfig
 
-CHOICES = {
-    "method": ("opd", "opd-capped", "topd"),
-    "student_window": ("regenerated", "rollout"),
-    "candidate_ranking": ("reverse_kl", "teacher_nll"),
-    "embedding": ("student", "teacher", "student_hidden", "teacher_hidden"),
-    "ground_cost": ("cosine", "sqeuclidean"),
-    "transport_solver": ("exact", "entropic"),
-    "cap_selection": ("low", "high", "random"),
-    "guidance_target": ("transport", "same_index", "own"),
-    "guidance_at": ("forks", "false_alarms", "random"),
-    "guidance_context": ("student", "teacher"),
-    "teacher_context_loss": ("reverse_kl", "forward_kl", "cross_entropy"),
-    "guidance_reduction": ("mean", "sum"),
-}
+from topd.algorithm.downweighting import Selection
+from topd.algorithm.guidance import TargetKind
+from topd.algorithm.transport import GroundCost
+from topd.near_future.matching import Embedding, Solver
+
+Method = Literal["opd", "opd-capped", "topd"]
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -36,39 +28,50 @@ class TOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS
 
-    method: str = _option(
+    method: Method = _option(
         "topd",
         "opd: on-policy distillation, exactly TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
     )
     window_length: int = _option(50, "K, tokens of each window. Paper: 50.")
-    student_window: str = _option(
+    student_window: Literal["regenerated", "rollout"] = _option(
         "regenerated",
         "regenerated: the student continues each prefix anew (paper). rollout: the rollout's own next K tokens, "
         "nothing to generate.",
     )
-    window_temperature: float = _option(0.0, "Decoding of windows; 0 is greedy. The paper does not give it; our choice.")
+    window_temperature: float = _option(
+        0.0, "Decoding of windows; 0 is greedy. The paper does not give it; our choice."
+    )
 
-    candidate_ranking: str = _option(
+    candidate_ranking: Literal["reverse_kl", "teacher_nll"] = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
         "token (axis of Fig. 6). The paper does not give it; our choice.",
     )
     candidate_share: float | None = _option(
-        0.0225, "Highest share of a rollout's positions, at least one. The paper gives 218 of 9,688; the rule is our choice."
+        0.0225,
+        "Highest share of a rollout's positions, at least one. The paper gives 218 of 9,688; the rule is our choice.",
     )
     candidate_count: int | None = _option(None, "Instead of a share: a fixed number of candidates a rollout.")
-    candidate_threshold: float | None = _option(None, "Instead of a share: every position with at least this loss (nats).")
+    candidate_threshold: float | None = _option(
+        None, "Instead of a share: every position with at least this loss (nats)."
+    )
     candidate_spacing: int = _option(1, "Least distance between candidates of a rollout. Our choice: no spacing.")
 
-    embedding: str = _option(
+    embedding: Embedding = _option(
         "student",
         "What the ground cost is measured on: student or teacher, static input embeddings; student_hidden or "
         "teacher_hidden, that model's last hidden states over the windows. The paper does not give it; our choice.",
     )
-    ground_cost: str = _option("cosine", "cosine: 1 - cosine; or sqeuclidean. The paper does not give it; our choice.")
-    transport_solver: str = _option("exact", "exact, or entropic (log-domain Sinkhorn). The paper does not give it; our choice.")
-    entropic_epsilon: float = _option(0.05, "Regularisation of the entropic solver, in units of the ground cost. Our choice.")
+    ground_cost: GroundCost = _option(
+        "cosine", "cosine: 1 - cosine; or sqeuclidean. The paper does not give it; our choice."
+    )
+    transport_solver: Solver = _option(
+        "exact", "exact, or entropic (log-domain Sinkhorn). The paper does not give it; our choice."
+    )
+    entropic_epsilon: float = _option(
+        0.05, "Regularisation of the entropic solver, in units of the ground cost. Our choice."
+    )
 
     false_alarm_share: float = _option(
         0.30, "The bottom share of the batch's candidates by D_OT are false alarms. Paper (section 5.1): 0.30."
@@ -77,33 +80,40 @@ class TOPDConfig(DistillationConfig):
         None, "Instead of a share: candidates above this D_OT are forks, such as the threshold that a probe reports."
     )
 
-    guidance_weight: float = _option(0.3, "lambda in L_OPD + lambda L_traj. The paper does not give it; provisional, our choice.")
-    guidance_target: str = _option(
+    guidance_weight: float = _option(
+        0.3, "lambda in L_OPD + lambda L_traj. The paper does not give it; provisional, our choice."
+    )
+    guidance_target: TargetKind = _option(
         "transport", "transport: the paper. Controls: same_index (no alignment), own (the student's own tokens)."
     )
-    guidance_at: str = _option(
-        "forks", "forks: the paper. Controls, equally many: false_alarms (as far as there are), random (positions of the rollout)."
+    guidance_at: Literal["forks", "false_alarms", "random"] = _option(
+        "forks",
+        "forks: the paper. Controls: false_alarms; random, candidates drawn at random instead of by loss.",
     )
-    guidance_context: str = _option(
-        "student", "student: the student's own contexts (paper). teacher: prefix + the teacher's window (another reading)."
+    guidance_context: Literal["student", "teacher"] = _option(
+        "student",
+        "student: the student's own contexts (paper). teacher: prefix + the teacher's window (another reading).",
     )
-    teacher_context_loss: str = _option(
-        "reverse_kl", "In the teacher's contexts: reverse_kl, forward_kl (full vocabulary) or cross_entropy (its tokens)."
+    teacher_context_loss: Literal["reverse_kl", "forward_kl", "cross_entropy"] = _option(
+        "reverse_kl",
+        "In the teacher's contexts: reverse_kl, forward_kl (full vocabulary) or cross_entropy (its tokens).",
     )
-    guidance_reduction: str = _option(
+    guidance_reduction: Literal["mean", "sum"] = _option(
         "mean",
         "mean over guided window positions, so that lambda means the same at any K (our choice); sum over each window, "
         "mean over forks (the paper's sum).",
     )
     cap_false_alarms: bool = _option(False, "Whether topd also caps false alarms. Paper (the formula): no.")
-    cap_selection: str = _option("low", "Which candidates opd-capped caps: low (paper), or the controls high and random.")
+    cap_selection: Selection = _option(
+        "low", "Which candidates opd-capped caps: low (paper), or the controls high and random."
+    )
 
     audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")
     audit_rollouts: int = _option(2, "Rollouts in each audit record.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in CHOICES.items():
+        for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.candidate_count is not None or self.candidate_threshold is not None:
@@ -137,3 +147,9 @@ class TOPDConfig(DistillationConfig):
     def guides(self) -> bool:
         """Whether the trajectory loss is part of the loss."""
         return self.method == "topd" and self.guidance_weight > 0
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """What each option of ours that has a fixed set of values allows."""
+    hints = get_type_hints(TOPDConfig)
+    return {name: get_args(hints[name]) for name in TOPDConfig.__annotations__ if get_origin(hints[name]) is Literal}

@@ -42,8 +42,8 @@ def non_finite_error(
         first = records[0]
         lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
     lines.append(
-        "Resume from the last checkpoint with a lower learning_rate or a smaller guidance_weight; if it comes back on the "
-        "same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+        "Resume from the last checkpoint with a lower learning_rate or a smaller guidance_weight; if it comes back on "
+        "the same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
     )
     return NonFiniteError(" ".join(lines))
 

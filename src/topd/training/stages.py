@@ -13,7 +13,7 @@ STAGES = ("rollout", "scoring", "windows", "transport", "loss", "backward")
 
 
 class Stopwatch:
-    """Adds up wall-clock seconds by name. On CUDA it waits for the device at both ends, so that work is counted where it is."""
+    """Adds up wall-clock seconds by name. On CUDA it waits for the device, so that work is counted where it is done."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

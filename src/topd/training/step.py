@@ -36,9 +36,8 @@ from topd.algorithm import (
     token_kl_from_hidden,
     trajectory_loss,
 )
-from topd.near_future import Branches, Rollouts, Windows, rollout_windows
-from topd.training.futures import near_future_transport
-from topd.training.models import DistilledModel
+from topd.algorithm.token_loss import Direction
+from topd.near_future import Branches, DistilledModel, Rollouts, Windows, near_future_transport, rollout_windows
 
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
@@ -97,7 +96,9 @@ def look_ahead(
         rows, positions = choose_candidates(ranking, mask, options).nonzero(as_tuple=True)
 
     with stage("windows"):
-        prefixes = [rollouts.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)]
+        prefixes = [
+            rollouts.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)
+        ]
         theirs = teacher.continue_(prefixes, options.window_length)
         if options.student_window == "rollout":
             ours = rollout_windows(rollouts, rows, positions, options.window_length)
@@ -105,7 +106,11 @@ def look_ahead(
             ours = student.continue_(prefixes, options.window_length)
 
     with stage("transport"):
-        transport = near_future_transport(ours, theirs, prefixes, student, teacher, options)
+        transport = near_future_transport(
+            ours, theirs, prefixes, student, teacher,
+            embedding=options.embedding, cost=options.ground_cost,
+            solver=options.transport_solver, epsilon=options.entropic_epsilon,
+        )  # fmt: skip
         threshold = options.fork_threshold
         if threshold is None:
             threshold = false_alarm_threshold(gather(transport.distance), options.false_alarm_share)
@@ -134,7 +139,7 @@ def look_ahead(
 def score(
     rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, options: TOPDConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token loss, teacher's NLL, student's entropy: [rollout, position] nats, 0 at padding; and the teacher's states."""
+    """Token loss, teacher's NLL, student's entropy: [rollout, position] nats, 0 at padding; the teacher's states."""
     mask = rollouts.loss_mask.bool()
     teacher_hidden = teacher.hidden(rollouts)
     scores = score_tokens(
@@ -187,9 +192,9 @@ class Guided:
 
     Attributes:
         branches: the windows whose contexts the student is put in: its own, or the teacher's.
-        weight: [rollout, branch, window_position, target_position] of the targets; rows sum to 1, or to 0 if not guided.
+        weight: [rollout, branch, window_position, target_position]; rows sum to 1, or to 0 where not guided.
         tokens: [rollout, branch, target_position] that the columns of `weight` stand for.
-        teacher_hidden: [rollout, branch, window_position, width] in the teacher's contexts where a KL needs it, else None.
+        teacher_hidden: [rollout, branch, window_position, width] the teacher's states, where a KL needs them.
     """
 
     branches: Branches
@@ -225,8 +230,9 @@ def topd_loss(
     """
     mask = rollouts.loss_mask.bool()
     own_path = options.student_window == "rollout" and options.guidance_context == "student"
-    hidden, window_hidden = student.hidden_and_windows(rollouts, guided, from_rollout=own_path)
-    direction = "reverse" if options.beta == 1 else "forward"
+    branches = guided.branches if guided is not None else None
+    hidden, window_hidden = student.hidden_and_windows(rollouts, branches, from_rollout=own_path)
+    direction: Direction = "reverse" if options.beta == 1 else "forward"
     token_loss = token_kl_from_hidden(hidden[mask], student.head(), teacher_hidden[mask], teacher.head(), direction)
     opd = (weights[mask] * token_loss).sum() / num_tokens
     if guided is None:
@@ -246,8 +252,10 @@ def window_loss(
     if options.guidance_context == "teacher" and options.teacher_context_loss != "cross_entropy":
         assert guided.teacher_hidden is not None
         theirs = guided.teacher_hidden.flatten(0, 1)[positions]
-        direction = "reverse" if options.teacher_context_loss == "reverse_kl" else "forward"
-        return loss.masked_scatter(positions, token_kl_from_hidden(states, student.head(), theirs, teacher.head(), direction))
+        direction: Direction = "reverse" if options.teacher_context_loss == "reverse_kl" else "forward"
+        return loss.masked_scatter(
+            positions, token_kl_from_hidden(states, student.head(), theirs, teacher.head(), direction)
+        )
     wanted = targets.tokens[:, None, :].expand(*positions.shape, -1)
     log_probs = torch.zeros_like(targets.weight).masked_scatter(
         positions[..., None], gathered_log_probs(states, student.head(), wanted[positions])
@@ -256,7 +264,7 @@ def window_loss(
 
 
 def guided_windows(future: NearFuture, rollouts: Rollouts, options: TOPDConfig) -> Guided:
-    """Lay the guided candidates out as [rollout, branch, ...]; at least one (empty) slot, so that every batch has one."""
+    """Lay the guided candidates out as [rollout, branch, ...]; at least one slot, empty if need be."""
     at_most = torch.bincount(future.rows[future.guided], minlength=len(rollouts)).max().clamp(min=1)
     slots = int(at_most)
     chosen = future.guided.nonzero().squeeze(-1)
@@ -271,7 +279,9 @@ def guided_windows(future: NearFuture, rollouts: Rollouts, options: TOPDConfig) 
     ours, theirs = future.ours[chosen], future.theirs[chosen]
     windows = theirs if options.guidance_context == "teacher" else ours
     if options.guidance_context == "teacher":  # the teacher's window is both context and target
-        targets = make_targets("own", future.transport.plan[chosen], theirs.tokens, theirs.mask, theirs.tokens, theirs.mask)
+        targets = make_targets(
+            "own", future.transport.plan[chosen], theirs.tokens, theirs.mask, theirs.tokens, theirs.mask
+        )
     else:
         targets = make_targets(
             options.guidance_target, future.transport.plan[chosen], ours.tokens, ours.mask, theirs.tokens, theirs.mask

@@ -1,4 +1,4 @@
-"""`TOPDTrainer`: the step on TRL's `DistillationTrainer`. Plumbing, timing, metrics and audit; the method is in `step.py`."""
+"""`TOPDTrainer`: the step on TRL's `DistillationTrainer`. Plumbing, metrics and audit; the method is in `step.py`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from topd.near_future import Branches, ContinuesPrefixes, LocalModel, Rollouts
+from topd.near_future import Branches, ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
 from topd.training.audit import append_records, audit_records
 from topd.training.config import TOPDConfig
 from topd.training.metrics import near_future_metrics
-from topd.training.models import DistilledModel, fixed
 from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import Guided, NearFuture, guided_windows, look_ahead, score, topd_loss
 from topd.training.tokenizers import check_context, check_tokenizers
 
 _GUIDED = "guided_"
-"""Prefix of the batch's entries that hold a `Guided`, laid out [rollout, ...] so that TRL can shuffle and split them."""
+"""Prefix of the batch's entries that hold a `Guided`: all [rollout, ...], so that TRL can shuffle and split them."""
 
 
 class TOPDTrainer(DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
-    Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of 0)
-    every step equals `DistillationTrainer`'s, bit for bit.
+    Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of
+    0) every step equals `DistillationTrainer`'s, bit for bit.
 
     ```python
     from topd import TOPDConfig, TOPDTrainer
@@ -68,6 +67,8 @@ class TOPDTrainer(DistillationTrainer):
     }
 
     args: TOPDConfig
+    model: Any
+    teacher_model: Any
 
     def __init__(
         self, model: Any, teacher_model: Any = None, args: TOPDConfig | None = None, *rest: Any, **kwargs: Any
@@ -101,7 +102,7 @@ class TOPDTrainer(DistillationTrainer):
                     self.model_wrapped,
                     self.accelerator,
                     gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
                 ) as model,
                 self._dist.summon_full_params(self.model_wrapped, recurse=False),
             ):
@@ -156,7 +157,7 @@ class TOPDTrainer(DistillationTrainer):
             guided = guided_windows(future, rollouts, self.args)
             if self.args.guidance_context == "teacher" and self.args.teacher_context_loss != "cross_entropy":
                 with self._stage("scoring"), self.compute_loss_context_manager():
-                    guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided))
+                    guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
             guided_positions = guided.targets.guided
             count = guided_positions.sum() if self.args.guidance_reduction == "mean" else guided_positions.any(-1).sum()
             batch |= _pack(guided) | {"num_guided": self.accelerator.gather(count).sum()}
@@ -224,15 +225,15 @@ class TOPDTrainer(DistillationTrainer):
             self._stop_on("loss")
 
     def _stop_on(self, what: str) -> None:
-        """Raise, naming the rollouts at fault: those whose token loss is not finite, else the largest of the last batch."""
+        """Raise, naming the rollouts at fault: where the token loss is not finite, else where it is largest."""
         rollouts = self._last_batch
         with self.compute_loss_context_manager():
-            token_loss, _, _ = score(rollouts, self._student(), self._teacher(), self.args)
+            token_loss, *_ = score(rollouts, self._student(), self._teacher(), self.args)
         mask = rollouts.loss_mask
         raise non_finite_error(
             what,
             self.state.global_step + 1,
-            self.args.output_dir,
+            str(self.args.output_dir),
             rollouts,
             token_loss.sum(-1) / mask.sum(-1).clamp(min=1),
             self._tokenizer.decode,
@@ -249,7 +250,7 @@ class TOPDTrainer(DistillationTrainer):
                 rollouts, future, self._tokenizer,
                 step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
             )  # fmt: skip
-            append_records(records, Path(self.args.output_dir) / "audit.jsonl")
+            append_records(records, Path(str(self.args.output_dir)) / "audit.jsonl")
 
     def _finish_step_metrics(self) -> None:
         seconds = self._stage.take()
@@ -269,7 +270,7 @@ class TOPDTrainer(DistillationTrainer):
 def save_options(args: TOPDConfig) -> None:
     """Write the method's options to `topd_config.json` in the output folder, for the report."""
     names = set(asdict(args)) & set(TOPDConfig.__annotations__) | {"learning_rate", "seed", "max_completion_length"}
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in sorted(names)}
     (folder / "topd_config.json").write_text(json.dumps(options, indent=1) + "\n")

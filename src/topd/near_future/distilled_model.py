@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from topd.algorithm import Head
-from topd.near_future import ContinuesPrefixes, Rollouts, Windows, hidden_with_branches
-from topd.near_future.branches import rollout_hidden
-
-if TYPE_CHECKING:
-    from topd.training.step import Guided
+from topd.near_future.branches import Branches, hidden_with_branches, rollout_hidden
+from topd.near_future.sources import ContinuesPrefixes
+from topd.near_future.windows import Rollouts, Windows
 
 Forward = Callable[..., Any]
 """Runs `function(*args)` inside the wrapped model's forward, so that DDP, FSDP or DeepSpeed see it."""
@@ -26,7 +24,7 @@ class DistilledModel:
     """One of the two models.
 
     Args:
-        model: the unwrapped causal language model (a PEFT model is fine).
+        model: the unwrapped causal language model of transformers (a PEFT model is fine).
         source: continues prefixes; a context manager factory, since a trained model is unwrapped for generation.
         forward: see `Forward`.
         temperature: of the token loss, as in TRL.
@@ -35,7 +33,7 @@ class DistilledModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         source: Callable[[], AbstractContextManager[ContinuesPrefixes]],
         forward: Forward = lambda function, *args: function(*args),
         temperature: float = 1.0,
@@ -68,44 +66,45 @@ class DistilledModel:
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """[rollout, position, width]: the states that predict each response token, in evaluation mode, no gradient."""
         with evaluating(self.model):
-            return torch.cat([
-                self._forward(rollout_hidden, self.backbone, rollouts[start : start + self._micro_batch])
-                for start in range(0, len(rollouts), self._micro_batch)
-            ])
+            return torch.cat(
+                [
+                    self._forward(rollout_hidden, self.backbone, rollouts[start : start + self._micro_batch])
+                    for start in range(0, len(rollouts), self._micro_batch)
+                ]
+            )
 
     def hidden_and_windows(
-        self, rollouts: Rollouts, guided: Guided | None, from_rollout: bool = False
+        self, rollouts: Rollouts, branches: Branches | None, from_rollout: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """States that predict the response tokens, and those that predict the guided windows' tokens, with gradients.
+        """States that predict the response tokens, and those that predict the windows' tokens, with gradients.
 
         With `from_rollout`, the windows are the rollout's own tokens, whose states the row already holds.
         """
-        if guided is None:
+        if branches is None:
             return rollout_hidden(self.backbone, rollouts), torch.empty(0)
         if not from_rollout:
-            return hidden_with_branches(self.backbone, self.config, rollouts, guided.branches)
+            return hidden_with_branches(self.backbone, self.config, rollouts, branches)
         hidden = rollout_hidden(self.backbone, rollouts)
-        length = guided.branches.tokens.shape[-1]
-        index = guided.branches.position[:, :, None] + torch.arange(length, device=hidden.device)
+        length = branches.tokens.shape[-1]
+        index = branches.position[:, :, None] + torch.arange(length, device=hidden.device)
         row = torch.arange(len(rollouts), device=hidden.device)[:, None, None]
         return hidden, hidden[row, index.clamp(max=hidden.shape[1] - 1)]
 
     @torch.no_grad()
-    def hidden_in_windows(self, rollouts: Rollouts, guided: Guided) -> Tensor:
-        """[rollout, branch, window_position, width]: the states that predict the guided windows' tokens, no gradient."""
+    def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
+        """[rollout, branch, window_position, width]: the states that predict the windows' tokens, no gradient."""
         with evaluating(self.model):
             parts = []
             for start in range(0, len(rollouts), self._micro_batch):
                 rows = slice(start, start + self._micro_batch)
-                branches = type(guided.branches)(*(part[rows] for part in vars(guided.branches).values()))
                 parts.append(
-                    self._forward(hidden_with_branches, self.backbone, self.config, rollouts[rows], branches)[1]
+                    self._forward(hidden_with_branches, self.backbone, self.config, rollouts[rows], branches[rows])[1]
                 )
         return torch.cat(parts)
 
     @torch.no_grad()
     def states_of(self, prefixes: Sequence[Tensor], windows: Windows) -> Tensor:
-        """[window, window_position, width]: last hidden states at the window tokens themselves (for embedding "hidden")."""
+        """[window, window_position, width]: last hidden states at the window tokens themselves."""
         ids = [
             torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)
         ]  # padding after EOS is never looked at
@@ -130,7 +129,7 @@ def last_hidden_state(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return states
 
 
-def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
+def output_head(model: Any, temperature: float = 1.0) -> Head:
     """The model's output head with everything that its config does to logits (scales, soft caps, biases)."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
     scale = 1.0

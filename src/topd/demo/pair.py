@@ -1,0 +1,26 @@
+"""The embedded pair: a teacher and students of three difficulties that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from topd.errors import TOPDError
+
+PREFIX = "embedded:"
+"""`embedded:teacher` or `embedded:student-standard` stands for a model's folder wherever a model is named."""
+
+_MODELS = Path(__file__).parent / "models"
+
+
+def pair_folder(role: str) -> Path:
+    """Folder of an embedded model: "teacher", "student-easy", "student-standard" or "student-hard"."""
+    folder = _MODELS / role
+    if not (folder / "config.json").is_file():
+        known = ", ".join(sorted(path.parent.name for path in _MODELS.glob("*/config.json"))) or "none"
+        raise TOPDError(f"There is no embedded model {role!r}. Known: {known}. `topd demo build` makes them.")
+    return folder
+
+
+def resolve_model(name: str) -> str:
+    """A model name for `from_pretrained`: embedded names become folders, all others stay."""
+    return str(pair_folder(name.removeprefix(PREFIX))) if name.startswith(PREFIX) else name

@@ -1,0 +1,246 @@
+"""`topd demo`: distil the embedded student by OPD and by TOPD from the same start, and show what happened.
+
+Both arms have the same student, teacher, prompts, seed and optimizer steps; they differ in `method` only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+from topd.analysis.probe import PAPER, probe
+from topd.demo.accuracy import MAX_NEW_TOKENS, correct_answers
+from topd.demo.pair import pair_folder
+from topd.demo.table import results_table
+from topd.demo.task import Problem, make_problems
+from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.near_future.sampling import local_pair, sample_rollouts
+from topd.training import TOPDConfig, TOPDTrainer
+from topd.training.config import Method
+from topd.version import __version__
+
+ARMS: tuple[Method, ...] = ("opd", "topd")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long a demo is: the full one under 10 minutes on two cores, the quick one under 2."""
+
+    steps: int
+    held_out: int
+    sampled: int
+    probe_rollouts: int
+    batch: int = 48
+
+
+FULL = Size(steps=60, held_out=1000, sampled=4, probe_rollouts=128)
+QUICK = Size(steps=12, held_out=500, sampled=1, probe_rollouts=48)
+
+WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 16, 0.06, 0.3
+"""The task's responses have about 60 tokens, the paper's 9,688: so windows are shorter and candidates denser."""
+
+
+def run_demo(
+    out: Path, *, quick: bool = False, seed: int = 0, steps: int | None = None, difficulty: str = "standard"
+) -> dict[str, Any]:
+    """Run both arms, print the table, write `results.json` and `report.html` into `out`; return the results."""
+    _quieten()
+    torch.set_num_threads(1)  # models of a megabyte: a second thread costs more than it gives
+    size = QUICK if quick else FULL
+    steps = steps or size.steps
+    started, console = time.perf_counter(), Console()
+    student_folder = pair_folder(f"student-{difficulty}")
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    held_out = make_problems(size.held_out, seed=1_000_000 + seed, held_out=True)
+
+    console.print(f"[bold]TOPD demo[/bold]  {difficulty} student, {steps} steps of {size.batch} rollouts, seed {seed}")
+    before = _before(student_folder, tokenizer, held_out, size, console)
+    correct, arms = {}, []
+    for name in ARMS:
+        student, arm = _train(name, student_folder, tokenizer, out / name, size, steps, seed, console)
+        with console.status(f"{name}: answering {len(held_out)} held-out problems"):
+            correct[name] = _answers(student, tokenizer, held_out, size.sampled, seed)
+        arms.append(arm | {how: _interval(values) for how, values in correct[name].items()})
+
+    results = before | {
+        "version": 1,
+        "difficulty": difficulty,
+        "arms": arms,
+        "difference": {
+            how: asdict(paired_difference(correct["topd"][how], correct["opd"][how])) for how in ("greedy", "sampled")
+        },
+        "overhead": arms[1]["seconds_per_step"] / arms[0]["seconds_per_step"],
+        "seconds_total": time.perf_counter() - started,
+        "seed": seed,
+        "versions": _versions(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(results_table(results))
+    _write_report(out, console)
+    return results
+
+
+def _before(
+    student_folder: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], size: Size, console: Console
+) -> dict[str, Any]:
+    """Accuracy of teacher and student, and the pair's false-alarm share, before anything is trained."""
+    teacher, student = _load(pair_folder("teacher")), _load(student_folder)
+    with console.status("before training: answering held-out problems"):
+        shown = {
+            "teacher": {"greedy": _interval(_answers(teacher, tokenizer, held_out, 0, 0)["greedy"])["mean"]},
+            "student": {how: _interval(v)["mean"] for how, v in _answers(student, tokenizer, held_out, 1, 0).items()},
+        }
+    console.print(f"teacher {shown['teacher']['greedy']:.1%}  student {shown['student']['greedy']:.1%} (greedy)")
+    with console.status("probing: are high-loss tokens forks or false alarms?"):
+        torch.manual_seed(0)
+        prompts = [problem.prompt for problem in make_problems(size.probe_rollouts, seed=7, held_out=False)]
+        rollouts = sample_rollouts(student, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        found = probe(
+            *local_pair(student, teacher, tokenizer), rollouts, window_length=WINDOW_LENGTH, share=CANDIDATE_SHARE
+        )
+    low, high = found.interval()
+    console.print(
+        f"false alarms among high-loss tokens: {found.false_alarm_share:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%}; the paper's pair: {PAPER['false_alarm_share']:.1%})"
+    )
+    return shown | {"false_alarm_share": {"value": found.false_alarm_share, "low": low, "high": high}}
+
+
+def _train(
+    name: Method,
+    student_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    size: Size,
+    steps: int,
+    seed: int,
+    console: Console,
+) -> tuple[Any, dict[str, Any]]:
+    """Distil one arm; return the student and its row of the results."""
+    (out / "audit.jsonl").unlink(missing_ok=True)
+    prompts = Dataset.from_list(
+        [{"prompt": problem.prompt} for problem in make_problems(steps * size.batch, seed=seed, held_out=False)]
+    )
+    trainer = TOPDTrainer(
+        model=_load(student_folder),
+        teacher_model=_load(pair_folder("teacher")),
+        args=arm_config(name, out, steps=steps, batch=size.batch, seed=seed),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), console=console,
+    ) as progress:  # fmt: skip
+        trainer.add_callback(_ShowProgress(progress, name, steps))
+        trainer.train()
+    trainer.save_model(str(out))
+    trainer.save_state()
+    times = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
+    assert trainer.model is not None
+    return trainer.model, {"name": name, "steps": steps, "seconds_per_step": sorted(times)[len(times) // 2]}
+
+
+def arm_config(name: Method, out: Path, *, steps: int, batch: int, seed: int) -> TOPDConfig:
+    """Options of one arm. Both arms share all but `method`."""
+    return TOPDConfig(
+        str(out),
+        method=name,
+        window_length=WINDOW_LENGTH,
+        candidate_share=CANDIDATE_SHARE,
+        guidance_weight=GUIDANCE_WEIGHT,
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        adam_beta2=0.98,
+        max_completion_length=MAX_NEW_TOKENS,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=max(1, steps // 2),
+        save_total_limit=2,
+        audit_steps=max(1, steps // 6),
+        audit_rollouts=6,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+    )
+
+
+class _ShowProgress(TrainerCallback):
+    def __init__(self, progress: Progress, name: str, steps: int) -> None:
+        self.progress, self.task = progress, progress.add_task(f"{name:5}", total=steps, loss="")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.progress.update(self.task, completed=state.global_step, loss=f"loss {logs['loss']:.3f}")
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], sampled: int, seed: int
+) -> dict[str, list[float]]:
+    """For each problem: 1 or 0 for greedy decoding; and the share of samples (temperature 1) that are right."""
+    torch.manual_seed(seed)
+    answers = {"greedy": [float(right) for right in correct_answers(model, tokenizer, problems)]}
+    if sampled:
+        samples = [correct_answers(model, tokenizer, problems, temperature=1.0) for _ in range(sampled)]
+        answers["sampled"] = [sum(of_problem) / sampled for of_problem in zip(*samples, strict=True)]
+    return answers
+
+
+def _interval(values: list[float]) -> dict[str, float]:
+    return asdict(bootstrap_mean(values))
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _write_report(out: Path, console: Console) -> None:
+    try:
+        from topd.report.page import write_report
+    except ImportError as error:
+        console.print(f"No report page: it needs {error.name} (pip install 'topd\\[report]').")
+        return
+    console.print(f"Open {write_report(out)} to see the forks; figures are in {out / 'results.json'}.")
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "accelerate", "datasets", "scipy", "POT")
+    return {"topd": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _quieten() -> None:
+    """The demo speaks for itself: keep the libraries' notices and bars off the screen."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

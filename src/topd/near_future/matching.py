@@ -1,0 +1,38 @@
+"""Embed both windows and move one onto the other: from tokens to costs to plans."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from topd.algorithm import Transport, entropic_transport, exact_transport, ground_cost, token_cost
+from topd.algorithm.transport import GroundCost
+from topd.near_future.distilled_model import DistilledModel
+from topd.near_future.windows import Windows
+
+Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
+Solver = Literal["exact", "entropic"]
+
+
+def near_future_transport(
+    ours: Windows,
+    theirs: Windows,
+    prefixes: list[Tensor],
+    student: DistilledModel,
+    teacher: DistilledModel,
+    *,
+    embedding: Embedding = "student",
+    cost: GroundCost = "cosine",
+    solver: Solver = "exact",
+    epsilon: float = 0.05,
+) -> Transport:
+    """Transport between the student's windows (rows) and the teacher's (columns). See `TOPDConfig` for the choices."""
+    model = student if embedding.startswith("student") else teacher
+    if embedding.endswith("_hidden"):
+        costs = ground_cost(model.states_of(prefixes, ours).float(), model.states_of(prefixes, theirs).float(), cost)
+    else:
+        costs = token_cost(ours.tokens, theirs.tokens, model.embeddings(), cost)
+    if solver == "entropic":
+        return entropic_transport(costs, ours.mask, theirs.mask, epsilon=epsilon)
+    return exact_transport(costs, ours.mask, theirs.mask)

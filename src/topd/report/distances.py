@@ -1,0 +1,110 @@
+"""The figures of audited candidates: how far apart their futures are, and whether the token loss tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import to_rgba
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from topd.report.records import Point
+from topd.report.svg import BLUE, INK, Figure, drawing, legend
+
+Floats = NDArray[np.float64]
+
+SCATTER_UP_TO = 1500
+"""More candidates than this are drawn as a density, so that the page stays small."""
+
+
+def distance_figures(points: Sequence[Point]) -> list[Figure]:
+    """How far apart the futures of the audited candidates are."""
+    return [figure for figure in (_histogram(points), _loss_against_distance(points)) if figure]
+
+
+def _histogram(points: Sequence[Point]) -> Figure | None:
+    forks, alarms = (
+        [point.distance for point in points if point.kind == kind and point.distance is not None]
+        for kind in ("fork", "alarm")
+    )
+    if not forks and not alarms:
+        return None
+    medians = [f"{len(some)} {what}" + (f", median {np.median(some):.3g}" if some else "")
+               for what, some in (("forks", forks), ("false alarms", alarms))]  # fmt: skip
+    with drawing("histogram", f"Histogram of transport distances: {'; '.join(medians)}.") as figure:
+        axes = figure.axes[0]
+        bins = np.linspace(0, max(1.0, *forks, *alarms), 41)
+        below, _ = np.histogram(alarms, bins)
+        above, _ = np.histogram(forks, bins)
+        bar = {"width": 0.86 * bins[1], "align": "edge"}
+        some, more = below > 0, above > 0  # a bar of height 0 would still be drawn as a line
+        label = f"false alarms ({len(alarms):,})"
+        axes.bar(
+            bins[:-1][some], below[some], color=to_rgba(INK, 0.12), edgecolor=INK, linewidth=0.8, label=label, **bar
+        )
+        label = f"forks ({len(forks):,})"
+        axes.bar(bins[:-1][more], above[more], bottom=below[more], color=BLUE, label=label, **bar)
+        axes.set_xlabel("D_OT")
+        axes.set_ylabel("candidates")
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        legend(figure)
+    return Figure(
+        "Forks and false alarms by distance",
+        figure.svg,
+        "All audited candidates with a distance. Unless a threshold is set, each batch draws its own line between the "
+        "two, so they may overlap.",
+    )
+
+
+def _loss_against_distance(points: Sequence[Point]) -> Figure | None:
+    known = [(p.token_loss, p.distance, p.kind) for p in points if p.token_loss is not None and p.distance is not None]
+    if len(known) < 2:
+        return None
+    loss, distance = np.array([row[0] for row in known]), np.array([row[1] for row in known])
+    related = f"Pearson r = {correlation(loss, distance)}, Spearman ρ = {correlation(_ranks(loss), _ranks(distance))}"
+    alt = f"Token loss against transport distance of {len(known)} candidates: {related}."
+    with drawing("loss-distance", alt) as figure:
+        axes = figure.axes[0]
+        if len(known) > SCATTER_UP_TO:
+            cells = axes.hexbin(
+                loss,
+                distance,
+                gridsize=(36, 18),
+                mincnt=1,
+                linewidths=0,
+            )
+            density = np.log1p(np.asarray(cells.get_array(), dtype=float))
+            cells.set_array(None)
+            cells.set_facecolor([to_rgba(BLUE, 0.12 + 0.88 * share) for share in density / density.max()])
+        else:
+            for kind, label in (("alarm", "false alarm"), ("fork", "fork")):
+                chosen = np.array([row[2] == kind for row in known])
+                filled = (
+                    {"facecolors": BLUE, "alpha": 0.55} if kind == "fork" else {"facecolors": "none", "edgecolors": INK}
+                )
+                axes.scatter(
+                    loss[chosen], distance[chosen], s=13, linewidths=0.8 * (kind == "alarm"), label=label, **filled
+                )
+            legend(figure)
+        axes.set_xlabel("token loss, nats")
+        axes.set_ylabel("D_OT")
+        axes.set_ylim(bottom=min(-0.02, distance.min()))
+    return Figure(
+        "Token loss against distance",
+        figure.svg,
+        f"{related}, {len(known):,} candidates. In the paper: 0.126 and 0.143.",
+    )
+
+
+def correlation(a: Floats, b: Floats) -> str:
+    """Pearson's r with three decimals, or a dash if one side does not vary."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return "–"
+    return f"{np.corrcoef(a, b)[0, 1]:.3f}".replace("-", "−")
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks from 1, equal values sharing their mean rank."""
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[inverse]

@@ -1,0 +1,544 @@
+"""The report: what records say is on the page, what a model wrote is never run, and nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from topd.report import ReportError, write_report
+from topd.report.distances import correlation
+from topd.report.figures import arm_styles, curve_figures, thin
+from topd.report.records import Arm, Candidate, Rollout, load_run
+from topd.report.rollouts import align, choose_rollouts, shade, visible
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    "</style><img src=x onerror=alert(3)>",
+    "</details></title><!-- ",
+    '" onmouseover="alert(4)" x="',
+    "' autofocus onfocus='alert(5)",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;b&gt; &#60;i&#62;",
+    "🤖 émoji 😀‍🔥 \u202eright to left",
+    "\x00\x1b[31m\r\ufffe",
+    "\ud83d",
+    "\n",
+    " ",
+    "",
+]
+
+
+# --- a run, made here ------------------------------------------------------------------------------------------------
+
+
+def candidate(position: int = 1, *, distance: float | None = 0.4, fork: bool = True, **other: Any) -> dict[str, Any]:
+    return {
+        "position": position,
+        "token": "5",
+        "token_loss": 1.9,
+        "distance": distance,
+        "fork": fork,
+        "decision": "guided" if fork else "none",
+        "weight": 1.0,
+        "student_window": ["5", "+", "2"],
+        "teacher_window": ["2", "×", "5", "+"],
+        "plan": [[0, 2, 0.33], [1, 3, 0.33], [2, 0, 0.25], [2, 1, 0.08]],
+    } | other
+
+
+def record(step: int = 10, *, candidates: list[dict[str, Any]] | None = None, **other: Any) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "step": step,
+        "method": "topd",
+        "prompt": "what is 5+2×3?",
+        "rollout": {"tokens": [" first ", "5", "+", "2"], "token_loss": [0.01, 1.9, 0.3, 5.5]},
+        "candidates": [candidate()] if candidates is None else candidates,
+    } | other
+
+
+def metrics(step: int, *, near_future: bool) -> dict[str, float]:
+    found = {
+        "step": step, "loss": 0.3, "token_loss/mean": 0.3 / step, "token_loss/q50": 0.001, "token_loss/q90": 0.5,
+        "token_loss/q99": 3.0, "seconds/rollout": 0.5, "seconds/scoring": 0.1, "seconds/loss": 0.1,
+        "seconds/backward": 0.2, "completions/mean_length": 30.0,
+    }  # fmt: skip
+    if near_future:
+        found |= {
+            "distance/q25": 0.1, "distance/q50": 0.3, "distance/q75": 0.5, "false_alarm_share": 0.3,
+            "guidance/own_token_share": 0.6, "guidance/loss": 2.0, "seconds/windows": 0.2, "seconds/transport": 0.05,
+        }  # fmt: skip
+    return found
+
+
+def write_arm(folder: Path, records: list[Any], *, logged: int = 0, near_future: bool = True, **options: Any) -> Path:
+    """A trainer output folder with so many logged steps. Without any, there are no curves to draw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = [metrics(step, near_future=near_future) for step in range(1, logged + 1)]
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"log_history": [*log, {"step": logged, "train_runtime": 9}]})
+    )
+    (folder / "topd_config.json").write_text(json.dumps({"method": folder.name, "window_length": 50} | options))
+    if records:
+        lines = [line if isinstance(line, str) else json.dumps(line) for line in records]
+        (folder / "audit.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_results(folder: Path, **other: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    share = {"mean": 0.748, "low": 0.71, "high": 0.786, "n": 500}
+    results = {
+        "version": 1,
+        "teacher": {"greedy": 0.992},
+        "student": {"greedy": 0.552, "sampled": 0.418},
+        "arms": [
+            {"name": "opd", "greedy": share, "sampled": share, "seconds_per_step": 0.9, "steps": 5},
+            {"name": "topd", "greedy": share | {"mean": 0.812}, "sampled": share, "seconds_per_step": 1.2, "steps": 5},
+        ],
+        "difference": {"greedy": {"mean": 0.064, "low": -0.028, "high": 0.1, "p": 0.0008}},
+        "overhead": 1.31,
+        "false_alarm_share": {"value": 0.304, "low": 0.262, "high": 0.347},
+        "seconds_total": 412.3,
+        "seed": 7,
+        "versions": {"topd": "0.1.0", "torch": "2.9.1"},
+    } | other
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = write_results(tmp_path_factory.mktemp("run") / "demo")
+    write_arm(run / "opd", [], logged=5, near_future=False)
+    alarm = candidate(2, distance=0.05, fork=False, token="+")
+    records = [record(step, candidates=[candidate(), alarm]) for step in (1, 3, 5)]
+    write_arm(run / "topd", records, logged=5, guidance_weight=0.3)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(demo: Path) -> Page:
+    return page_of(demo)
+
+
+class Page(HTMLParser):
+    """The page as a browser would build it: elements with attributes, and the text of each kind of element."""
+
+    INLINE = ("span", "b", "i", "a", "sup", "sub", "code", "strong", "em", "cite", "title", "text")
+    VOID = ("meta", "link", "input", "br", "hr", "img")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.INLINE:
+            self.texts.append(("", " "))
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    @property
+    def text(self) -> str:
+        """All that a reader sees; script and style are not text."""
+        return " ".join("".join(text for tag, text in self.texts if tag not in ("script", "style")).split())
+
+    def all(self, tag: str, class_: str = "") -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag and class_ in (attrs.get("class") or "")]
+
+
+def page_of(run: Path) -> Page:
+    page = Page(write_report(run))
+    assert not page.open, "every element is closed"
+    return page
+
+
+def assert_harmless(page: Page) -> None:
+    script = (Path(sys.modules["topd.report.page"].__file__ or "").parent / "script.js").read_text(encoding="utf-8")
+    assert [text for tag, text in page.texts if tag == "script"] == [script]
+    assert len(page.all("script")) == 1
+    for tag, attrs in page.elements:
+        assert tag not in ("img", "iframe", "object", "embed", "base", "audio", "video", "source")
+        for name, value in attrs.items():
+            assert not name.startswith("on"), f"<{tag} {name}>"
+            if name in ("href", "src", "xlink:href", "action", "poster", "srcset", "data"):
+                assert (value or "").startswith("#") or value == "data:,", f"<{tag} {name}={value}>"
+            assert "url(" not in (value or "") or "url(#" in (value or "")
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", "".join(text for tag, text in page.texts if tag == "style"))
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids)), "ids are unique"
+    fragments = {attrs["href"][1:] for _, attrs in page.elements if (attrs.get("href") or "").startswith("#")}
+    assert fragments <= set(ids), "links lead somewhere"
+
+
+# --- the whole page --------------------------------------------------------------------------------------------------
+
+
+def test_a_demo_shows_everything(page: Page) -> None:
+    assert_harmless(page)
+    for expected in (
+        "OPD and TOPD, 5 steps each. 3 forks and 3 false alarms, among 6 candidates in 3 audited rollouts.",
+        "Seed 7", "Total time 7 min", "torch 2.9.1",
+        "+6.4 points", "95 % interval −2.8 to +10.0, p = 0.0008",
+        "30.4 %", "29.23 %", "1.31 ×", "1.41 ×",
+        "99.2", "55.2", "41.8", "74.8", "71.0–78.6", "81.2", "500 held-out problems",
+        "38.9", "47.8", "48.2", "52.2", "another pair and another task",
+        "All 6", "Forks 3", "False alarms 3",
+        "what is 5+2×3?", "guided", "not acted on", "1.90 nats", "0.400", "0.050",
+        "3 of 3 student tokens are matched to the same token",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert "Not everything could be read" not in page.text
+
+
+def test_every_figure_is_there_once_with_words(page: Page) -> None:
+    figures = page.all("svg", "figure")
+    assert len(figures) == len(page.all("figure")) == 10
+    for figure in figures:
+        assert figure["role"] == "img"
+        assert len(figure["aria-label"] or "") > 40
+    labels = " ".join(figure["aria-label"] or "" for figure in figures)
+    assert "opd from 0.3 at step 1 to 0.06 at step 5" in labels
+    assert "topd: rollout 0.5, scoring 0.1, windows 0.2, transport 0.05, loss 0.1, backward 0.2" in labels
+    assert "3 forks, median 0.4; 3 false alarms, median 0.05" in labels
+
+
+def test_forks_and_false_alarms_differ_by_more_than_colour(page: Page) -> None:
+    cards = page.all("details", "card")
+    assert [card["data-kind"] for card in cards] == ["fork", "alarm"] * 3
+    marks = page.all("a", "mark")
+    assert [mark["href"] for mark in marks] == [f"#{card['id']}" for card in cards]
+    assert {mark["title"] for mark in marks} == {"Fork, 1.90 nats", "False alarm, 0.30 nats"}
+    assert {icon["href"] for icon in page.all("use") if icon["href"] in ("#icon-fork", "#icon-alarm")}
+    assert "solid frame" in page.text
+    assert "dotted frame" in page.text
+
+
+def test_tokens_are_shaded_by_their_loss(page: Page) -> None:
+    assert [mark["class"] for mark in page.all("a", "mark")][:2] == ["mark fork l4", "mark alarm l2"]
+    assert {"class": "l6", "title": "5.50"} in page.all("span", "l6")
+    assert [shade(loss) for loss in (None, 0.0, 0.05, 0.3, 0.5, 1.0, 2.0, 100.0)] == [0, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_options_that_differ_come_first(page: Page) -> None:
+    assert len(page.all("tr", "differ")) == 2
+    assert re.search(r'guidance_weight – 0\.3 method "opd" "topd" window_length 50', page.text)
+
+
+def test_one_arm_alone_is_a_run(tmp_path: Path) -> None:
+    arm = write_arm(tmp_path / "topd", [record()])
+    page = page_of(arm)
+    assert_harmless(page)
+    assert "TOPD, 10 steps." in page.text
+    assert "Results" not in page.text
+    assert len(page.all("details", "card")) == 1
+
+
+def test_the_page_is_written_where_asked_and_is_the_same_each_time(demo: Path, page: Page, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "page.html"
+    assert write_report(demo, out) == out
+    assert out.read_bytes() == page.source.encode()
+    assert write_report(write_arm(tmp_path / "topd", [record()])) == tmp_path / "topd" / "report.html"
+
+
+# --- hostile text ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_model_wrote_is_shown_and_never_run(tmp_path: Path) -> None:
+    hostile = candidate(
+        0, token=HOSTILE[0], decision=HOSTILE[4], student_window=HOSTILE, teacher_window=HOSTILE[::-1],
+        plan=[[i, i, 0.07] for i in range(len(HOSTILE))],
+    )  # fmt: skip
+    spoken = {"tokens": HOSTILE, "token_loss": [3.0] * len(HOSTILE)}
+    run = tmp_path / "<script>alert(0)"
+    write_results(
+        run, seed=HOSTILE[0], versions={HOSTILE[2]: HOSTILE[1]},
+        arms=[{"name": "topd"}, {"name": HOSTILE[0], "greedy": 0.5}],
+    )  # fmt: skip
+    arm = run / 'a$x$"b&'
+    write_arm(arm, [record(prompt="".join(HOSTILE), method=HOSTILE[1], rollout=spoken, candidates=[hostile])])
+    (arm / "topd_config.json").write_text(json.dumps({HOSTILE[0]: HOSTILE[1], "method": HOSTILE[2]}))
+    page = page_of(run)
+    assert_harmless(page)
+    for text in HOSTILE[:8]:
+        assert text in page.text, text
+    assert page.text.count("<script>alert(1)</script>") >= 5
+    assert "🤖 émoji 😀‍🔥" in page.text
+    assert "␀␛[31m␍�" in page.text
+    assert "\x00" not in page.source
+    assert "49" not in re.findall(r"prompt\">[^<]*", page.source)[0]
+
+
+def test_the_policy_allows_only_our_own_script(page: Page) -> None:
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv")]
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert re.search(r"script-src 'sha256-[\w+/]{43}='", policy)
+    assert "http" not in policy
+
+
+# --- records that are not as they should be --------------------------------------------------------------------------
+
+
+def test_broken_lines_are_counted_and_the_rest_is_shown(tmp_path: Path) -> None:
+    broken = ['{"version": 1, "step": 3, "met', "[1, 2]", "7", '{"candidates": [{}]}', '{"step": Infinity}', ""]
+    page = page_of(write_arm(tmp_path / "topd", [record(1), *broken, record(2)]))
+    assert "5 lines were left out of topd/audit.jsonl" in page.text
+    assert len(page.all("article")) == 2
+
+
+def test_one_broken_line(tmp_path: Path) -> None:
+    page = page_of(write_arm(tmp_path / "topd", [record(1), "{"]))
+    assert "1 line was left out" in page.text
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    run = write_results(tmp_path / "demo")
+    (write_arm(run / "topd", [record()]) / "trainer_state.json").write_text("{")
+    page = page_of(run)
+    assert "topd/trainer_state.json is not a JSON object" in page.text
+    assert "No records were found for: opd" in page.text
+
+
+@pytest.mark.parametrize("version", [2, 99, 0, "1", None])
+def test_unknown_versions_are_refused(tmp_path: Path, version: Any) -> None:
+    with pytest.raises(ReportError, match=r"audit\.jsonl has record version .* reads version 1"):
+        write_report(write_arm(tmp_path / "topd", [record(version=version)]))
+    with pytest.raises(ReportError, match=r"results\.json has record version"):
+        write_report(write_results(tmp_path / "demo", version=version))
+    assert not (tmp_path / "topd" / "report.html").exists()
+
+
+@pytest.mark.parametrize("run", [".", "missing"])
+def test_nothing_to_report_is_an_error(tmp_path: Path, run: str) -> None:
+    with pytest.raises(ReportError, match="Give the output folder of a run"):
+        write_report(tmp_path / run)
+
+
+def test_zero_candidates(tmp_path: Path) -> None:
+    page = page_of(write_arm(tmp_path / "topd", [record(candidates=[])]))
+    assert_harmless(page)
+    assert "No candidates were recorded" in page.text
+    assert len(page.all("article")) == 1
+    assert not page.all("details", "card")
+
+
+def test_distances_that_are_missing(tmp_path: Path) -> None:
+    unknown = [candidate(distance=None, fork=False), candidate(2, distance=float("nan"), fork=True, token_loss=None)]
+    page = page_of(write_arm(tmp_path / "topd", [record(candidates=unknown)]))
+    assert_harmless(page)
+    assert [card["data-kind"] for card in page.all("details", "card")] == ["unknown", "unknown"]
+    assert "0 forks and 0 false alarms, 2 without a distance" in page.text
+    assert "not measured" in page.text
+    assert "Distances" not in page.text
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"version": 1},
+        {"step": 1, "rollout": None, "candidates": None},
+        {"rollout": {"tokens": ["a"], "token_loss": [None, 1.0]}, "candidates": [{"position": 999}]},
+        {"candidates": [{"position": -3, "plan": [[9, 9, 1.0], [0, 0, 0.0]], "student_window": ["a"]}]},
+    ],
+)
+def test_missing_keys_are_not_shown(tmp_path: Path, found: dict[str, Any]) -> None:
+    page = page_of(write_arm(tmp_path / "topd", [found]))
+    assert_harmless(page)
+    assert "left out" not in page.text
+    assert len(page.all("article")) == 1
+
+
+@pytest.mark.parametrize(
+    "results", [{}, {"arms": None}, {"arms": [None, 3]}, {"teacher": 1, "difference": [], "versions": "x"}]
+)
+def test_results_without_most_keys(tmp_path: Path, results: dict[str, Any]) -> None:
+    run = write_arm(tmp_path / "topd", [record()])
+    (run / "results.json").write_text(json.dumps(results))
+    assert_harmless(page_of(run))
+
+
+def test_metrics_that_are_not_finite_or_missing(tmp_path: Path) -> None:
+    run = tmp_path / "topd"
+    run.mkdir()
+    log = [{"step": 1, "token_loss/mean": float("nan")}, {"step": 2, "token_loss/mean": 0.5}, {"loss": 1.0}, 3]
+    log += [{"step": 3, "token_loss/mean": "0.1", "token_loss/q50": 0.0, "distance/q50": 0.2, "seconds/loss": 0}]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    page = page_of(run)
+    assert_harmless(page)
+    assert "Token loss by training step, in nats: topd 0.5 at step 2." in [
+        figure["aria-label"] for figure in page.all("svg", "figure")
+    ]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 40.0])
+def test_numbers_on_axes_are_plain(tmp_path: Path, scale: float) -> None:
+    """Quantiles within one decade, too; nothing is left of matplotlib's own mark-up."""
+    log = [{"step": step, "token_loss/q50": 2.1 * scale, "token_loss/q99": (5 - step) * scale} for step in (1, 2)]
+    arm = tmp_path / "topd"
+    arm.mkdir()
+    (arm / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    page = page_of(arm)
+    labels = [text for tag, text in page.texts if tag == "text"]
+    assert not [label for label in labels if "$" in label or "\\" in label]
+    assert {1.0: "10", 1e-9: "1e−08", 40.0: "1000"}[scale] in labels
+
+
+def test_a_run_that_still_goes_on_is_read_from_its_checkpoint(tmp_path: Path) -> None:
+    write_arm(tmp_path / "run" / "checkpoint-5", [], logged=5)
+    run = load_run(tmp_path / "run")
+    assert [arm.name for arm in run.arms] == ["run"]
+    assert run.arms[0].series("token_loss/q99") == ([1, 2, 3, 4, 5], [3.0] * 5)
+
+
+# --- size ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_candidates_are_kept_and_the_rest_counted(tmp_path: Path) -> None:
+    records = [record(step, candidates=[candidate(), candidate(2)]) for step in range(1, 201)]
+    run = load_run(write_arm(tmp_path / "topd", records[::-1]))
+    shown = choose_rollouts(run.arms, 300)
+    assert [item.rollout.step for item in shown] == list(range(200, 50, -1))
+    page = page_of(tmp_path / "topd")
+    assert len(page.all("details", "card")) == 300
+    assert "100 older candidates left out" in page.text
+    assert "among 400 candidates in 200 audited rollouts" in page.text
+    assert "forks (400)" in page.text
+
+
+def test_a_long_run_is_read_in_little_memory(tmp_path: Path) -> None:
+    run = load_run(write_arm(tmp_path / "topd", [record(step) for step in range(1000)]), keep=10)
+    (arm,) = run.arms
+    assert [rollout.step for rollout in arm.rollouts] == list(range(999, 989, -1))
+    assert (arm.audited, len(arm.points)) == (1000, 1000)
+
+
+def test_measured_rollouts_go_before_others(tmp_path: Path) -> None:
+    run = write_results(tmp_path / "demo")
+    write_arm(run / "opd", [record(9, method="opd", candidates=[candidate(distance=None, fork=False)])] * 5)
+    write_arm(run / "topd", [record(1)] * 5)
+    assert [item.arm for item in choose_rollouts(load_run(run).arms, 7)] == ["opd"] * 2 + ["topd"] * 5
+
+
+def test_a_page_with_long_windows_and_rollouts_stays_small(tmp_path: Path) -> None:
+    tokens = [f" word{index % 97}" for index in range(5000)]
+    window, other = tokens[:50], tokens[25:75]
+    plan = [[i, (7 * i) % 50, 0.02] for i in range(50)]
+    many = [
+        candidate(position, student_window=window, teacher_window=other, plan=plan) for position in range(0, 5000, 40)
+    ]
+    long = {"tokens": tokens, "token_loss": [0.3] * len(tokens)}
+    run = write_arm(tmp_path / "topd", [record(step, rollout=long, candidates=many) for step in range(3)])
+    page = page_of(run)
+    assert len(page.all("details", "card")) == 300
+    assert len(page.source.encode()) < 3_000_000
+    assert "more candidates of this rollout left out" in page.text
+    assert "older candidates left out" in page.text
+
+
+def test_long_rollouts_are_shown_around_their_candidates() -> None:
+    rollout = Rollout(1, "topd", "?", tuple("x" * 1000), (0.0,) * 1000, (Candidate(500, "x", 2.0, 0.5, True),))
+    (shown,) = choose_rollouts([Arm("topd", rollouts=[rollout])], 10)
+    assert [(piece.skipped, len(piece.text)) for piece in shown.pieces] == [
+        (460, 0),
+        (0, 40),
+        (0, 1),
+        (0, 40),
+        (459, 0),
+    ]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_alignment_says_who_is_matched_to_whom() -> None:
+    found = align(
+        Candidate(
+            0, "a", 1.0, 0.5, True, student_window=("a", "b"), teacher_window=("b", "c", "a"),
+            plan=((0, 2, 0.5), (1, 0, 0.1), (1, 1, 0.38), (1, 2, 0.02)),
+        )
+    )  # fmt: skip
+    assert found is not None
+    assert found.description == "1 to 3, 2 to 2"
+    assert (found.same, found.rows, found.faint) == (1, 3, True)
+    assert [token.moved for token in found.student] == [False, True]
+    assert [token.moved for token in found.teacher] == [False, True, False]
+    assert dict(found.paths) == {
+        "same": "M0 1C5 1 5 5 10 5",
+        "moved": "M0 3H10",
+        "same weak": "M0 3C5 3 5 1 10 1",
+    }
+
+
+def test_a_window_without_a_plan_is_still_shown() -> None:
+    found = align(Candidate(0, "a", 1.0, None, False, student_window=("a",)))
+    assert found is not None
+    assert (found.paths, found.description, found.teacher) == ([], "none", [])
+    assert align(Candidate(0, "a", 1.0, None, False)) is None
+
+
+def test_tokens_are_made_visible() -> None:
+    assert [visible(text) for text in ("a b", "  ", "", "\n\n", "\tx", "y" * 300)] == [
+        "a b", "␣␣", "∅", "↵↵", "⇥x", "y" * 200 + "…",
+    ]  # fmt: skip
+
+
+def test_long_curves_are_thinned_without_bias() -> None:
+    steps, values = thin(range(10_000), [float(step % 2) for step in range(10_000)])
+    assert len(steps) == len(values) == 300
+    assert values.mean() == pytest.approx(0.5, abs=0.01)
+    assert [len(part) for part in thin([], [])] == [0, 0]
+
+
+def test_correlation_is_in_the_caption() -> None:
+
+    assert correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 7.0])) == "0.993"
+    assert correlation(np.array([1.0, 2.0, 3.0]), -np.array([2.0, 4.0, 7.0])) == "−0.993"
+    assert correlation(np.ones(3), np.array([2.0, 4.0, 7.0])) == "–"
+
+
+def test_arms_have_different_styles() -> None:
+    arms = [Arm(name, options={"method": name.split("-")[0]}) for name in ("opd", "topd", "topd-2", "other")]
+    styles = arm_styles(arms)
+    assert len(set(styles.values())) == 4
+    assert styles["topd"] == arm_styles([Arm("my-run")])["my-run"]
+
+
+def test_forward_kl_is_called_so() -> None:
+    arm = Arm("opd", log=[{"step": 1, "token_loss/mean": 1.0}], options={"beta": 0.0})
+    assert "KL(teacher ‖ student)" in curve_figures([arm])[0].caption
+    arm.options["beta"] = 1.0
+    assert "KL(student ‖ teacher)" in curve_figures([arm])[0].caption
+
+
+def test_no_model_library_and_no_drawing_state_is_loaded() -> None:
+    code = (
+        "import sys, topd.report;"
+        "print([name for name in ('torch', 'transformers', 'trl', 'matplotlib.pyplot') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

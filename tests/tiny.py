@@ -1,0 +1,65 @@
+"""Tiny random models and trainers for tests. Weights are scaled up, so that distributions differ and forks exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from topd.demo.build import new_model
+from topd.demo.task import make_problems
+from topd.demo.tokenizer import build_tokenizer
+from topd.training import TOPDConfig, TOPDTrainer
+
+TOKENIZER = build_tokenizer()
+
+
+def tiny_model(seed: int, width: int = 64, scale: float = 3.0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = new_model(TOKENIZER, width, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def prompts(n: int = 64) -> Dataset:
+    return Dataset.from_list([{"prompt": problem.prompt} for problem in make_problems(n, 0, held_out=False)])
+
+
+def tiny_config(out: Path, **options: Any) -> TOPDConfig:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "max_completion_length": 20,
+        "window_length": 5,
+        "candidate_share": 0.15,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return TOPDConfig(str(out), **(defaults | options))
+
+
+def tiny_trainer(
+    out: Path, trainer_type: type = TOPDTrainer, dataset: Dataset | None = None, student: Any = None,
+    teacher: Any = None, tokenizer: PreTrainedTokenizerBase = TOKENIZER, trainer_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    args = tiny_config(out, **options)
+    return trainer_type(
+        model=student if student is not None else tiny_model(0),
+        teacher_model=teacher if teacher is not None else tiny_model(1, width=96),
+        args=args,
+        train_dataset=dataset or prompts(),
+        processing_class=tokenizer,
+        **(trainer_options or {}),
+    )

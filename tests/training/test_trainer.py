@@ -1,0 +1,261 @@
+"""TOPDTrainer works as users of TRL expect."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
+from transformers import TrainerCallback
+
+from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
+from topd.training.config import choices
+from topd.training.metrics import NEAR_FUTURE_METRICS
+from topd.training.stages import STAGES
+
+VARIANTS = [
+    {"method": "opd-capped"},
+    {"method": "opd-capped", "cap_selection": "high"},
+    {"method": "opd-capped", "cap_selection": "random"},
+    {"method": "topd"},
+    {"student_window": "rollout"},
+    {"guidance_context": "teacher"},
+    {"guidance_context": "teacher", "teacher_context_loss": "forward_kl"},
+    {"guidance_context": "teacher", "teacher_context_loss": "cross_entropy", "student_window": "rollout"},
+    {"guidance_target": "own"},
+    {"guidance_target": "same_index"},
+    {"guidance_at": "random", "cap_false_alarms": True},
+    {"guidance_at": "false_alarms"},
+    {"embedding": "teacher", "transport_solver": "entropic", "candidate_ranking": "teacher_nll"},
+    {"embedding": "student_hidden"},
+    {"embedding": "teacher_hidden", "ground_cost": "sqeuclidean"},
+    {"guidance_reduction": "sum", "candidate_count": 3, "candidate_spacing": 2},
+    {"candidate_threshold": 2.0, "fork_threshold": 0.5, "window_temperature": 1.0},
+    {"beta": 0.0, "window_length": 1},
+]
+
+
+def values_in(variants):
+    return {(name, value) for variant in variants for name, value in variant.items()}
+
+
+def test_every_value_of_every_choice_is_tried_here():
+    defaults = {name: allowed[0] for name, allowed in choices().items()} | {"method": "opd"}
+    wanted = {(name, value) for name, allowed in choices().items() for value in allowed if value != defaults[name]}
+    assert wanted <= values_in(VARIANTS)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_choice_trains_and_moves_the_student(tmp_path, options):
+    trainer = tiny_trainer(tmp_path, max_steps=2, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_topd_brings_the_token_loss_down(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=30, learning_rate=3e-3, student=tiny_model(0, scale=1.0))
+    trainer.train()
+    losses = [entry["token_loss/mean"] for entry in trainer.state.log_history if "token_loss/mean" in entry]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    prefixes = {name.split("/")[0] for name in NEAR_FUTURE_METRICS}
+    ours = {name for name in logged if name.split("/")[0] in prefixes}
+    assert ours == set(NEAR_FUTURE_METRICS)
+    assert {f"seconds/{stage}" for stage in STAGES} <= set(logged)
+    text = open("docs/metrics.md", encoding="utf-8").read()
+    assert all(f"`{name}`" in text for name in (*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES)))
+
+
+def test_metrics_say_what_the_audit_records_say(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, audit_steps=1, audit_rollouts=99)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    records = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert len(records) == 4
+    candidates = [candidate for record in records for candidate in record["candidates"]]
+    assert logged["candidates/per_rollout"] == len(candidates) / 4
+    assert logged["forks/per_rollout"] == sum(c["fork"] for c in candidates) / 4
+    assert logged["distance/q50"] == pytest.approx(
+        torch.tensor([c["distance"] for c in candidates]).quantile(0.5).item(), abs=1e-5
+    )
+    generated = sum(len(c["student_window"]) + len(c["teacher_window"]) for c in candidates)
+    assert logged["windows/tokens"] == generated
+    for candidate in candidates:
+        assert sum(mass for _, _, mass in candidate["plan"]) == pytest.approx(1, abs=1e-3)
+        assert candidate["decision"] == ("guided" if candidate["fork"] else "none")
+    for record in records:
+        losses = record["rollout"]["token_loss"]
+        assert len(losses) == len(record["rollout"]["tokens"])
+        worst = max(range(len(losses)), key=losses.__getitem__)
+        assert worst in [c["position"] for c in record["candidates"]]
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path):
+    """The same eight rollouts, as 1 x 8 and as 4 x 2: the same gradients."""
+    whole = tiny_trainer(tmp_path / "a", per_device_train_batch_size=8)
+    batch = whole._generate_and_score_completions([whole.train_dataset[i] for i in range(8)])
+    whole.compute_loss(whole.model, dict(batch)).backward()
+    expected = [p.grad.clone() for p in whole.model.parameters()]
+    whole.model.zero_grad()
+    for start in range(0, 8, 2):
+        part = {k: v[start : start + 2] if v.ndim else v for k, v in batch.items()}
+        whole.compute_loss(whole.model, part).backward()
+    for parameter, gradient in zip(whole.model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_saved_and_resumed_equals_uninterrupted(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    through = tiny_trainer(tmp_path / "through", **options)
+    through.train()
+    resumed = tiny_trainer(tmp_path / "resumed", student=tiny_model(5), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    for a, b in zip(through.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_models_by_name_conversational_prompts_and_evaluation(tmp_path):
+    for role, seed, width in (("student", 0, 64), ("teacher", 1, 96)):
+        tiny_model(seed, width).save_pretrained(tmp_path / role)
+        TOKENIZER.save_pretrained(tmp_path / role)
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompts(16)]
+    dataset = Dataset.from_list(rows)
+    trainer = tiny_trainer(
+        tmp_path / "run", dataset=dataset, student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"),
+        tokenizer=None, max_steps=1, trainer_options={"eval_dataset": dataset},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_lora_trains_its_adapters_only(tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = tiny_trainer(tmp_path, max_steps=2, trainer_options={"peft_config": config}, gradient_checkpointing=True)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = tiny_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable()
+        trainer.model.train()
+        batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(4)])
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_bf16_trains(tmp_path):
+    trainer = tiny_trainer(tmp_path, bf16=True, max_steps=2)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_callbacks_see_every_step_and_the_card_cites_the_paper(tmp_path):
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+    count = Count()
+    trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [count]})
+    trainer.train()
+    assert count.steps == 3
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "2606.00305" in card
+    assert "Jiang" in card
+
+
+class Poison(TrainerCallback):
+    """Spoils a weight (or a gradient) at step 2."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            parameter = model.lm_head.weight
+            if self.what == "weight":
+                parameter.data[:, 0] = torch.nan
+            else:
+                parameter.register_hook(lambda gradient: gradient * torch.inf)
+
+
+@pytest.mark.parametrize("method", ["opd", "topd"])
+@pytest.mark.parametrize("what", ["weight", "gradient"])
+def test_a_nan_stops_the_run_before_the_optimizer_moves_and_keeps_the_checkpoint(tmp_path, method, what):
+    trainer = tiny_trainer(
+        tmp_path, method=method, max_steps=4, save_strategy="steps", save_steps=1,
+        trainer_options={"callbacks": [Poison(what)]},
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"step 3.*optimizer has not moved"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert not (tmp_path / "checkpoint-3").exists()
+    healthy = tiny_trainer(tmp_path, method=method, max_steps=3)
+    healthy.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert healthy.state.global_step == 3
+    if what == "gradient":
+        named = json.loads((tmp_path / "non_finite.json").read_text())[0]
+        assert named["step"] == 3
+        assert named["prompt"].startswith("what is")
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_by_name(tmp_path):
+    tiny_model(1).save_pretrained(tmp_path / "teacher")
+    other = TOKENIZER.__class__.from_pretrained(save_other_tokenizer(tmp_path / "teacher"))
+    assert other.get_vocab() != TOKENIZER.get_vocab()
+    with pytest.raises(TokenizerMismatchError, match=r"different ids.*'7'"):
+        tiny_trainer(tmp_path / "run", teacher=str(tmp_path / "teacher"))
+
+
+def save_other_tokenizer(folder):
+    TOKENIZER.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_named(tmp_path):
+    dataset = Dataset.from_list([{"prompt": "what is " + "+".join(["7"] * 130) + "?"}] * 8)
+    trainer = tiny_trainer(tmp_path, dataset=dataset)
+    with pytest.raises(ContextError, match=r"261 tokens .* context of 256.*what is 7\+7"):
+        trainer.train()
+
+
+def test_wrong_options_are_refused_with_the_allowed_values(tmp_path):
+    for options, message in [
+        ({"method": "topdd"}, "opd, opd-capped, topd"),
+        ({"window_length": 0}, "window_length must be at least 1"),
+        ({"guidance_weight": -1.0}, "must not be negative"),
+        ({"beta": 0.5}, "beta"),
+        ({"candidate_count": 1, "candidate_threshold": 1.0}, "exclude each other"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiny_trainer(tmp_path, **options)
