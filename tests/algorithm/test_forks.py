@@ -117,9 +117,6 @@ def test_a_share_out_of_range_is_refused(share: float) -> None:
         is_fork(torch.tensor([0.1, 0.2]), false_alarm_share=share)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with a threshold the share is not looked at, though the docstring says it raises"
-)
 def test_a_share_out_of_range_is_refused_next_to_a_threshold_too() -> None:
     with pytest.raises(ValueError, match="false_alarm_share"):
         is_fork(torch.tensor([0.1, 0.2]), false_alarm_share=1.5, threshold=0.1)

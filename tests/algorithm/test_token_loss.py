@@ -81,7 +81,6 @@ def test_float32_agrees_with_float64(direction: str) -> None:
     assert_close(single.double(), token_kl(student, teacher, direction), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="token_kl stays in bf16: a KL of 0.0019 nats comes out as -0.0094")
 @directions
 def test_bf16_logits_lose_nothing_but_their_own_rounding(direction: str) -> None:
     student = random_logits(6, 50, seed=1).bfloat16()
@@ -90,7 +89,6 @@ def test_bf16_logits_lose_nothing_but_their_own_rounding(direction: str) -> None
     assert_close(token_kl(student, teacher, direction).double(), exact, rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="token_nll stays in bf16: off by up to 2^-8 of its value")
 def test_the_nll_of_bf16_logits_loses_nothing_but_their_own_rounding() -> None:
     logits, tokens = random_logits(6, 50, seed=1).bfloat16(), torch.arange(6)
     assert_close(token_nll(logits, tokens).double(), token_nll(logits.double(), tokens), rtol=1e-5, atol=1e-5)

@@ -97,7 +97,6 @@ def test_costs_far_beyond_epsilon_neither_overflow_nor_vanish() -> None:
     assert_close(transport.distance.tolist(), [100.0])
 
 
-@pytest.mark.xfail(strict=True, reason="one NaN cost keeps every window iterating, and its own plan is NaN")
 def test_a_cost_that_is_not_a_number_costs_the_other_windows_no_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     case = problem(3, 4, seed=4, windows=2)
     calls = []

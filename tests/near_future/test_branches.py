@@ -101,7 +101,9 @@ def test_windows_equal_generate_one_by_one(kind):
     prefixes = [torch.randint(3, 47, (n,)) for n in (9, 2, 5, 5, 12)]
     together = LocalModel(model, 0, [1], batch_size=3).continue_(prefixes, 7)
     for prefix, tokens, mask in zip(prefixes, together.tokens, together.mask, strict=True):
-        alone = model.generate(input_ids=prefix[None], max_new_tokens=7, do_sample=False, eos_token_id=1, pad_token_id=0)
+        alone = model.generate(
+            input_ids=prefix[None], max_new_tokens=7, do_sample=False, eos_token_id=1, pad_token_id=0
+        )
         assert tokens[mask].tolist() == alone[0, len(prefix) :].tolist()
 
 

@@ -1,6 +1,7 @@
 """TOPDTrainer works as users of TRL expect."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
+from topd.demo.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
 from topd.training.config import choices
 from topd.training.metrics import NEAR_FUTURE_METRICS
@@ -57,10 +59,14 @@ def test_every_choice_trains_and_moves_the_student(tmp_path, options):
 
 
 def test_topd_brings_the_token_loss_down(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=30, learning_rate=3e-3, student=tiny_model(0, scale=1.0))
+    trainer = tiny_trainer(
+        tmp_path, max_steps=10, learning_rate=3e-4, per_device_train_batch_size=16, max_completion_length=64,
+        guidance_weight=0.03,
+        student=str(pair_folder("student-standard")), teacher=str(pair_folder("teacher")),
+    )  # fmt: skip
     trainer.train()
     losses = [entry["token_loss/mean"] for entry in trainer.state.log_history if "token_loss/mean" in entry]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
 
 
 def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_path):
@@ -71,7 +77,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
     ours = {name for name in logged if name.split("/")[0] in prefixes}
     assert ours == set(NEAR_FUTURE_METRICS)
     assert {f"seconds/{stage}" for stage in STAGES} <= set(logged)
-    text = open("docs/metrics.md", encoding="utf-8").read()
+    text = Path("docs/metrics.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in (*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES)))
 
 
@@ -245,7 +251,7 @@ def save_other_tokenizer(folder):
 def test_a_prompt_that_does_not_fit_the_context_is_named(tmp_path):
     dataset = Dataset.from_list([{"prompt": "what is " + "+".join(["7"] * 130) + "?"}] * 8)
     trainer = tiny_trainer(tmp_path, dataset=dataset)
-    with pytest.raises(ContextError, match=r"261 tokens .* context of 256.*what is 7\+7"):
+    with pytest.raises(ContextError, match=r"262 tokens .* context of 256.*what is 7\+7"):
         trainer.train()
 
 

@@ -60,12 +60,12 @@ def token_cost(
     embeddings: Float[Tensor, "vocabulary width"],
     kind: GroundCost = "cosine",
 ) -> Float[Tensor, "window student_position teacher_position"]:
-    """Ground cost between tokens under static embeddings: one product over the unique tokens, in float32.
+    """Ground cost between tokens under static embeddings: one product over the unique tokens, in float32 at least.
 
     Equal tokens cost exactly 0.
     """
     unique, index = torch.cat([student_tokens.flatten(), teacher_tokens.flatten()]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    table = embeddings[unique].float()
+    table = embeddings[unique].to(torch.promote_types(embeddings.dtype, torch.float32))
     pairs = ground_cost(table, table, kind).fill_diagonal_(0.0)
     rows, columns = index[: student_tokens.numel()], index[student_tokens.numel() :]
     return pairs[rows.view(*student_tokens.shape, 1), columns.view(teacher_tokens.shape[0], 1, teacher_tokens.shape[1])]

@@ -57,7 +57,7 @@ class Size:
 FULL = Size(steps=60, held_out=1000, sampled=4, probe_rollouts=128)
 QUICK = Size(steps=12, held_out=500, sampled=1, probe_rollouts=48)
 
-WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 16, 0.06, 0.3
+WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 16, 0.06, 0.03
 """The task's responses have about 60 tokens, the paper's 9,688: so windows are shorter and candidates denser."""
 
 

@@ -141,7 +141,7 @@ class TOPDTrainer(DistillationTrainer):
         return self.args.window_length if self.args.looks_ahead else 0
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with self._stage("rollout"):
+        with self._stage("rollout"), self._naming_nan_in_sampling():
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not (self.args.looks_ahead and self.model.training):
             return batch
@@ -223,6 +223,19 @@ class TOPDTrainer(DistillationTrainer):
         finite = self.accelerator.gather(loss.isfinite().all().float())
         if not bool(finite.all()):
             self._stop_on("loss")
+
+    @contextmanager
+    def _naming_nan_in_sampling(self) -> Iterator[None]:
+        """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise non_finite_error(
+                "student's next-token distribution while sampling rollouts",
+                self.state.global_step + 1, str(self.args.output_dir), None, None, self._tokenizer.decode,
+            ) from error  # fmt: skip
 
     def _stop_on(self, what: str) -> None:
         """Raise, naming the rollouts at fault: where the token loss is not finite, else where it is largest."""
