@@ -1,0 +1,90 @@
+"""The command line as its user meets it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from topd.cli import main
+from topd.training.command import parse
+from topd.version import __version__
+
+RECIPES = sorted(Path("recipes").glob("*.yaml"))
+
+
+def test_help_answers_in_under_a_second_without_importing_torch():
+    code = "import sys; from topd.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+    assert time.perf_counter() - started < 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe):
+    data, config, model = parse(["--config", str(recipe), "--use_cpu", "true"])
+    assert config.method == "topd"
+    assert model.model_name_or_path
+    assert config.teacher_model_name_or_path
+    assert data.data
+
+
+def test_the_command_line_wins_over_the_recipe():
+    _, config, _ = parse(["--config", "recipes/embedded.yaml", "--method", "opd", "--window_length", "3"])
+    assert (config.method, config.window_length) == ("opd", 3)
+
+
+def message(capsys, *arguments):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("topd: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_mistakes_end_in_a_message_that_says_what_to_do(capsys, tmp_path):
+    recipe = ("train", "--config", "recipes/embedded.yaml", "--output_dir", str(tmp_path))
+    assert "--window_length" in message(capsys, *recipe, "--windw_length", "3")
+    assert "there is no such file" in message(capsys, "train", "--config", "nowhere.yaml")
+    assert "Name the student and the teacher" in message(
+        capsys, "train", "--output_dir", str(tmp_path), "--use_cpu", "true"
+    )
+    assert "topd demo build" in message(capsys, *recipe, "--model_name_or_path", "embedded:student")
+    assert "Cannot load the tokenizer" in message(capsys, *recipe, "--model_name_or_path", str(tmp_path))
+    assert "no such file" in message(capsys, *recipe, "--data", "trian.jsonl")
+    assert "must be at least 1" in message(capsys, *recipe, "--window_length", "0")
+    assert "no checkpoint" in message(capsys, *recipe, "--resume_from_checkpoint", "true")
+    assert "there is no such folder" in message(capsys, "report", "nowhere")
+    (tmp_path / "bad.yaml").write_text("method: [topd\n")
+    assert "not valid YAML" in message(capsys, "train", "--config", str(tmp_path / "bad.yaml"))
+    (tmp_path / "typo.yaml").write_text("metod: topd\noutput_dir: x\n")
+    assert "--method" in message(capsys, "train", "--config", str(tmp_path / "typo.yaml"))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "what is 1+1?"}\n{"prompt": \n')
+    assert "line 2" in message(capsys, *recipe, "--data", str(tmp_path / "broken.jsonl"))
+
+
+def test_train_saves_resumes_and_reports(tmp_path, capsys):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"what is {a}+{b}×2?"}) + "\n" for a in range(1, 9) for b in (3, 4)))
+    out = tmp_path / "run"
+    common = [
+        "train", "--config", "recipes/embedded.yaml", "--data", str(data), "--output_dir", str(out), "--save_steps", "1",
+        "--per_device_train_batch_size", "4", "--max_completion_length", "24", "--window_length", "4", "--audit_steps", "1",
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+    assert main([*common, "--max_steps", "2"]) == 0
+    assert main([*common, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    assert (out / "model.safetensors").is_file()
+    assert main(["report", str(out)]) == 0
+    assert "what is" in (out / "report.html").read_text()
