@@ -78,8 +78,10 @@ def test_train_saves_resumes_and_reports(tmp_path, capsys):
     data.write_text("".join(json.dumps({"prompt": f"what is {a}+{b}×2?"}) + "\n" for a in range(1, 9) for b in (3, 4)))
     out = tmp_path / "run"
     common = [
-        "train", "--config", "recipes/embedded.yaml", "--data", str(data), "--output_dir", str(out), "--save_steps", "1",
-        "--per_device_train_batch_size", "4", "--max_completion_length", "24", "--window_length", "4", "--audit_steps", "1",
+        "train", "--config", "recipes/embedded.yaml", "--data", str(data), "--output_dir", str(out),
+        "--save_steps", "1",
+        "--per_device_train_batch_size", "4", "--max_completion_length", "24", "--window_length", "4",
+        "--audit_steps", "1",
         "--disable_tqdm", "true",
     ]  # fmt: skip
     assert main([*common, "--max_steps", "2"]) == 0

@@ -129,7 +129,11 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     first = args or ((name,) if what == "tokenizer" else (name.split(" and ")[0],))
     try:
         return load(*first, **kwargs)
-    except OSError as error:
+    except TOPDError:
+        raise
+    except (OSError, ValueError) as error:
+        if what == "models" and isinstance(error, ValueError):  # TRL's own words say what to do
+            raise TOPDError(str(error)) from error
         reason = str(error).strip().splitlines()[0]
         raise TOPDError(
             f"Cannot load the {what} of {name}: {reason} Give a folder that holds one, or a Hub name (and be online); "
