@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +76,6 @@ def run(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones."""
-    import yaml
     from trl import ModelConfig, TrlParser
 
     from topd.training.config import TOPDConfig
@@ -90,24 +88,32 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
         if position == len(arguments) or not Path(arguments[position]).is_file():
             missing = arguments[position] if position < len(arguments) else "(nothing)"
             raise TOPDError(f"--config {missing}: there is no such file. Recipes are in recipes/.")
-    known = {action.dest for action in parser._actions}
-    for argument in arguments:
-        if argument.startswith("--") and (name := argument[2:].split("=")[0].replace("-", "_")) not in known | {
-            "config"
-        }:
-            raise TOPDError(f"Unknown option --{name}.{_near(name, known)} `topd train --help` lists all.")
+    known = {action.dest for action in parser._actions} | {"config", "env"}
+    for name in _option_names(arguments):
+        if name not in known:
+            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `topd train --help` lists all.")
     try:
         data, config, model = parser.parse_args_and_config(arguments)
-    except yaml.YAMLError as error:
-        raise TOPDError(f"The config file is not valid YAML: {error}") from error
     except (ValueError, TypeError) as error:
-        unknown = re.findall(r"'--(\w+)'", str(error)) if "Unknown arguments" in str(error) else []
-        if unknown:
-            raise TOPDError(
-                " ".join(f"Unknown option {name} in the config file.{_near(name, known)}" for name in unknown)
-            ) from error
         raise TOPDError(str(error)) from error
     return data, config, model
+
+
+def _option_names(arguments: list[str]) -> list[str]:
+    """Every option named on the command line and in the config file."""
+    import yaml
+
+    names = [argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    if "--config" not in arguments:
+        return names
+    file = Path(arguments[arguments.index("--config") + 1])
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TOPDError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise TOPDError(f"{file} must hold `option: value` lines.")
+    return [*names, *(str(name) for name in config)]
 
 
 def prompts(source: str, split: str, limit: int | None) -> Any:
