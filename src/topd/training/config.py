@@ -81,7 +81,7 @@ class TOPDConfig(DistillationConfig):
     )
 
     guidance_weight: float = _option(
-        0.3, "lambda in L_OPD + lambda L_traj. The paper does not give it; provisional, our choice."
+        0.03, "lambda in L_OPD + lambda L_traj. The paper does not give it; provisional, our choice."
     )
     guidance_target: TargetKind = _option(
         "transport", "transport: the paper. Controls: same_index (no alignment), own (the student's own tokens)."
