@@ -64,24 +64,12 @@ def train(out, data, save_steps, max_steps, resume=None):
     """Train to `max_steps`, from the start or from a checkpoint; one log entry a step."""
     config = TOPDConfig(
         output_dir=str(out),
-        max_steps=max_steps,
-        save_steps=save_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        audit_steps=1,
-        learning_rate=1e-5,
-        lr_scheduler_type="constant",  # a decaying one would depend on max_steps
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        max_completion_length=48,
-        window_length=12,
-        candidate_share=0.05,
-        guidance_weight=0.03,
-        report_to="none",
-    )
+        max_steps=max_steps, save_steps=save_steps, save_total_limit=2, logging_steps=1, audit_steps=1,
+        learning_rate=1e-5, lr_scheduler_type="constant",  # a decaying one would depend on max_steps
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False,
+        bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none",
+        max_completion_length=48, window_length=12, candidate_share=0.05, guidance_weight=0.03,
+    )  # fmt: skip
     trainer = TOPDTrainer(str(out / "student"), str(out / "teacher"), config, train_dataset=data)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return [entry for entry in trainer.state.log_history if "loss" in entry]
