@@ -542,3 +542,14 @@ def test_no_model_library_and_no_drawing_state_is_loaded() -> None:
         "print([name for name in ('torch', 'transformers', 'trl', 'matplotlib.pyplot') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_opd_arm_s_loss_is_its_token_loss(tmp_path):
+    from topd.report.records import load_run
+
+    folder = tmp_path / "opd"
+    folder.mkdir()
+    (folder / "topd_config.json").write_text('{"method": "opd"}')
+    (folder / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]}')
+    (arm,) = load_run(folder).arms
+    assert arm.series("token_loss/mean") == ([1, 2], [0.5, 0.25])

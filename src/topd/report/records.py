@@ -96,6 +96,8 @@ class Arm:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and is finite."""
+        if key == "token_loss/mean" and self.options.get("method") == "opd":
+            key = "loss"  # with OPD the loss is the mean token loss, and nothing else is logged for it
         values = {entry["step"]: value for entry in self.log if (value := number(entry.get(key))) is not None}
         return sorted(values), [values[step] for step in sorted(values)]
 
