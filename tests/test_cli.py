@@ -42,6 +42,8 @@ def test_every_recipe_parses(recipe):
 def test_the_command_line_wins_over_the_recipe():
     _, config, _ = parse(["--config", "recipes/embedded.yaml", "--method", "opd", "--window_length", "3"])
     assert (config.method, config.window_length) == ("opd", 3)
+    _, config, _ = parse(["--config", "recipes/embedded.yaml", "--window-length", "4", "--no_shuffle_dataset"])
+    assert (config.window_length, config.shuffle_dataset) == (4, False)
 
 
 def message(capsys, *arguments):

@@ -88,7 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
         if position == len(arguments) or not Path(arguments[position]).is_file():
             missing = arguments[position] if position < len(arguments) else "(nothing)"
             raise TOPDError(f"--config {missing}: there is no such file. Recipes are in recipes/.")
-    known = {action.dest for action in parser._actions} | {"config", "env"}
+    spellings = (spelling for action in parser._actions for spelling in action.option_strings)
+    known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
     for name in _option_names(arguments):
         if name not in known:
             raise TOPDError(f"Unknown option {name}.{_near(name, known)} `topd train --help` lists all.")
