@@ -49,7 +49,7 @@ class Head:
         return logits / self.temperature
 
     def backward(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with respect to `h W^T + b`, from the gradient with respect to the logits. Writes into `grad`."""
+        """Gradient with respect to `h W^T + b`, from the gradient with respect to the logits."""
         if self.softcap is not None:
             grad = grad * (1 - (logits * self.temperature / self.softcap) ** 2)
         return grad * (self.scale / self.temperature)
