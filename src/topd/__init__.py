@@ -11,11 +11,14 @@ from topd.version import __version__
 
 _TRAINING = ("TOPDConfig", "TOPDTrainer")
 _ALGORITHM = (
+    "DistillationLoss",
     "Head",
+    "LikelihoodTerms",
     "Targets",
     "TokenScores",
     "Transport",
     "cap_weights",
+    "distillation_loss",
     "entropic_transport",
     "exact_transport",
     "false_alarm_threshold",

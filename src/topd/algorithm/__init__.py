@@ -1,11 +1,13 @@
 """The paper's algorithm: tensors in, tensors out. One file an idea; imports torch and a solver only."""
 
 from topd.algorithm.candidates import highest_loss
+from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss
 from topd.algorithm.downweighting import cap_weights, select_for_capping
 from topd.algorithm.forks import false_alarm_threshold, is_fork
 from topd.algorithm.guidance import Targets, make_targets, own_token_share, rescale_rows, trajectory_loss
+from topd.algorithm.head import Head
+from topd.algorithm.tiles import LikelihoodTerms
 from topd.algorithm.token_loss import (
-    Head,
     TokenScores,
     gathered_log_probs,
     score_tokens,
@@ -16,11 +18,14 @@ from topd.algorithm.token_loss import (
 from topd.algorithm.transport import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 
 __all__ = [
+    "DistillationLoss",
     "Head",
+    "LikelihoodTerms",
     "Targets",
     "TokenScores",
     "Transport",
     "cap_weights",
+    "distillation_loss",
     "entropic_transport",
     "exact_transport",
     "false_alarm_threshold",

@@ -150,7 +150,7 @@ def score(
         rollouts.response_ids[mask],
         "reverse" if options.beta == 1 else "forward",
     )
-    token_loss, teacher_nll, entropy = (scatter(values, mask) for values in scores)
+    token_loss, teacher_nll, entropy = (scatter(values, mask) for values in scores[:3])
     return token_loss, teacher_nll, entropy, teacher_hidden
 
 

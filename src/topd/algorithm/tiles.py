@@ -1,0 +1,165 @@
+"""Tiles of positions x vocabulary: what the token losses from hidden states are made of.
+
+Two buffers serve every tile. A tile's logits become log-probabilities, then probabilities and the gradient with
+respect to the logits, all in place; `collect` turns that gradient into those of hidden states and head and adds them
+up. Autograd sees nothing of it.
+"""
+
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from topd.algorithm.head import Head, at_least_float32
+
+Direction = Literal["reverse", "forward"]
+"""reverse: KL(student || teacher), the token loss of OPD. forward: KL(teacher || student)."""
+
+TILE_ELEMENTS = 2**22
+
+
+class LikelihoodTerms(NamedTuple):
+    """The sum over k of `weight_k * -log p_S(token_k | position_k)`, in nats.
+
+    Attributes:
+        position: [term] row of the hidden states; a row may carry any number of terms, equal ones too.
+        token: [term] its wanted token.
+        weight: [term] a constant.
+    """
+
+    position: Int[Tensor, "term"]
+    token: Int[Tensor, "term"]
+    weight: Float[Tensor, "term"]
+
+
+class Tiles:
+    """The tiles of one call.
+
+    Attributes:
+        student: buffer of the student's [row, vocabulary]: log-probabilities, later probabilities.
+        other: the second buffer: the teacher's log-probabilities, later the gradient.
+        grads: of hidden states, weight and bias, added up by `collect`; None where not asked for.
+    """
+
+    def __init__(
+        self,
+        hidden: Float[Tensor, "positions student_width"],
+        head: Head,
+        tile_elements: int,
+        needs_grad: tuple[bool, bool, bool] = (False, False, False),
+        two: bool = True,
+    ) -> None:
+        self.hidden, self.needs_grad = hidden, needs_grad
+        self.dtypes = hidden.dtype, head.weight.dtype, hidden.dtype if head.bias is None else head.bias.dtype
+        self.head = replace(head, weight=head.weight.detach().to(hidden.dtype))
+        vocabulary, dtype = head.weight.shape[0], at_least_float32(hidden)
+        self.size = max(1, min(tile_elements // max(1, vocabulary), len(hidden)))
+        self.student = hidden.new_empty(self.size, vocabulary, dtype=dtype)
+        self.other = torch.empty_like(self.student) if two else self.student
+        self.capped_logits: Tensor | None = None
+        in_hidden, in_weight, in_bias = needs_grad
+        self.grads = (
+            torch.zeros_like(hidden) if in_hidden else None,
+            hidden.new_zeros(head.weight.shape, dtype=dtype) if in_weight else None,
+            hidden.new_zeros(vocabulary, dtype=dtype) if in_bias else None,
+        )
+
+    def split(self, positions: int) -> tuple[Tensor, ...]:
+        """The positions of each tile."""
+        return torch.split(torch.arange(positions, device=self.hidden.device), self.size) if positions else ()
+
+    def log_probs(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row vocabulary"]:
+        """The student's, in `student`."""
+        logits = self.head.write_logits(self.hidden[rows], self.student[: len(rows)])
+        if self.head.softcap is not None and any(self.needs_grad):
+            self.capped_logits = logits.clone()
+        return log_softmax_(logits)
+
+    def divergence(
+        self,
+        rows: Int[Tensor, "row"],
+        teacher_hidden: Float[Tensor, "teacher_positions teacher_width"],
+        teacher_head: Head,
+        direction: Direction,
+    ) -> Float[Tensor, "row"]:
+        """KL at each row, in nats, after `log_probs`; leaves p_S in `student`, d KL / d logits in `other`."""
+        teacher = log_softmax_(teacher_head.write_logits(teacher_hidden[rows], self.gradient(rows)))
+        return divergence_(self.student[: len(rows)], teacher, direction, may_mask(self.head, teacher_head))
+
+    def gradient(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row vocabulary"]:
+        return self.other[: len(rows)]
+
+    def collect(self, rows: Int[Tensor, "row"]) -> None:
+        """Add up the gradients, from that with respect to the logits in `other`. Overwrites `student`."""
+        grad = self.head.backward(self.capped_logits, self.gradient(rows))
+        hidden = self.hidden[rows]
+        in_hidden, in_weight, in_bias = self.grads
+        narrow = grad
+        if grad.dtype != hidden.dtype:  # the bf16 gradient lies where the probabilities were
+            narrow = self.student.view(-1).view(hidden.dtype)[: grad.numel()].view(grad.shape).copy_(grad)
+        if in_hidden is not None:
+            in_hidden[rows] = narrow @ self.head.weight
+        if in_weight is not None:
+            if hidden.is_cuda and narrow is not grad:
+                torch.addmm(in_weight, narrow.T, hidden, out_dtype=in_weight.dtype, out=in_weight)
+            else:
+                in_weight.addmm_(grad.T, hidden.to(grad.dtype))
+        if in_bias is not None:
+            in_bias += grad.sum(dim=0)
+
+    def gradients(self) -> list[Tensor | None]:
+        """What `collect` added up, in the dtypes of hidden states, weight and bias."""
+        return [None if grad is None else grad.to(dtype) for grad, dtype in zip(self.grads, self.dtypes, strict=True)]
+
+
+def log_softmax_(logits: Float[Tensor, "row vocabulary"]) -> Float[Tensor, "row vocabulary"]:
+    return torch.log_softmax(logits, dim=-1, out=logits)
+
+
+def divergence_(
+    student: Float[Tensor, "row vocabulary"],
+    teacher: Float[Tensor, "row vocabulary"],
+    direction: Direction,
+    masked: bool,
+) -> Float[Tensor, "row"]:
+    """KL of each row's log-probabilities, in nats. Leaves p_S in `student`, the gradient with respect to the student's
+    logits in `teacher`.
+
+    `masked`: log-probabilities may be -inf (0 log 0 = 0).
+    """
+    if direction == "reverse":  # KL = sum_v p_S (log p_S - log p_T);  d KL / d z_v = p_S (log p_S - log p_T - KL)
+        terms = torch.sub(student, teacher, out=teacher)
+        first = student.exp_()
+    else:  # KL = sum_v p_T (log p_T - log p_S);  d KL / d z_v = p_S - p_T
+        terms = teacher - student
+        first = teacher.exp_()
+    if masked:
+        terms.masked_fill_(first == 0, 0)
+    kl = terms.mul_(first).sum(-1)
+    if direction == "reverse":
+        terms.addcmul_(first, kl[:, None], value=-1)
+    else:
+        torch.sub(student.exp_(), teacher, out=teacher)
+    return kl
+
+
+def add_likelihood_(
+    grad: Float[Tensor, "row vocabulary"], probs: Float[Tensor, "row vocabulary"], terms: LikelihoodTerms
+) -> None:
+    """Add d / d z_v = sum_k weight_k (p_S(v) - [v = token_k]) at each row; `terms.position` are rows of the tile."""
+    total = grad.new_zeros(len(grad)).index_add_(0, terms.position, terms.weight)
+    grad.addcmul_(probs, total[:, None])
+    grad.index_put_((terms.position, terms.token), -terms.weight, accumulate=True)
+
+
+def may_mask(*heads: Head) -> bool:
+    """Whether some head can give a token the logit -inf: through its bias."""
+    return any(head.bias is not None for head in heads)
+
+
+def check_vocabularies(student: Head, teacher: Head) -> None:
+    if student.weight.shape[0] != teacher.weight.shape[0]:
+        sizes = f"{student.weight.shape[0]} and {teacher.weight.shape[0]} tokens"
+        raise RuntimeError(f"student and teacher must share a vocabulary, but their heads have {sizes}")
