@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from torch import Tensor
 
 from topd.algorithm import highest_loss, score_tokens
 from topd.near_future import DistilledModel, Rollouts, near_future_transport
@@ -66,12 +65,13 @@ def probe(
 ) -> Probe:
     """Measure D_OT at the highest, the lowest and random token losses of each rollout."""
     mask = rollouts.loss_mask.bool()
+    ours, theirs = student.read(rollouts), teacher.read(rollouts)
     scores = score_tokens(
-        student.hidden(rollouts)[mask],
-        student.head(),
-        teacher.hidden(rollouts)[mask],
-        teacher.head(),
-        rollouts.response_ids[mask],
+        ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), rollouts.response_ids[mask]
+    )
+    student_greedy, teacher_greedy = (
+        torch.zeros_like(rollouts.response_ids).masked_scatter(mask, greedy)
+        for greedy in (scores.student_greedy, scores.teacher_greedy)
     )
     loss = torch.zeros(mask.shape).masked_scatter(mask.cpu(), scores.kl.float().cpu())
     chance = torch.rand(loss.shape, generator=torch.Generator().manual_seed(seed))
@@ -79,21 +79,12 @@ def probe(
     distances, origin = {}, {}
     for group, ranking in rankings.items():
         rows, positions = highest_loss(ranking, mask.cpu(), share=share).nonzero(as_tuple=True)
-        distance = window_distances(student, teacher, rollouts, rows, positions, window_length)
+        rows, positions = rows.to(mask.device), positions.to(mask.device)
+        our_windows = student.continue_(rollouts, ours, student_greedy, rows, positions, window_length)
+        their_windows = teacher.continue_(rollouts, theirs, teacher_greedy, rows, positions, window_length)
+        distance = near_future_transport(
+            our_windows, their_windows, rollouts, rows, positions, student, teacher
+        ).distance.cpu()
         known = distance.isfinite()
-        distances[group], origin[group] = distance[known].numpy(), rows[known].numpy()
+        distances[group], origin[group] = distance[known].numpy(), rows.cpu()[known].numpy()
     return Probe(distances, origin)
-
-
-def window_distances(
-    student: DistilledModel,
-    teacher: DistilledModel,
-    rollouts: Rollouts,
-    rows: Tensor,
-    positions: Tensor,
-    window_length: int,
-) -> Tensor:
-    """[position] D_OT between the windows that both models continue each (row, position) with."""
-    prefixes = [rollouts.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)]
-    ours, theirs = student.continue_(prefixes, window_length), teacher.continue_(prefixes, window_length)
-    return near_future_transport(ours, theirs, prefixes, student, teacher).distance.cpu()

@@ -1,10 +1,12 @@
 """Where windows come from, and how they are run through a model."""
 
-from topd.near_future.branches import Branches, hidden_with_branches, supports_branches
+from topd.near_future.branches import Branches, hidden_with_branches
 from topd.near_future.distilled_model import DistilledModel, fixed
 from topd.near_future.local_model import LocalModel
 from topd.near_future.matching import near_future_transport
+from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
+from topd.near_future.tree_attention import supports_branches
 from topd.near_future.windows import Rollouts, Windows, rollout_windows
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "ContinuesPrefixes",
     "DistilledModel",
     "LocalModel",
+    "Reading",
     "Rollouts",
     "Windows",
     "fixed",

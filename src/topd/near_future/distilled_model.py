@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from topd.algorithm import Head
 from topd.near_future.branches import Branches, hidden_with_branches, rollout_hidden
+from topd.near_future.local_model import LocalModel
+from topd.near_future.model_parts import backbone_of, cache_bytes_per_token, evaluating, output_head, whole
+from topd.near_future.shared_prefix import Reading, read
 from topd.near_future.sources import ContinuesPrefixes
+from topd.near_future.tree_attention import supports_branches
 from topd.near_future.windows import Rollouts, Windows
 
 Forward = Callable[..., Any]
@@ -29,6 +32,7 @@ class DistilledModel:
         forward: see `Forward`.
         temperature: of the token loss, as in TRL.
         micro_batch: rollouts that are scored together.
+        share_prefix: decode all windows of a rollout over one copy of it, where the model can.
     """
 
     def __init__(
@@ -38,22 +42,27 @@ class DistilledModel:
         forward: Forward = lambda function, *args: function(*args),
         temperature: float = 1.0,
         micro_batch: int = 8,
+        share_prefix: bool = True,
     ) -> None:
         self.model = model
         self.temperature = temperature
+        self.shares_prefix = share_prefix and supports_branches(model)
+        if share_prefix and not self.shares_prefix:
+            warnings.warn(
+                f"{type(model).__name__} has sliding-window or other special attention: its windows are generated "
+                "from fresh prefixes, which is much slower than over one shared prefix.",
+                stacklevel=2,
+            )
         self._source, self._forward, self._micro_batch = source, forward, micro_batch
 
     @property
     def backbone(self) -> nn.Module:
-        """The decoder without its output head (adapters stay in place)."""
-        inner = self.model.base_model.model if is_peft_model(self.model) else self.model
-        backbone: nn.Module = inner.base_model
-        return backbone
+        return backbone_of(self.model)
 
     @property
-    def config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = self.model.config
-        return config
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that a kept prefix takes; 0 where none is kept."""
+        return cache_bytes_per_token(self.model) if self.shares_prefix else 0
 
     def head(self) -> Head:
         return output_head(self.model, self.temperature)
@@ -73,6 +82,15 @@ class DistilledModel:
                 ]
             )
 
+    @torch.no_grad()
+    def read(self, rollouts: Rollouts, keep_prefix: bool = True) -> Reading:
+        """Read rollouts, in evaluation mode; unless told otherwise in one forward pass that keeps keys and values."""
+        if not (keep_prefix and self.shares_prefix):
+            return Reading(self.hidden(rollouts))
+        with evaluating(self.model):
+            reading: Reading = self._forward(read, self.backbone, rollouts)
+        return reading
+
     def hidden_and_windows(
         self, rollouts: Rollouts, branches: Branches | None, from_rollout: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -83,7 +101,7 @@ class DistilledModel:
         if branches is None:
             return rollout_hidden(self.backbone, rollouts), torch.empty(0)
         if not from_rollout:
-            return hidden_with_branches(self.backbone, self.config, rollouts, branches)
+            return hidden_with_branches(self.model, self.backbone, rollouts, branches)
         hidden = rollout_hidden(self.backbone, rollouts)
         length = branches.tokens.shape[-1]
         index = branches.position[:, :, None] + torch.arange(length, device=hidden.device)
@@ -98,7 +116,7 @@ class DistilledModel:
             for start in range(0, len(rollouts), self._micro_batch):
                 rows = slice(start, start + self._micro_batch)
                 parts.append(
-                    self._forward(hidden_with_branches, self.backbone, self.config, rollouts[rows], branches[rows])[1]
+                    self._forward(hidden_with_branches, self.model, self.backbone, rollouts[rows], branches[rows])[1]
                 )
         return torch.cat(parts)
 
@@ -118,58 +136,26 @@ class DistilledModel:
                 states.append(self._forward(last_hidden_state, self.backbone, batch[rows], mask[rows]))
         return torch.cat(states)[:, longest - windows.tokens.shape[1] :]
 
-    def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
-        """The model's own near future from each prefix, in evaluation mode."""
+    @torch.no_grad()
+    def continue_(
+        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
+    ) -> Windows:
+        """The model's own near future from each place in the rollouts, in evaluation mode.
+
+        Args:
+            reading: what the model kept from reading them.
+            greedy: [rollout, position] its most likely token at each position of the responses.
+            rows, positions: [window] where the windows start.
+        """
         with evaluating(self.model), self._source() as source:
-            return source.continue_(prefixes, length)
+            if reading.prefix is not None and isinstance(source, LocalModel):
+                return source.continue_over_prefix(rollouts, reading, greedy, rows, positions, length)
+            return source.continue_(rollouts.prefixes(rows, positions), length)
 
 
 def last_hidden_state(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     states: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return states
-
-
-def output_head(model: Any, temperature: float = 1.0) -> Head:
-    """The model's output head with everything that its config does to logits (scales, soft caps, biases)."""
-    config, layer = model.config.get_text_config(), model.get_output_embeddings()
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
-        if scaling is not None:
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
-    bias = getattr(layer, "bias", None)
-    return Head(
-        weight=whole(layer.weight),
-        bias=None if bias is None else whole(bias),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        temperature=temperature,
-    )
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """The full tensor of a parameter that FSDP2 may have sharded."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
-        return parameter.full_tensor()
-    return parameter
-
-
-class evaluating:
-    """Put a model in evaluation mode, and back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was_training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.was_training)
 
 
 def fixed(source: ContinuesPrefixes) -> Callable[[], AbstractContextManager[ContinuesPrefixes]]:

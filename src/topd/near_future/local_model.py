@@ -1,4 +1,4 @@
-"""Windows from a transformers model in this process."""
+"""Windows from a transformers model in this process: over the prefix it has read, or from prefixes alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from topd.near_future.windows import Windows
+from topd.near_future.model_parts import backbone_of, output_head
+from topd.near_future.shared_prefix import Reading, continue_over_prefix, follow_rollout, sampled_start, until_eos
+from topd.near_future.windows import Rollouts, Windows
 
 
 class LocalModel:
-    """Continues prefixes with `generate`, batched by length.
+    """Continues prefixes: with `generate`, batched by length, or over what the model kept from reading the rollouts.
 
     Args:
         model: any causal language model of transformers.
@@ -35,6 +37,7 @@ class LocalModel:
         self.pad_token_id = pad_token_id
         self.eos_token_ids = list(eos_token_ids)
         self.batch_size = batch_size
+        self.temperature = temperature
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         self._decoding = sampling if temperature > 0 else {"do_sample": False}
 
@@ -47,7 +50,36 @@ class LocalModel:
             chosen = by_length[start : start + self.batch_size]
             new = self._generate([prefixes[index] for index in chosen], length)
             tokens[chosen, : new.shape[1]] = new
-        return Windows(tokens, self._until_eos(tokens))
+        return Windows(tokens, until_eos(tokens, torch.tensor(self.eos_token_ids, device=device)))
+
+    @torch.no_grad()
+    def continue_over_prefix(
+        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
+    ) -> Windows:
+        """The same windows as `continue_` gives for the prefixes at (row, position), all branches decoded together.
+
+        Args:
+            greedy: [rollout, position] the model's most likely token at each position of the response.
+        """
+        if len(rows) == 0:
+            return Windows(rows.new_zeros(0, length), rows.new_zeros(0, length, dtype=torch.bool))
+        head = output_head(self.model)
+
+        def next_token(hidden: Tensor) -> Tensor:
+            logits = head.logits(hidden)
+            if self.temperature == 0:
+                return logits.argmax(-1)
+            chosen = (logits / self.temperature).softmax(-1).flatten(0, -2).multinomial(1)
+            return chosen.view(hidden.shape[:-1])
+
+        if self.temperature == 0:
+            start = follow_rollout(rollouts, greedy, rows, positions, length)
+        else:
+            start = sampled_start(reading, next_token, rows, positions, length)
+        return continue_over_prefix(
+            backbone_of(self.model), self.model.config, reading, start, next_token, rollouts, rows, positions,
+            eos=torch.tensor(self.eos_token_ids, device=rows.device), share=self.temperature == 0,
+        )  # fmt: skip
 
     def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
         longest = max(len(prefix) for prefix in prefixes)
@@ -69,8 +101,3 @@ class LocalModel:
         mask = (torch.arange(longest, device=ids.device) >= padding[:, None]).long()
         output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return output[:, longest:]
-
-    def _until_eos(self, tokens: Tensor) -> Tensor:
-        """True up to and with the first EOS: what comes before was generated, whatever its id (pad may equal EOS)."""
-        is_eos = torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device))
-        return is_eos.cumsum(-1) - is_eos.long() == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from topd.algorithm import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 from topd.algorithm.transport import GroundCost
 from topd.near_future.distilled_model import DistilledModel
-from topd.near_future.windows import Windows
+from topd.near_future.windows import Rollouts, Windows
 
 Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
 Solver = Literal["exact", "entropic"]
@@ -18,7 +18,9 @@ Solver = Literal["exact", "entropic"]
 def near_future_transport(
     ours: Windows,
     theirs: Windows,
-    prefixes: list[Tensor],
+    rollouts: Rollouts,
+    rows: Tensor,
+    positions: Tensor,
     student: DistilledModel,
     teacher: DistilledModel,
     *,
@@ -27,9 +29,14 @@ def near_future_transport(
     solver: Solver = "exact",
     epsilon: float = 0.05,
 ) -> Transport:
-    """Transport between the student's windows (rows) and the teacher's (columns). See `TOPDConfig` for the choices."""
+    """Transport between the student's windows (rows) and the teacher's (columns). See `TOPDConfig` for the choices.
+
+    Args:
+        ours, theirs: windows that start at (row, position) of the rollouts.
+    """
     model = student if embedding.startswith("student") else teacher
     if embedding.endswith("_hidden"):
+        prefixes = rollouts.prefixes(rows, positions)
         costs = ground_cost(model.states_of(prefixes, ours).float(), model.states_of(prefixes, theirs).float(), cost)
     else:
         costs = token_cost(ours.tokens, theirs.tokens, model.embeddings(), cost)

@@ -34,10 +34,19 @@ class Rollouts:
     def attention_mask(self) -> Tensor:
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
+    @property
+    def causal_mask(self) -> Tensor | None:
+        """The mask that a causal model needs: none without padding on the left (what is on the right is not seen)."""
+        return None if bool(self.prompt_mask.all()) else self.attention_mask
+
     def prefix(self, row: int, position: int) -> Tensor:
         """The student's prefix x_<t: the prompt and the response tokens before `position`, without padding."""
         prompt = self.prompt_ids[row][self.prompt_mask[row].bool()]
         return torch.cat([prompt, self.response_ids[row, :position]])
+
+    def prefixes(self, rows: Tensor, positions: Tensor) -> list[Tensor]:
+        """The prefix of each (row, position)."""
+        return [self.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)]
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -66,6 +75,10 @@ class Windows:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @classmethod
+    def cat(cls, parts: list[Windows]) -> Windows:
+        return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.mask for part in parts]))
 
     def __getitem__(self, which: Tensor) -> Windows:
         return Windows(self.tokens[which], self.mask[which])

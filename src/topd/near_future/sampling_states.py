@@ -1,0 +1,69 @@
+"""Keep what the student computes while it samples, so that it need not read its own rollouts again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topd.near_future.model_parts import backbone_of
+from topd.near_future.shared_prefix import Reading
+from topd.near_future.windows import Rollouts
+
+
+class SamplingStates:
+    """The last hidden states, and keys and values, of one call of `generate`.
+
+    They are those of a scoring pass up to rounding, so they choose candidates and start windows; the loss that is
+    trained on is computed anew, with gradients.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[Tensor] = []
+        self._fed: list[int] = []
+        self._cache: Any = None
+
+    @contextmanager
+    def keeping(self, model: Any) -> Iterator[None]:
+        """Watch the forward passes of a model that generates in this block."""
+        handle = backbone_of(model).register_forward_hook(self._keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._fed.append(output.last_hidden_state.shape[1])
+        self._states.append(output.last_hidden_state[:, -1])
+        self._cache = output.past_key_values
+
+    def reading(self, rollouts: Rollouts, keep_prefix: bool) -> Reading | None:
+        """The reading of these rollouts, or None if this was not one plain call that sampled them all."""
+        prompt, response = rollouts.prompt_ids.shape[1], rollouts.response_ids.shape[1]
+        longest = int(rollouts.response_mask.sum(1).max())
+        one_call = self._fed[:1] == [prompt] and set(self._fed[1:]) <= {1}
+        if not one_call or len(self._states) < longest or len(self._states[0]) != len(rollouts):
+            return None
+        hidden = torch.stack(self._states[:response], dim=1)
+        hidden = nn.functional.pad(hidden, (0, 0, 0, response - hidden.shape[1]))
+        layers = getattr(self._cache, "layers", [])
+        whole = bool(layers) and all(
+            layer.keys is not None and layer.keys.shape[2] >= prompt + longest - 1 for layer in layers
+        )
+        if not keep_prefix:
+            return Reading(hidden)
+        if not whole:
+            return None
+        padding = (rollouts.prompt_mask == 0).sum(1)
+        return Reading(hidden, [(layer.keys, layer.values) for layer in layers], padding)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether dropout is at work, so that states from sampling are not those of a scoring pass."""
+    attention = getattr(getattr(model, "config", None), "attention_dropout", 0.0) or 0.0
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return model.training and (layers or attention > 0)

@@ -1,0 +1,205 @@
+"""Windows decoded over one prefix are, token for token, those of one-by-one `generate`."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, fixed, supports_branches
+from topd.near_future.shared_prefix import follow_rollout, read
+
+EOS = 1
+SIZES = {
+    "vocab_size": 47, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": EOS,
+    "bos_token_id": None,
+}  # fmt: skip
+MODELS = {
+    "qwen3": lambda: tiny_model(0, scale=1.5),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=8)),
+}
+SHARING = ["qwen3", "qwen3-moe", "llama", "gemma", "mistral"]
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    with torch.no_grad():  # sharper than random, so that windows follow rollouts for a while
+        model.get_output_embeddings().weight.mul_(6.0)
+    return model
+
+
+def rollouts_of(model, seed=1, padding=True):
+    """Three prompts, of different lengths, and responses that the model itself sampled (EOS may end them)."""
+    torch.manual_seed(seed)
+    lengths = [3, 6, 5] if padding else [6, 6, 6]
+    prompts = [torch.randint(3, 47, (n,)) for n in lengths]
+    windows = LocalModel(model, 0, [EOS], temperature=1.0).continue_(prompts, 14)
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (6 - len(p), 0)) for p in prompts])
+    ids = torch.stack([torch.nn.functional.pad(p, (6 - len(p), 0)) for p in prompts])
+    response_mask = windows.mask.long()
+    response_mask[1, 9:] = 0  # one was cut short
+    return Rollouts(ids, mask, windows.tokens * response_mask, response_mask, response_mask)
+
+
+def greedy_of(model, reading):
+    return model.get_output_embeddings()(reading.hidden).argmax(-1)
+
+
+def generated(model, prefix, length):
+    out = model.generate(
+        input_ids=prefix[None], attention_mask=torch.ones_like(prefix)[None], max_new_tokens=length, do_sample=False,
+        eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+    return out[0, len(prefix) :].tolist()
+
+
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("kind", SHARING)
+def test_same_tokens_as_generate_one_by_one(kind, padding):
+    model = model_of(kind)
+    assert supports_branches(model)
+    for seed in range(2):
+        rollouts = rollouts_of(model, seed, padding)
+        rows, positions = rollouts.response_mask.nonzero(as_tuple=True)  # every position, the first and the last too
+        pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+        reading = pair.read(rollouts)
+        windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 7)
+        for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
+            alone = generated(model, rollouts.prefix(int(row), int(position)), 7)
+            assert tokens[mask].tolist() == alone
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_whatever_the_attention_of_the_model(attention):
+    model = model_of("llama")
+    model.set_attn_implementation(attention)
+    rollouts = rollouts_of(model)
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    reading = pair.read(rollouts)
+    rows, positions = torch.tensor([0, 2, 2]), torch.tensor([1, 0, 4])
+    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 5)
+    for i in range(3):
+        alone = generated(model, rollouts.prefix(int(rows[i]), int(positions[i])), 5)
+        assert windows.tokens[i][windows.mask[i]].tolist() == alone
+    assert model.config._attn_implementation == attention
+
+
+def test_windows_that_follow_the_rollout_cost_no_forward_pass():
+    """A greedy rollout: every window is the rollout's own path, known from scoring, as far as the rollout goes."""
+    model = model_of("llama")
+    prompt = torch.randint(3, 47, (2, 4))
+    response = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    response = response[:, 4:]
+    ones = torch.ones_like(response)
+    rollouts = Rollouts(prompt, torch.ones_like(prompt), response, ones, ones)
+    reading = read(model.base_model, rollouts)
+    source = LocalModel(model, 0, [])
+    calls = []
+    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    rows, positions = torch.tensor([0, 0, 1]), torch.tensor([0, 5, 2])
+    windows = source.continue_over_prefix(rollouts, reading, greedy_of(model, reading), rows, positions, 6)
+    assert not calls
+    for row, position, tokens in zip(rows, positions, windows.tokens, strict=True):
+        assert tokens.tolist() == response[row, position : position + 6].tolist()
+    source.continue_over_prefix(rollouts, reading, greedy_of(model, reading), rows, positions + 3, 6)
+    assert len(calls) == 2  # the second window reaches 2 tokens beyond the end of its rollout
+
+
+def test_windows_that_leave_the_rollout_at_the_same_place_share_a_branch():
+    model = model_of("llama")
+    rollouts = rollouts_of(model, padding=False)
+    reading = read(model.base_model, rollouts)
+    greedy = rollouts.response_ids.clone()
+    greedy[0, 5] += 1  # the first three agree with the rollout until position 5 and part there
+    rows, positions = torch.zeros(4, dtype=torch.long), torch.tensor([2, 3, 5, 6])
+    fed = []
+    model.base_model.register_forward_hook(lambda m, a, k, o: fed.append(k["input_ids"].shape), with_kwargs=True)
+    windows = LocalModel(model, 0, []).continue_over_prefix(rollouts, reading, greedy, rows, positions, 6)
+    assert all(shape[1] <= 2 for shape in fed)  # one branch for the first three, at most one more
+    assert windows.tokens[0, 3:].tolist() == windows.tokens[2, :3].tolist()
+    assert windows.tokens[1, 2:].tolist() == windows.tokens[2, :4].tolist()
+
+
+def test_known_tokens_by_hand():
+    response = torch.tensor([[7, 8, 9, 5]])
+    ones = torch.ones_like(response)
+    rollouts = Rollouts(torch.tensor([[3]]), torch.tensor([[1]]), response, ones, ones)
+    greedy = torch.tensor([[7, 8, 6, 5]])
+    start = follow_rollout(rollouts, greedy, torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 2, 3]), 3)
+    assert start.known.tolist() == [3, 2, 1, 1]
+    assert start.tokens[0].tolist() == [7, 8, 6]
+    assert start.tokens[1, :2].tolist() == [8, 6]
+
+
+def test_sampled_windows_are_draws_from_the_model():
+    """At a position with two likely tokens both appear, about as often as they should."""
+    model = model_of("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.2)
+    rollouts = rollouts_of(model, padding=False)
+    reading = read(model.base_model, rollouts)
+    rows, positions = torch.zeros(3000, dtype=torch.long), torch.full((3000,), 4)
+    torch.manual_seed(0)
+    windows = LocalModel(model, 0, [], temperature=0.7).continue_over_prefix(
+        rollouts, reading, greedy_of(model, reading), rows, positions, 2
+    )
+    probability = (model.get_output_embeddings()(reading.hidden[0, 4]) / 0.7).softmax(-1)
+    share = torch.bincount(windows.tokens[:, 0], minlength=len(probability)) / 3000
+    assert (share - probability).abs().max() < 0.04
+    likely = int(probability.argmax())
+    logits = model(torch.cat([rollouts.prefix(0, 4), torch.tensor([likely])])[None]).logits[0, -1]
+    second = windows.tokens[windows.tokens[:, 0] == likely, 1]
+    share = torch.bincount(second, minlength=len(logits)) / len(second)
+    assert (share - (logits / 0.7).softmax(-1)).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("kind", ["mistral-sliding", "gemma3"])
+def test_sliding_windows_take_the_plain_way_and_are_right(kind):
+    model = model_of(kind)
+    assert not supports_branches(model)
+    rollouts = rollouts_of(model)
+    with pytest.warns(UserWarning, match="sliding"):
+        pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    reading = pair.read(rollouts)
+    assert reading.prefix is None
+    rows, positions = torch.tensor([0, 2]), torch.tensor([3, 1])
+    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 6)
+    for i in range(2):
+        alone = generated(model, rollouts.prefix(int(rows[i]), int(positions[i])), 6)
+        assert windows.tokens[i][windows.mask[i]].tolist() == alone
+
+
+def test_no_windows_are_no_windows():
+    model = model_of("llama")
+    rollouts = rollouts_of(model)
+    nothing = torch.zeros(0, dtype=torch.long)
+    windows = LocalModel(model, 0, [EOS]).continue_over_prefix(
+        rollouts, read(model.base_model, rollouts), rollouts.response_ids, nothing, nothing, 5
+    )
+    assert windows.tokens.shape == (0, 5)
+
+
+def test_rows_of_a_reading():
+    reading = Reading(torch.arange(6.0).view(3, 2, 1), [(torch.zeros(3, 1, 4, 2), torch.ones(3, 1, 4, 2))])
+    part = reading[1:]
+    assert part.hidden[:, 0, 0].tolist() == [2.0, 4.0]
+    assert part.prefix[0][1].shape == (2, 1, 4, 2)
