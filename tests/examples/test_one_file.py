@@ -26,7 +26,7 @@ from topd.training import TOPDConfig, TOPDTrainer
 
 ONE_FILE = Path(__file__).parents[2] / "examples" / "topd_in_one_file.py"
 ROLLOUTS, WINDOW_LENGTH, CANDIDATE_SHARE = 8, 5, 0.12
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # norms and rotary angles are float32
 SEED = 0
 CASES = [
     pytest.param((torch.float32, "regenerated", 1), id="float32-regenerated"),

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from topd.demo.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
+from topd.training.budget import ROUNDS
 from topd.training.config import choices
 from topd.training.metrics import NEAR_FUTURE_METRICS
 from topd.training.stages import STAGES
@@ -70,15 +71,26 @@ def test_topd_brings_the_token_loss_down(tmp_path):
 
 
 def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS) + 1, max_overhead=10.0)
     trainer.train()
-    logged = trainer.state.log_history[0]
+    logged = trainer.state.log_history[len(ROUNDS)]
     prefixes = {name.split("/")[0] for name in NEAR_FUTURE_METRICS}
     ours = {name for name in logged if name.split("/")[0] in prefixes}
     assert ours == set(NEAR_FUTURE_METRICS)
     assert {f"seconds/{stage}" for stage in STAGES} <= set(logged)
     text = Path("docs/metrics.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in (*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES)))
+
+
+def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS) + 2, max_overhead=1e-6, candidate_share=0.3)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    candidates = [entry.get("candidates/per_rollout") for entry in steps]
+    assert [value is None for value in candidates[: len(ROUNDS)]] == [kind == "plain" for kind in ROUNDS]
+    assert candidates[2] > candidates[3] > 1  # all, half
+    assert candidates[len(ROUNDS) :] == [1.0, 1.0]  # the tightest budget leaves one
+    assert steps[-1]["budget/predicted_overhead"] > 0
 
 
 def test_metrics_say_what_the_audit_records_say(tmp_path):

@@ -4,7 +4,15 @@ from topd.algorithm.candidates import highest_loss
 from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss
 from topd.algorithm.downweighting import cap_weights, select_for_capping
 from topd.algorithm.forks import false_alarm_threshold, is_fork
-from topd.algorithm.guidance import Targets, make_targets, own_token_share, rescale_rows, trajectory_loss
+from topd.algorithm.guidance import (
+    Targets,
+    likelihood_terms,
+    make_targets,
+    negative_entropy,
+    own_token_share,
+    rescale_rows,
+    trajectory_loss,
+)
 from topd.algorithm.head import Head
 from topd.algorithm.tiles import LikelihoodTerms
 from topd.algorithm.token_loss import (
@@ -33,7 +41,9 @@ __all__ = [
     "ground_cost",
     "highest_loss",
     "is_fork",
+    "likelihood_terms",
     "make_targets",
+    "negative_entropy",
     "own_token_share",
     "rescale_rows",
     "score_tokens",

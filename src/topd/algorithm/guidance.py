@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from topd.algorithm.tiles import LikelihoodTerms
+
 TargetKind = Literal["transport", "same_index", "own"]
 """transport: the paper. Controls: same_index, the teacher's token at the same index (no alignment); own, the student's
 own token (pure sharpening)."""
@@ -62,16 +64,33 @@ def trajectory_loss(
 ) -> Float[Tensor, "fork student_position"]:
     """KL(y_i || p_S(. | c_{t+i})) at each window position, in nats; 0 where nothing is guided.
 
+    The definition. Training takes the same sum as `likelihood_terms` and `negative_entropy`, so that it shares the pass
+    over the vocabulary with the token loss.
+
     Args:
         log_probs: log p_S(target token j | the student's context at window position i).
         targets: from `make_targets`. Columns that hold the same token are one outcome of y_i.
     """
     weight = targets.weight.to(log_probs.dtype)
+    return negative_entropy(targets).to(log_probs.dtype) + torch.where(weight > 0, -weight * log_probs, 0.0).sum(-1)
+
+
+def negative_entropy(targets: Targets) -> Float[Tensor, "fork student_position"]:
+    """sum_v y_i(v) log y_i(v), in nats: the part of the trajectory loss that has no gradient."""
+    weight = targets.weight
     same_token = (targets.tokens[:, :, None] == targets.tokens[:, None, :]).to(weight.dtype)
     probability = weight @ same_token  # y_i of the token in column j, its copies counted in
-    negative_entropy = weight * probability.clamp(min=torch.finfo(weight.dtype).tiny).log()
-    cross_entropy = torch.where(weight > 0, -weight * log_probs, 0.0)
-    return (negative_entropy + cross_entropy).sum(-1)
+    return (weight * probability.clamp(min=torch.finfo(weight.dtype).tiny).log()).sum(-1)
+
+
+def likelihood_terms(targets: Targets, row: Int[Tensor, "fork student_position"]) -> LikelihoodTerms:
+    """The trajectory loss without its entropy, -sum_j y_ij log p_S(token j), as (row, token, weight) terms.
+
+    Args:
+        row: of the hidden states, at which each window position is predicted. Windows that overlap may share rows.
+    """
+    fork, position, column = targets.weight.nonzero(as_tuple=True)
+    return LikelihoodTerms(row[fork, position], targets.tokens[fork, column], targets.weight[fork, position, column])
 
 
 def own_token_share(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from topd.near_future import Rollouts
-from topd.training.step import NearFuture
+from topd.training.futures import NearFuture
 
 RECORD_VERSION = 1
 

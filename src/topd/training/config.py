@@ -43,6 +43,12 @@ class TOPDConfig(DistillationConfig):
         0.0, "Decoding of windows; 0 is greedy. The paper does not give it; our choice."
     )
 
+    window_memory: float = _option(
+        4.0,
+        "GiB for the keys and values of the rollouts whose windows are decoded together; more rollouts go in waves. "
+        "Our choice.",
+    )
+
     candidate_ranking: Literal["reverse_kl", "teacher_nll"] = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
@@ -55,6 +61,12 @@ class TOPDConfig(DistillationConfig):
     candidate_count: int | None = _option(None, "Instead of a share: a fixed number of candidates a rollout.")
     candidate_threshold: float | None = _option(
         None, "Instead of a share: every position with at least this loss (nats)."
+    )
+    max_overhead: float | None = _option(
+        None,
+        "Longest that a step may take over plain OPD, as a share (0.10: ten percent). The first ten steps measure the "
+        "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
+        "None: no limit. Our choice.",
     )
     candidate_spacing: int = _option(1, "Least distance between candidates of a rollout. Our choice: no spacing.")
 
@@ -129,6 +141,10 @@ class TOPDConfig(DistillationConfig):
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
         if not 0 <= self.false_alarm_share < 1:
             raise ValueError(f"false_alarm_share must be in [0, 1); got {self.false_alarm_share}.")
+        if self.window_memory <= 0:
+            raise ValueError(f"window_memory must be positive (GiB); got {self.window_memory}.")
+        if self.max_overhead is not None and self.max_overhead <= 0:
+            raise ValueError(f"max_overhead must be positive, or None for no limit; got {self.max_overhead}.")
         if self.entropic_epsilon <= 0:
             raise ValueError(f"entropic_epsilon must be positive; got {self.entropic_epsilon}.")
         if self.looks_ahead and self.beta not in (0.0, 1.0):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from topd.near_future import Rollouts
-from topd.training.step import Guided, NearFuture, own_share
+from topd.training.futures import NearFuture
+from topd.training.guided import Guided, own_share
 
 NEAR_FUTURE_METRICS = {
     "token_loss/mean": "mean token loss over response tokens (nats, scoring pass)",
@@ -25,6 +26,7 @@ NEAR_FUTURE_METRICS = {
     "guidance/positions": "window positions with a target, all processes",
     "guidance/own_token_share": "mean part of a target that is the student's own token at that position (0..1)",
     "guidance/loss": "L_traj of the step, without lambda (nats a position; a fork with guidance_reduction=sum)",
+    "budget/predicted_overhead": "with max_overhead: predicted time over a step of plain OPD, as a share of it",
 }
 
 

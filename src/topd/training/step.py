@@ -15,68 +15,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from topd.algorithm import (
-    Targets,
-    Transport,
+    Head,
+    TokenScores,
     cap_weights,
+    distillation_loss,
     false_alarm_threshold,
-    gathered_log_probs,
-    highest_loss,
     is_fork,
-    make_targets,
-    own_token_share,
+    likelihood_terms,
+    negative_entropy,
     score_tokens,
-    select_for_capping,
-    token_kl_from_hidden,
-    trajectory_loss,
 )
-from topd.algorithm.token_loss import Direction
-from topd.near_future import Branches, DistilledModel, Rollouts, Windows, near_future_transport, rollout_windows
+from topd.algorithm.tiles import Direction
+from topd.near_future import DistilledModel, Reading, Rollouts, near_future_transport, rollout_windows
+from topd.training.choices import choose_candidates, choose_capped, choose_guided
+from topd.training.futures import NearFuture, Seen, joined
+from topd.training.guided import Guided, guided_rows
 
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
 
 Stage = Callable[[str], AbstractContextManager[None]]
 """Wraps a named part of the step, to time it."""
-
-
-@dataclass(frozen=True)
-class NearFuture:
-    """What looking ahead found in a batch of rollouts. Candidates are numbered rollout by rollout, left to right.
-
-    Attributes:
-        token_loss: [rollout, position] nats.
-        entropy: [rollout, position] of the student, nats.
-        rows, positions: [candidate] where each candidate is.
-        ours, theirs: windows of student and teacher at each candidate.
-        ours_from_rollout: whether `ours` is the rollout's own path, so that nothing was generated for it.
-        transport: between them.
-        fork: [candidate] True at forks, False at false alarms.
-        guided: [candidate] True where the trajectory loss applies.
-        capped: [candidate] True where the token loss is capped.
-        weights: [rollout, position] of the token losses; 1 unless capped.
-        teacher_hidden: [rollout, position, width], kept so that the teacher runs once.
-    """
-
-    token_loss: Tensor
-    entropy: Tensor
-    rows: Tensor
-    positions: Tensor
-    ours: Windows
-    theirs: Windows
-    ours_from_rollout: bool
-    transport: Transport
-    fork: Tensor
-    guided: Tensor
-    capped: Tensor
-    weights: Tensor
-    teacher_hidden: Tensor
 
 
 @torch.no_grad()
@@ -87,27 +52,25 @@ def look_ahead(
     options: TOPDConfig,
     stage: Stage,
     gather: Callable[[Tensor], Tensor] = lambda distance: distance,
+    kept: Reading | None = None,
+    at_most: int | None = None,
 ) -> NearFuture:
-    """Divergence detection: candidates, windows, transport, forks. `gather` joins distances of all processes."""
-    mask = rollouts.loss_mask.bool()
-    with stage("scoring"):
-        token_loss, teacher_nll, entropy, teacher_hidden = score(rollouts, student, teacher, options)
-        ranking = token_loss if options.candidate_ranking == "reverse_kl" else teacher_nll
-        rows, positions = choose_candidates(ranking, mask, options).nonzero(as_tuple=True)
+    """Divergence detection: candidates, windows, transport, forks.
 
-    with stage("windows"):
-        prefixes = [
-            rollouts.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)
+    Args:
+        gather: joins distances of all processes.
+        kept: what the student kept from sampling these rollouts; without it, it reads them once more.
+        at_most: candidates a rollout, for a budget.
+    """
+    seen = joined(
+        [
+            look_from(rollouts[wave], student, teacher, options, stage, None if kept is None else kept[wave], at_most)
+            for wave in waves(rollouts, student, teacher, options)
         ]
-        theirs = teacher.continue_(prefixes, options.window_length)
-        if options.student_window == "rollout":
-            ours = rollout_windows(rollouts, rows, positions, options.window_length)
-        else:
-            ours = student.continue_(prefixes, options.window_length)
-
+    )
     with stage("transport"):
         transport = near_future_transport(
-            ours, theirs, prefixes, student, teacher,
+            seen.ours, seen.theirs, rollouts, seen.rows, seen.positions, student, teacher,
             embedding=options.embedding, cost=options.ground_cost,
             solver=options.transport_solver, epsilon=options.entropic_epsilon,
         )  # fmt: skip
@@ -116,96 +79,68 @@ def look_ahead(
             threshold = false_alarm_threshold(gather(transport.distance), options.false_alarm_share)
         fork = is_fork(transport.distance, threshold=threshold)
         capped = choose_capped(transport.distance, threshold, options)
-        marked = torch.zeros_like(mask).index_put((rows, positions), capped)
+        mask = rollouts.loss_mask.bool()
+        marked = torch.zeros_like(mask).index_put((seen.rows, seen.positions), capped)
 
     return NearFuture(
-        token_loss=token_loss,
-        entropy=entropy,
-        rows=rows,
-        positions=positions,
-        ours=ours,
-        theirs=theirs,
+        **vars(seen),
         ours_from_rollout=options.student_window == "rollout",
         transport=transport,
         fork=fork,
         guided=choose_guided(fork, transport, options),
         capped=capped,
-        weights=cap_weights(token_loss, mask, marked),
-        teacher_hidden=teacher_hidden,
+        weights=cap_weights(seen.token_loss, mask, marked),
     )
+
+
+def look_from(
+    rollouts: Rollouts,
+    student: DistilledModel,
+    teacher: DistilledModel,
+    options: TOPDConfig,
+    stage: Stage,
+    kept: Reading | None,
+    at_most: int | None,
+) -> Seen:
+    """Score rollouts; from their high-loss positions, let both models go on from the student's prefix."""
+    mask = rollouts.loss_mask.bool()
+    with stage("scoring"):
+        theirs_read = teacher.read(rollouts)
+        ours_read = kept or student.read(rollouts, keep_prefix=options.student_window == "regenerated")
+        scores = score(rollouts, ours_read.hidden, student, theirs_read.hidden, teacher, options)
+        ranking = scores.kl if options.candidate_ranking == "reverse_kl" else scores.teacher_nll
+        rows, positions = choose_candidates(ranking, mask, options, at_most).nonzero(as_tuple=True)
+
+    with stage("windows"):
+        length = options.window_length
+        theirs = teacher.continue_(rollouts, theirs_read, scores.teacher_greedy, rows, positions, length)
+        if options.student_window == "rollout":
+            ours = rollout_windows(rollouts, rows, positions, length)
+        else:
+            ours = student.continue_(rollouts, ours_read, scores.student_greedy, rows, positions, length)
+    return Seen(scores.kl, scores.entropy, theirs_read.hidden, rows, positions, ours, theirs)
 
 
 @torch.no_grad()
 def score(
-    rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, options: TOPDConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token loss, teacher's NLL, student's entropy: [rollout, position] nats, 0 at padding; the teacher's states."""
+    rollouts: Rollouts,
+    student_hidden: Tensor,
+    student: DistilledModel,
+    teacher_hidden: Tensor,
+    teacher: DistilledModel,
+    options: TOPDConfig,
+) -> TokenScores:
+    """Scores of the response tokens from both models' states, [rollout, position] each; 0 at padding."""
     mask = rollouts.loss_mask.bool()
-    teacher_hidden = teacher.hidden(rollouts)
     scores = score_tokens(
-        student.hidden(rollouts)[mask],
+        student_hidden[mask],
         student.head(),
         teacher_hidden[mask],
         teacher.head(),
         rollouts.response_ids[mask],
         "reverse" if options.beta == 1 else "forward",
     )
-    token_loss, teacher_nll, entropy = (scatter(values, mask) for values in scores[:3])
-    return token_loss, teacher_nll, entropy, teacher_hidden
-
-
-def choose_candidates(ranking: Tensor, mask: Tensor, options: TOPDConfig) -> Tensor:
-    """High-loss positions; the control "random" takes equally many positions of each rollout at random instead."""
-    if options.guides and options.guidance_at == "random":
-        ranking = torch.rand(ranking.shape, device=ranking.device)
-    return highest_loss(
-        ranking,
-        mask,
-        share=options.candidate_share,
-        count=options.candidate_count,
-        threshold=options.candidate_threshold,
-        spacing=options.candidate_spacing,
-    )
-
-
-def choose_capped(distance: Tensor, threshold: float, options: TOPDConfig) -> Tensor:
-    """Whose token loss is capped: see section 5.1."""
-    if options.method == "opd-capped":
-        return select_for_capping(distance, options.cap_selection, threshold=threshold)
-    if options.cap_false_alarms:
-        return select_for_capping(distance, "low", threshold=threshold)
-    return torch.zeros_like(distance, dtype=torch.bool)
-
-
-def choose_guided(fork: Tensor, transport: Transport, options: TOPDConfig) -> Tensor:
-    """Where the trajectory loss applies: at forks; the control "false_alarms" takes the others."""
-    if not options.guides:
-        return torch.zeros_like(fork)
-    if options.guidance_at == "false_alarms":
-        return transport.converged & ~fork
-    return fork
-
-
-@dataclass(frozen=True)
-class Guided:
-    """The windows that the student is trained on, laid out by rollout so that they travel with the batch.
-
-    Attributes:
-        branches: the windows whose contexts the student is put in: its own, or the teacher's.
-        weight: [rollout, branch, window_position, target_position]; rows sum to 1, or to 0 where not guided.
-        tokens: [rollout, branch, target_position] that the columns of `weight` stand for.
-        teacher_hidden: [rollout, branch, window_position, width] the teacher's states, where a KL needs them.
-    """
-
-    branches: Branches
-    weight: Tensor
-    tokens: Tensor
-    teacher_hidden: Tensor | None = None
-
-    @property
-    def targets(self) -> Targets:
-        """The same, with [rollout, branch] as one axis."""
-        return Targets(self.weight.flatten(0, 1), self.tokens.flatten(0, 1))
+    return TokenScores(*(scatter(values, mask) for values in scores))
 
 
 def topd_loss(
@@ -229,74 +164,49 @@ def topd_loss(
             the whole batch over which the optimizer steps.
     """
     mask = rollouts.loss_mask.bool()
-    own_path = options.student_window == "rollout" and options.guidance_context == "student"
+    on_rollout = options.student_window == "rollout" and options.guidance_context == "student"
     branches = guided.branches if guided is not None else None
-    hidden, window_hidden = student.hidden_and_windows(rollouts, branches, from_rollout=own_path)
+    hidden, window_hidden = student.hidden_and_windows(rollouts, branches, from_rollout=on_rollout)
+    heads, theirs, token_weights = (student.head(), teacher.head()), teacher_hidden[mask], weights[mask] / num_tokens
     direction: Direction = "reverse" if options.beta == 1 else "forward"
-    token_loss = token_kl_from_hidden(hidden[mask], student.head(), teacher_hidden[mask], teacher.head(), direction)
-    opd = (weights[mask] * token_loss).sum() / num_tokens
-    if guided is None:
-        return opd, opd.new_zeros(())
-    traj = window_loss(window_hidden, student, teacher, guided, options).sum() / num_guided
-    return opd + options.guidance_weight * traj, traj.detach()
+
+    if guided is None or guided.teacher_hidden is not None:
+        opd = distillation_loss(hidden[mask], heads[0], theirs, heads[1], token_weights, direction=direction).loss
+        if guided is None:
+            return opd, opd.new_zeros(())
+        traj = teacher_context_loss(window_hidden, heads, guided, options) / num_guided
+        return opd + options.guidance_weight * traj, traj.detach()
+
+    targets, scale = guided.targets, options.guidance_weight / num_guided
+    states, row = guided_rows(hidden, window_hidden, mask, guided, on_rollout)
+    terms = likelihood_terms(targets, row)  # L_traj = sum KL(y_i || p_S) = cross-entropy to y_i - entropy of y_i
+    scaled = terms._replace(weight=terms.weight * scale)
+    both = distillation_loss(states, heads[0], theirs, heads[1], token_weights, scaled, direction)
+    minus_entropy = negative_entropy(targets).sum()
+    traj = ((terms.weight * both.nll).sum() + minus_entropy) / num_guided
+    return both.loss + scale * minus_entropy, traj
 
 
-def window_loss(
-    hidden: Tensor, student: DistilledModel, teacher: DistilledModel, guided: Guided, options: TOPDConfig
+def teacher_context_loss(
+    window_hidden: Tensor, heads: tuple[Head, Head], guided: Guided, options: TOPDConfig
 ) -> Tensor:
-    """[rollout * branch, window_position] the loss at each window position, nats; 0 where nothing is guided."""
-    targets = guided.targets
-    positions = targets.guided
-    loss = torch.zeros(positions.shape, dtype=torch.float32, device=hidden.device)
-    states = hidden.flatten(0, 1)[positions]  # only these meet the vocabulary
-    if options.guidance_context == "teacher" and options.teacher_context_loss != "cross_entropy":
-        assert guided.teacher_hidden is not None
-        theirs = guided.teacher_hidden.flatten(0, 1)[positions]
-        direction: Direction = "reverse" if options.teacher_context_loss == "reverse_kl" else "forward"
-        return loss.masked_scatter(
-            positions, token_kl_from_hidden(states, student.head(), theirs, teacher.head(), direction)
-        )
-    wanted = targets.tokens[:, None, :].expand(*positions.shape, -1)
-    log_probs = torch.zeros_like(targets.weight).masked_scatter(
-        positions[..., None], gathered_log_probs(states, student.head(), wanted[positions])
+    """Sum over guided positions of the full-vocabulary KL in the teacher's contexts (another reading of L_traj)."""
+    assert guided.teacher_hidden is not None
+    positions = guided.targets.guided
+    ours, theirs = window_hidden.flatten(0, 1)[positions], guided.teacher_hidden.flatten(0, 1)[positions]
+    direction: Direction = "reverse" if options.teacher_context_loss == "reverse_kl" else "forward"
+    ones = torch.ones(len(ours), device=ours.device)
+    return distillation_loss(ours, heads[0], theirs, heads[1], ones, direction=direction).loss
+
+
+def waves(rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, options: TOPDConfig) -> list[slice]:
+    """As many rollouts at a time as both models' keys and values have room for."""
+    per_token = teacher.cache_bytes_per_token + (
+        student.cache_bytes_per_token if options.student_window == "regenerated" else 0
     )
-    return trajectory_loss(log_probs, targets)
-
-
-def guided_windows(future: NearFuture, rollouts: Rollouts, options: TOPDConfig) -> Guided:
-    """Lay the guided candidates out as [rollout, branch, ...]; at least one slot, empty if need be."""
-    at_most = torch.bincount(future.rows[future.guided], minlength=len(rollouts)).max().clamp(min=1)
-    slots = int(at_most)
-    chosen = future.guided.nonzero().squeeze(-1)
-    rows = future.rows[chosen]
-    slot = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)  # rows are sorted
-
-    def spread(values: Tensor) -> Tensor:
-        out = values.new_zeros(len(rollouts), slots, *values.shape[1:])
-        out[rows, slot] = values
-        return out
-
-    ours, theirs = future.ours[chosen], future.theirs[chosen]
-    windows = theirs if options.guidance_context == "teacher" else ours
-    if options.guidance_context == "teacher":  # the teacher's window is both context and target
-        targets = make_targets(
-            "own", future.transport.plan[chosen], theirs.tokens, theirs.mask, theirs.tokens, theirs.mask
-        )
-    else:
-        targets = make_targets(
-            options.guidance_target, future.transport.plan[chosen], ours.tokens, ours.mask, theirs.tokens, theirs.mask
-        )
-    return Guided(
-        Branches(spread(future.positions[chosen]), spread(windows.tokens), spread(windows.mask)),
-        weight=spread(targets.weight),
-        tokens=spread(targets.tokens),
-    )
-
-
-def own_share(guided: Guided) -> Tensor:
-    """[guided position] how much of each target is the student's own token."""
-    targets = guided.targets
-    return own_token_share(targets, guided.branches.tokens.flatten(0, 1))[targets.guided]
+    size = int(options.window_memory * 2**30 // (per_token * rollouts.input_ids.shape[1])) if per_token else 1
+    size = max(1, size)
+    return [slice(start, start + size) for start in range(0, len(rollouts), size)]
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,19 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from topd.near_future import Branches, ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
+from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import append_records, audit_records
+from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
+from topd.training.futures import NearFuture
+from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
 from topd.training.stages import STAGES, Stopwatch
-from topd.training.step import Guided, NearFuture, guided_windows, look_ahead, score, topd_loss
+from topd.training.step import look_ahead, score, topd_loss
 from topd.training.tokenizers import check_context, check_tokenizers
+
+logger = get_logger(__name__)
 
 _GUIDED = "guided_"
 """Prefix of the batch's entries that hold a `Guided`: all [rollout, ...], so that TRL can shuffle and split them."""
@@ -87,6 +94,9 @@ class TOPDTrainer(DistillationTrainer):
                 f"method={args.method} works on text without tools so far; use method=opd for images or tools."
             )
         self._stage = Stopwatch()
+        self._sampling: SamplingStates | None = None
+        self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
+        self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
         self._guidance_loss = 0.0
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
 
@@ -121,6 +131,7 @@ class TOPDTrainer(DistillationTrainer):
             lambda function, *args: self._forward_redirection(wrapped, unwrapped, function, *args),
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
+            share_prefix=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
         )
 
     def _local(self, model: Any) -> LocalModel:
@@ -140,15 +151,34 @@ class TOPDTrainer(DistillationTrainer):
     def _longest_window(self) -> int:
         return self.args.window_length if self.args.looks_ahead else 0
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; what the student computes while sampling is kept for looking ahead."""
+        student = self.accelerator.unwrap_model(self.model)
+        if not self.args.looks_ahead or self.use_vllm or not self.model.training or has_dropout(student):
+            return super()._generate_single_turn(*args, **kwargs)
+        self._sampling = SamplingStates()
+        with self._sampling.keeping(student):
+            return super()._generate_single_turn(*args, **kwargs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._stage("rollout"), self._naming_nan_in_sampling():
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not (self.args.looks_ahead and self.model.training):
             return batch
+        self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
+        at_most = self._budget.at_most() if self._budget else None
+        if at_most == 0:  # a step of plain OPD, to compare with
+            return batch
 
         rollouts, teacher = _rollouts(batch), self._teacher()
+        kept = self._sampling.reading(rollouts, self._regenerates()) if self._sampling else None
+        self._sampling = None
         with self.compute_loss_context_manager():
-            future = look_ahead(rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged)
+            future = look_ahead(
+                rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged, kept=kept,
+                at_most=at_most,
+            )  # fmt: skip
+        self._step_size = (*self._step_size[:2], float(len(future.rows)))
         self._stop_unless_finite(future.token_loss, rollouts)
         batch |= {"weights": future.weights, "entropy": future.entropy, "teacher_hidden": future.teacher_hidden}
 
@@ -164,6 +194,9 @@ class TOPDTrainer(DistillationTrainer):
 
         self._record(future, guided, rollouts)
         return batch
+
+    def _regenerates(self) -> bool:
+        return self.args.student_window == "regenerated"
 
     def _gather_ragged(self, values: Tensor) -> Tensor:
         """Values of all processes, however many each has."""
@@ -240,8 +273,10 @@ class TOPDTrainer(DistillationTrainer):
     def _stop_on(self, what: str) -> None:
         """Raise, naming the rollouts at fault: where the token loss is not finite, else where it is largest."""
         rollouts = self._last_batch
+        student, teacher = self._student(), self._teacher()
         with self.compute_loss_context_manager():
-            token_loss, *_ = score(rollouts, self._student(), self._teacher(), self.args)
+            states = student.hidden(rollouts), teacher.hidden(rollouts)
+            token_loss = score(rollouts, states[0], student, states[1], teacher, self.args).kl
         mask = rollouts.loss_mask
         raise non_finite_error(
             what,
@@ -267,12 +302,27 @@ class TOPDTrainer(DistillationTrainer):
 
     def _finish_step_metrics(self) -> None:
         seconds = self._stage.take()
+        if self._budget is not None:
+            self._keep_to_budget(self._budget, seconds)
         for name in STAGES:
             if name in seconds:
                 self._metrics["train"][f"seconds/{name}"].append(seconds[name])
         if self.args.guides:
             self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
             self._guidance_loss = 0.0
+
+    def _keep_to_budget(self, budget: CandidateBudget, seconds: dict[str, float]) -> None:
+        """Tell the budget what the step took, on average over processes, so that all decide alike."""
+        numbers = torch.tensor([*(seconds.get(name, 0.0) for name in STAGES), *self._step_size], dtype=torch.float64)
+        mean = self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="mean").tolist()
+        was_measuring = budget.measuring
+        budget.record(dict(zip(STAGES, mean, strict=False)), *mean[len(STAGES) :])
+        if budget.model is None:
+            return
+        tokens, rollouts, candidates = mean[len(STAGES) :]
+        self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
+        if was_measuring:
+            logger.info(budget_message(budget, tokens / rollouts))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_main_process:
