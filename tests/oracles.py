@@ -55,6 +55,21 @@ def entropy(logits: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weights: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor] | None = None,
+    direction: str = "reverse",
+) -> float:
+    """sum_i weight_i KL_i over the teacher's rows + sum_k weight_k (-log p_S(token_k | position_k))."""
+    kl_of_row = token_kl(student_logits[: len(teacher_logits)], teacher_logits, direction).tolist()
+    total = math.fsum(weight * value for weight, value in zip(weights.tolist(), kl_of_row, strict=True))
+    for position, token, weight in zip(*(each.tolist() for each in terms or ()), strict=True):
+        total -= weight * math.log(probabilities(student_logits[position].tolist())[token])
+    return total
+
+
 def head_logits(
     hidden: Tensor,
     weight: Tensor,

@@ -10,7 +10,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from topd.algorithm import Head, gathered_log_probs, score_tokens, token_kl, token_kl_from_hidden
+from topd.algorithm import (
+    Head,
+    LikelihoodTerms,
+    distillation_loss,
+    gathered_log_probs,
+    score_tokens,
+    token_kl,
+    token_kl_from_hidden,
+)
 
 
 class LiveElements(TorchDispatchMode):
@@ -73,8 +81,42 @@ def test_the_token_loss_keeps_a_few_tiles_whatever_the_number_of_positions(direc
     assert all_at_once.largest == 128 * VOCABULARY  # the meter sees what it should
     assert all_at_once.peak > 3 * 128 * VOCABULARY
     assert many.largest == TILE  # one tile's logits are the biggest thing ever made
-    assert many.peak < 14 * TILE  # both models' logits, their log-softmaxes, and the terms of the gradient
+    assert many.peak < 4 * TILE  # both models' logits, in place, and the terms of the forward KL
     assert many.peak - few.peak < 10 * 112  # beyond that only a few numbers for each of 112 more positions
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_one_pass_keeps_a_few_tiles_whatever_the_number_of_positions(direction: str) -> None:
+    def one_pass(inputs: Models, tokens: Tensor) -> Tensor:
+        hidden, head, teacher_hidden, teacher = inputs
+        half = len(tokens) // 2  # the teacher has fewer rows; every row carries a term
+        terms = LikelihoodTerms(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)))
+        return distillation_loss(
+            hidden, head, teacher_hidden[:half], teacher, torch.ones(half), terms, direction, TILE
+        ).loss
+
+    few, many = meter(one_pass, 16), meter(one_pass, 128)
+    assert many.largest == TILE
+    assert many.peak < 5 * TILE  # two buffers, the head's gradient (here half a tile), the terms of the forward KL
+    assert many.peak - few.peak < 20 * 112
+
+
+def test_a_softcap_costs_one_more_tile() -> None:
+    def one_pass(inputs: Models, tokens: Tensor) -> Tensor:
+        hidden, head, teacher_hidden, teacher = inputs
+        capped = Head(head.weight, softcap=3.0)
+        weights = torch.ones(len(tokens))
+        return distillation_loss(hidden, capped, teacher_hidden, teacher, weights, None, "reverse", TILE).loss
+
+    assert meter(one_pass, 128).peak < 5 * TILE
+
+
+def test_bf16_heads_are_cast_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("topd.algorithm.head.SLICE_ELEMENTS", 256)
+    hidden, weight = torch.randn(8, 64).bfloat16().requires_grad_(), torch.randn(VOCABULARY, 64).bfloat16()
+    with LiveElements(hidden, weight) as live:
+        distillation_loss(hidden, Head(weight), hidden.detach(), Head(weight), torch.ones(8), None, "reverse", TILE)
+    assert live.largest < weight.numel() / 4
 
 
 def test_a_frozen_head_costs_no_gradient() -> None:
@@ -90,7 +132,7 @@ def test_gathered_log_probs_keep_one_tiles_logits() -> None:
 
     few, many = meter(tiled, 16), meter(tiled, 128)
     assert many.largest == TILE
-    assert many.peak < 8 * TILE
+    assert many.peak < 3 * TILE
     assert many.peak - few.peak < 20 * 112
 
 
@@ -100,5 +142,5 @@ def test_scores_keep_a_few_tiles() -> None:
 
     few, many = meter(tiled, 16), meter(tiled, 128)
     assert many.largest == TILE
-    assert many.peak < 12 * TILE
+    assert many.peak < 3 * TILE
     assert many.peak - few.peak < 12 * 112

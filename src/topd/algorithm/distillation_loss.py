@@ -14,7 +14,6 @@ from torch import Tensor
 
 from topd.algorithm.head import Head, at_least_float32
 from topd.algorithm.tiles import (
-    TILE_ELEMENTS,
     Direction,
     LikelihoodTerms,
     Tiles,
@@ -45,7 +44,7 @@ def distillation_loss(
     weights: Float[Tensor, "teacher_positions"],
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> DistillationLoss:
     """`sum_i weights_i KL_i + sum_k weight_k (-log p_S(token_k | position_k))`, without positions x vocabulary.
 
@@ -53,8 +52,8 @@ def distillation_loss(
     cross-entropy); taking both in one pass is our choice. The KL is on the first `teacher_positions` rows of `hidden`;
     the others carry likelihood terms only. Differentiable in the student's hidden states and in its head's weight and
     bias; weights and teacher are constant. Gradients are computed now and kept, so that `backward` only scales them: it
-    can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least) exist at
-    once. Values are float32 at least.
+    can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen if
+    None) exist at once. Values are float32 at least.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size; or, in `backward`, it ran before.
@@ -67,7 +66,8 @@ def distillation_loss(
         none = torch.zeros(0, dtype=torch.long, device=hidden.device)
         terms = LikelihoodTerms(none, none, weights.new_zeros(0))
     inputs = hidden, head.weight, head.bias
-    needs_grad = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in inputs]
+    enabled = torch.is_grad_enabled()
+    needs_grad = tuple(enabled and each is not None and each.requires_grad for each in inputs)
     values: tuple[Tensor, Tensor, Tensor] = _OnePass.apply(  # type: ignore[no-untyped-call]
         *inputs, head, teacher_hidden, teacher_head, weights, terms, direction, tile_elements, needs_grad
     )
@@ -89,7 +89,7 @@ class _OnePass(torch.autograd.Function):
         weights: Tensor,
         terms: LikelihoodTerms,
         direction: Direction,
-        tile_elements: int,
+        tile_elements: int | None,
         needs_grad: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = at_least_float32(hidden)

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.algorithm.head import Head, at_least_float32
+from topd.algorithm.tiles import Direction as Direction
 from topd.algorithm.tiles import (
-    TILE_ELEMENTS,
     LikelihoodTerms,
     Tiles,
     add_likelihood_,
@@ -26,9 +26,6 @@ from topd.algorithm.tiles import (
     divergence_,
     log_softmax_,
     may_mask,
-)
-from topd.algorithm.tiles import (
-    Direction as Direction,
 )
 
 
@@ -61,12 +58,12 @@ def token_kl_from_hidden(
     teacher_hidden: Float[Tensor, "positions teacher_width"],
     teacher_head: Head,
     direction: Direction = "reverse",
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> Float[Tensor, "positions"]:
     """`token_kl` of the two heads' logits without holding positions x vocabulary.
 
     Differentiable in the student's hidden states and in its head's weight and bias; the teacher is constant. At most
-    `tile_elements` logits of each model (one row at least) exist at once. Values are float32 at least.
+    `tile_elements` logits of each model (one row at least; chosen if None) exist at once. Values are float32 at least.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.
@@ -92,7 +89,7 @@ class _TiledKL(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_head: Head,
         direction: Direction,
-        tile_elements: int,
+        tile_elements: int | None,
     ) -> Tensor:
         ctx.head, ctx.teacher_head, ctx.direction, ctx.tile_elements = head, teacher_head, direction, tile_elements
         ctx.save_for_backward(hidden, teacher_hidden, weight, bias)
@@ -142,7 +139,7 @@ def score_tokens(
     teacher_head: Head,
     tokens: Int[Tensor, "positions"],
     direction: Direction = "reverse",
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> TokenScores:
     """Score sampled tokens tile by tile, each model's logits computed once.
 
@@ -170,7 +167,7 @@ def gathered_log_probs(
     hidden: Float[Tensor, "positions width"],
     head: Head,
     tokens: Int[Tensor, "positions wanted"],
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> Float[Tensor, "positions wanted"]:
     """log p(token | position) of a few wanted tokens at each position, in nats, differentiable, tile by tile.
 
@@ -187,7 +184,13 @@ class _TiledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tensor, tile_elements: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        tokens: Tensor,
+        tile_elements: int | None,
     ) -> Tensor:
         ctx.head, ctx.tile_elements = head, tile_elements
         ctx.save_for_backward(hidden, tokens, weight, bias)

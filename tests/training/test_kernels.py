@@ -1,0 +1,61 @@
+"""TRL's divergence as our token loss: the same heads, the same numbers."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from topd.algorithm import Head, token_kl_from_hidden
+from topd.training import kernels
+
+POSITIONS, VOCABULARY, WIDTH, TEACHER_WIDTH = 5, 13, 3, 4
+HEADS = {
+    "plain": ({}, {}),
+    "biased": ({"bias": True}, {"bias": True}),
+    "scaled": ({"scale": 0.7}, {"scale": 1.9}),
+    "softcapped": ({"softcap": 1.3}, {"softcap": 2.0, "scale": 0.5}),
+    "cooled alike": ({"softcap": 1.3, "temperature": 0.6}, {"temperature": 0.6}),
+    "cooled each its own way": ({"temperature": 0.6, "scale": 1.1}, {"temperature": 1.7}),
+    "one softcap, two temperatures": ({"temperature": 0.6, "bias": True}, {"temperature": 1.7, "softcap": 1.5}),
+}
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head_of(width: int, seed: int, bias: bool = False, **shape) -> Head:
+    weight = random(VOCABULARY, width, seed=seed).requires_grad_()
+    return Head(weight, random(VOCABULARY, seed=seed + 1).requires_grad_() if bias else None, **shape)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("shapes", HEADS.values(), ids=HEADS.keys())
+def test_trl_s_values_and_gradients_are_ours(shapes, direction):
+    hidden, theirs = random(POSITIONS, WIDTH, seed=1).requires_grad_(), random(POSITIONS, TEACHER_WIDTH, seed=2)
+    head, teacher = head_of(WIDTH, 3, **shapes[0]), head_of(TEACHER_WIDTH, 5, **shapes[1])
+    inputs = [each for each in (hidden, head.weight, head.bias) if each is not None]
+    arguments = kernels.trl_arguments(head, teacher)
+    values = kernels.trl_token_kl(hidden, head, theirs, teacher, direction, arguments)
+    ours = token_kl_from_hidden(hidden, head, theirs, teacher, direction)
+    assert_close(values, ours)
+    upstream = random(POSITIONS, seed=7)
+    for one, other in zip(
+        torch.autograd.grad(values, inputs, upstream), torch.autograd.grad(ours, inputs, upstream), strict=True
+    ):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_trl_cannot_express_are_known():
+    capped = head_of(WIDTH, 1, softcap=2.0, temperature=0.5)
+    assert kernels.trl_arguments(capped, head_of(WIDTH, 2, softcap=2.0)) is None
+    hole = torch.zeros(VOCABULARY)
+    hole[0] = -math.inf
+    assert kernels.trl_arguments(Head(capped.weight, hole), capped) is None
+
+
+def test_elsewhere_than_on_cuda_our_tiles_do_it(monkeypatch):
+    monkeypatch.setattr(kernels, "trl_token_kl", None)
+    hidden, head = random(POSITIONS, WIDTH, seed=1), head_of(WIDTH, 3)
+    assert (kernels.token_kl_on_device(hidden, head, hidden, head) == 0).all()
