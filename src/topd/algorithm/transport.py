@@ -60,7 +60,7 @@ def ground_cost(
     An all-zero embedding has cosine 0 with everything.
     """
     if kind == "cosine":
-        norms = vector_norm(student, dim=-1)[..., :, None] * vector_norm(teacher, dim=-1)[..., None, :]
+        norms: Tensor = vector_norm(student, dim=-1)[..., :, None] * vector_norm(teacher, dim=-1)[..., None, :]
         return (1 - student @ teacher.mT / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(min=0)
     squares = student.square().sum(-1)[..., :, None] + teacher.square().sum(-1)[..., None, :]
     return (squares - 2 * student @ teacher.mT).clamp(min=0)
