@@ -160,6 +160,19 @@ def transport_distance(cost: Tensor) -> float:
     return min(totals) / pieces
 
 
+def least_moved(cost: Tensor) -> float:
+    """The least sum_ij gamma_ij (sqrt(i) - sqrt(j))^2 / K among the cheapest plans, K the longer window (tiny ones)."""
+    rows, columns = cost.shape
+    pieces = math.lcm(rows, columns)
+    table = cost.tolist()
+    totals = []
+    for pairing in itertools.permutations(range(pieces)):
+        pairs = [(s * rows // pieces, t * columns // pieces) for s, t in enumerate(pairing)]
+        moved = sum((math.sqrt(i) - math.sqrt(j)) ** 2 for i, j in pairs)
+        totals.append((round(sum(table[i][j] for i, j in pairs), 9), moved / max(rows, columns) / pieces))
+    return min(totals)[1]
+
+
 def marginal_error(plan: Tensor, rows: int, columns: int) -> float:
     """The larger L1 distance of one window's two marginals from uniform."""
     row_error = sum(abs(sum(plan[i].tolist()) - 1 / rows) for i in range(rows))

@@ -107,6 +107,29 @@ def test_the_cost_of_tokens_is_the_cost_of_their_embeddings(
     assert (cost[student[:, :, None] == teacher[:, None, :]] == 0).all()  # exactly, however rounding goes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [5, 17, 33, 50])
+@kinds
+def test_in_a_window_equal_pairs_of_tokens_cost_exactly_the_same(kind: str, length: int, dtype: torch.dtype) -> None:
+    table = embeddings(12, 64, seed=0, dtype=dtype)
+    student, teacher = tokens(90, length, vocabulary=12, seed=1), tokens(90, length + 1, vocabulary=12, seed=2)
+    cost = token_cost(student, teacher, table, kind)
+    pairs = student[:, :, None] * 12 + teacher[:, None, :]
+    for window in range(90):
+        distinct = torch.stack([pairs[window].double(), cost[window].double()]).flatten(1).unique(dim=1)
+        assert distinct.shape[1] == len(pairs[window].unique())
+
+
+@kinds
+def test_many_windows_cost_what_each_costs_alone(kind: str) -> None:
+    table = embeddings(60, 512, seed=0, dtype=torch.float32)  # more windows than are gathered at once
+    student, teacher = tokens(101, 9, vocabulary=60, seed=1), tokens(101, 7, vocabulary=60, seed=2)
+    cost = token_cost(student, teacher, table, kind)
+    for window in range(101):
+        alone = token_cost(student[[window]], teacher[[window]], table, kind)
+        assert_close(cost[[window]], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_equal_tokens_cost_exactly_nothing_even_without_an_embedding() -> None:
     table = torch.zeros(3, 2)
     cost = token_cost(torch.tensor([[0, 1]]), torch.tensor([[1, 0, 2]]), table)

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 from torch.testing import assert_close
 
-from topd.algorithm import Transport, entropic_transport, exact_transport
+from topd.algorithm import Transport, entropic_transport, exact_transport, token_cost
 
 TOLERANCE = 1e-10
 
@@ -98,6 +98,91 @@ def test_the_exact_distance_is_that_of_pot_and_of_linear_programming(case: Case)
         sums = numpy.vstack([numpy.kron(numpy.eye(n), numpy.ones(m)), numpy.kron(numpy.ones(n), numpy.eye(m))])
         program = linprog(block.flatten().numpy(), A_eq=sums, b_eq=numpy.concatenate([a, b]))
         assert_close(distance[window].item(), float(program.fun), atol=1e-9, rtol=0)
+
+
+@given(case=windows(shortest=1, longest=3))
+def test_among_equally_cheap_plans_the_one_that_moves_tokens_least_is_taken(case: Case) -> None:
+    plan = exact_transport(*case).plan
+    for window, block in blocks(*case):
+        n, m = block.shape
+        moved = (torch.arange(n).double().sqrt()[:, None] - torch.arange(m).double().sqrt()).square() / max(n, m)
+        assert_close((plan[window, :n, :m] * moved).sum().item(), oracles.least_moved(block), atol=1e-9, rtol=0)
+
+
+def test_repeated_tokens_worked_by_hand() -> None:
+    table = torch.tensor([[1.0, 0], [0.6, 0.8], [-1, 0]])
+    # The 0s stay in order, and 1 and 2 find themselves; a 0 and the 2 that are left over go to each other.
+    ours, theirs = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([[0, 0, 1, 2], [1, 1, 1, 1]])
+    plan = exact_transport(token_cost(ours, theirs, table), masks([4, 4], 4), masks([4, 4], 4)).plan
+    assert plan.argmax(-1).tolist() == [[0, 2, 1, 3], [0, 1, 2, 3]]
+    # Three tokens onto two of the same kind, in order: a row holds 1/3, a column 1/2.
+    ragged = exact_transport(torch.zeros(1, 3, 2, dtype=torch.float64), masks([3], 3), masks([2], 2)).plan
+    assert_close(ragged.tolist(), [[[1 / 3, 0.0], [1 / 6, 1 / 6], [0.0, 1 / 3]]], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("length", "vocabulary"), [(5, 2), (17, 4), (50, 2), (50, 12), (50, 200)])
+def test_where_tokens_repeat_another_solver_takes_the_same_plan(
+    dtype: torch.dtype, length: int, vocabulary: int
+) -> None:
+    generator = torch.Generator().manual_seed(length * vocabulary)
+    table = torch.randn(vocabulary, 16, generator=generator).to(dtype)
+    ours, theirs = torch.randint(vocabulary, (2, 30, length), generator=generator)
+    cost = token_cost(ours, theirs, table)
+    plan = exact_transport(cost, masks([length] * 30, length), masks([length] * 30, length)).plan
+    line = numpy.sqrt(numpy.arange(length))
+    for window, block in enumerate(cost.double().numpy()):
+        settled = block + 1e-8 * numpy.ptp(block) * (line[:, None] - line) ** 2 / length
+        assert plan[window].argmax(-1).tolist() == linear_sum_assignment(settled)[1].tolist()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_large_batch_of_long_windows_is_that_of_pot(mixed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(400, 32, generator=generator)
+    ours, theirs = torch.randint(400, (2, 230, 50), generator=generator)
+    lengths = torch.randint(35, 51, (2, 230), generator=generator) if mixed else torch.full((2, 230), 50)
+    case = token_cost(ours, theirs, table), masks(lengths[0].tolist(), 50), masks(lengths[1].tolist(), 50)
+    transport = exact_transport(*case)
+    assert transport.converged.all()
+    assert transport.marginal_error.max() < 1e-6
+    for window, block in blocks(*case):
+        cost = block.double().numpy()
+        a, b = (numpy.full(length, 1 / length) for length in cost.shape)
+        assert_close(transport.distance[window].item(), float(ot.emd2(a, b, cost)), atol=1e-6, rtol=0)
+
+
+def test_a_network_simplex_that_gives_up_leaves_its_window_unconverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ot.emd
+    monkeypatch.setattr(ot, "emd", lambda *args, numItermax, **options: plain(*args, numItermax=2, **options))
+    cost = torch.rand(2, 20, 21, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="numItermax"):
+        transport = exact_transport(cost, masks([20, 20], 20), masks([21, 20], 21))
+    assert transport.converged.tolist() == [False, True]
+    assert transport.distance.isnan().tolist() == [True, False]
+    assert (transport.plan[0] == 0).all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-900, 2.0**-60, 2.0**60, 2.0**900])
+@pytest.mark.parametrize("zero", [0.0, 2.0**30])
+def test_the_scale_and_the_zero_of_the_cost_change_no_plan_even_among_ties(factor: float, zero: float) -> None:
+    cost = torch.randint(4, (3, 6, 6), generator=torch.Generator().manual_seed(0)).double()
+    lengths = masks([6, 6, 4], 6), masks([6, 5, 4], 6)
+    plain, other = exact_transport(cost, *lengths), exact_transport((cost + zero) * factor, *lengths)
+    assert torch.equal(plain.plan, other.plan)
+    assert_close(other.distance, (plain.distance + zero) * factor, atol=0, rtol=1e-12)
+
+
+def test_several_threads_find_the_same() -> None:
+    cost = torch.rand(64, 20, 20, generator=torch.Generator().manual_seed(0))
+    case, threads = (cost, masks([20] * 64, 20), masks([20] * 64, 20)), torch.get_num_threads()
+    alone = exact_transport(*case)
+    try:
+        torch.set_num_threads(3)
+        together = exact_transport(*case)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone.plan, together.plan)
 
 
 @given(length=st.integers(1, 9), padding=st.integers(0, 3), seed=st.integers(0, 2**20))
@@ -239,12 +324,16 @@ def test_a_cost_that_is_not_finite_leaves_its_window_unconverged_and_the_others_
     solve: Solver, wrong: float
 ) -> None:
     cost = torch.rand(3, 3, 4, dtype=torch.float64)
-    good = solve(cost, masks([3] * 3, 3), masks([4] * 3, 4))
-    cost[1, 1, 2] = wrong
-    bad = solve(cost, masks([3] * 3, 3), masks([4] * 3, 4))
-    assert bad.converged.tolist() == [True, False, True]
-    assert bad.distance.isnan().tolist() == [False, True, False]
-    assert_close(bad.plan[[0, 2]], good.plan[[0, 2]], atol=1e-8, rtol=0)
+    for columns in (4, 3):  # one solver each
+        case = cost[:, :, :columns], masks([3] * 3, 3), masks([columns] * 3, columns)
+        good = solve(*case)
+        broken = case[0].clone()
+        broken[1, 1, 2] = wrong
+        bad = solve(broken, *case[1:])
+        assert bad.converged.tolist() == [True, False, True]
+        assert bad.distance.isnan().tolist() == [False, True, False]
+        assert (bad.plan[1] == 0).all()
+        assert_close(bad.plan[[0, 2]], good.plan[[0, 2]], atol=1e-8, rtol=0)
 
 
 @solvers

@@ -162,26 +162,8 @@ def as_one_file_has_them(oracle: Any, step: Step) -> tuple[list[Any], list[Any]]
     return rollouts, windows
 
 
-def settle_ties(oracle: Any, step: Step) -> None:
-    """Take the trainer's plan where it is as cheap: where a window repeats a token, several are, and any is right."""
-    plain, plans = oracle.transport, {}
-    for window, plan in zip(as_one_file_has_them(oracle, step)[1], step.future.transport.plan, strict=True):
-        plans[str(window[1:])] = plan[: len(window.ours), : len(window.theirs)].double()
-
-    def transport(ours: torch.Tensor, theirs: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch.Tensor, float]:
-        plan, distance = plain(ours, theirs, embeddings)
-        other = plans[str((ours, theirs))]
-        cost = (other * oracle.ground_cost(ours, theirs, embeddings)).sum()
-        as_cheap = abs(cost.item() - distance) < 2e-6
-        feasible = all(torch.allclose(other.sum(axis), plan.sum(axis), atol=1e-6) for axis in (0, 1))
-        return (other if as_cheap and feasible else plan), distance
-
-    oracle.transport = transport
-
-
 def disagreement(oracle: Any, step: Step) -> dict[str, float]:
     """Relative error of the two losses, and of each parameter's gradient (of its largest entry)."""
-    settle_ties(oracle, step)
     rollouts, windows = as_one_file_has_them(oracle, step)
     student = copy.deepcopy(step.student)
     loss = oracle.topd_loss(student, step.teacher, rollouts, windows)

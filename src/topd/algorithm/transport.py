@@ -7,18 +7,28 @@ The paper states, for teacher tokens and student tokens of two windows that star
 Everywhere in this package the student's positions are rows and the teacher's are columns. Marginals are uniform over
 the tokens that are there (our choice). Solvers work on a batch of windows whose lengths may differ, and report whether
 they converged: a distance that was not reached is NaN, never a number.
+
+Where a window repeats a token, several plans are exactly as cheap; the exact solver then takes the one that moves
+tokens least far along the window (our choice, see `_tie_broken`).
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import lap
 import numpy
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn.functional import embedding  # it gathers several times faster than an index
 
 GroundCost = Literal["cosine", "sqeuclidean"]
 """cosine: 1 - cosine similarity (our choice; all published distances lie in 0..0.9). sqeuclidean: squared distance."""
+
+TIE_BREAK = 1e-8
+"""Weight of the distance along the window, relative to the range of a window's costs. It makes a plan dearer by 2e-9 of
+that range at most: float32 costs are rounded by more."""
 
 
 class Transport(NamedTuple):
@@ -37,6 +47,9 @@ class Transport(NamedTuple):
     marginal_error: Float[Tensor, "window"]
 
 
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+
 def ground_cost(
     student: Float[Tensor, "*window student_position width"],
     teacher: Float[Tensor, "*window teacher_position width"],
@@ -47,9 +60,8 @@ def ground_cost(
     An all-zero embedding has cosine 0 with everything.
     """
     if kind == "cosine":
-        student = torch.nn.functional.normalize(student, dim=-1)
-        teacher = torch.nn.functional.normalize(teacher, dim=-1)
-        return (1 - student @ teacher.mT).clamp(min=0)
+        norms: Tensor = vector_norm(student, dim=-1)[..., :, None] * vector_norm(teacher, dim=-1)[..., None, :]
+        return (1 - student @ teacher.mT / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(min=0)
     squares = student.square().sum(-1)[..., :, None] + teacher.square().sum(-1)[..., None, :]
     return (squares - 2 * student @ teacher.mT).clamp(min=0)
 
@@ -60,15 +72,32 @@ def token_cost(
     embeddings: Float[Tensor, "vocabulary width"],
     kind: GroundCost = "cosine",
 ) -> Float[Tensor, "window student_position teacher_position"]:
-    """Ground cost between tokens under static embeddings: one product over the unique tokens, in float32 at least.
+    """Ground cost between tokens under static embeddings, in float32 at least, on the device of the embeddings.
 
-    Equal tokens cost exactly 0.
+    Equal tokens cost exactly 0. Within a window equal pairs of tokens cost exactly the same: a product may round them
+    apart, so each takes its value from the pair's first occurrence.
     """
-    unique, index = torch.cat([student_tokens.flatten(), teacher_tokens.flatten()]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    table = embeddings[unique].to(torch.promote_types(embeddings.dtype, torch.float32))
-    pairs = ground_cost(table, table, kind).fill_diagonal_(0.0)
-    rows, columns = index[: student_tokens.numel()], index[student_tokens.numel() :]
-    return pairs[rows.view(*student_tokens.shape, 1), columns.view(teacher_tokens.shape[0], 1, teacher_tokens.shape[1])]
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    costs = torch.empty(*student_tokens.shape, teacher_tokens.shape[1], dtype=dtype, device=embeddings.device)
+    gathered = 2**18 if embeddings.device.type == "cpu" else 2**26  # elements at once: a cache; a quarter of a GiB
+    windows = max(1, gathered // max(1, student_tokens.shape[1] * embeddings.shape[1]))
+    for start in range(0, len(costs), windows):
+        ours, theirs = student_tokens[start : start + windows], teacher_tokens[start : start + windows]
+        cost = ground_cost(embedding(ours, embeddings).to(dtype), embedding(theirs, embeddings).to(dtype), kind)
+        cost = cost.masked_fill(ours[:, :, None] == theirs[:, None, :], 0.0)
+        pair = _first_occurrence(ours)[:, :, None] * theirs.shape[1] + _first_occurrence(theirs)[:, None, :]
+        costs[start : start + windows] = cost.flatten(1).gather(1, pair.flatten(1)).view_as(cost)
+    return costs
+
+
+def _first_occurrence(tokens: Tensor) -> Tensor:
+    """[window, position] the first position in the window that holds the same token."""
+    if tokens.numel() == 0:
+        return tokens
+    return (tokens[:, :, None] == tokens[:, None, :]).byte().argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- exact
 
 
 def exact_transport(
@@ -78,34 +107,96 @@ def exact_transport(
 ) -> Transport:
     """The optimal plan. Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Else: network simplex (POT).
 
-    Masks mark the tokens that are there; they must be a prefix of each row. Solved on the CPU in float64.
+    Masks mark the tokens that are there; they must be a prefix of each row. Solved on the CPU in float64, windows of
+    the same lengths together, by as many threads as torch has. The plan comes back to the device of the cost.
     """
-    costs = cost.detach().double().cpu().numpy()
-    plan = numpy.zeros_like(costs)
-    converged = numpy.zeros(len(costs), dtype=bool)
-    lengths = zip(student_mask.sum(-1).tolist(), teacher_mask.sum(-1).tolist(), strict=True)
-    for window, (rows, columns) in enumerate(lengths):
-        block = numpy.s_[window, :rows, :columns]
-        if rows == 0 or columns == 0 or not numpy.isfinite(costs[block]).all():
-            continue
-        plan[block] = _assignment(costs[block]) if rows == columns else _network_simplex(costs[block])
-        converged[window] = True
-    return _result(cost, torch.from_numpy(plan), torch.from_numpy(converged), student_mask, teacher_mask)
+    costs = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32))
+    entries = [_Entries.none()]
+    for windows, rows, columns in _same_lengths(student_mask, teacher_mask):
+        scaled, finite = _tie_broken(costs.index_select(0, windows)[:, :rows, :columns].double())
+        solve = _assignments if rows == columns else _network_simplexes
+        found = solve(scaled.index_select(0, finite).numpy())
+        entries.append(found._replace(window=windows[finite].numpy()[found.window]))
+    window, row, column, mass = (torch.from_numpy(numpy.concatenate(each)) for each in zip(*entries, strict=True))
+    plan = torch.zeros_like(cost)
+    plan[tuple(each.to(cost.device) for each in (window, row, column))] = mass.to(cost)
+    distance, converged = torch.zeros(len(cost)).double(), torch.zeros(len(cost), dtype=torch.bool)
+    distance.index_add_(0, window, mass * costs[window, row, column].double())
+    converged[window] = True  # every plan has an entry
+    a, b = (torch.zeros(mask.shape).double() for mask in (student_mask, teacher_mask))
+    error = _marginal_error(
+        a.index_put_((window, row), mass, accumulate=True),
+        b.index_put_((window, column), mass, accumulate=True),
+        student_mask.cpu(),
+        teacher_mask.cpu(),
+    )
+    return _transport(plan, distance, converged, error)
 
 
-def _assignment(cost: numpy.ndarray) -> numpy.ndarray:
-    plan = numpy.zeros_like(cost)
-    plan[linear_sum_assignment(cost)] = 1 / len(cost)
-    return plan
+class _Entries(NamedTuple):
+    """What is not 0 in the plans of several windows."""
+
+    window: numpy.ndarray
+    row: numpy.ndarray
+    column: numpy.ndarray
+    mass: numpy.ndarray
+
+    @classmethod
+    def none(cls) -> "_Entries":
+        nothing = numpy.zeros(0, dtype=numpy.int64)
+        return cls(nothing, nothing, nothing, numpy.zeros(0))
 
 
-def _network_simplex(cost: numpy.ndarray) -> numpy.ndarray:
+def _same_lengths(student_mask: Tensor, teacher_mask: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    """Windows of the same two lengths, a cacheful at a time, and the lengths. Empty windows are left out."""
+    lengths = torch.stack([student_mask.sum(-1), teacher_mask.sum(-1)], -1).cpu()
+    pairs, group = lengths.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    for index, (rows, columns) in enumerate(pairs.tolist()):
+        if rows and columns:
+            for windows in (group == index).nonzero()[:, 0].split(max(1, 2**18 // (rows * columns))):
+                yield windows, rows, columns
+
+
+def _tie_broken(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Costs scaled to 0..1, plus what settles ties; and the windows whose costs are finite.
+
+    C_ij + TIE_BREAK (sqrt(i) - sqrt(j))^2 / K, K the longer length: among equally cheap plans the one that moves tokens
+    least far along the window, early tokens least of all (our choice). Of (i - j)^2, and of any other whole numbers,
+    several plans can have the same sum, so solvers would still differ; of square roots hardly ever.
+    """
+    low, high = cost.amin((1, 2), keepdim=True), cost.amax((1, 2), keepdim=True)
+    span = high - low
+    i, j = (torch.arange(length, dtype=cost.dtype).sqrt() for length in cost.shape[1:])
+    moved = (i[:, None] - j).square() / max(cost.shape[1:])
+    scaled = (cost - low).div_(torch.where(span > 0, span, 1.0)).add_(TIE_BREAK * moved)
+    return scaled, span.flatten().isfinite().nonzero()[:, 0]
+
+
+def _assignments(costs: numpy.ndarray) -> _Entries:
+    """[window, K, K]. The best permutation of each window (Jonker-Volgenant)."""
+    windows, length, _ = costs.shape
+    _, columns = lap.lapjvr_batch(costs, return_cost=False, n_threads=torch.get_num_threads())
+    window, row = numpy.divmod(numpy.arange(windows * length), length)
+    column = numpy.concatenate(columns) if columns else row
+    return _Entries(window, row, column, numpy.full(windows * length, 1 / length))
+
+
+def _network_simplexes(costs: numpy.ndarray) -> _Entries:
+    """[window, n, m]. Masses are whole numbers while solving, m a row and n a column, so that no rounding decides."""
     import ot  # two seconds to import, and needed only where lengths differ
 
-    rows, columns = cost.shape
-    a, b = numpy.full(rows, 1 / rows), numpy.full(columns, 1 / columns)
-    plan: numpy.ndarray = ot.emd(a, b, cost)  # type: ignore[no-untyped-call]
-    return plan
+    _, rows, columns = costs.shape
+    entries = [_Entries.none()]
+    for window, cost in enumerate(costs):
+        a, b = numpy.full(rows, float(columns)), numpy.full(columns, float(rows))
+        flow, log = ot.emd(a, b, cost, numItermax=1_000_000, log=True)  # type: ignore[no-untyped-call]
+        if log["warning"] is None:  # else not optimal
+            row, column = flow.nonzero()
+            entries.append(_Entries(numpy.full(len(row), window), row, column, flow[row, column] / (rows * columns)))
+    return _Entries(*map(numpy.concatenate, zip(*entries, strict=True)))
+
+
+# ------------------------------------------------------------------------------------------------------------- entropic
 
 
 def entropic_transport(
@@ -117,46 +208,51 @@ def entropic_transport(
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Transport:
-    """Log-domain Sinkhorn on the whole batch at once, on the device of the cost.
+    """Sinkhorn in float64 on the whole batch at once, on the device of the cost.
 
     The distance is <plan, cost>, without the entropy term; it exceeds the exact one (by some 0.02 at epsilon 0.05), so
     a threshold must be calibrated for each epsilon. Iterates until the L1 error of the marginals is at most
     `tolerance` in every window, or `max_iterations`; a window above `tolerance` is not converged, its distance NaN.
+
+    Of ten iterations, the first is in the log domain, so that nothing underflows; the others scale the plan's rows and
+    columns, by factors that it leaves moderate (for rows, between 1/n and m).
     """
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
     finite = (cost.isfinite() | ~pair_mask).all(dim=(1, 2))
     scaled = (-cost.detach().double() / epsilon).masked_fill(~finite[:, None, None], 0.0)
     scaled = scaled.masked_fill(~pair_mask, -torch.inf)
     log_a, log_b = _log_uniform(student_mask), _log_uniform(teacher_mask)
-    f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    g, plan = torch.zeros_like(log_b), torch.zeros_like(scaled)
     possible = finite & student_mask.any(-1) & teacher_mask.any(-1)
-    plan = torch.zeros_like(scaled)
-    for iteration in range(1, max_iterations + 1):
+    error = torch.full(finite.shape, torch.inf, dtype=torch.float64, device=cost.device)
+    for done in range(0, max_iterations, 10):
         f = torch.where(student_mask, log_a - (scaled + g[:, None, :]).logsumexp(2), 0.0)
         g = torch.where(teacher_mask, log_b - (scaled + f[:, :, None]).logsumexp(1), 0.0)
-        if iteration % 10 == 0 or iteration == max_iterations:
-            plan = (scaled + f[:, :, None] + g[:, None, :]).exp()
-            if bool((_marginal_error(plan, student_mask, teacher_mask)[possible] <= tolerance).all()):
-                break
+        plan = (scaled + f[:, :, None] + g[:, None, :]).exp()
+        u, v = torch.ones_like(f), torch.ones_like(g)
+        for _ in range(min(10, max_iterations - done) - 1):
+            u = torch.where(student_mask, log_a.exp() / (plan @ v[:, :, None])[:, :, 0], 1.0)
+            v = torch.where(teacher_mask, log_b.exp() / (u[:, None, :] @ plan)[:, 0, :], 1.0)
+        plan, g = u[:, :, None] * plan * v[:, None, :], g + v.log()
+        error = _marginal_error(plan.sum(2), plan.sum(1), student_mask, teacher_mask)
+        if bool((error[possible] <= tolerance).all()):
+            break
     plan = torch.where(possible[:, None, None], plan, 0.0)
-    error = _marginal_error(plan, student_mask, teacher_mask)
-    return _result(cost, plan, possible & (error <= tolerance), student_mask, teacher_mask)
-
-
-def _result(cost: Tensor, plan: Tensor, converged: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Transport:
-    plan = plan.to(cost.device)
-    pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
+    error = _marginal_error(plan.sum(2), plan.sum(1), student_mask, teacher_mask)
     distance = (plan * cost.detach().double().masked_fill(~pair_mask, 0.0)).sum(dim=(1, 2))
-    distance = torch.where(converged.to(cost.device), distance, torch.nan)
-    error = _marginal_error(plan, student_mask, teacher_mask)
-    dtype = cost.dtype
-    return Transport(plan.to(dtype), distance.to(dtype), converged.to(cost.device), error.to(dtype))
+    return _transport(plan.to(cost.dtype), distance, possible & (error <= tolerance), error)
 
 
-def _marginal_error(plan: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Tensor:
-    rows = (plan.sum(2) - _log_uniform(student_mask).exp()).abs().sum(-1)
-    columns = (plan.sum(1) - _log_uniform(teacher_mask).exp()).abs().sum(-1)
-    return torch.maximum(rows, columns)
+def _transport(plan: Tensor, distance: Tensor, converged: Tensor, error: Tensor) -> Transport:
+    """All on the device of the plan and in its dtype."""
+    distance = torch.where(converged, distance, torch.nan)
+    return Transport(plan, distance.to(plan), converged.to(plan.device), error.to(plan))
+
+
+def _marginal_error(rows: Tensor, columns: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Tensor:
+    """[window] from the sums of the plans' rows and columns."""
+    rows, columns = rows - _log_uniform(student_mask).exp(), columns - _log_uniform(teacher_mask).exp()
+    return torch.maximum(rows.abs().sum(-1), columns.abs().sum(-1))
 
 
 def _log_uniform(mask: Tensor) -> Tensor:
