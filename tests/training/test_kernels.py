@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from topd.algorithm import Head, token_kl_from_hidden
+from topd.algorithm import Head, LikelihoodTerms, token_kl_from_hidden
 from topd.training import kernels
 
 POSITIONS, VOCABULARY, WIDTH, TEACHER_WIDTH = 5, 13, 3, 4
@@ -55,7 +55,25 @@ def test_heads_that_trl_cannot_express_are_known():
     assert kernels.trl_arguments(Head(capped.weight, hole), capped) is None
 
 
+@pytest.mark.parametrize("with_terms", [False, True])
+def test_with_weights_and_terms_too(with_terms):
+    hidden, theirs = random(POSITIONS, WIDTH, seed=1).requires_grad_(), random(POSITIONS - 2, TEACHER_WIDTH, seed=2)
+    head, teacher = head_of(WIDTH, 3), head_of(TEACHER_WIDTH, 5)
+    weights = torch.tensor([0.5, 0.0, 2.0])
+    terms = LikelihoodTerms(torch.tensor([0, 4, 4]), torch.tensor([3, 12, 3]), torch.tensor([0.5, 1.5, 0.1]))
+    terms = terms if with_terms else None
+    trl = kernels.trl_loss(
+        hidden, head, theirs, teacher, weights, terms, "reverse", kernels.trl_arguments(head, teacher)
+    )
+    ours = kernels.loss_on_device(hidden, head, theirs, teacher, weights, terms)
+    for one, other in zip(trl, ours, strict=True):
+        assert_close(one, other)
+    inputs = [hidden, head.weight]
+    for one, other in zip(torch.autograd.grad(trl.loss, inputs), torch.autograd.grad(ours.loss, inputs), strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_elsewhere_than_on_cuda_our_tiles_do_it(monkeypatch):
     monkeypatch.setattr(kernels, "trl_token_kl", None)
     hidden, head = random(POSITIONS, WIDTH, seed=1), head_of(WIDTH, 3)
-    assert (kernels.token_kl_on_device(hidden, head, hidden, head) == 0).all()
+    assert kernels.loss_on_device(hidden, head, hidden, head, torch.ones(POSITIONS)).loss == 0

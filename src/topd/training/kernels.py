@@ -1,28 +1,48 @@
-"""The token loss on the device where it is computed: TRL's Triton kernels on CUDA, our tiles elsewhere."""
+"""The loss on the device where it is computed: TRL's Triton kernels on CUDA, our tiles elsewhere."""
 
+import torch
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from topd.algorithm import Head, token_kl_from_hidden
+from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss
 from topd.algorithm.head import at_least_float32
 from topd.algorithm.tiles import Direction
 
 
-def token_kl_on_device(
-    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, direction: Direction = "reverse"
-) -> Tensor:
-    """[position] `token_kl_from_hidden`, in nats, differentiable in the student; reverse is KL(student || teacher).
+def loss_on_device(
+    hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    weights: Tensor,
+    terms: LikelihoodTerms | None = None,
+    direction: Direction = "reverse",
+) -> DistillationLoss:
+    """`distillation_loss`, in nats; reverse is KL(student || teacher).
 
-    TRL's function too has a value and an upstream weight for each token; on CUDA it is used wherever it can express
-    both heads (our choice).
+    On CUDA the token losses are TRL's wherever it can express both heads (our choice); likelihood terms always ours.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size (ours only; TRL's does not look).
     """
     arguments = trl_arguments(head, teacher_head)
     if hidden.is_cuda and at_least_float32(hidden).itemsize == 4 and arguments is not None:
-        return trl_token_kl(hidden, head, teacher_hidden, teacher_head, direction, arguments)
-    return token_kl_from_hidden(hidden, head, teacher_hidden, teacher_head, direction)
+        return trl_loss(hidden, head, teacher_hidden, teacher_head, weights, terms, direction, arguments)
+    return distillation_loss(hidden, head, teacher_hidden, teacher_head, weights, terms, direction)
+
+
+def trl_loss(
+    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, weights: Tensor,
+    terms: LikelihoodTerms | None, direction: Direction, arguments: tuple,
+) -> DistillationLoss:  # fmt: skip
+    """The same with TRL's token losses."""
+    ours = hidden[: len(teacher_hidden)]
+    token_loss = trl_token_kl(ours, head, teacher_hidden, teacher_head, direction, arguments)
+    loss = torch.where(weights == 0, 0.0, weights * token_loss).sum()
+    if terms is None:
+        return DistillationLoss(loss, token_loss.detach(), token_loss.new_zeros(0))
+    likelihood = distillation_loss(hidden, head, teacher_hidden[:0], teacher_head, weights[:0], terms, direction)
+    return DistillationLoss(loss + likelihood.loss, token_loss.detach(), likelihood.nll)
 
 
 def trl_token_kl(

@@ -24,7 +24,6 @@ from topd.algorithm import (
     Head,
     TokenScores,
     cap_weights,
-    distillation_loss,
     false_alarm_threshold,
     is_fork,
     likelihood_terms,
@@ -36,6 +35,7 @@ from topd.near_future import DistilledModel, Reading, Rollouts, near_future_tran
 from topd.training.choices import choose_candidates, choose_capped, choose_guided
 from topd.training.futures import NearFuture, Seen, joined
 from topd.training.guided import Guided, guided_rows
+from topd.training.kernels import loss_on_device
 
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
@@ -171,7 +171,7 @@ def topd_loss(
     direction: Direction = "reverse" if options.beta == 1 else "forward"
 
     if guided is None or guided.teacher_hidden is not None:
-        opd = distillation_loss(hidden[mask], heads[0], theirs, heads[1], token_weights, direction=direction).loss
+        opd = loss_on_device(hidden[mask], heads[0], theirs, heads[1], token_weights, direction=direction).loss
         if guided is None:
             return opd, opd.new_zeros(())
         traj = teacher_context_loss(window_hidden, heads, guided, options) / num_guided
@@ -181,7 +181,7 @@ def topd_loss(
     states, row = guided_rows(hidden, window_hidden, mask, guided, on_rollout)
     terms = likelihood_terms(targets, row)  # L_traj = sum KL(y_i || p_S) = cross-entropy to y_i - entropy of y_i
     scaled = terms._replace(weight=terms.weight * scale)
-    both = distillation_loss(states, heads[0], theirs, heads[1], token_weights, scaled, direction)
+    both = loss_on_device(states, heads[0], theirs, heads[1], token_weights, scaled, direction)
     minus_entropy = negative_entropy(targets).sum()
     traj = ((terms.weight * both.nll).sum() + minus_entropy) / num_guided
     return both.loss + scale * minus_entropy, traj
@@ -196,7 +196,7 @@ def teacher_context_loss(
     ours, theirs = window_hidden.flatten(0, 1)[positions], guided.teacher_hidden.flatten(0, 1)[positions]
     direction: Direction = "reverse" if options.teacher_context_loss == "reverse_kl" else "forward"
     ones = torch.ones(len(ours), device=ours.device)
-    return distillation_loss(ours, heads[0], theirs, heads[1], ones, direction=direction).loss
+    return loss_on_device(ours, heads[0], theirs, heads[1], ones, direction=direction).loss
 
 
 def waves(rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, options: TOPDConfig) -> list[slice]:
