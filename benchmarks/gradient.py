@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from benchmarks import Size
-from benchmarks.loss import SIDES, TEACHER_WIDTH, WIDTH, Problem, installed, naive, step
+from benchmarks.loss import SIDES, TEACHER_WIDTH, WIDTH, Problem, naive, sides_here, step
 from benchmarks.measure import relative_difference
 from benchmarks.row import Row, missing_row
 
@@ -68,7 +68,7 @@ def errors(vocabulary: int, positions: int, scale: float, sides: Iterable[str]) 
 
 def rows(size: Size) -> Iterable[Row]:
     vocabulary, positions = SIZES[size]
-    sides = installed()
+    sides = sides_here()
     if "Liger" not in sides:
         yield missing_row("gradient", "Liger", "--no-deps liger-kernel==0.8.5", measure="gradient error", what=WHAT)
     for target in MEAN_KL:

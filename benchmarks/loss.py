@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from benchmarks import Size
-from benchmarks.environment import say
+from benchmarks.environment import installed, say
 from benchmarks.measure import interleave, peak_memory, relative_difference, require
 from benchmarks.row import Row, memory_row, missing_row, time_row
 from topd.algorithm import Head, distillation_loss
@@ -47,10 +47,10 @@ MEMORY: dict[Size, list[tuple[int, int]]] = {
     "quick": [(32768, 1024)],
     "full": [(8192, 4096), (32768, 512), (32768, 1024), (32768, 4096), (151936, 512)],
 }
-FLAT: dict[Size, tuple[int, int, int] | None] = {
-    "tiny": None,
-    "quick": (8192, 512, 4096),
-    "full": (32768, 512, 4096),
+FLAT: dict[Size, list[tuple[int, int, int]]] = {
+    "tiny": [],
+    "quick": [(8192, 512, 4096)],
+    "full": [(8192, 512, 4096), (32768, 512, 4096)],
 }
 REPEATS: dict[Size, int] = {"tiny": 1, "quick": 3, "full": 5}
 
@@ -111,19 +111,16 @@ def liger(p: Problem) -> Tensor:
 SIDES: dict[str, Callable[[Problem], Tensor]] = {"ours": ours, "naive": naive, "TRL": trl, "Liger": liger}
 
 
-def installed() -> list[str]:
+def sides_here() -> list[str]:
     """The sides that can run here."""
-    try:
-        import liger_kernel.chunked_loss.jsd_loss  # noqa: F401
-    except ImportError:
-        return [side for side in SIDES if side != "Liger"]
-    return list(SIDES)
+    return [side for side in SIDES if side != "Liger" or installed("liger_kernel.chunked_loss.jsd_loss")]
 
 
 def step(loss: Callable[[Problem], Tensor], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, then its gradients in the hidden states and in the head."""
     value = loss(problem)
-    return value.detach(), *torch.autograd.grad(value, (problem.hidden, problem.weight))
+    in_hidden, in_weight = torch.autograd.grad(value, (problem.hidden, problem.weight))
+    return value.detach(), in_hidden, in_weight
 
 
 def prepare(side: str, vocabulary: int, positions: int) -> Callable[[], object]:
@@ -134,7 +131,7 @@ def prepare(side: str, vocabulary: int, positions: int) -> Callable[[], object]:
 
 
 def rows(size: Size) -> Iterable[Row]:
-    sides = installed()
+    sides = sides_here()
     if "Liger" not in sides:
         yield missing_row("loss", "Liger", "--no-deps liger-kernel==0.8.5", what=WHAT)
     for vocabulary, positions in TIMED[size]:
@@ -143,8 +140,8 @@ def rows(size: Size) -> Iterable[Row]:
     for vocabulary, positions in MEMORY[size]:
         say(f"loss: memory, V={vocabulary} T={positions}")
         yield from _memory(vocabulary, positions, sides)
-    if FLAT[size] is not None:
-        yield _flat(*FLAT[size])
+    for vocabulary, few, many in FLAT[size]:
+        yield _flat(vocabulary, few, many)
 
 
 def _times(vocabulary: int, positions: int, sides: list[str], repeats: int) -> Iterator[Row]:

@@ -143,9 +143,12 @@ class Setting:
         return GKDTrainer(student, teacher, args, train_dataset=self.dataset, processing_class=self.tokenizer)
 
     def sides(self) -> dict[str, Callable[[str, int], Any]]:
-        ours = {name: partial(self.distillation, TOPDTrainer, TOPDConfig, options) for name, options in OURS.items()}
-        trl = {DISTILLATION: partial(self.distillation, DistillationTrainer, DistillationConfig, {}), GKD: self.gkd}
-        return ours | trl
+        sides: dict[str, Callable[[str, int], Any]] = {
+            name: partial(self.distillation, TOPDTrainer, TOPDConfig, options) for name, options in OURS.items()
+        }
+        sides[DISTILLATION] = partial(self.distillation, DistillationTrainer, DistillationConfig, {})
+        sides[GKD] = self.gkd
+        return sides
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

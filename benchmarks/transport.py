@@ -16,7 +16,6 @@ exact is in their rows, and they are informative.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import Size
-from benchmarks.environment import say
+from benchmarks.environment import installed, say
 from benchmarks.measure import interleave, require
 from benchmarks.row import Row, missing_row, time_row
 from topd.algorithm import exact_transport, token_cost
@@ -105,7 +104,7 @@ ENTROPIC: dict[str, Callable[[Pairs], numpy.ndarray]] = {"ot.solve_batch": pot_b
 
 def rows(size: Size) -> Iterable[Row]:
     entropic = dict(ENTROPIC)
-    if importlib.util.find_spec("geomloss") is None:
+    if not installed("geomloss"):
         del entropic["geomloss"]
         yield missing_row("transport", "geomloss", "--no-deps geomloss==0.3.1", what=WHAT)
     for windows in BATCHES[size]:
