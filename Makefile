@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.made
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo quick test slow check env clean
+.PHONY: demo quick test slow check bench env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
 	$(BIN)/topd demo
@@ -24,6 +24,12 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# liger-kernel requires triton, which a CPU does not have and these cases do not use.
+bench: env  ## time and memory beside public peers, writes runs/benchmarks.json (under 25 minutes, on a quiet machine)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt liger-kernel
+	$(BIN)/python -m benchmarks --out runs/benchmarks.json
 
 env: $(ENV)
 

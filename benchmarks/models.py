@@ -1,0 +1,46 @@
+"""Random models and prompts, made in place: nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from topd.demo.task import make_problems
+from topd.demo.tokenizer import build_tokenizer
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The demo's: about 60 tokens. Models may have a larger vocabulary; what they sample then decodes to nothing."""
+    return build_tokenizer()
+
+
+def random_model(
+    vocabulary: int, width: int, layers: int, seed: int, scale: float = 3.0, positions: int = 4096
+) -> Qwen3ForCausalLM:
+    """A Qwen3 with tied embeddings and heads of 32. `scale` makes its distributions differ from uniform."""
+    torch.manual_seed(seed)
+    text = tokenizer()
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        head_dim=32,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        pad_token_id=text.pad_token_id,
+        eos_token_id=text.eos_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def prompts(count: int) -> list[str]:
+    """Problems of the demo, some ten tokens each."""
+    return [problem.prompt for problem in make_problems(count, 0, held_out=False)]
