@@ -84,7 +84,7 @@ def token_cost(
     for start in range(0, len(costs), windows):
         ours, theirs = student_tokens[start : start + windows], teacher_tokens[start : start + windows]
         cost = ground_cost(embedding(ours, embeddings).to(dtype), embedding(theirs, embeddings).to(dtype), kind)
-        cost = cost.masked_fill(ours[:, :, None] == theirs[:, None, :], 0.0)
+        cost.masked_fill_(ours[:, :, None] == theirs[:, None, :], 0.0)
         pair = _first_occurrence(ours)[:, :, None] * theirs.shape[1] + _first_occurrence(theirs)[:, None, :]
         costs[start : start + windows] = cost.flatten(1).gather(1, pair.flatten(1)).view_as(cost)
     return costs
@@ -186,10 +186,10 @@ def _network_simplexes(costs: numpy.ndarray) -> _Entries:
     import ot  # two seconds to import, and needed only where lengths differ
 
     _, rows, columns = costs.shape
-    entries = [_Entries.none()]
+    entries, options = [_Entries.none()], {"numItermax": 10**6, "center_dual": False, "check_marginals": False}
     for window, cost in enumerate(costs):
         a, b = numpy.full(rows, float(columns)), numpy.full(columns, float(rows))
-        flow, log = ot.emd(a, b, cost, numItermax=1_000_000, log=True)  # type: ignore[no-untyped-call]
+        flow, log = ot.emd(a, b, cost, log=True, **options)  # type: ignore[no-untyped-call]
         if log["warning"] is None:  # else not optimal
             row, column = flow.nonzero()
             entries.append(_Entries(numpy.full(len(row), window), row, column, flow[row, column] / (rows * columns)))
