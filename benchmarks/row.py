@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from benchmarks.measure import Timing
 
@@ -38,7 +38,7 @@ class Row:
     what: str = ""
     ratio: float | None = None
     gate: float | None = None
-    ok: bool | None = field(default=None)
+    ok: bool | None = None
     spread: tuple[float, float] | None = None
     repeats: int | None = None
     seconds: dict[str, float] | None = None

@@ -63,6 +63,15 @@ def test_a_real_case_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--case transport" in row["command"]
 
 
+@pytest.mark.parametrize(
+    "case", ["gradient", *(pytest.param(case, marks=pytest.mark.slow) for case in ("loss", "opd"))]
+)
+def test_the_other_cases_measure(case: str, tmp_path: Path) -> None:
+    _, rows = run(tmp_path / "rows.json", "--case", case)
+    assert rows
+    assert all(row["error"] is None and row["ratio"] > 0 for row in rows if "not installed" not in (row["note"] or ""))
+
+
 def test_a_failing_case_is_a_row_and_the_others_go_on(tmp_path: Path, cases: dict[str, Any]) -> None:
     cases |= {"broken": broken, "fast": fast}
     code, rows = run(tmp_path / "rows.json")
