@@ -278,6 +278,16 @@ def test_logits_written_in_place_are_those_of_the_definition(
     assert_close(logits.double(), exact.logits(hidden.double()), rtol=1e-5, atol=1e-5)  # never rounded to bf16
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_states_and_head_of_different_dtypes_meet_in_that_of_the_states(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    hidden, weight = random_tensor(4, 3, seed=1, dtype=dtypes[0]), random_tensor(5, 3, seed=2, dtype=dtypes[1])
+    exact = hidden.double() @ weight.to(dtypes[0]).double().T
+    for logits in Head(weight).logits(hidden), Head(weight).write_logits(hidden, torch.empty(4, 5)):
+        assert_close(logits, exact.float())
+
+
 def test_many_weights_are_cast_a_slice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("topd.algorithm.head.SLICE_ELEMENTS", 7)  # two rows of three
     hidden, weight, _, _, _ = models(torch.bfloat16)

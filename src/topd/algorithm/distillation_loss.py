@@ -53,15 +53,17 @@ def distillation_loss(
     the others carry likelihood terms only. Differentiable in the student's hidden states and in its head's weight and
     bias; weights and teacher are constant. Gradients are computed now and kept, so that `backward` only scales them: it
     can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen if
-    None) exist at once. Values are float32 at least.
+    None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
+    before the loss scale is known.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size; or, in `backward`, it ran before.
-        ValueError: the teacher has more rows than the student.
+        ValueError: the teacher has more rows than the student, or not as many as there are weights.
     """
     check_vocabularies(head, teacher_head)
-    if len(teacher_hidden) > len(hidden):
-        raise ValueError(f"the teacher has {len(teacher_hidden)} rows, the student only {len(hidden)}")
+    if not len(weights) == len(teacher_hidden) <= len(hidden):
+        rows = len(weights), len(teacher_hidden), len(hidden)
+        raise ValueError(f"weights, teacher and student must have n, n and at least n rows, not {rows}")
     if terms is None:
         none = torch.zeros(0, dtype=torch.long, device=hidden.device)
         terms = LikelihoodTerms(none, none, weights.new_zeros(0))
@@ -104,6 +106,7 @@ class _OnePass(torch.autograd.Function):
             if has_teacher:
                 token_loss[rows] = tiles.divergence(rows, teacher_hidden, teacher_head, direction)
                 grad.mul_(weights[rows, None])
+                grad[weights[rows] == 0] = 0  # an infinite KL of weight 0 too
             else:
                 probs.exp_()
                 grad.zero_()

@@ -49,10 +49,10 @@ class Head:
         self, hidden: Float[Tensor, "positions width"], out: Float[Tensor, "positions vocabulary"]
     ) -> Float[Tensor, "positions vocabulary"]:
         """`logits` into a tensor of float32 at least, without autograd and without another tile or float32 weights."""
-        if out.dtype == hidden.dtype:
-            torch.mm(hidden, self.weight.to(hidden.dtype).T, out=out)
-        elif hidden.is_cuda:
-            torch.mm(hidden, self.weight.to(hidden.dtype).T, out_dtype=out.dtype, out=out)
+        if hidden.dtype == self.weight.dtype == out.dtype:
+            torch.mm(hidden, self.weight.T, out=out)
+        elif hidden.is_cuda and hidden.dtype == self.weight.dtype:
+            torch.mm(hidden, self.weight.T, out_dtype=out.dtype, out=out)
         else:
             rows = max(1, SLICE_ELEMENTS // max(1, hidden.shape[1]))
             states, buffer = hidden.to(out.dtype), out.new_empty(min(rows, out.shape[1]), hidden.shape[1])
