@@ -14,6 +14,11 @@ CASES: dict[str, str] = {
     "loss": "benchmarks.loss",
     "gradient": "benchmarks.gradient",
     "opd": "benchmarks.opd",
+    "step": "benchmarks.step",
+    "windows": "benchmarks.windows",
+    "packed": "benchmarks.packed",
     "transport": "benchmarks.transport",
+    "growth": "benchmarks.growth",
+    "cuda": "benchmarks.cuda",
 }
 """Name to module, imported only when it runs. Order is that of the table."""

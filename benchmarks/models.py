@@ -17,17 +17,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def random_model(
     vocabulary: int, width: int, layers: int, seed: int, scale: float = 3.0, positions: int = 4096
 ) -> Qwen3ForCausalLM:
-    """A Qwen3 with tied embeddings and heads of 32. `scale` makes its distributions differ from uniform."""
+    """A Qwen3 with tied embeddings, heads of 64 (32 in narrow ones), two queries to a key as the small Qwen3 have them.
+
+    `scale` makes its distributions differ from uniform.
+    """
     torch.manual_seed(seed)
     text = tokenizer()
+    head = 64 if width % 128 == 0 else 32
+    heads = width // head
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        head_dim=32,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_dim=head,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
         pad_token_id=text.pad_token_id,

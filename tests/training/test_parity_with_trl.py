@@ -53,3 +53,20 @@ def test_the_opd_part_of_a_topd_step_is_trl_s_loss(tmp_path):
     plain = {name: value for name, value in inputs.items() if name != "teacher_hidden"}
     reference = ours.compute_loss(ours.model, plain)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.0])
+def test_plain_opd_in_one_pass_is_the_same_to_rounding(tmp_path, beta):
+    theirs = five_steps(tmp_path / "trl", DistillationTrainer, beta=beta)
+    ours = five_steps(tmp_path / "topd", TOPDTrainer, method="opd", opd_loss="one_pass", beta=beta)
+    assert [float(loss) for loss in ours[0]] == pytest.approx([float(loss) for loss in theirs[0]], rel=1e-3)
+    for mine, other in zip(ours[1][0], theirs[1][0], strict=True):  # gradients of the first step
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+def test_entropy_in_one_pass_is_estimated_from_the_sampled_tokens(tmp_path):
+    trainer = tiny_trainer(tmp_path, student=tiny_model(0), method="opd", opd_loss="one_pass", max_steps=1)
+    trainer.train()
+    plain = tiny_trainer(tmp_path, student=tiny_model(0), method="opd", max_steps=1)
+    plain.train()
+    assert trainer.state.log_history[0]["entropy"] == pytest.approx(plain.state.log_history[0]["entropy"], rel=0.15)

@@ -88,7 +88,8 @@ def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path):
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     candidates = [entry.get("candidates/per_rollout") for entry in steps]
     assert [value is None for value in candidates[: len(ROUNDS)]] == [kind == "plain" for kind in ROUNDS]
-    assert candidates[2] > candidates[3] > 1 and candidates[3] <= 3  # all, half
+    assert candidates[2] > candidates[3] > 1  # all, half
+    assert candidates[3] <= 3
     assert candidates[len(ROUNDS) :] == [1.0, 1.0]  # the tightest budget leaves one
     assert steps[-1]["budget/predicted_overhead"] > 0
 

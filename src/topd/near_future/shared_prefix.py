@@ -151,7 +151,7 @@ def _grow(
     left = spread(wanted)
     used = int(place.max())
     seen = (torch.arange(used, device=row.device) < place[:, :, None]) & rollouts.attention_mask[:, None, :used].bool()
-    tree = OpenBranches([(k[:, :, :used], v[:, :, :used]) for k, v in reading.prefix], ~seen, steps)
+    tree = OpenBranches([(k[:, :, :used], v[:, :, :used]) for k, v in reading.prefix], seen, steps)
     if reading.first is not None:
         place = place - reading.first[:, None]
     grown = fed.new_zeros(len(rollouts), most, steps)

@@ -110,40 +110,51 @@ class OpenBranches:
 
     Attributes:
         prefix: for each layer, keys and values [rollout, head, row_position, width] of the rollouts.
-        hidden: bool [rollout, branch, row_position], True at what a branch must not see.
+        seen: bool [rollout, branch, row_position], True at what a branch sees; every branch sees something.
         room: tokens that each branch may grow by.
         size: tokens that each branch has grown by, the one being fed included.
         own: for each layer, keys and values [rollout, head, branch, token, width].
     """
 
     prefix: list[tuple[Tensor, Tensor]]
-    hidden: Tensor
+    seen: Tensor
     room: int
     size: int = 0
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _bias: Tensor | None = None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """One token of each branch attends to the shared prefix and to its own branch: one softmax over both."""
+        """One token of each branch attends to the shared prefix and to its own branch: one softmax over both.
+
+        Each part is normalised for itself, and the two are weighted by their log-sum-exps.
+        """
         batch, heads, branches, width = query.shape
         groups, layer = key.shape[1], int(module.layer_idx)  # type: ignore[arg-type]
-        prefix_keys, prefix_values = self.prefix[layer]
         own_keys, own_values = self._append(layer, key, value)
-        prefix = prefix_keys.shape[2]
-
         query = (query * (scaling if scaling is not None else width**-0.5)).reshape(batch, groups, -1, width)
-        scores = (query @ prefix_keys.mT).view(batch, groups, -1, branches, prefix)
-        scores.masked_fill_(self.hidden[:, None, None], -torch.inf)
-        by_branch = query.view(batch, groups, -1, branches, width).transpose(2, 3)
-        own_scores = (by_branch @ own_keys.mT).transpose(2, 3)
-        weights = torch.cat([scores, own_scores], dim=-1)
-        weights = weights.softmax(dim=-1, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
 
-        from_prefix = weights[..., :prefix].reshape(batch, groups, -1, prefix) @ prefix_values
-        from_own = weights[..., prefix:].transpose(2, 3) @ own_values
-        output = from_prefix.view(batch, groups, -1, branches, value.shape[-1]) + from_own.transpose(2, 3)
-        return output.reshape(batch, heads, branches, -1).transpose(1, 2).contiguous()
+        from_prefix, prefix_lse = attention_and_lse(
+            query, *self.prefix[layer], self._prefix_bias(heads // groups, query)
+        )
+        by_branch = query.view(batch, groups, -1, branches, width).transpose(2, 3)  # [..., branch, query head, width]
+        scores = (by_branch @ own_keys.mT).to(prefix_lse.dtype)
+        own_lse = scores.logsumexp(-1)
+        from_own = (scores - own_lse[..., None]).exp().to(value.dtype) @ own_values
+
+        prefix_lse = prefix_lse.view(batch, groups, -1, branches).transpose(2, 3)
+        share = torch.sigmoid(prefix_lse - own_lse)[..., None].to(value.dtype)  # of the prefix in the whole softmax
+        from_prefix = from_prefix.view(batch, groups, -1, branches, value.shape[-1]).transpose(2, 3)
+        output = torch.lerp(from_own, from_prefix, share)  # [rollout, group, branch, query head, width]
+        return output.transpose(1, 2).reshape(batch, branches, heads, -1)
+
+    def _prefix_bias(self, queries: int, like: Tensor) -> Tensor:
+        """[rollout, 1, query head of a group x branch, row_position]: 0 where seen, else -inf; one for all layers."""
+        if self._bias is None:
+            bias = torch.zeros(self.seen.shape, dtype=like.dtype, device=like.device)
+            self._bias = bias.masked_fill_(~self.seen, -torch.inf).repeat(1, queries, 1)[:, None]
+        return self._bias
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values [rollout, head, branch, width] of the token being fed; those of each branch so far."""
@@ -155,3 +166,17 @@ class OpenBranches:
         keys, values = self.own[layer]
         keys[:, :, :, self.size - 1], values[:, :, :, self.size - 1] = key, value
         return keys[:, :, :, : self.size], values[:, :, :, : self.size]
+
+
+def attention_and_lse(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [rollout, head, query, width] and the log-sum-exp of its scores [rollout, head, query]."""
+    if (
+        query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    ):  # fused: 1.5 to 2 x faster, scores never exist
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=1.0
+        )
+        return output, lse
+    scores = (query @ key.mT + bias).to(torch.promote_types(query.dtype, torch.float32))
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from topd.near_future import Rollouts
+from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
 
 RECORD_VERSION = 1
@@ -71,3 +73,12 @@ def append_records(records: list[dict[str, Any]], path: Path) -> None:
 
 def _number(value: Tensor | float) -> float:
     return round(float(value), 6)
+
+
+def save_options(args: TOPDConfig) -> None:
+    """Write the method's options to `topd_config.json` in the output folder, for the report."""
+    names = set(asdict(args)) & set(TOPDConfig.__annotations__) | {"learning_rate", "seed", "max_completion_length"}
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {name: getattr(args, name) for name in sorted(names)}
+    (folder / "topd_config.json").write_text(json.dumps(options, indent=1) + "\n")

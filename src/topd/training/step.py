@@ -22,6 +22,7 @@ from torch import Tensor
 
 from topd.algorithm import (
     Head,
+    LikelihoodTerms,
     TokenScores,
     cap_weights,
     false_alarm_threshold,
@@ -141,6 +142,27 @@ def score(
         "reverse" if options.beta == 1 else "forward",
     )
     return TokenScores(*(scatter(values, mask) for values in scores))
+
+
+def opd_loss(
+    rollouts: Rollouts,
+    student: DistilledModel,
+    teacher: DistilledModel,
+    teacher_hidden: Tensor,
+    options: TOPDConfig,
+    num_tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """L_OPD with gradients, and the detached sum of -log p_S(sampled token), whose mean estimates the entropy. Nats."""
+    mask = rollouts.loss_mask.bool()
+    hidden, _ = student.hidden_and_windows(rollouts, None)
+    sampled = rollouts.response_ids[mask]
+    ones = torch.ones(sampled.shape, device=sampled.device)
+    silent = LikelihoodTerms(torch.arange(len(sampled), device=sampled.device), sampled, 0 * ones)
+    result = loss_on_device(
+        hidden[mask], student.head(), teacher_hidden[mask], teacher.head(), ones / num_tokens, silent,
+        "reverse" if options.beta == 1 else "forward",
+    )  # fmt: skip
+    return result.loss, result.nll.sum()
 
 
 def topd_loss(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from transformers import AutoTokenizer
 from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from topd.near_future import Branches, ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
+from topd.near_future import ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
-from topd.training.audit import append_records, audit_records
+from topd.training.audit import append_records, audit_records, save_options
+from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
@@ -27,13 +27,10 @@ from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
 from topd.training.stages import STAGES, Stopwatch
-from topd.training.step import look_ahead, score, topd_loss
+from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
-
-_GUIDED = "guided_"
-"""Prefix of the batch's entries that hold a `Guided`: all [rollout, ...], so that TRL can shuffle and split them."""
 
 
 class TOPDTrainer(DistillationTrainer):
@@ -163,6 +160,9 @@ class TOPDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._stage("rollout"), self._naming_nan_in_sampling():
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.args.opd_in_one_pass and self.model.training:
+            with self._stage("scoring"), self.compute_loss_context_manager():
+                return batch | {"teacher_hidden": self._teacher().hidden(rollouts_of(batch))}
         if not (self.args.looks_ahead and self.model.training):
             return batch
         self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
@@ -170,7 +170,7 @@ class TOPDTrainer(DistillationTrainer):
         if at_most == 0:  # a step of plain OPD, to compare with
             return batch
 
-        rollouts, teacher = _rollouts(batch), self._teacher()
+        rollouts, teacher = rollouts_of(batch), self._teacher()
         kept = self._sampling.reading(rollouts, self._regenerates()) if self._sampling else None
         self._sampling = None
         with self.compute_loss_context_manager():
@@ -190,7 +190,7 @@ class TOPDTrainer(DistillationTrainer):
                     guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
             guided_positions = guided.targets.guided
             count = guided_positions.sum() if self.args.guidance_reduction == "mean" else guided_positions.any(-1).sum()
-            batch |= _pack(guided) | {"num_guided": self.accelerator.gather(count).sum()}
+            batch |= pack(guided) | {"num_guided": self.accelerator.gather(count).sum()}
 
         self._record(future, guided, rollouts)
         return batch
@@ -210,7 +210,15 @@ class TOPDTrainer(DistillationTrainer):
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if "teacher_hidden" not in inputs:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        rollouts = _rollouts(inputs)
+        rollouts = rollouts_of(inputs)
+        if self.args.opd_in_one_pass:
+            student = DistilledModel(
+                unwrapped_student, fixed(self._local(unwrapped_student)), temperature=self.temperature
+            )
+            loss, nll = opd_loss(
+                rollouts, student, self._teacher(), inputs["teacher_hidden"], self.args, num_items_in_batch
+            )
+            return loss, nll, rollouts.loss_mask.sum()
         processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
         loss, guidance = topd_loss(
             rollouts,
@@ -218,7 +226,7 @@ class TOPDTrainer(DistillationTrainer):
             self._teacher(),
             inputs["teacher_hidden"],
             inputs["weights"],
-            _unpack(inputs),
+            unpack(inputs),
             self.args,
             num_tokens=num_items_in_batch,
             num_guided=inputs["num_guided"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
@@ -234,7 +242,7 @@ class TOPDTrainer(DistillationTrainer):
             outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
             loss = outputs[0] if return_outputs else outputs
-            self._stop_unless_finite(loss.detach(), _rollouts(inputs))
+            self._stop_unless_finite(loss.detach(), rollouts_of(inputs))
             if "guidance_loss" in inputs:
                 self._guidance_loss += float(self.accelerator.gather(inputs.pop("guidance_loss")).mean())
         return outputs
@@ -328,38 +336,3 @@ class TOPDTrainer(DistillationTrainer):
         if self.accelerator.is_main_process:
             save_options(self.args)
         return super().train(*args, **kwargs)
-
-
-def save_options(args: TOPDConfig) -> None:
-    """Write the method's options to `topd_config.json` in the output folder, for the report."""
-    names = set(asdict(args)) & set(TOPDConfig.__annotations__) | {"learning_rate", "seed", "max_completion_length"}
-    folder = Path(str(args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {name: getattr(args, name) for name in sorted(names)}
-    (folder / "topd_config.json").write_text(json.dumps(options, indent=1) + "\n")
-
-
-def _rollouts(batch: dict[str, Any]) -> Rollouts:
-    mask = batch["completion_mask"]
-    loss_mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask
-    return Rollouts(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask, loss_mask)
-
-
-def _pack(guided: Guided) -> dict[str, Tensor]:
-    entries = {
-        "position": guided.branches.position,
-        "window": guided.branches.tokens,
-        "mask": guided.branches.mask,
-        "weight": guided.weight,
-        "tokens": guided.tokens,
-        "teacher_hidden": guided.teacher_hidden,
-    }
-    return {_GUIDED + name: value for name, value in entries.items() if value is not None}
-
-
-def _unpack(batch: dict[str, Any]) -> Guided | None:
-    entry = {name.removeprefix(_GUIDED): value for name, value in batch.items() if name.startswith(_GUIDED)}
-    if not entry:
-        return None
-    branches = Branches(entry["position"], entry["window"], entry["mask"])
-    return Guided(branches, entry["weight"], entry["tokens"], entry.get("teacher_hidden"))

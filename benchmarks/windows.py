@@ -1,0 +1,125 @@
+"""Windows decoded from what scoring kept: 16 branches of 32 tokens behind prefixes of 1,024, of 8 rollouts and one.
+
+Timed is `LocalModel.continue_over_prefix`, given the reading (keys, values, greedy tokens) that scoring leaves anyway.
+The model is a random Qwen3 and the rollout random tokens, so no window follows the rollout for free: the worst case.
+Sides:
+
+- one scoring forward: the same model over the same rollouts once, logits included. This one carries the gate. A
+  training batch is decoded in one wave, so 8 rollouts are the usual case; with one, 31 products of 16 rows a layer
+  cannot keep the cores as busy as one of 1,024 rows.
+- generate, one by one: `generate` from each prefix, a prefill each.
+- generate, one batch: all prefixes left-padded, one call.
+- copied caches: scoring's keys and values repeated for each branch, decoded together under a 2-D mask.
+
+Parity: all sides give the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from benchmarks import Size
+from benchmarks.environment import say
+from benchmarks.measure import interleave, require
+from benchmarks.models import random_model
+from benchmarks.row import Row, time_row
+from topd.near_future import LocalModel, Rollouts
+from topd.near_future.model_parts import backbone_of
+from topd.near_future.shared_prefix import read
+
+WHAT = "decoding the windows of one rollout over what scoring kept"
+FORWARD = "one scoring forward"
+GATE = 1.3
+PAD = 0
+
+
+class Plan(NamedTuple):
+    rollouts: int
+    prefix: int
+    branches: int
+    length: int
+    repeats: int
+
+
+SIZES: dict[Size, list[Plan]] = {
+    "tiny": [Plan(2, 32, 3, 4, 1)],
+    "quick": [Plan(8, 1024, 16, 32, 3), Plan(1, 1024, 16, 32, 3)],
+    "full": [Plan(8, 1024, 16, 32, 5), Plan(1, 1024, 16, 32, 7), Plan(1, 4096, 92, 50, 3)],
+}
+
+
+def rows(size: Size) -> Iterable[Row]:
+    for plan in SIZES[size]:
+        say(f"windows: {plan.rollouts} x prefix {plan.prefix}, {plan.branches} branches of {plan.length}")
+        yield from _compare(plan)
+
+
+@torch.no_grad()
+def _compare(plan: Plan) -> Iterable[Row]:
+    model = random_model(8192, width=256, layers=6, seed=0, positions=2 * plan.prefix).eval()
+    torch.manual_seed(1)
+    batch, last = plan.rollouts, plan.prefix - 16
+    prompt, response = torch.randint(3, 8192, (batch, 16)), torch.randint(3, 8192, (batch, last))
+    rollouts = Rollouts(prompt, prompt > 0, response, (response > 0).long(), (response > 0).long())
+    reading = read(backbone_of(model), rollouts)
+    greedy = model.get_output_embeddings()(reading.hidden).argmax(-1)
+    positions = torch.cat([torch.randperm(last // 2)[: plan.branches].sort().values + last // 2 for _ in range(batch)])
+    windows = torch.arange(batch).repeat_interleave(plan.branches)
+    source = LocalModel(model, PAD, [])
+    prefixes = rollouts.prefixes(windows, positions)
+
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: source.continue_over_prefix(rollouts, reading, greedy, windows, positions, plan.length).tokens,
+        "generate, one by one": lambda: _one_by_one(source, prefixes, plan.length),
+        "generate, one batch": lambda: source.continue_(prefixes, plan.length).tokens,
+        "copied caches": lambda: _copied(model, reading.prefix, windows, prefixes, greedy, positions, plan.length),
+    }
+    if plan.rollouts > 1:  # minutes: the peers are compared on one rollout
+        del sides["generate, one by one"], sides["copied caches"]
+    expected = sides["ours"]()
+    parity = "tokens equal"
+    for name, side in sides.items():
+        require(f"tokens of {name}", float((side() != expected).double().mean()), 0.0)
+    peers = list(sides)[1:]
+    sides[FORWARD] = lambda: model(input_ids=rollouts.input_ids, use_cache=False).logits
+    timing = interleave(sides, plan.repeats)
+    at = f"{plan.rollouts} x {plan.prefix}, {plan.branches} x {plan.length} each"
+    gated = (plan.prefix, plan.branches, plan.length) == (1024, 16, 32)
+    yield time_row("windows", FORWARD, timing, size=at, what=WHAT, gate=GATE if gated else None, parity=parity)
+    for beside in peers:
+        yield time_row("windows", beside, timing, size=at, what=WHAT, parity=parity)
+
+
+def _one_by_one(source: LocalModel, prefixes: list[Tensor], length: int) -> Tensor:
+    return torch.cat([source.continue_([prefix], length).tokens for prefix in prefixes])
+
+
+def _copied(
+    model: Any, kept: list[tuple[Tensor, Tensor]] | None, rows: Tensor, prefixes: list[Tensor], greedy: Tensor,
+    positions: Tensor, length: int,
+) -> Tensor:  # fmt: skip
+    """Each branch with its own copy of the prefix, shifted to the right so that all end at the same place."""
+    assert kept is not None
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    longest = int(lengths.max())
+    source = (torch.arange(longest) - (longest - lengths[:, None])).clamp(min=0)
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(kept):
+        own_keys, own_values = (x[rows[:, None], :, source].transpose(1, 2).contiguous() for x in (keys, values))
+        cache.update(own_keys, own_values, layer)
+    fed = greedy[rows, positions]
+    tokens = [fed]
+    for step in range(length - 1):
+        mask = torch.cat([mask, mask.new_ones(len(prefixes), 1)], dim=1)
+        logits = model(
+            input_ids=fed[:, None], attention_mask=mask, position_ids=(lengths + step)[:, None], past_key_values=cache
+        ).logits
+        fed = logits[:, -1].argmax(-1)
+        tokens.append(fed)
+    return torch.stack(tokens, dim=1)
