@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 SIZES: dict[Size, list[Plan]] = {
     "tiny": [Plan(2, 48, 6, 1, 1)],
     "quick": [Plan(4, 1024, 50, 3, 0)],
-    "full": [Plan(4, 1024, 50, 5, 1), Plan(2, 4096, 50, 3, 0)],
+    "full": [Plan(4, 1024, 50, 5, 1), Plan(2, 4096, 50, 2, 0)],
 }
 
 

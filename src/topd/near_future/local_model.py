@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from topd.algorithm.head import at_least_float32
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.shared_prefix import Reading, continue_over_prefix, follow_rollout, sampled_start, until_eos
 from topd.near_future.windows import Rollouts, Windows
@@ -66,10 +67,12 @@ class LocalModel:
         head = output_head(self.model)
 
         def next_token(hidden: Tensor) -> Tensor:
-            logits = head.logits(hidden)
+            states = hidden.flatten(0, -2)
+            logits = states.new_empty(len(states), len(head.weight), dtype=at_least_float32(states))
+            head.write_logits(states, logits)
             if self.temperature == 0:
-                return logits.argmax(-1)
-            chosen = (logits / self.temperature).softmax(-1).flatten(0, -2).multinomial(1)
+                return logits.argmax(-1).view(hidden.shape[:-1])
+            chosen = (logits / self.temperature).softmax(-1).multinomial(1)
             return chosen.view(hidden.shape[:-1])
 
         if self.temperature == 0:
