@@ -23,13 +23,16 @@ from typing import Any
 from benchmarks import CASES, Size
 from benchmarks.environment import environment, load_average, plain, say
 from benchmarks.row import Row
-from benchmarks.table import print_table
+from benchmarks.table import markdown, print_table
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when measured; 1 with `--strict` when a gate or a case failed; 2 when asked for what there is not."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
+    if options.markdown is not None:
+        print(markdown(json.loads(options.markdown.read_text())))
+        return 0
     if options.list:
         for name, module in CASES.items():
             print(f"{name:12} {_first_line(module)}")
@@ -82,6 +85,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given again")
     parser.add_argument("--list", action="store_true", help="the cases, one a line")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a gate or a case fails")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="print an earlier run as Markdown")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in options.case or ():

@@ -1,7 +1,7 @@
 """How to measure: interleaved timing, peak memory in a fresh process, parity before either.
 
 Nothing here knows a case. Numbers compare only inside one run, so everything reported is a ratio of sides that took
-turns (ABAB) in one process, with the spread of the repeats' ratios.
+turns in one process, with the spread of the repeats' ratios.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[Callable[[], Any]], float] = wall_clock,
 ) -> Timing:
-    """Time the sides in turns: A B C, A B C, ...
+    """Time the sides in turns: A B C, B C A, C A B, ...
 
     `warmup` rounds are thrown away; give 0 where the parity check has already called every side. `clock` takes a side
     and returns its seconds; `lambda side: side()` lets sides return what they timed themselves.
@@ -83,10 +83,12 @@ def interleave(
         for side in sides.values():
             side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, side in sides.items():
+    names = list(sides)
+    for repeat in range(repeats):
+        first = repeat % len(names)  # each round begins with another side, so that none always follows the same one
+        for name in names[first:] + names[:first]:
             gc.collect()
-            seconds[name].append(clock(side))
+            seconds[name].append(clock(sides[name]))
     return Timing(seconds)
 
 

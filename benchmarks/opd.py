@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 SIZES: dict[Size, list[Plan]] = {
     "tiny": [Plan(512, 2, 8, steps=1, repeats=1)],
     "quick": [Plan(8192, 8, 128, steps=1, repeats=3)],
-    "full": [Plan(8192, 8, 128, steps=3, repeats=7), Plan(32768, 8, 128, steps=2, repeats=5)],
+    "full": [Plan(8192, 8, 128, steps=3, repeats=8), Plan(32768, 8, 128, steps=2, repeats=4)],
 }
 
 

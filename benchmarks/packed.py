@@ -66,11 +66,15 @@ def _compare(plan: Plan) -> Iterable[Row]:
         SEPARATE: lambda: _gradient(model, separate(backbone, rollouts, branches)),
         ALONE: lambda: _gradient(model, (rollout_hidden(backbone, rollouts),)),
     }
-    apart = relative_difference(sides["ours"](), sides[SEPARATE]())
-    parity = require("gradient", apart, 1e-5)
+    if plan.rollout > 1024:  # copies of a long prefix for every window do not fit in memory
+        del sides[SEPARATE]
+        parity = "checked at 1024"
+    else:
+        parity = require("gradient", relative_difference(sides["ours"](), sides[SEPARATE]()), 1e-5)
     timing = interleave(sides, plan.repeats)
     at = f"rollout {plan.rollout}, {plan.windows} x {plan.length}"
-    for beside, gate in ((ALONE, GATE), (SEPARATE, None)):
+    for beside in list(sides)[1:]:
+        gate = GATE if beside == ALONE else None
         yield time_row("packed", beside, timing, size=at, what=WHAT, gate=gate, parity=parity)
 
 

@@ -115,7 +115,7 @@ class Pair:
     def literal(self, rollouts: Rollouts, options: TOPDConfig) -> float:
         """Fresh prefixes, separate sequences, one transport problem at a time."""
         student, teacher = (self.distilled(model, share_prefix=False) for model in (self.student, self.teacher))
-        with patch.object(matching, "exact_transport", pot_one_by_one), patch.object(branches, "packed", separate):
+        with patch.object(matching, "exact_transport", pot_one_by_one), patch.object(branches, "packed", in_turn):
             return self._look_and_train(rollouts, student, teacher, None, options)
 
     def _look_and_train(
@@ -156,6 +156,11 @@ class Stage(nullcontext):  # type: ignore[type-arg]
 
     def __exit__(self, *_: object) -> None:
         self.into[self.name] = self.into.get(self.name, 0.0) + time.perf_counter() - self.started
+
+
+def in_turn(backbone: Any, rollouts: Rollouts, windows: Any, flex: bool = False) -> tuple[Tensor, Tensor]:
+    """In the place of `packed`: separate sequences."""
+    return separate(backbone, rollouts, windows)
 
 
 def pot_one_by_one(cost: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Transport:

@@ -1,9 +1,11 @@
-"""The table that a run prints."""
+"""The table that a run prints, and the same as Markdown."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +36,34 @@ def print_table(rows: Iterable[Row]) -> None:
             colour = "red" if row.error else "dim"
             about = " / ".join(word for word in (row.case, row.size, row.beside) if word)
             console.print(f"{about}: {row.error or row.note}", style=colour, markup=False, highlight=False)
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The rows of a JSON file as one Markdown table, failures and notes below it."""
+    rows = [Row(**{field.name: record[field.name] for field in fields(Row)}) for record in records]
+    lines = [
+        "| case | size | measure | beside | ours | its | ratio | gate | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    words = {True: "pass", False: "**fail**", None: ""}
+    for row in rows:
+        ours, other, ratio, gate, _ = _numbers(row)
+        cells = (
+            row.case,
+            row.size,
+            row.measure,
+            row.beside,
+            ours,
+            other,
+            ratio.replace("\\[", "["),
+            gate,
+            words[row.ok],
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [""] + [
+        f"- {row.case}, {row.size}, {row.beside}: {row.error or row.note}" for row in rows if row.error or row.note
+    ]
+    return "\n".join(lines)
 
 
 def _numbers(row: Row) -> tuple[str, str, str, str, str]:

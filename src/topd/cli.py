@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from topd.analysis_cli import add_correct, add_probe
 from topd.errors import TOPDError
 from topd.version import __version__
 
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "topd: interrupted. Checkpoints that were written are whole; go on with --resume_from_checkpoint true.",
+            "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
+            "topd probe when it is started again.",
             file=sys.stderr,
         )
         return 130
@@ -58,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, required=True, help="folder for the models")
     build.add_argument("--only", choices=("teacher", "students"), help="build only these")
     build.set_defaults(run=_demo_build)
+
+    add_probe(commands)
+    add_correct(commands)
 
     report = commands.add_parser("report", help="write the HTML page of a run")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `topd demo` or `topd train` wrote")

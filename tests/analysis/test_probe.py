@@ -1,11 +1,14 @@
 """The probe on pairs with known answers."""
 
+import copy
+
 import numpy
 import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
 
-from topd.analysis.probe import Probe, probe
+from topd.analysis.probe import probe
+from topd.analysis.probe_summary import Probe, token_table
 from topd.demo.task import make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
 
@@ -37,3 +40,79 @@ def test_the_share_by_hand_and_its_interval():
     assert found.false_alarm_share == 0.5
     low, high = found.interval(samples=500)
     assert low <= 0.5 <= high
+
+
+def renamed(student, names):
+    """A teacher that says `names[token]` where the student says `token`, and otherwise is the student."""
+    teacher = copy.deepcopy(student)
+    head = student.get_output_embeddings().weight.detach().clone()
+    order = torch.arange(len(head))
+    for one, other in names.items():
+        order[one], order[other] = other, one
+    teacher.get_output_embeddings().weight = torch.nn.Parameter(head[order])
+    return teacher
+
+
+def untied(seed=0, synonyms=0):
+    """A model with a head of its own; token i + synonyms has the embedding of token i."""
+    model = tiny_model(seed)
+    table = model.get_input_embeddings().weight.detach().clone()
+    model.get_output_embeddings().weight = torch.nn.Parameter(table.clone())
+    if synonyms:
+        table[5 + synonyms : 5 + 2 * synonyms] = table[5 : 5 + synonyms]
+    model.get_input_embeddings().weight = torch.nn.Parameter(table)
+    return model
+
+
+def test_a_teacher_that_only_renames_tokens_is_all_false_alarms():
+    """Every token has a synonym with the same embedding: the futures differ in every word and in nothing else."""
+    synonyms = 20
+    student = untied(synonyms=synonyms)
+    teacher = renamed(student, {5 + i: 5 + synonyms + i for i in range(synonyms)})
+    found = run(student, teacher)
+    assert found._loss["high"].min() > 0.5  # the losses are high
+    assert found.distances["high"].max() < 1e-6
+    assert found.false_alarm_share == 1
+
+
+def test_a_teacher_that_differs_in_one_token_forks_there():
+    student = untied()
+    torch.manual_seed(0)
+    texts = [problem.prompt for problem in make_problems(6, 0, held_out=False)]
+    rollouts = sample_rollouts(student, TOKENIZER, texts, max_new_tokens=20)
+    usual = int(torch.bincount(rollouts.response_ids[rollouts.response_mask.bool()]).argmax())
+    teacher = renamed(student, {usual: (usual + 7) % 40})
+    found = probe(*local_pair(student, teacher, TOKENIZER), rollouts, window_length=3, share=0.1)
+    assert numpy.median(found.distances["high"]) > 0.1
+    assert numpy.median(found.distances["low"]) < numpy.median(found.distances["high"])
+
+
+def test_correlations_by_hand():
+    loss = {"high": numpy.array([1.0, 2.0, 3.0, 10.0])}
+    found = Probe({"high": numpy.array([0.1, 0.3, 0.2, 0.9])}, {"high": numpy.arange(4)}, loss)
+    assert found.pearson == pytest.approx(numpy.corrcoef(loss["high"], found.distances["high"])[0, 1])
+    assert found.spearman == pytest.approx(0.8)
+    constant = Probe({"high": numpy.zeros(4)}, {"high": numpy.arange(4)}, loss)
+    assert numpy.isnan(constant.pearson)
+
+
+def test_resampling_draws_whole_rollouts():
+    distances = {group: numpy.arange(6.0) for group in ("high", "random", "low")}
+    origin = {group: numpy.array([0, 0, 1, 1, 2, 2]) for group in distances}
+    again = Probe(distances, origin, distances).resampled(numpy.random.default_rng(0))
+    for group in distances:
+        assert len(again.distances[group]) == 6
+        assert set(numpy.unique(again.distances[group], return_counts=True)[1]) <= {1, 2, 3}
+        assert (again.rollout[group] == again.rollout["high"]).all()
+
+
+def test_which_tokens_are_false_alarms():
+    def place(token, distance, group="high"):
+        return {"group": group, "token": token, "distance": {"v": distance}}
+
+    records = [{"places": [place("a", 0.1), place("a", 0.9), place("a", 0.2), place("b", 0.9), place("c", None)]},
+               {"places": [place("b", 0.8), place("b", 0.7), place("a", 0.0, "low")]}]  # fmt: skip
+    assert token_table(records, "v", threshold=0.5) == [
+        {"token": "a", "n": 3, "false_alarms": 2, "forks": 1},
+        {"token": "b", "n": 3, "false_alarms": 0, "forks": 3},
+    ]

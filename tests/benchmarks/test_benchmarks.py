@@ -147,7 +147,7 @@ def test_sides_take_turns_and_ratios_are_of_each_repeat() -> None:
 
     sides = {"ours": lambda: side("ours", 1.0), "peer": lambda: side("peer", 4.0)}
     timing = interleave(sides, repeats=2, warmup=1, clock=lambda call: call())
-    assert calls == ["ours", "peer"] * 3
+    assert calls == ["ours", "peer", "ours", "peer", "peer", "ours"]  # warm-up, then each begins once
     assert timing.ratio("ours", "peer") == 0.25
     assert TIMING.ratios("ours", "peer") == [0.5, 1.0, 1.5]
     assert (TIMING.ratio("ours", "peer"), TIMING.spread("ours", "peer")) == (1.0, (0.75, 1.25))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model
+from torch.nn.attention.flex_attention import create_mask
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -21,7 +22,7 @@ from topd.near_future import (
     rollout_windows,
     supports_branches,
 )
-from topd.near_future.branches import packed, separate, tree
+from topd.near_future.branches import block_mask, packed, separate, tree
 from topd.near_future.shared_prefix import until_eos
 
 SIZES = {
@@ -80,6 +81,26 @@ def test_packed_states_and_gradients_equal_separate_sequences(kind, padding, che
     # norms and rotary angles are float32 in these models, whatever the weights are
     for a, b in zip([row_a, windows_a, *grads_a], [row_b, windows_b, *grads_b], strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_flex_attention_sees_what_the_tree_sees(padding):
+    rollouts, branches = rollouts_and_branches(padding)
+    start, length = rollouts.prompt_ids.shape[1] + branches.position, 3
+    row = rollouts.input_ids.shape[1]
+    whole = row + start.shape[1] * length
+    block = block_mask(rollouts, start, length)
+    dense = create_mask(block.mask_mod, len(rollouts), 1, whole, whole, device="cpu")
+    packed_row = tree(rollouts, start, length)
+    assert torch.equal(dense[:, :, row:], packed_row.window_mask)
+    among = dense[:, :, :row, :row]
+    if packed_row.row_mask is None:
+        assert torch.equal(among[0, 0], torch.ones(row, row, dtype=torch.bool).tril())  # the first has no padding
+        real = rollouts.attention_mask.bool()
+        assert torch.equal(among[1, 0][real[1]][:, real[1]], torch.ones(11, 11, dtype=torch.bool).tril())
+    else:
+        assert torch.equal(among, packed_row.row_mask)
+    assert not dense[:, :, :row, row:].any()
 
 
 @pytest.mark.parametrize(("kind", "attention"), [("mistral-sliding", "sdpa"), ("llama", "eager")])

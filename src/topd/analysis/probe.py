@@ -1,59 +1,101 @@
-"""How many of a pair's high-loss tokens are false alarms? (Section 2.1, Fig. 2.)"""
+"""How many of a pair's high-loss tokens are false alarms? (Section 2.1, Fig. 2.) Measuring; `probe_summary` concludes.
+
+At the highest, the lowest and random token losses of each rollout, equally many of each, student and teacher continue
+the student's prefix greedily, and D_OT says how far the two windows are apart.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
-from topd.algorithm import highest_loss, score_tokens
-from topd.near_future import DistilledModel, Rollouts, near_future_transport
+from topd.algorithm import TokenScores, highest_loss, score_tokens
+from topd.algorithm.transport import GroundCost
+from topd.analysis.probe_summary import GROUPS, Probe
+from topd.near_future import DistilledModel, Rollouts, Windows, near_future_transport
+from topd.near_future.matching import Embedding
 
-PAPER = {"high": 0.566, "random": 0.361, "low": 0.315, "false_alarm_share": 0.2923}
-"""Median D_OT of each group, and the share, for the paper's pair."""
+RECORD_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Probe:
-    """D_OT at high-loss, random and low-loss positions (equal numbers), windows regenerated, greedy.
+class ProbeOptions:
+    """What is measured. The first of each is the main one; the others are measured on the same windows.
 
     Attributes:
-        distances: by group "high", "random" and "low", D_OT of each position.
-        rollout: by group, the rollout that each position belongs to.
+        share: of a rollout's positions in each group, at least one.
+        window_lengths: K. Windows have the longest; a shorter one is its beginning.
+        embeddings, costs: as in `TOPDConfig`.
+        seed: of the random positions.
     """
 
-    distances: dict[str, numpy.ndarray]
-    rollout: dict[str, numpy.ndarray]
+    share: float = 0.0225
+    window_lengths: tuple[int, ...] = (50,)
+    embeddings: tuple[Embedding, ...] = ("student",)
+    costs: tuple[GroundCost, ...] = ("cosine",)
+    seed: int = 0
 
     @property
-    def threshold(self) -> float:
-        """Upper quartile of D_OT at low-loss positions."""
-        return float(numpy.quantile(self.distances["low"], 0.75))
+    def variants(self) -> list[str]:
+        """Names such as "student/cosine/50", the main one first."""
+        return [f"{e}/{c}/{k}" for e, c, k in product(self.embeddings, self.costs, self.window_lengths)]
 
-    @property
-    def false_alarm_share(self) -> float:
-        """Share of high-loss positions with D_OT at most the upper quartile of the low-loss ones.
 
-        By construction at least 75 % of the low-loss ones are.
-        """
-        return float((self.distances["high"] <= self.threshold).mean())
+@dataclass(frozen=True)
+class Measured:
+    """One group's positions in a batch of rollouts.
 
-    def interval(self, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap interval of the share: rollouts are drawn anew, and the threshold with them."""
-        rng = numpy.random.default_rng(seed)
-        rollouts = numpy.unique(self.rollout["high"])
-        shares = []
-        for _ in range(samples):
-            counts = numpy.bincount(rng.choice(rollouts, len(rollouts)), minlength=rollouts.max() + 1)
-            low = numpy.repeat(self.distances["low"], counts[self.rollout["low"]])
-            high = numpy.repeat(self.distances["high"], counts[self.rollout["high"]])
-            shares.append((high <= numpy.quantile(low, 0.75)).mean())
-        tail = (1 - level) / 2
-        return float(numpy.quantile(shares, tail)), float(numpy.quantile(shares, 1 - tail))
+    Attributes:
+        rows, positions: [place] where they are.
+        ours, theirs: both windows at each.
+        distances: by variant, [place] D_OT; NaN where there is none.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    ours: Windows
+    theirs: Windows
+    distances: dict[str, Tensor]
 
 
 @torch.no_grad()
+def measure(
+    student: DistilledModel, teacher: DistilledModel, rollouts: Rollouts, options: ProbeOptions
+) -> tuple[TokenScores, dict[str, Measured]]:
+    """Scores of the response tokens [rollout, position], 0 at padding, and the groups "high", "random" and "low"."""
+    mask = rollouts.loss_mask.bool()
+    ours, theirs = student.read(rollouts), teacher.read(rollouts)
+    found = score_tokens(
+        ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), rollouts.response_ids[mask]
+    )
+    scores = TokenScores(
+        *(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in found)
+    )
+    chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)
+    groups = {}
+    for group, ranking in zip(GROUPS, (scores.kl, chance, -scores.kl), strict=True):
+        rows, positions = highest_loss(ranking, mask, share=options.share).nonzero(as_tuple=True)
+        length = max(options.window_lengths)
+        our_windows = student.continue_(rollouts, ours, scores.student_greedy, rows, positions, length)
+        their_windows = teacher.continue_(rollouts, theirs, scores.teacher_greedy, rows, positions, length)
+        distances = {}
+        for name, (embedding, cost, k) in zip(
+            options.variants, product(options.embeddings, options.costs, options.window_lengths), strict=True
+        ):
+            short = [Windows(windows.tokens[:, :k], windows.mask[:, :k]) for windows in (our_windows, their_windows)]
+            distances[name] = near_future_transport(
+                short[0], short[1], rollouts, rows, positions, student, teacher, embedding=embedding, cost=cost
+            ).distance.cpu()
+        groups[group] = Measured(rows, positions, our_windows, their_windows, distances)
+    return scores, groups
+
+
 def probe(
     student: DistilledModel,
     teacher: DistilledModel,
@@ -63,28 +105,62 @@ def probe(
     share: float = 0.0225,
     seed: int = 0,
 ) -> Probe:
-    """Measure D_OT at the highest, the lowest and random token losses of each rollout."""
-    mask = rollouts.loss_mask.bool()
-    ours, theirs = student.read(rollouts), teacher.read(rollouts)
-    scores = score_tokens(
-        ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), rollouts.response_ids[mask]
-    )
-    student_greedy, teacher_greedy = (
-        torch.zeros_like(rollouts.response_ids).masked_scatter(mask, greedy)
-        for greedy in (scores.student_greedy, scores.teacher_greedy)
-    )
-    loss = torch.zeros(mask.shape).masked_scatter(mask.cpu(), scores.kl.float().cpu())
-    chance = torch.rand(loss.shape, generator=torch.Generator().manual_seed(seed))
-    rankings = {"high": loss, "random": chance, "low": -loss}
-    distances, origin = {}, {}
-    for group, ranking in rankings.items():
-        rows, positions = highest_loss(ranking, mask.cpu(), share=share).nonzero(as_tuple=True)
-        rows, positions = rows.to(mask.device), positions.to(mask.device)
-        our_windows = student.continue_(rollouts, ours, student_greedy, rows, positions, window_length)
-        their_windows = teacher.continue_(rollouts, theirs, teacher_greedy, rows, positions, window_length)
-        distance = near_future_transport(
-            our_windows, their_windows, rollouts, rows, positions, student, teacher
-        ).distance.cpu()
+    """Measure and conclude at once, for a batch that fits in memory."""
+    options = ProbeOptions(share=share, window_lengths=(window_length,), seed=seed)
+    scores, groups = measure(student, teacher, rollouts, options)
+    distances, origin, losses = {}, {}, {}
+    for group, found in groups.items():
+        distance = found.distances[options.variants[0]]
         known = distance.isfinite()
-        distances[group], origin[group] = distance[known].numpy(), rows.cpu()[known].numpy()
-    return Probe(distances, origin)
+        distances[group], origin[group] = distance[known].numpy(), found.rows.cpu()[known].numpy()
+        losses[group] = scores.kl[found.rows, found.positions].float().cpu()[known].numpy()
+    return Probe(distances, origin, losses)
+
+
+def probe_records(
+    rollouts: Rollouts,
+    scores: TokenScores,
+    groups: dict[str, Measured],
+    decode: Callable[[list[int]], str],
+    first: int,
+) -> list[dict[str, Any]]:
+    """One record a rollout, numbered from `first`: tokens, losses, and every measured place with both windows."""
+
+    def texts(ids: Tensor) -> list[str]:
+        return [decode([token]) for token in ids.tolist()]
+
+    records = []
+    for row in range(len(rollouts)):
+        mask = rollouts.response_mask[row].bool()
+        tokens = texts(rollouts.response_ids[row][mask])
+        places = []
+        for group, found in groups.items():
+            for index in (found.rows == row).nonzero().squeeze(-1).tolist():
+                position = int(found.positions[index])
+                distance = {name: _number(values[index]) for name, values in found.distances.items()}
+                places.append({
+                    "group": group,
+                    "position": position,
+                    "token": tokens[position],
+                    "token_loss": _number(scores.kl[row, position]),
+                    "teacher_nll": _number(scores.teacher_nll[row, position]),
+                    "distance": distance,
+                    "student_window": texts(found.ours.tokens[index][found.ours.mask[index]]),
+                    "teacher_window": texts(found.theirs.tokens[index][found.theirs.mask[index]]),
+                })  # fmt: skip
+        records.append(
+            {
+                "version": RECORD_VERSION,
+                "rollout": first + row,
+                "prompt": decode(rollouts.prefix(row, 0).tolist()),
+                "tokens": tokens,
+                "token_loss": [_number(loss) for loss in scores.kl[row][mask]],
+                "places": places,
+            }
+        )
+    return records
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return round(number, 6) if numpy.isfinite(number) else None

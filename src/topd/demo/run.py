@@ -29,7 +29,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from topd.analysis.probe import PAPER, probe
+from topd.analysis.probe import probe
+from topd.analysis.probe_summary import PAPER
 from topd.demo.accuracy import MAX_NEW_TOKENS, correct_answers
 from topd.demo.pair import pair_folder
 from topd.demo.table import results_table

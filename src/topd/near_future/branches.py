@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from topd.near_future.tree_attention import PackedRow, no_mask, supports_branches
 from topd.near_future.windows import Rollouts
@@ -46,12 +47,13 @@ def hidden_with_branches(
         [rollout, position, width] and [rollout, branch, window_position, width]: the states from which each response
         token and each window token is predicted. States of masked positions mean nothing.
     """
-    if supports_branches(model) and model.config._attn_implementation == "sdpa":
-        return packed(backbone, rollouts, branches)
+    attention = model.config._attn_implementation
+    if supports_branches(model) and attention in ("sdpa", "flex_attention"):
+        return packed(backbone, rollouts, branches, flex=attention == "flex_attention")
     warnings.warn(
-        f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} cannot run windows "
-        "behind their rollout in one row (that takes full attention in every layer and 'sdpa'); each window goes "
-        "through it behind its own copy of the prefix, which is much slower.",
+        f"{type(model).__name__} with attn_implementation={attention!r} cannot run windows behind their rollout in one "
+        "row (that takes full attention in every layer, and 'sdpa' or 'flex_attention'); each window goes through it "
+        "behind its own copy of the prefix, which is much slower.",
         stacklevel=2,
     )
     return separate(backbone, rollouts, branches)
@@ -65,8 +67,8 @@ def rollout_hidden(backbone: nn.Module, rollouts: Rollouts) -> Tensor:
     return hidden[:, rollouts.prompt_ids.shape[1] - 1 : -1]
 
 
-def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple[Tensor, Tensor]:
-    """All windows of a rollout behind it in one row."""
+def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches, flex: bool = False) -> tuple[Tensor, Tensor]:
+    """All windows of a rollout behind it in one row; with `flex`, the model attends by FlexAttention."""
     batch, slots, length = branches.tokens.shape
     prompt, row = rollouts.prompt_ids.shape[1], rollouts.input_ids.shape[1]
     fed = branches.tokens[:, :, :-1].reshape(batch, -1)  # the last token of a window predicts nothing
@@ -75,12 +77,12 @@ def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple
     position_ids = torch.cat(
         [torch.arange(row, device=start.device).expand(batch, -1), (start[:, :, None] + offset).reshape(batch, -1)], 1
     )
+    if flex:
+        who: dict[str, Any] = {"attention_mask": block_mask(rollouts, start, length - 1)}
+    else:
+        who = {"attention_mask": no_mask(start.device), "tree": tree(rollouts, start, length - 1)}
     hidden = backbone(
-        input_ids=torch.cat([rollouts.input_ids, fed], dim=1),
-        attention_mask=no_mask(start.device),
-        position_ids=position_ids,
-        use_cache=False,
-        tree=tree(rollouts, start, length - 1),
+        input_ids=torch.cat([rollouts.input_ids, fed], dim=1), position_ids=position_ids, use_cache=False, **who
     ).last_hidden_state
     width = hidden.shape[-1]
     before = hidden.gather(1, (start - 1)[:, :, None].expand(-1, -1, width))
@@ -106,6 +108,25 @@ def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
     sees_windows = torch.block_diag(*[own] * slots) if slots * length else own.new_zeros(0, 0)
     sees_windows = sees_windows.expand(len(rollouts), -1, -1)
     return PackedRow(real.shape[1], row_mask, torch.cat([sees_row, sees_windows], dim=2)[:, None])
+
+
+def block_mask(rollouts: Rollouts, start: Tensor, length: int) -> BlockMask:
+    """The same as `tree` for FlexAttention, which skips the blocks that nobody sees and never holds the square."""
+    real = rollouts.attention_mask.bool()
+    batch, row = real.shape
+    whole = row + start.shape[1] * length
+
+    def sees(rollout: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_real = real[rollout, key.clamp(max=row - 1)]
+        in_row = (query < row) & (key <= query) & (is_real | (key == query))
+        window, place = (query - row).div(length, rounding_mode="floor"), (query - row) % length
+        begins = start[rollout, window.clamp(min=0)]
+        of_prefix = (query >= row) & (key < begins) & is_real
+        own = (key - row).div(length, rounding_mode="floor") == window
+        of_window = (query >= row) & (key >= row) & own & ((key - row) % length <= place)
+        return in_row | of_prefix | of_window
+
+    return create_block_mask(sees, batch, None, whole, whole, device=str(start.device))
 
 
 def separate(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple[Tensor, Tensor]:

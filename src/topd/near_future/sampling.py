@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,27 +17,42 @@ from topd.near_future.windows import Rollouts
 def sample_rollouts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str] | Sequence[Tensor],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> Rollouts:
-    """One response to each prompt, sampled from the full distribution."""
-    ids = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    """One response to each prompt (text, or token ids), sampled from the full distribution."""
+    ids = [torch.tensor(tokenizer(p)["input_ids"]) if isinstance(p, str) else p for p in prompts]
     source = LocalModel(model, tokenizer.pad_token_id, [tokenizer.eos_token_id], temperature)
     responses = source.continue_(ids, max_new_tokens)
-    longest = max(len(prompt) for prompt in ids)
+    return _rollouts(ids, responses.tokens, responses.mask, tokenizer.pad_token_id)
+
+
+def written_rollouts(
+    prompts: Sequence[Tensor], responses: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Rollouts:
+    """Rollouts that are there already, from token ids."""
+    longest = max(len(response) for response in responses)
+    pad = torch.nn.functional.pad
+    tokens = torch.stack([pad(r, (0, longest - len(r)), value=tokenizer.pad_token_id) for r in responses])
+    mask = torch.stack([pad(torch.ones_like(r), (0, longest - len(r))) for r in responses]).bool()
+    return _rollouts(prompts, tokens.to(device), mask.to(device), tokenizer.pad_token_id)
+
+
+def _rollouts(prompts: Sequence[Tensor], tokens: Tensor, mask: Tensor, pad_token_id: int) -> Rollouts:
+    longest = max(len(prompt) for prompt in prompts)
 
     def padded(rows: list[Tensor], value: int) -> Tensor:
-        return torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows])
+        padded = [torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows]
+        return torch.stack(padded).to(tokens.device)
 
-    mask = responses.mask.long()
     return Rollouts(
-        padded(ids, tokenizer.pad_token_id).to(mask.device),
-        padded([torch.ones_like(row) for row in ids], 0).to(mask.device),
-        responses.tokens,
-        mask,
-        mask,
+        padded(list(prompts), pad_token_id),
+        padded([torch.ones_like(row) for row in prompts], 0),
+        tokens,
+        mask.long(),
+        mask.long(),
     )
 
 

@@ -161,6 +161,11 @@ def _grow(
             hidden = backbone(
                 input_ids=fed, attention_mask=no_mask(fed.device), position_ids=place + step, use_cache=False, tree=tree
             ).last_hidden_state
+            if not tree.own:
+                raise RuntimeError(
+                    f"{type(backbone).__name__} does not hand keyword arguments on to its attention function, so its "
+                    "windows cannot share a prefix. Please report the model."
+                )
             fed = next_token(hidden)
             grown[:, :, step] = fed
             left = torch.where(torch.isin(fed, eos), 0, left - 1)

@@ -135,6 +135,8 @@ class OpenBranches:
         own_keys, own_values = self._append(layer, key, value)
         query = (query * (scaling if scaling is not None else width**-0.5)).reshape(batch, groups, -1, width)
 
+        if self.prefix[layer][0].dtype != query.dtype:  # kept outside of the autocast that decodes
+            self.prefix[layer] = (self.prefix[layer][0].to(query.dtype), self.prefix[layer][1].to(query.dtype))
         from_prefix, prefix_lse = attention_and_lse(
             query, *self.prefix[layer], self._prefix_bias(heads // groups, query)
         )

@@ -59,6 +59,15 @@ class StopOnNonFiniteGradient(TrainerCallback):
     ) -> None:
         if args.fp16:
             return
-        for name, parameter in kwargs["model"].named_parameters():
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        gradients = {n: p.grad for n, p in kwargs["model"].named_parameters() if p.grad is not None}
+        sums = [gradient.sum() for gradient in gradients.values()]  # not finite where any entry is not
+        if not sums or _all_finite(sums):
+            return
+        for name, gradient in gradients.items():
+            if not bool(gradient.isfinite().all()):  # a sum of finite entries may overflow
                 self.raise_error(f"gradient of {name}")
+
+
+def _all_finite(values: list[torch.Tensor]) -> bool:
+    """One look at the device for all of them."""
+    return bool(torch.stack([value.double().to(values[0].device) for value in values]).isfinite().all())

@@ -1,0 +1,130 @@
+"""`topd correct`: local correction of any pair, fork by fork, so that an interruption loses one fork at most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from topd.analysis.correct import CorrectOptions, Corrector, Fork, Outcome
+from topd.analysis.resumable import earlier_records, write_options
+from topd.evaluation.statistics import bootstrap_mean, paired_difference
+
+RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
+PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
+"""Mean D_OT of the paper's pair, 1,000 forks (section 5.2)."""
+MEASURES = {
+    "distance": "D_OT to the teacher's window",
+    "teacher_log_likelihood": "teacher's log-likelihood a token (nats)",
+    "agreement": "tokens equal to the teacher's",
+    "right": "continuations that end right",
+}
+
+
+@dataclass(frozen=True)
+class CorrectRun:
+    """What is corrected."""
+
+    student: str
+    teacher: str
+    data: str
+    rollouts: int
+    max_new_tokens: int
+    options: CorrectOptions
+
+
+def run_correct(
+    run: CorrectRun, corrector: Corrector, forks: list[Fork], decode: Callable[[list[int]], str], out: Path
+) -> dict[str, Any]:
+    """Correct every fork by every arm, write `correct.json`, print the table; return what was written."""
+    console = Console()
+    records = earlier_records(out / RECORDS, out / OPTIONS, asdict(run), limit=len(forks))
+    write_options(out / OPTIONS, asdict(run))
+    steps = (len(forks) - len(records)) * len(run.options.arms) * run.options.steps
+    console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps on windows to come.")
+    with Progress(
+        TextColumn("correcting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=len(forks), completed=len(records))
+        for fork in forks[len(records) :]:
+            record = fork_record(fork, corrector, run.options.arms, decode)
+            with (out / RECORDS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            records.append(record)
+            progress.update(task, completed=len(records))
+    result = conclude(run, records)
+    (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(correct_table(result))
+    console.print(f"{out / RESULT} holds the figures, {out / RECORDS} every window before and after.")
+    return result
+
+
+def fork_record(
+    fork: Fork, corrector: Corrector, arms: tuple[str, ...], decode: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    """One fork: the prefix, the teacher's window, and the student's before and after each arm."""
+
+    def texts(ids: list[int]) -> list[str]:
+        return [decode([token]) for token in ids]
+
+    def told(outcome: Outcome) -> dict[str, Any]:
+        return {name: getattr(outcome, name) for name in MEASURES} | {"window": texts(outcome.window)}
+
+    return {
+        "version": 1,
+        "rollout": fork.rollout,
+        "position": fork.position,
+        "token_loss": fork.token_loss,
+        "prefix": decode(fork.prefix.tolist()),
+        "teacher_window": texts(fork.theirs.tokens[0][fork.theirs.mask[0]].tolist()),
+        "before": told(corrector.outcome(fork)),
+        "after": {arm: told(corrector.correct(fork, arm)) for arm in arms},
+    }
+
+
+def conclude(run: CorrectRun, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """`correct.json`: each measure before and after each arm, and each arm beside "opd", paired over forks."""
+    measures: dict[str, Any] = {}
+    for name in MEASURES:
+        if any(record["before"][name] is None for record in records):
+            continue
+        values = {"before": [float(record["before"][name]) for record in records]}
+        values |= {arm: [float(record["after"][arm][name]) for record in records] for arm in run.options.arms}
+        measures[name] = {
+            "arms": {arm: _spread(each) for arm, each in values.items()},
+            "beside_opd": {
+                arm: asdict(paired_difference(each, values["opd"]))
+                for arm, each in values.items()
+                if "opd" in values and arm not in ("opd", "before")
+            },
+        }
+    return {"version": 1, "forks": len(records), "measures": measures, "run": asdict(run)}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    q1, median, q3 = numpy.quantile(values, [0.25, 0.5, 0.75])
+    return asdict(bootstrap_mean(values)) | {"q1": float(q1), "median": float(median), "q3": float(q3)}
+
+
+def correct_table(result: dict[str, Any]) -> Table:
+    """A row an arm, a column a measure: mean and 95 % interval; the paper's D_OT beside."""
+    table = Table(title=f"Local correction: {result['forks']} forks, means [95 % interval]", title_justify="left")
+    table.add_column("")
+    for name in result["measures"]:
+        table.add_column(MEASURES[name], justify="right")
+    table.add_column("paper's D_OT", justify="right")
+    for arm in result["measures"]["distance"]["arms"]:
+        cells = []
+        for found in result["measures"].values():
+            row = found["arms"][arm]
+            cells.append(f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]".replace("[", r"\["))
+        table.add_row(arm, *cells, f"{PAPER[arm]:.3f}" if arm in PAPER else "")
+    return table

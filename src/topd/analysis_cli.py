@@ -1,0 +1,196 @@
+"""`topd probe` and `topd correct`: from names to loaded models and token ids. The analyses are in `analysis/`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from topd.errors import TOPDError
+
+EMBEDDED = {"student": "embedded:student-standard", "teacher": "embedded:teacher"}
+EMBEDDED_DEFAULTS = {"window_length": [16], "share": 0.06, "max_new_tokens": 64}
+"""Of the embedded task, whose responses have about 60 tokens; other pairs have the paper's K and share."""
+DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
+
+
+def add_probe(commands: Any) -> None:
+    """The command's options."""
+    probe = commands.add_parser("probe", help="which high-loss tokens of a pair are false alarms? No training")
+    _pair_options(probe, out="runs/probe")
+    probe.add_argument(
+        "--embedding", nargs="+", default=["student"], help="the main one first (default: %(default)s)",
+        choices=("student", "teacher", "student_hidden", "teacher_hidden"),
+    )  # fmt: skip
+    probe.add_argument("--cost", nargs="+", default=["cosine"], choices=("cosine", "sqeuclidean"))
+    probe.set_defaults(run=run_probe_command)
+
+
+def run_probe_command(options: argparse.Namespace) -> None:
+    """Check, load, probe."""
+    from topd.analysis.probe import ProbeOptions
+    from topd.analysis.probe_command import ProbeRun, run_probe
+
+    names = _checked(options)
+    student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
+    run = ProbeRun(
+        names["student"], names["teacher"], options.data, options.rollouts, options.batch, options.max_new_tokens,
+        options.temperature,
+        ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
+                     options.seed),
+    )  # fmt: skip
+    rows = token_ids(options.data, options.split, options.rollouts, tokenizer)
+    _check_length(rows, tokenizer, options, student, teacher)
+    run_probe(run, student, teacher, tokenizer, rows, options.out)
+
+
+def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """What both analyses take: a pair, prompts, rollouts, windows."""
+    parser.add_argument("--student", help=f"folder, Hub name, or embedded one (default: {EMBEDDED['student']})")
+    parser.add_argument("--teacher", help=f"the same (default: {EMBEDDED['teacher']})")
+    parser.add_argument(
+        "--data", default="embedded",
+        help="prompts: file, folder or Hub dataset, as for topd train (default: the embedded task)",
+    )  # fmt: skip
+    parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=128, help="how many (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="rollouts measured together (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (default: 2048; embedded task: 64)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default: %(default)s)")
+    parser.add_argument(
+        "--window-length", type=int, nargs="+", help="K, the main one first (default: 50; embedded: 16)"
+    )
+    parser.add_argument("--share", type=float, help="of positions that are looked at (default: 0.0225; embedded: 0.06)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="of the models: auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out),
+        help="folder; run again to go on after an interruption (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _checked(options: argparse.Namespace) -> dict[str, str]:
+    """Fill in what depends on the data, refuse what cannot be; the models' names by role."""
+    if (options.student is None) != (options.teacher is None):
+        raise TOPDError("Name both --student and --teacher, or neither (the embedded pair).")
+    for name, value in (EMBEDDED_DEFAULTS if options.data == "embedded" else DEFAULTS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name in ("rollouts", "batch", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise TOPDError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}.")
+    if not 0 < options.share <= 1 or min(options.window_length) < 1 or options.temperature <= 0:
+        raise TOPDError("--share must be in (0, 1], --window-length at least 1, --temperature positive.")
+    return {role: getattr(options, role) or EMBEDDED[role] for role in EMBEDDED}
+
+
+def _check_length(rows: list[dict[str, Any]], tokenizer: Any, options: Any, student: Any, teacher: Any) -> None:
+    from topd.training.tokenizers import check_context
+
+    most = max(rows, key=lambda row: len(row["prompt_ids"]))["prompt_ids"]
+    check_context(
+        len(most), tokenizer.decode(most), options.max_new_tokens, max(options.window_length),
+        {"student": student.config, "teacher": teacher.config},
+    )  # fmt: skip
+
+
+def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tuple[Any, Any, Any]:
+    """Both models in evaluation mode on the best device, and their common tokenizer.
+
+    Raises:
+        TOPDError: one cannot be loaded, or the tokenizers differ.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from topd.demo.pair import resolve_model
+    from topd.training.command import loading
+    from topd.training.tokenizers import check_tokenizers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models, tokenizers = [], []
+    for name in (student_name, teacher_name):
+        folder = resolve_model(name)
+        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained))
+        model = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+        models.append(model.to(device).eval())
+    check_tokenizers(*tokenizers)
+    return models[0], models[1], tokenizers[0]
+
+
+def token_ids(data: str, split: str, limit: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """Prompts as token ids; messages go through the chat template."""
+    from topd.training.command import prompts
+
+    rows = []
+    for row in prompts(data, split, limit):
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        rows.append({"prompt_ids": ids, "answer": row.get("answer")})
+    return rows
+
+
+def add_correct(commands: Any) -> None:
+    """The command's options."""
+    correct = commands.add_parser(
+        "correct", help="does guidance at one fork bring the student back? A few steps on single windows"
+    )
+    _pair_options(correct, out="runs/correct")
+    correct.add_argument("--steps", type=int, default=5, help="gradient steps on a window (default: 5, the paper's M)")
+    correct.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
+    correct.add_argument("--guidance-weight", type=float, default=1.0, help="lambda (default: %(default)s)")
+    correct.add_argument("--arms", nargs="+", help="which of: opd, topd, own tokens, same index, teacher's contexts")
+    correct.set_defaults(run=run_correct_command)
+
+
+def run_correct_command(options: argparse.Namespace) -> None:
+    """Check, load, find forks, correct them."""
+    import torch
+
+    from topd.analysis.correct import ARMS, CorrectOptions, Corrector, find_forks
+    from topd.analysis.correct_command import CorrectRun, run_correct
+    from topd.near_future.sampling import local_pair, sample_rollouts
+
+    names = _checked(options)
+    arms = tuple(options.arms or ARMS)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise TOPDError(f"There is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}.")
+    student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
+    settings = CorrectOptions(
+        options.window_length[0], options.share, steps=options.steps, learning_rate=options.learning_rate,
+        guidance_weight=options.guidance_weight, arms=arms, seed=options.seed,
+    )  # fmt: skip
+    rows = token_ids(options.data, options.split, options.rollouts, tokenizer)
+    _check_length(rows, tokenizer, options, student, teacher)
+    pair = local_pair(student, teacher, tokenizer, micro_batch=options.batch)
+    forks = []
+    for first in range(0, len(rows), options.batch):
+        torch.manual_seed(options.seed * 1_000_003 + first)
+        prompts = [torch.tensor(row["prompt_ids"]) for row in rows[first : first + options.batch]]
+        rollouts = sample_rollouts(
+            student, tokenizer, prompts, max_new_tokens=options.max_new_tokens, temperature=options.temperature
+        )
+        forks += [replace(fork, rollout=first + fork.rollout) for fork in find_forks(*pair, rollouts, settings)]
+    corrector = Corrector(
+        student, pair, tokenizer, settings, is_right_on(options.data, rows), [len(row["prompt_ids"]) for row in rows],
+        options.max_new_tokens,
+    )  # fmt: skip
+    run = CorrectRun(
+        names["student"], names["teacher"], options.data, options.rollouts, options.max_new_tokens, settings
+    )
+    run_correct(run, corrector, forks, tokenizer.decode, options.out)
+
+
+def is_right_on(data: str, rows: list[dict[str, Any]]) -> Callable[[int, str], bool] | None:
+    """Whether a text ends with the answer of its prompt; known for the embedded task."""
+    if data != "embedded":
+        return None
+    from topd.demo.task import is_correct
+
+    return lambda rollout, text: is_correct(text, rows[rollout]["answer"])

@@ -1,0 +1,92 @@
+"""`topd probe`: the command, its files, and going on after an interruption."""
+
+import json
+
+import pytest
+
+from topd.analysis.probe_command import OPTIONS, RECORDS, RESULT
+from topd.cli import main
+
+ARGUMENTS = ["probe", "--rollouts", "6", "--batch", "2", "--max-new-tokens", "24", "--window-length", "5", "3"]
+
+
+def run(out, *more):
+    code = main([*ARGUMENTS, "--out", str(out), *more])
+    return code, json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("probe")
+    code, result = run(out, "--cost", "cosine", "sqeuclidean")
+    assert code == 0
+    return out, result
+
+
+def test_the_file_has_what_it_promises(probed):
+    out, result = probed
+    assert set(result["groups"]) == {"high", "random", "low"}
+    for row in result["groups"].values():
+        assert row["q1"] <= row["median"] <= row["q3"]
+        assert row["low"] <= row["median"] <= row["high"]
+        assert row["n"] >= 6
+    for name in ("pearson", "spearman", "false_alarm_share"):
+        assert set(result[name]) == {"value", "low", "high"}
+    assert result["low_loss_share"] >= 0.75
+    assert list(result["variants"]) == [
+        "student/cosine/5", "student/cosine/3", "student/sqeuclidean/5", "student/sqeuclidean/3"
+    ]  # fmt: skip
+    records = [json.loads(line) for line in (out / RECORDS).read_text().splitlines()]
+    assert [record["rollout"] for record in records] == list(range(6))
+    counts = {group: sum(p["group"] == group for r in records for p in r["places"]) for group in result["groups"]}
+    assert len(set(counts.values())) == 1  # equal numbers
+    for record in records:
+        assert len(record["tokens"]) == len(record["token_loss"])
+        for place in record["places"]:
+            assert place["token"] == record["tokens"][place["position"]]
+            assert len(place["student_window"]) <= 5
+
+
+def test_an_interrupted_probe_goes_on_and_ends_the_same(probed, tmp_path):
+    out, result = probed
+    lines = (out / RECORDS).read_text().splitlines(keepends=True)
+    (tmp_path / RECORDS).write_text("".join(lines[:3]) + lines[3][:40])  # one batch, half of the next, a torn line
+    (tmp_path / OPTIONS).write_text((out / OPTIONS).read_text())
+    code, again = run(tmp_path, "--cost", "cosine", "sqeuclidean")
+    assert code == 0
+    assert (tmp_path / RECORDS).read_text() == (out / RECORDS).read_text()
+    assert again["groups"] == result["groups"]
+
+
+def test_other_settings_do_not_mix(probed, tmp_path, capsys):
+    out, _ = probed
+    for name in (RECORDS, OPTIONS):
+        (tmp_path / name).write_text((out / name).read_text())
+    code, _ = run(tmp_path, "--seed", "3")
+    assert code == 2
+    assert "other settings (options)" in capsys.readouterr().err
+    assert (tmp_path / RECORDS).read_text() == (out / RECORDS).read_text()
+
+
+def test_the_cost_is_said_before_and_the_paper_stands_beside(tmp_path, capsys):
+    run(tmp_path)
+    shown = capsys.readouterr().out
+    assert "6 rollouts of up to 24 tokens (144 at most)" in " ".join(shown.split())
+    assert "0.566" in shown
+    assert "--fork_threshold" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--student", "embedded:teacher"], "Name both --student and --teacher"),
+        (["--share", "2"], "--share must be in (0, 1]"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--student", "embedded:nobody", "--teacher", "embedded:teacher"], "no embedded model 'nobody'"),
+        (["--data", "nothing.jsonl"], "There is no such file"),
+        (["--max-new-tokens", "9999"], "do not fit"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path, capsys, more, message):
+    assert main([*ARGUMENTS, "--out", str(tmp_path), *more]) == 2
+    assert message in capsys.readouterr().err
