@@ -21,6 +21,7 @@ VARIANTS = [
     {"method": "opd-capped", "cap_selection": "high"},
     {"method": "opd-capped", "cap_selection": "random"},
     {"method": "topd"},
+    {"method": "opd", "opd_loss": "one_pass"},
     {"student_window": "rollout"},
     {"guidance_context": "teacher"},
     {"guidance_context": "teacher", "teacher_context_loss": "forward_kl"},
