@@ -7,7 +7,7 @@ import torch
 from tiny import TOKENIZER
 from transformers import AutoModelForCausalLM
 
-from topd.analysis.correct import ARMS, Corrector, CorrectOptions, find_forks
+from topd.analysis.correct import ARMS, CorrectOptions, Corrector, find_forks
 from topd.analysis.correct_command import OPTIONS, RECORDS, RESULT
 from topd.cli import main
 from topd.demo.pair import pair_folder
