@@ -107,16 +107,23 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
 
     from topd.demo.pair import resolve_model
     from topd.training.command import loading
+    from topd.training.models import SAFE, cut_head, head_rows, heads_in_words
     from topd.training.tokenizers import check_tokenizers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, tokenizers = [], []
     for name in (student_name, teacher_name):
         folder = resolve_model(name)
-        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained))
-        model = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained, trust_remote_code=False))
+        model = loading(
+            "models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, trust_remote_code=False, **SAFE
+        )
         models.append(model.to(device).eval())
     check_tokenizers(*tokenizers)
+    rows = [head_rows(model) for model in models]
+    if rows[0] != rows[1]:
+        print(f"topd: {heads_in_words(*rows)}")
+        cut_head(models[rows.index(max(rows))], min(rows))
     return models[0], models[1], tokenizers[0]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from topd.analysis_cli import add_correct, add_probe
-from topd.errors import TOPDError
+from topd.errors import RunInterrupted, TOPDError
 from topd.version import __version__
 
 
@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TOPDError as error:
         print(f"topd: {error}", file=sys.stderr)
         return 2
+    except RunInterrupted as stopped:
+        print(f"topd: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(
             "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "

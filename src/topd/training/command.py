@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topd.errors import TOPDError
+from topd.errors import ResumeError, TOPDError
 
 
 @dataclass
@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from topd.demo.pair import resolve_model
+    from topd.training.checkpoints import saving
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
@@ -50,6 +51,7 @@ def run(argv: Sequence[str]) -> None:
         )
     student_name = resolve_model(model.model_name_or_path)
     teacher_name = resolve_model(config.teacher_model_name_or_path)
+    resume = resume_from(config)
     train_dataset = prompts(data.data, data.data_split, data.data_limit)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
 
@@ -66,8 +68,9 @@ def run(argv: Sequence[str]) -> None:
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model(config.output_dir)
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
+        trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"Model saved in {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
@@ -148,23 +151,28 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-def resume_from(config: Any) -> Any:
-    """`--resume_from_checkpoint true` means the last checkpoint of the output folder."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not Path(wanted).is_dir():
-            raise TOPDError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
-        return wanted
-    from transformers.trainer_utils import get_last_checkpoint
+def resume_from(config: Any) -> str | None:
+    """The checkpoint to go on from: `--resume_from_checkpoint true` means the newest whole one of the output folder.
 
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    if last is None:
-        raise TOPDError(
-            f"There is no checkpoint in {config.output_dir} to resume from; leave --resume_from_checkpoint out."
-        )
-    return last
+    Raises:
+        ResumeError: there is none; or the folder holds checkpoints and the option is not given, since the new run's
+            would be mixed with them.
+    """
+    from topd.training.checkpoints import checkpoint_to_resume, newest_whole
+
+    wanted, folder = str(config.resume_from_checkpoint or "false"), Path(config.output_dir)
+    if wanted.lower() == "false":
+        newest, _ = newest_whole(folder)
+        if newest is not None:
+            raise ResumeError(
+                f"{folder} holds the checkpoints of an earlier run, up to {newest.name}. Go on with "
+                "--resume_from_checkpoint true, or name another --output_dir, or delete them."
+            )
+        return None
+    checkpoint, passed_over = checkpoint_to_resume(True if wanted.lower() == "true" else wanted, folder)
+    for line in passed_over:
+        print(f"topd: {line}; resuming from {checkpoint}.")
+    return str(checkpoint)
 
 
 def _near(name: str, known: set[str]) -> str:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from topd.errors import NonFiniteError
 from topd.near_future import Rollouts
+from topd.training.checkpoints import newest_whole
 
 
 def non_finite_error(
@@ -23,7 +24,9 @@ def non_finite_error(
         row_loss: [rollout] mean token loss (nats); the rows that are not finite are at fault, else the largest.
         decode: token ids to text.
     """
-    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; the last checkpoint is whole."]
+    newest, _ = newest_whole(Path(output_dir))
+    kept = f"the last whole checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; {kept}."]
     if rollouts is not None and row_loss is not None:
         bad = (~row_loss.isfinite()).nonzero().squeeze(-1).tolist() or [int(row_loss.argmax())]
         records = [
@@ -42,8 +45,8 @@ def non_finite_error(
         first = records[0]
         lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
     lines.append(
-        "Resume from the last checkpoint with a lower learning_rate or a smaller guidance_weight; if it comes back on "
-        "the same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+        f"{'Resume from it' if newest else 'Start again'} with a lower learning_rate or a smaller guidance_weight; if "
+        "it comes back on the same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
     )
     return NonFiniteError(" ".join(lines))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,28 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AutoTokenizer
-from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from topd.near_future import ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
-from topd.training.audit import append_records, audit_records, save_options
+from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
 from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
+from topd.training.models import prepared_models
 from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
+from topd.training.surviving import SurvivingTrainer
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(DistillationTrainer):
+class TOPDTrainer(SurvivingTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of
@@ -82,7 +83,10 @@ class TOPDTrainer(DistillationTrainer):
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if teacher_model is None:
             raise ValueError("TOPDTrainer needs a teacher_model: a name, a folder, or a loaded model.")
-        super().__init__(model, teacher_model, args, *rest, **kwargs)
+        student, teacher, changed = prepared_models(model, teacher_model, args)
+        super().__init__(student, teacher, args, *rest, **kwargs)
+        if changed:
+            logger.warning(changed)
         if isinstance(teacher_model, str):
             teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=args.trust_remote_code)
             check_tokenizers(self._tokenizer, teacher_tokenizer)
@@ -306,7 +310,7 @@ class TOPDTrainer(DistillationTrainer):
                 rollouts, future, self._tokenizer,
                 step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
             )  # fmt: skip
-            append_records(records, Path(str(self.args.output_dir)) / "audit.jsonl")
+            append_records(records, self._folder / AUDIT_FILE)
 
     def _finish_step_metrics(self) -> None:
         seconds = self._stage.take()
@@ -331,6 +335,13 @@ class TOPDTrainer(DistillationTrainer):
         self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
         if was_measuring:
             logger.info(budget_message(budget, tokens / rollouts))
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"budget": asdict(self._budget)} if self._budget else {}
+
+    def _restore_own_state(self, state: dict[str, Any]) -> None:
+        if self._budget and "budget" in state:
+            self._budget = self._budget.restored(state["budget"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_main_process:
