@@ -31,5 +31,5 @@ def test_a_nan_stops_the_run_and_the_checkpoint_before_it_goes_on(tmp_path, faul
 
 def test_without_a_checkpoint_the_message_says_so(tmp_path):
     trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [Spoil()]}, **SAVES | {"save_strategy": "no"})
-    with pytest.raises(NonFiniteError, match="no checkpoint was saved yet.*Start again"):
+    with pytest.raises(NonFiniteError, match=r"no checkpoint was saved yet.*Start again"):
         trainer.train()

@@ -46,8 +46,8 @@ def prepared_models(student: Any, teacher: Any, args: TOPDConfig) -> tuple[Any, 
 
 def heads_in_words(ours: int, theirs: int) -> str:
     return (
-        f"The output heads have {ours:,} rows (student) and {theirs:,} (teacher) for the same tokenizer; the larger one "
-        f"is cut to {min(ours, theirs):,}: the rows that go are padding and belong to no token."
+        f"The output heads have {ours:,} rows (student) and {theirs:,} (teacher) for the same tokenizer; the larger "
+        f"one is cut to {min(ours, theirs):,}: the rows that go are padding and belong to no token."
     )
 
 

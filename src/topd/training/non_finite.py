@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,22 @@ def non_finite_error(
         lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
     lines.append(
         f"{'Resume from it' if newest else 'Start again'} with a lower learning_rate or a smaller guidance_weight; if "
-        "it comes back on the same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+        "it comes back on the same rollout, look for -inf or NaN in the models' logits there (half precision, masked "
+        "vocabulary)."
     )
     return NonFiniteError(" ".join(lines))
+
+
+@contextmanager
+def naming_nan_in_sampling(step: int, output_dir: str) -> Iterator[None]:
+    """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        what = "student's next-token distribution while sampling rollouts"
+        raise non_finite_error(what, step, output_dir, None, None, None) from error
 
 
 class StopOnNonFiniteGradient(TrainerCallback):

@@ -1,9 +1,9 @@
 """`DistillationTrainer` whose runs can be killed at any moment: what is lost is the work since the last checkpoint.
 
-Resumed on the same machine, a run equals the uninterrupted one, bit for bit on CPU. What transformers and TRL leave open
-for that, and is done here: a checkpoint is written aside and renamed; the order of the data is that of the epoch, also
-in later epochs; a finished run takes no further step; records of steps that are done again are cut; Ctrl-C and SIGTERM
-save a checkpoint; a full disk ends in a message.
+Resumed on the same machine, a run equals the uninterrupted one, bit for bit on CPU. What transformers and TRL leave
+open for that, and is done here: a checkpoint is written aside and renamed; the order of the data is that of the epoch,
+also in later epochs; a finished run takes no further step; records of steps that are done again are cut; Ctrl-C and
+SIGTERM save a checkpoint; a full disk ends in a message.
 """
 
 from __future__ import annotations

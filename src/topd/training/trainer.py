@@ -25,7 +25,7 @@ from topd.training.futures import NearFuture
 from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.models import prepared_models
-from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
+from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
@@ -162,7 +162,8 @@ class TOPDTrainer(SurvivingTrainer):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with self._stage("rollout"), self._naming_nan_in_sampling():
+        nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
+        with self._stage("rollout"), nan:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.args.opd_in_one_pass and self.model.training:
             with self._stage("scoring"), self.compute_loss_context_manager():
@@ -268,19 +269,6 @@ class TOPDTrainer(SurvivingTrainer):
         finite = self.accelerator.gather(loss.isfinite().all().float())
         if not bool(finite.all()):
             self._stop_on("loss")
-
-    @contextmanager
-    def _naming_nan_in_sampling(self) -> Iterator[None]:
-        """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise non_finite_error(
-                "student's next-token distribution while sampling rollouts",
-                self.state.global_step + 1, str(self.args.output_dir), None, None, self._tokenizer.decode,
-            ) from error  # fmt: skip
 
     def _stop_on(self, what: str) -> None:
         """Raise, naming the rollouts at fault: where the token loss is not finite, else where it is largest."""
