@@ -27,11 +27,21 @@ from topd.evaluation.answers import Verdict, last_boxed, verdict
         (r"\boxed{12} but then \boxed{34", "12"),
         (r"\boxed{34", None),
         (r"\boxed{}", None),
+        (r"\boxed{5} goes into \boxed{}.", "5"),
+        (r"the set { of \boxed{6}", "6"),
+        (r"\boxed{1 \} 2}", r"1 \} 2"),
         ("the answer is 5", None),
     ],
 )
 def test_the_last_closed_box_is_the_answer(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", r"{\boxed{1}", "}", r"\boxed{1} and "])
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    started = time.process_time()
+    last_boxed(piece * 20_000)
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("box", ["73", "073", "73^\\circ", "$73$", r"\text{73}", "73.", " +73 "])

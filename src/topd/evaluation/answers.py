@@ -65,7 +65,7 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
     return Verdict(extracted, same is True, same is not None)
 
 
-_BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
+_BRACE = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
 _DECORATION = re.compile(r"\\[,;:! ]\s*|\^\{?\\circ\}?|\\degree|\\(?:text|mathrm|mathbf)(?=\{)|[${}]|\.$")
 _WHOLE = re.compile(r"[+-]?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5})")
@@ -73,32 +73,29 @@ _WHOLE = re.compile(r"[+-]?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5})")
 
 def last_boxed(text: str) -> str | None:
     """Content of the last closed `\\boxed{}`, stripped; of several joined by a comma, "and" or "or", all of them."""
-    boxes: list[tuple[int, int, str]] = []  # start, end, content of closed ones that are not inside another
-    for match in _BOX.finditer(text):
-        end = _closing_brace(text, match.end())
-        if end is not None and (not boxes or match.start() > boxes[-1][1]):
-            boxes.append((match.start(), end, text[match.end() : end]))
     contents: list[str] = []
     after = 0
-    for start, end, content in reversed(boxes):
+    for start, end in reversed(_boxes(text)):
         if contents and not _JOINT.fullmatch(text[end + 1 : after]):
             break
-        contents.insert(0, last_boxed(content) or content.strip())
+        contents.insert(0, text[text.index("{", start) + 1 : end].strip())
         after = start
     return ", ".join(contents) or None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that was opened just before `start` is closed; None if it never is (a response cut off)."""
-    depth, escaped = 1, False
-    for i in range(start, len(text)):
-        if escaped or text[i] == "\\":
-            escaped = not escaped
-        elif text[i] in "{}":
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return i
-    return None
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """Start and closing brace of all boxes that are closed, not empty, and hold no other box."""
+    boxes: list[tuple[int, int]] = []
+    opened: list[re.Match[str] | None] = []  # None: a brace of something else
+    for match in _BRACE.finditer(text):
+        if match["box"] or match[0] == "{":
+            opened.append(match if match["box"] else None)
+        elif match[0] == "}" and opened:
+            box = opened.pop()
+            holds_a_box = bool(box and boxes and boxes[-1][0] > box.start())
+            if box and not holds_a_box and text[box.end() : match.start()].strip():
+                boxes.append((box.start(), match.start()))
+    return boxes
 
 
 def _whole_number(text: str) -> int | None:
