@@ -23,17 +23,21 @@ if TYPE_CHECKING:
     import datasets
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a source has
+RESPONSE_COLUMNS = ("response", "completion")  # the same
 ROLES = ("system", "user", "assistant", "tool")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape it, UTF-8 cannot hold it
 
 
-def load_prompts(source: str, *, split: str = "train", limit: int | None = None) -> datasets.Dataset:
+def load_prompts(
+    source: str, *, split: str = "train", limit: int | None = None, responses: bool = False
+) -> datasets.Dataset:
     """Prompts and answers from a file, a folder or the Hub, checked row by row.
 
     `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; a
     folder written by `save_to_disk`; or a Hub dataset, "owner/name" or "owner/name:configuration". `split` picks a part
     of the latter two (a file has no parts). `limit`: keep the first so many rows; all are checked.
+    `responses`: every row must have a `response` or `completion` (text), which comes as the column `response`.
 
     Returns the column `prompt` (text, or messages {"role", "content"}: one kind throughout) and, if any row has one,
     `answer` (text; None where it is missing or blank; a whole number is written without ".0"). Raises `DataError`.
@@ -45,7 +49,7 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
     source, remedy = os.fspath(source), "Check the permissions."
     try:
         reader, remedy = _reader(source)
-        rows = _checked(reader(source, split), "line" if reader in (_jsonl, _csv) else "row")
+        rows = _checked(reader(source, split), "line" if reader in (_jsonl, _csv) else "row", responses)
     except DataError as error:
         raise DataError(f"{source!r}: {error}") from None
     except Exception as error:  # whatever a library, the disk or the network raises
@@ -53,10 +57,11 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
         raise DataError(f"{source!r}: cannot be read ({reason}). {remedy}") from error
     text = datasets.Value("string")
     is_text = isinstance(rows[0][0], str)
-    features: Any = {"prompt": text if is_text else datasets.List({"role": text, "content": text}), "answer": text}
-    prompts, answers = zip(*rows[:limit], strict=True)
-    data = datasets.Dataset.from_dict({"prompt": prompts, "answer": answers}, features=datasets.Features(features))
-    return data if any(answer is not None for _, answer in rows) else data.remove_columns("answer")
+    features: Any = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
+    features |= {"answer": text, "response": text}
+    columns = dict(zip(features, zip(*rows[:limit], strict=True), strict=True))
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return data.remove_columns([name for i, name in enumerate(features) if i and all(row[i] is None for row in rows)])
 
 
 def _reader(source: str) -> tuple[Any, str]:
@@ -78,8 +83,8 @@ def _reader(source: str) -> tuple[Any, str]:
     return _dataset, f"{missing} On the Hub: check owner/name:configuration, split, network, HF_HUB_OFFLINE, login."
 
 
-def _checked(rows: Iterable[tuple[int, Any]], place: str) -> list[tuple[Any, str | None]]:
-    """(prompt, answer) of all rows, or the `DataError` that lists the broken ones."""
+def _checked(rows: Iterable[tuple[int, Any]], place: str, responses: bool) -> list[tuple[Any, str | None, str | None]]:
+    """(prompt, answer, response) of all rows, or the `DataError` that lists the broken ones."""
     good, broken, first = [], [], None
     for number, row in rows:
         try:
@@ -91,7 +96,7 @@ def _checked(rows: Iterable[tuple[int, Any]], place: str) -> list[tuple[Any, str
             first = first or (kind, f"{place} {number}")
             if kind != first[0]:
                 raise DataError(f"{kind}, but in {first[1]} {first[0]}; use one kind in all rows")
-            good.append((prompt, answer))
+            good.append((prompt, answer, _response(row) if responses else None))
         except DataError as error:
             broken.append((number, f"  {place} {number}: {error}"))
     if broken:
@@ -207,7 +212,8 @@ def _columns(found: list[str]) -> list[str]:
     prompt = next((name for name in PROMPT_COLUMNS if name in found), None)
     if prompt is None:
         raise DataError(f"no `prompt`, `problem` or `question` in {str(found)[:200]}; rename the one with the prompt")
-    return [prompt, "answer"] if "answer" in found else [prompt]
+    response = next((name for name in RESPONSE_COLUMNS if name in found), None)
+    return [prompt, *(name for name in ("answer", response) if name in found)]
 
 
 def _prompt(value: object) -> Any:
@@ -228,6 +234,13 @@ def _prompt(value: object) -> Any:
     if value[-1]["role"] == "assistant":
         raise DataError("the last message of the prompt is the assistant's; end with the user's turn")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _response(row: dict[str, Any]) -> str:
+    column = next((name for name in RESPONSE_COLUMNS if name in row), None)
+    if column is None:
+        raise DataError("no `response` or `completion`; write what the student answered as text")
+    return _text(row[column], f"the {column}")
 
 
 def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
