@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from topd.analysis_cli import add_correct, add_probe
+from topd.check_cli import ABOUT, before_training, run_check
 from topd.errors import RunInterrupted, TOPDError
 from topd.version import __version__
 
@@ -19,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
             from topd.training.command import run
 
-            run(arguments[1:])
+            run(arguments[1:], before=before_training)
+        elif arguments[:1] == ["check"]:  # it takes them too
+            return run_check(arguments[1:])
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
@@ -48,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     commands.add_parser("train", help="distil a student from a teacher: --config FILE.yaml [--any_option value]")
+
+    commands.add_parser("check", help=ABOUT)
 
     demo = commands.add_parser("demo", help="distil the embedded student by OPD and by TOPD, and compare")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")

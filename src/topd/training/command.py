@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,22 @@ class DataArguments:
     eval_data: str | None = field(
         default=None, metadata={"help": "Prompts for the evaluation loss, named as in `data`."}
     )
+    preflight: bool = field(
+        default=True,
+        metadata={"help": "Check pair, data and machine before training (the quick part of topd check); errors stop."},
+    )
 
 
 EMBEDDED_PROMPTS = 4096
 """Prompts drawn from the embedded task where `data_limit` does not say."""
 
 
-def run(argv: Sequence[str]) -> None:
-    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
+def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
+    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend.
+
+    Args:
+        before: checks on what `parse` returned and the prompts, before any weights are loaded; it raises.
+    """
     data, config, model = parse(argv)
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
@@ -44,16 +52,12 @@ def run(argv: Sequence[str]) -> None:
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
-    if not model.model_name_or_path or not config.teacher_model_name_or_path:
-        raise TOPDError(
-            "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml."
-        )
-    student_name = resolve_model(model.model_name_or_path)
-    teacher_name = resolve_model(config.teacher_model_name_or_path)
+    student_name, teacher_name = map(resolve_model, named(config, model))
     resume = resume_from(config)
     train_dataset = prompts(data.data, data.data_split, data.data_limit)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
+    if before is not None and data.preflight:
+        before(data, config, model, train_dataset)
 
     trust = config.trust_remote_code
     tokenizer = loading("tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
@@ -75,6 +79,16 @@ def run(argv: Sequence[str]) -> None:
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
     trainer.end()
+
+
+def named(config: Any, model: Any) -> tuple[str, str]:
+    """Student and teacher, as given."""
+    if not model.model_name_or_path or not config.teacher_model_name_or_path:
+        raise TOPDError(
+            "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
+            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml."
+        )
+    return model.model_name_or_path, config.teacher_model_name_or_path
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
