@@ -11,6 +11,8 @@ from topd.analysis_cli import add_correct, add_probe
 from topd.errors import TOPDError
 from topd.version import __version__
 
+REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors that a user can mend end in one message and exit status 2."""
@@ -25,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.run(options)
     except TOPDError as error:
         print(f"topd: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if error.name not in REPORT_NEEDS:
+            raise
+        print(f"topd: this needs {error.name}: pip install 'topd[report]'.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -65,9 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     add_correct(commands)
 
     report = commands.add_parser("report", help="write the HTML page of a run")
-    report.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `topd demo` or `topd train` wrote")
+    report.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, probe or correct wrote"
+    )
+    report.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more runs, on the same axes"
+    )
     report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
     report.set_defaults(run=_report)
+
+    case = commands.add_parser("case", help="one fork of topd correct, token by token, as text and as a picture")
+    case.add_argument("run_folder", type=Path, metavar="RUN", help="folder that topd correct wrote")
+    case.add_argument("--fork", type=int, help="which, from 1 (default: the typical one)")
+    case.add_argument("--out", type=Path, help="picture: .svg, .png or .pdf (default: RUN/case.svg)")
+    case.set_defaults(run=_case)
     return parser
 
 
@@ -84,13 +102,24 @@ def _demo_build(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    if not options.run_folder.is_dir():
-        raise TOPDError(f"{options.run_folder}: there is no such folder. Give one that topd demo or topd train wrote.")
-    try:
-        from topd.report.page import write_report
-    except ImportError as error:
-        raise TOPDError(f"The report needs {error.name}: pip install 'topd[report]'.") from error
-    print(f"Wrote {write_report(options.run_folder, options.out)}")
+    for folder in (options.run_folder, *options.compare):
+        if not folder.is_dir():
+            raise TOPDError(
+                f"{folder}: there is no such folder. Give one that topd demo, train, probe or correct wrote."
+            )
+    from topd.report.page import write_report
+
+    print(f"Wrote {write_report(options.run_folder, options.out, options.compare)}")
+
+
+def _case(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from topd.report.case import draw_case, load_case, print_case
+
+    fork, case = load_case(options.run_folder, options.fork)
+    print_case(case, Console())
+    print(f"Wrote {draw_case(case, options.out or options.run_folder / 'case.svg')} (fork {fork}).")
 
 
 if __name__ == "__main__":
