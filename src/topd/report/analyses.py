@@ -81,18 +81,15 @@ def load_probe(folder: Path, notes: list[str], keep: int) -> ProbeRecords | None
     variant, threshold = str(result.get("variant")), number(result.get("threshold"))
     found = ProbeRecords(result)
     count = 0
-    for record in read_lines(folder / "probe_records.jsonl", "probe_records.jsonl", notes, dict):
-        candidates = []
-        for place in record.get("places") or ():
-            distance = number(mapping(place.get("distance")).get(variant))
-            if distance is not None and place.get("group") in found.distances:
-                found.distances[place["group"]].append(distance)
-            if place.get("group") == "high":
-                candidates.append(_place(place, distance, threshold))
-        found.points += [Point(c.token_loss, c.distance, c.kind) for c in candidates]
+    for rollout, distances in read_lines(
+        folder / "probe_records.jsonl", "probe_records.jsonl", notes, lambda record: _probed(record, variant, threshold)
+    ):
+        for group, distance in distances:
+            found.distances[group].append(distance)
+        found.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]
         if count < keep:
-            found.rollouts.append(_rollout(record, candidates))
-            count += max(1, len(candidates))
+            found.rollouts.append(rollout)
+            count += max(1, len(rollout.candidates))
     return found
 
 
@@ -110,6 +107,20 @@ def load_correct(folder: Path, notes: list[str]) -> CorrectRecords | None:
 
 def _with(folder: Path, sub: str, name: str) -> Path:
     return folder if (folder / name).is_file() else folder / sub
+
+
+def _probed(
+    record: Mapping[str, Any], variant: str, threshold: float | None
+) -> tuple[Rollout, list[tuple[str, float]]]:
+    """A rollout with its high-loss places as candidates, and (group, D_OT) of all places."""
+    candidates, distances = [], []
+    for place in record["places"]:
+        distance = number(mapping(place.get("distance")).get(variant))
+        if distance is not None and place["group"] in GROUPS:
+            distances.append((place["group"], distance))
+        if place["group"] == "high":
+            candidates.append(_place(place, distance, threshold))
+    return _rollout(record, candidates), distances
 
 
 def _place(place: Mapping[str, Any], distance: float | None, threshold: float | None) -> Candidate:

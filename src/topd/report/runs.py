@@ -68,13 +68,11 @@ def load_runs(folders: list[Path], *, keep: int = MAX_CANDIDATES) -> list[Run]:
     runs = [load_run(folder, keep=keep) for folder in folders]
     if len(runs) == 1:
         return runs
-    seen: dict[str, int] = {}
-    for run, folder in zip(runs, folders, strict=True):
-        if [other.name for other in runs].count(run.name) > 1:
-            run.name = clean(folder)
-        seen[run.name] = seen.get(run.name, 0) + 1
-        if seen[run.name] > 1:
-            run.name = f"{run.name} ({seen[run.name]})"
+    names = [run.name for run in runs]
+    for number, (run, folder) in enumerate(zip(runs, folders, strict=True), 1):
+        if names.count(run.name) > 1:
+            parent = clean(folder.resolve().parent.name)
+            run.name = f"{parent[:24]}/{run.name}" if parent not in names else f"{run.name} {number}"
         for arm in run.arms:
             arm.name = run.name if len(run.arms) == 1 else f"{run.name}/{arm.name}"
     return runs
