@@ -59,13 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
     demo.add_argument("--steps", type=int, help="optimizer steps of each arm")
     demo.add_argument(
-        "--difficulty", choices=("easy", "standard", "hard"), default="standard", help="which embedded student"
+        "--difficulty",
+        choices=("easy", "standard", "hard", "wording", "stubborn"),
+        default="standard",
+        help="which embedded student",
     )
     demo.set_defaults(run=_demo)
     builds = demo.add_subparsers(metavar="build", required=False)
-    build = builds.add_parser("build", help="train the embedded models anew (about an hour on one core)")
+    build = builds.add_parser("build", help="train the embedded models anew (about 90 minutes on one core)")
     build.add_argument("--out", type=Path, required=True, help="folder for the models")
-    build.add_argument("--only", choices=("teacher", "students"), help="build only these")
+    build.add_argument(
+        "--only", choices=("teacher", "easy", "standard", "hard", "wording", "stubborn"), help="build only this one"
+    )
     build.set_defaults(run=_demo_build)
 
     add_probe(commands)
@@ -98,7 +103,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _demo_build(options: argparse.Namespace) -> None:
     from topd.demo.build import build
 
-    build(options.out, (options.only,) if options.only else ("teacher", "students"))
+    build(options.out, options.only)
 
 
 def _report(options: argparse.Namespace) -> None:
