@@ -105,7 +105,8 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
     response = config.max_completion_length or 0
     tokens, response_tokens = prompt + response, response * at_once
     trained = student.parameters * (0.01 if setup.adapters else 1)
-    state = next((size for name, size in _STATES.items() if name in str(config.optim)), 2 * student.bytes)
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    state = next((size for name, size in _STATES.items() if name in optimizer), 2 * student.bytes)
     activation = 2.6 if config.bf16 or config.fp16 else float(student.bytes)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")

@@ -30,24 +30,22 @@ def vocabulary(setup: Setup) -> Finding:
 
 
 def texts(setup: Setup) -> Finding:
-    """The same text becomes the same ids: merges, normalizers and pre-tokenizers agree too."""
-    texts = [*TEXTS, *(p if isinstance(p, str) else p[-1]["content"] for p in setup.prompts[:8])]
-    for text in texts:
-        ours, theirs = (model.tokenizer(text)["input_ids"] for model in setup.pair)
+    """The same text is split into the same tokens: merges, normalizers and pre-tokenizers agree too."""
+    samples = [*TEXTS, *(p if isinstance(p, str) else p[-1]["content"] for p in setup.prompts[:8])]
+    for text in samples:
+        ours, theirs = (
+            model.tokenizer.convert_ids_to_tokens(model.tokenizer(text)["input_ids"]) for model in setup.pair
+        )
         if ours != theirs:
             where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-            shown = [
-                model.tokenizer.convert_ids_to_tokens(ids[where : where + 4])
-                for model, ids in zip(setup.pair, (ours, theirs), strict=True)
-            ]
             return Finding(
                 "tokenization", "error",
                 f"{text[:40]!r} becomes {len(ours)} and {len(theirs)} tokens; they part at token {where}: "
-                f"{shown[0]} (student), {shown[1]} (teacher)",
+                f"{ours[where : where + 4]} (student), {theirs[where : where + 4]} (teacher)",
                 "Give both models one tokenizer: save the teacher's into the student's folder, if the student was "
                 "trained with it; else choose a pair of one family.",
             )  # fmt: skip
-    return ok("tokenization", f"{len(texts)} texts (code, numbers, other scripts, the data's) become the same ids")
+    return ok("tokenization", f"{len(samples)} texts (code, numbers, other scripts, the data's) become the same tokens")
 
 
 def heads(setup: Setup) -> Finding:
