@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topd.errors import ResumeError, TOPDError
+from topd.training.options import parse_options
 
 
 @dataclass
@@ -92,46 +92,13 @@ def named(config: Any, model: Any) -> tuple[str, str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
-    """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones."""
-    from trl import ModelConfig, TrlParser
+    """The options of `topd train`."""
+    from trl import ModelConfig
 
     from topd.training.config import TOPDConfig
 
-    types: Any = (DataArguments, TOPDConfig, ModelConfig)
-    parser = TrlParser(types, prog="topd train")
-    arguments = list(argv)
-    if "--config" in arguments:
-        position = arguments.index("--config") + 1
-        if position == len(arguments) or not Path(arguments[position]).is_file():
-            missing = arguments[position] if position < len(arguments) else "(nothing)"
-            raise TOPDError(f"--config {missing}: there is no such file. Recipes are in recipes/.")
-    spellings = (spelling for action in parser._actions for spelling in action.option_strings)
-    known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
-    for name in _option_names(arguments):
-        if name not in known:
-            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `topd train --help` lists all.")
-    try:
-        data, config, model = parser.parse_args_and_config(arguments)
-    except (ValueError, TypeError) as error:
-        raise TOPDError(str(error)) from error
-    return data, config, model
-
-
-def _option_names(arguments: list[str]) -> list[str]:
-    """Every option named on the command line and in the config file."""
-    import yaml
-
-    names = [argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
-    if "--config" not in arguments:
-        return names
-    file = Path(arguments[arguments.index("--config") + 1])
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TOPDError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise TOPDError(f"{file} must hold `option: value` lines.")
-    return [*names, *(str(name) for name in config)]
+    parsed: tuple[DataArguments, Any, Any] = parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
+    return parsed
 
 
 def prompts(source: str, split: str, limit: int | None, responses: bool = False) -> Any:
@@ -189,8 +156,3 @@ def resume_from(config: Any) -> str | None:
     for line in passed_over:
         print(f"topd: {line}; resuming from {checkpoint}.")
     return str(checkpoint)
-
-
-def _near(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3)
-    return f" Did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""

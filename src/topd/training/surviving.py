@@ -1,4 +1,4 @@
-"""`DistillationTrainer` whose runs can be killed at any moment: what is lost is the work since the last checkpoint.
+"""A trainer whose runs can be killed at any moment: what is lost is the work since the last checkpoint.
 
 Resumed on the same machine, a run equals the uninterrupted one, bit for bit on CPU. What transformers and TRL leave
 open for that, and is done here: a checkpoint is written aside and renamed; the order of the data is that of the epoch,
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import DistillationTrainer
+from trl.trainer.utils import RepeatSampler
 
 from topd.errors import ResumeError, RunInterrupted
 from topd.training.audit import AUDIT_FILE, cut_records
@@ -34,8 +35,8 @@ OWN_STATE = "topd_state.json"
 """In a checkpoint: what the method itself has learned about the run."""
 
 
-class SurvivingTrainer(DistillationTrainer):
-    """See the module.
+class SurvivingTrainer(Trainer):
+    """See the module. To be put before a trainer of TRL or transformers, as in `TOPDTrainer`.
 
     Raises:
         RunInterrupted: from `train`, after Ctrl-C or SIGTERM and a saved checkpoint.
@@ -145,7 +146,9 @@ class SurvivingTrainer(DistillationTrainer):
     ) -> Any:
         epochs_trained, steps = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
         sampler = getattr(self, "_train_sampler", None)
-        if sampler is not None and sampler.shuffle:  # it shuffles anew each epoch, from one stream of random numbers
+        if (
+            isinstance(sampler, RepeatSampler) and sampler.shuffle
+        ):  # it shuffles anew each epoch, from one stream of random numbers
             for _ in range(epochs_trained):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         if checkpoint is not None and (Path(checkpoint) / OWN_STATE).is_file():

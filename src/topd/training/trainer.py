@@ -13,6 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AutoTokenizer
+from trl import DistillationTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from topd.near_future import ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
@@ -34,7 +35,7 @@ from topd.training.tokenizers import check_context, check_tokenizers
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(SurvivingTrainer):
+class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of
