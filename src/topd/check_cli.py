@@ -86,6 +86,9 @@ def setup_of(data: Any, config: Any, model: Any, dataset: Any = None) -> Setup:
         "student": (config.model_init_kwargs or {}).get("dtype", model.dtype),
         "teacher": (config.teacher_model_init_kwargs or {}).get("dtype", model.dtype),
     }
+    for dtype in dtypes.values():
+        if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+            raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
     return Setup(
         describe("student", student, trust, model.model_revision),
         describe("teacher", teacher, trust, config.teacher_model_revision),

@@ -27,7 +27,7 @@ TINY = [
 def test_ready(capsys):
     assert main(["check", *RECIPE, "--samples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.rstrip().endswith("Ready: 13 checks, nothing found.")
+    assert out.rstrip().endswith("Ready: 14 checks, nothing found.")
     assert "what to do" in out
 
 

@@ -20,6 +20,7 @@ QUICK: dict[str, Check] = {
     "output heads": tokens.heads,
     "chat templates": templates.templates,
     "data": prompts.sample,
+    "batch": prompts.batch,
     "context": prompts.context,
     "precision": machine.precision,
     "memory": memory.memory,

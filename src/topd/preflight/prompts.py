@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from topd.errors import ContextError
@@ -36,6 +37,21 @@ def sample(setup: Setup) -> Finding:
             "The tokenizer does not know what the data is written in: choose another pair, or clean the data.",
         )  # fmt: skip
     return ok("data", found)
+
+
+def batch(setup: Setup) -> Finding:
+    """Whole batches only are trained on: fewer prompts than one are no step at all."""
+    config = setup.config
+    sizes = config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size
+    step, prompts = math.prod(sizes), len(setup.prompts)
+    found = f"a step takes {step:,} prompts ({' x '.join(map(str, sizes))}: per device, accumulated, processes)"
+    if prompts < step:
+        return Finding(
+            "batch", "error", f"{found}, the data has {prompts:,}: there would be no step",
+            "Add prompts, or lower --per_device_train_batch_size or --gradient_accumulation_steps.",
+        )  # fmt: skip
+    steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * (prompts // step))
+    return ok("batch", f"{found}; {steps:,} steps, {steps * step / prompts:.2g} times through the data")
 
 
 def context(setup: Setup) -> Finding:

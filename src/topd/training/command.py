@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ class DataArguments:
 EMBEDDED_PROMPTS = 4096
 """Prompts drawn from the embedded task where `data_limit` does not say."""
 
+MOST_EMBEDDED = 100_000
+"""There are some millions of problems; drawing most of them without repeats would take long."""
+
 
 def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
     """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend.
@@ -44,6 +49,29 @@ def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
         before: checks on what `parse` returned and the prompts, before any weights are loaded; it raises.
     """
     data, config, model = parse(argv)
+    with unforeseen(Path(config.output_dir)):
+        _run(data, config, model, before)
+
+
+@contextmanager
+def unforeseen(folder: Path) -> Iterator[None]:
+    """What nothing else has put in words ends in a message too, and its traceback in a file."""
+    try:
+        yield
+    except TOPDError:
+        raise
+    except Exception as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "traceback.txt"
+        file.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = " ".join(str(error).split())[:400]
+        raise TOPDError(
+            f"Stopped by {type(error).__name__}: {reason} If this names an option, mend it; otherwise it may be a bug: "
+            f"{file} says where it happened."
+        ) from error
+
+
+def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., None] | None) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
@@ -110,6 +138,8 @@ def prompts(source: str, split: str, limit: int | None, responses: bool = False)
 
         from topd.demo.task import make_problems
 
+        if limit is not None and not 0 < limit <= MOST_EMBEDDED:
+            raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
         problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False)
         return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
     from topd.data import load_prompts

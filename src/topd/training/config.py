@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -141,6 +142,13 @@ class TOPDConfig(DistillationConfig):
         for name, least in (("window_length", 1), ("candidate_spacing", 1), ("audit_rollouts", 1), ("audit_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        for name, value in vars(self).items():
+            if name in TOPDConfig.__annotations__ and isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value}.")
+            if name in self._VALID_DICT_FIELDS and isinstance(value, str) and value:
+                raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
+        if self.candidate_share is not None and not 0 < self.candidate_share <= 1:
+            raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
         for name in ("guidance_weight", "window_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")

@@ -36,7 +36,7 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
     file_options = _file_options(arguments)
     for name in [*_names(arguments), *map(str, file_options)]:
         if name not in known:
-            raise TOPDError(f"Unknown option {name[:80]}.{_near(name, known)} `{program} --help` lists all.")
+            raise TOPDError(f"Unknown option {name!r:.80}.{_near(name, known)} `{program} --help` lists all.")
     for name, value in file_options.items():
         _check_kind(name, value, kinds)
     try:
