@@ -155,6 +155,10 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except TOPDError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise TOPDError(
+                f"{name} brings code of its own, which was not run. Read it; if you trust it, --trust_remote_code true."
+            ) from error
         if what == "models" and isinstance(error, ValueError):  # TRL's own words say what to do
             raise TOPDError(str(error)) from error
         reason = str(error).strip().splitlines()[0]
