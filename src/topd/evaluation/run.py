@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
 from topd.evaluation.responses import Engine, Request, Response, Sampling
 from topd.resumable import earlier_records, write_options
+from topd.version import __version__
 
 SAMPLE_STRIDE = 100_000
 """The number of a response is `sample * SAMPLE_STRIDE + problem`: the same however many of either there are."""
@@ -39,6 +43,15 @@ class EvalRun:
         problems = [{"id": problem.id, "answer": problem.answer} for problem in self.problem_set.problems]
         named = {"benchmark": self.problem_set.name, "rule": self.problem_set.rule, "chat": self.chat}
         return {"version": 1, **named, **self.model, **asdict(self.sampling), "problems": problems}
+
+
+def versions() -> dict[str, str]:
+    """Of what can change a response or its verdict, where it is installed."""
+    found = {"topd": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "vllm", "math-verify"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
@@ -68,7 +81,7 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     records = earlier_records(
         file, settings_file(folder, name), settings, limit=limit, batch=engine.together, may_change=""
     )
-    write_options(settings_file(folder, name), settings)
+    write_options(settings_file(folder, name), settings | {"versions": versions()})
     places = {problem.id: place for place, problem in enumerate(problems)}
     done = {record["sample"] * SAMPLE_STRIDE + places[record["problem"]] for record in records}
     missing = [request for request in requests if request.number not in done]
