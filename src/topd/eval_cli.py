@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def add_eval(commands: Any) -> None:
     how.add_argument("--top-p", type=float, default=0.95, help="our choice for evaluation (default: %(default)s)")
     how.add_argument("--max-new-tokens", type=int, help="of a response (default: 16384; embedded task: 96)")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--thinking", choices=("on", "off"), help="for chat templates with enable_thinking (paper: off)")
+    how.add_argument(
+        "--chat-template-kwargs", type=json.loads, metavar="JSON",
+        help="such as '{\"enable_thinking\": false}', which is the paper's",
+    )  # fmt: skip
     how.add_argument("--raw", action="store_true", help="prompts as plain text, without the chat template")
     where = parser.add_argument_group("what responds")
     where.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="in this process")
@@ -83,7 +87,9 @@ def run_eval(options: argparse.Namespace) -> None:
     from topd.evaluation.models import labelled_models
     from topd.evaluation.results import RESULT, write_result
     from topd.evaluation.tables import result_table
+    from topd.quiet import quieten
 
+    quieten()
     models = labelled_models(options.model or [EMBEDDED_MODEL])
     sets = [
         load_benchmark(name, limit=options.limit, split=options.split, rule=options.rule)
@@ -104,9 +110,8 @@ def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder:
     from topd.evaluation.responses import Sampling
     from topd.evaluation.run import EvalRun, run_benchmark
 
-    engine, model, has_template = _engine(source, options)
-    kwargs = None if options.thinking is None else {"enable_thinking": options.thinking == "on"}
-    sampling = Sampling(options.temperature, options.top_p, 0, options.seed, kwargs)
+    engine, model, has_template = load_engine(source, options)
+    sampling = Sampling(options.temperature, options.top_p, 0, options.seed, options.chat_template_kwargs)
     for each in sets:
         length = options.max_new_tokens or each.max_new_tokens
         chat = has_template and not options.raw and each.rule != "embedded"
@@ -114,7 +119,7 @@ def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder:
         run_benchmark(run, engine, options.samples, folder, console)
 
 
-def _engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
+def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
     """What responds, what is recorded of it, and whether it has a chat template."""
     from topd.demo.pair import resolve_model
     from topd.evaluation.models import fingerprint
