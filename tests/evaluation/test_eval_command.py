@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_openai import fake_server
 
 from topd.cli import main
 from topd.evaluation.answers import verdict
@@ -140,6 +141,30 @@ def test_cut_and_unread_responses_are_counted_apart(tmp_path: Path) -> None:
     assert run(tmp_path, "--model", STUDENT, "--max-new-tokens", "12") == 0
     told = json.loads((tmp_path / "student" / RESULT).read_text())["benchmarks"]["embedded"]
     assert (told["truncated"], told["unparsed"], told["truncated_and_unparsed"], told["wrong"]) == (36, 36, 36, 0)
+
+
+def test_a_server_gives_the_same_records_and_what_it_gave_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server echoes its prompt, which here holds a box; its fifth answer is an error."""
+    rows = [{"problem": f"Write \\boxed{{{n}}} and stop.", "answer": str(2 * (n // 2))} for n in range(6)]
+    (tmp_path / "echo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "eval", "--model", "echo=the-teacher", "--benchmark", str(tmp_path / "echo.jsonl"), "--samples", "2",
+        "--out", str(tmp_path), "--concurrency", "1",
+    ]  # fmt: skip
+    with fake_server(lambda n: 400 if n == 5 else None) as server:
+        assert main([*command, "--server", server.url]) == 2
+        assert "run the same command again to go on" in " ".join(capsys.readouterr().err.split())
+        kept = records(tmp_path, "echo", "echo")
+        assert 4 <= len(kept) == len(server.seen) - 1
+        assert main([*command, "--server", server.url]) == 0
+        assert len(server.seen) == 12 + 1
+    assert records(tmp_path, "echo", "echo")[: len(kept)] == kept
+    assert {seen["path"] for seen in server.seen} == {"/v1/chat/completions"}
+    told = json.loads((tmp_path / "echo" / RESULT).read_text())["benchmarks"]["echo"]
+    assert [problem["right"] for problem in told["by_problem"]] == [2, 0, 2, 0, 2, 0]
+    assert told["settings"]["engine"] == "server"
 
 
 @pytest.mark.parametrize(

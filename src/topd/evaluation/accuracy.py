@@ -37,7 +37,7 @@ def accuracy_interval(
     It starts from one right and one wrong problem (a share of each, where there are several benchmarks), our choice:
     for one sample a problem the interval is then that of a proportion under a uniform prior, which few problems, or
     problems that are nearly all right, do not make too narrow. Coverage in simulated studies of 30 problems and more:
-    93 to 98 %, where a percentile interval has 91 to 96 (tests/evaluation/test_accuracy.py; docs/evaluation.md).
+    94 to 97 %, where a percentile interval has 90 to 96 (docs/evaluation.md).
 
     Args:
         benchmarks: a table each; they are drawn apart from each other.
