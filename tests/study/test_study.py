@@ -101,7 +101,7 @@ def test_holm_by_hand():
 
 
 def test_the_interval_covers_the_mean_of_seeds_and_problems():
-    """Differences made of a seed's, a problem's and their own part: the interval holds the true mean as often as it says."""
+    """Differences made of a seed's, a problem's and their own part: it holds the mean as often as it says."""
     rng = np.random.default_rng(1)
     hits = 0
     for trial in range(200):
