@@ -97,7 +97,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         "version": 1,
         "settings": settings_of(plan, job),
         "right": {"greedy": [int(right) for right in greedy], "sampled": [int(right) for right in sampled]},
-        "curve": curve.points,
+        "curve": curve.with_tokens(trainer.state.log_history),
         "seconds_training": curve.seconds,
         "seconds": time.perf_counter() - started,
     }
@@ -168,8 +168,10 @@ class Curve:
         from topd.demo.accuracy import greedy_accuracy
 
         accuracy = greedy_accuracy(model, self.tokenizer, self.problems)
-        tokens = next((entry["num_tokens"] for entry in reversed(state.log_history) if "num_tokens" in entry), 0)
-        self.points.append(
-            {"step": state.global_step, "tokens": float(tokens), "seconds": self.seconds, "accuracy": accuracy}
-        )
+        self.points.append({"step": state.global_step, "seconds": self.seconds, "accuracy": accuracy})
         self.resumed = time.perf_counter()
+
+    def with_tokens(self, log: list[dict[str, Any]]) -> list[dict[str, float]]:
+        """The points, each with the tokens that were read and generated up to its step (0 before the first)."""
+        tokens = {entry["step"]: float(entry["num_tokens"]) for entry in log if "num_tokens" in entry}
+        return [point | {"tokens": tokens.get(int(point["step"]), 0.0)} for point in self.points]
