@@ -93,10 +93,7 @@ def _span(values: Mapping[str, Any], signed: bool) -> str:
 def _curves(arms: Mapping[str, Mapping[str, Any]], key: str, name: str, unit: str, index: int) -> Figure | None:
     lines = {}
     for arm, found in arms.items():
-        seeds = [
-            [(x, y) for point in mappings(curve) if None not in (x := number(point.get(key)), y := number(point.get("accuracy")))]
-            for curve in mapping(found.get("curve")).values()
-        ]  # fmt: skip
+        seeds = [_points(curve, key) for curve in mapping(found.get("curve")).values()]
         shortest = min(map(len, seeds), default=0)
         if shortest > 1:
             lines[arm] = np.array([points[:shortest] for points in seeds]).mean(0).T
@@ -111,3 +108,8 @@ def _curves(arms: Mapping[str, Mapping[str, Any]], key: str, name: str, unit: st
         legend(figure)
     caption = "Means over seeds. The problems are in no training set, and nothing is chosen by them."
     return Figure(f"Learning curves by {unit}", figure.svg, caption)
+
+
+def _points(curve: Any, key: str) -> list[tuple[float, float]]:
+    found = [(number(point.get(key)), number(point.get("accuracy"))) for point in mappings(curve)]
+    return [(x, y) for x, y in found if x is not None and y is not None]
