@@ -141,11 +141,11 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
     folder = resolve_model(source)
     tokenizer = loading("tokenizer", folder, AutoTokenizer.from_pretrained)
     has_template = tokenizer.chat_template is not None
-    model["fingerprint"] = fingerprint(source)
+    config = loading("models", folder, AutoConfig.from_pretrained, folder)
+    model["fingerprint"] = fingerprint(source) or config._commit_hash
     if options.engine == "vllm":
         from topd.evaluation.vllm_engine import VllmEngine
 
-        config = loading("models", folder, AutoConfig.from_pretrained, folder)
         size = options.tensor_parallel
         engine: Any = VllmEngine(
             folder, tokenizer, config, options.batch or 256, dtype=options.dtype, tensor_parallel_size=size
@@ -155,7 +155,6 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
 
     loaded = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=options.dtype)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    model["fingerprint"] = model["fingerprint"] or loaded.config._commit_hash
     return LocalEngine(loaded, tokenizer, options.batch or 32), model, has_template
 
 

@@ -167,6 +167,16 @@ def test_a_server_gives_the_same_records_and_what_it_gave_is_kept(
     assert told["settings"]["engine"] == "server"
 
 
+def test_without_math_verify_nothing_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    (tmp_path / "mine.jsonl").write_text('{"problem": "what is 1+1?", "answer": "2"}\n')
+    assert run(tmp_path, "--model", STUDENT, "--benchmark", str(tmp_path / "mine.jsonl"), "--max-new-tokens", "9") == 2
+    assert "pip install 'topd[eval]'" in capsys.readouterr().err
+    assert not (tmp_path / "student" / "mine.samples.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
+from topd.evaluation.equivalence import check_installed
 from topd.evaluation.responses import Engine, Request, Response, Sampling
 from topd.resumable import earlier_records, write_options
 from topd.version import __version__
@@ -91,6 +92,8 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     )
     if not missing:
         return
+    if run.problem_set.rule == "math":
+        check_installed()
     engine.check(missing, run.sampling)
     with file.open("a", encoding="utf-8") as lines:
         for batch in _with_progress(run, engine, missing, len(requests), console):
