@@ -14,9 +14,8 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
-from trl.models.utils import unwrap_model_for_generation
 
-from topd.near_future import ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
+from topd.near_future import DistilledModel, LocalModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import append_records, audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
@@ -26,6 +25,7 @@ from topd.training.futures import NearFuture
 from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
+from topd.training.sharding import held_whole, shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.tokenizers import check_context, check_tokenizers
@@ -90,6 +90,8 @@ class TOPDTrainer(DistillationTrainer):
             raise ValueError(
                 f"method={args.method} works on text without tools so far; use method=opd for images or tools."
             )
+        if self.is_fsdp_enabled:
+            self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
         self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
@@ -100,36 +102,24 @@ class TOPDTrainer(DistillationTrainer):
     # The models, as the step sees them
 
     def _student(self) -> DistilledModel:
-        unwrapped = self.accelerator.unwrap_model(self.model)
-
-        @contextmanager
-        def source() -> Iterator[ContinuesPrefixes]:
-            with (
-                unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-                ) as model,
-                self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            ):
-                yield self._local(model)
-
-        return self._distilled(self.model_wrapped, unwrapped, source)
+        return self._distilled(self.accelerator.unwrap_model(self.model))
 
     def _teacher(self) -> DistilledModel:
-        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
-        return self._distilled(self.teacher_model, unwrapped, fixed(self._local(unwrapped)))
+        return self._distilled(self.accelerator.unwrap_model(self.teacher_model))
 
-    def _distilled(self, wrapped: Any, unwrapped: Any, source: Any) -> DistilledModel:
+    def _distilled(self, model: Any) -> DistilledModel:
         return DistilledModel(
-            unwrapped,
-            source,
-            lambda function, *args: self._forward_redirection(wrapped, unwrapped, function, *args),
+            model,
+            fixed(self._local(model)),
+            lambda function, *args: self._forward_redirection(model, model, function, *args),
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
-            share_prefix=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
         )
+
+    @contextmanager
+    def _models_whole(self) -> Iterator[None]:
+        with held_whole(self.model_wrapped, self.accelerator), held_whole(self.teacher_model, self.accelerator):
+            yield
 
     def _local(self, model: Any) -> LocalModel:
         return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
@@ -150,12 +140,15 @@ class TOPDTrainer(DistillationTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; what the student computes while sampling is kept for looking ahead."""
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
-        if not self.args.looks_ahead or self.use_vllm or not self.model.training or has_dropout(student):
-            return super()._generate_single_turn(*args, **kwargs)
-        self._sampling = SamplingStates()
-        with self._sampling.keeping(student):
-            return super()._generate_single_turn(*args, **kwargs)
+        with unsharded(student):
+            if not self.args.looks_ahead or not self.model.training or has_dropout(student):
+                return super()._generate_single_turn(*args, **kwargs)
+            self._sampling = SamplingStates()
+            with self._sampling.keeping(student):
+                return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._stage("rollout"), self._naming_nan_in_sampling():
@@ -173,7 +166,7 @@ class TOPDTrainer(DistillationTrainer):
         rollouts, teacher = rollouts_of(batch), self._teacher()
         kept = self._sampling.reading(rollouts, self._regenerates()) if self._sampling else None
         self._sampling = None
-        with self.compute_loss_context_manager():
+        with self._models_whole(), self.compute_loss_context_manager():
             future = look_ahead(
                 rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged, kept=kept,
                 at_most=at_most,
