@@ -43,25 +43,27 @@ def run(argv: Sequence[str]) -> None:
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
-    if not model.model_name_or_path or not config.teacher_model_name_or_path:
+    if not model.model_name_or_path or not (config.teacher_model_name_or_path or config.teacher_window_server):
         raise TOPDError(
             "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml."
+            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
+            "on a server alone: --teacher_window_server.)"
         )
     student_name = resolve_model(model.model_name_or_path)
-    teacher_name = resolve_model(config.teacher_model_name_or_path)
+    teacher_name = resolve_model(config.teacher_model_name_or_path) if config.teacher_model_name_or_path else None
     train_dataset = prompts(data.data, data.data_split, data.data_limit)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
 
     trust = config.trust_remote_code
     tokenizer = loading("tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    check_tokenizers(tokenizer, teacher_tokenizer)
+    if teacher_name is not None:
+        teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
+        check_tokenizers(tokenizer, teacher_tokenizer)
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
-        "models", f"{student_name} and {teacher_name}", TOPDTrainer,
+        "models", f"{student_name} and {teacher_name or 'the teacher'}", TOPDTrainer,
         teacher_model=teacher_name, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
