@@ -102,37 +102,36 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     Raises:
         TOPDError: one cannot be loaded, or the tokenizers differ.
     """
+    from topd.training.tokenizers import check_tokenizers
+
+    (student, tokenizer), (teacher, other) = (load_model(name, dtype) for name in (student_name, teacher_name))
+    check_tokenizers(tokenizer, other)
+    return student, teacher, tokenizer
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """A model in evaluation mode on the best device, and its tokenizer. Raises `TOPDError` if it cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from topd.demo.pair import resolve_model
     from topd.training.command import loading
-    from topd.training.tokenizers import check_tokenizers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, tokenizers = [], []
-    for name in (student_name, teacher_name):
-        folder = resolve_model(name)
-        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained))
-        model = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
-        models.append(model.to(device).eval())
-    check_tokenizers(*tokenizers)
-    return models[0], models[1], tokenizers[0]
+    folder = resolve_model(name)
+    tokenizer = loading("tokenizer", folder, AutoTokenizer.from_pretrained)
+    model = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def token_ids(data: str, split: str, limit: int, tokenizer: Any) -> list[dict[str, Any]]:
     """Prompts as token ids; messages go through the chat template."""
+    from topd.near_future.sampling import encode
     from topd.training.command import prompts
 
-    rows = []
-    for row in prompts(data, split, limit):
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        rows.append({"prompt_ids": ids, "answer": row.get("answer")})
-    return rows
+    return [
+        {"prompt_ids": encode(row["prompt"], tokenizer), "answer": row.get("answer")}
+        for row in prompts(data, split, limit)
+    ]
 
 
 def add_correct(commands: Any) -> None:

@@ -75,13 +75,23 @@ def run(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
-    """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones."""
-    from trl import ModelConfig, TrlParser
+    """The options of `topd train`."""
+    from trl import ModelConfig
 
     from topd.training.config import TOPDConfig
 
-    types: Any = (DataArguments, TOPDConfig, ModelConfig)
-    parser = TrlParser(types, prog="topd train")
+    return parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
+
+
+def parse_options(argv: Sequence[str], types: Any, program: str) -> Any:
+    """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones.
+
+    Args:
+        types: dataclasses; one of each comes back.
+    """
+    from trl import TrlParser
+
+    parser = TrlParser(types, prog=program)
     arguments = list(argv)
     if "--config" in arguments:
         position = arguments.index("--config") + 1
@@ -92,12 +102,11 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
     for name in _option_names(arguments):
         if name not in known:
-            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `topd train --help` lists all.")
+            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `{program} --help` lists all.")
     try:
-        data, config, model = parser.parse_args_and_config(arguments)
+        return parser.parse_args_and_config(arguments)
     except (ValueError, TypeError) as error:
         raise TOPDError(str(error)) from error
-    return data, config, model
 
 
 def _option_names(arguments: list[str]) -> list[str]:

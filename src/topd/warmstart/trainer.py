@@ -59,7 +59,7 @@ class WarmStartTrainer(SFTTrainer):
             raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
-        self.teacher_model = None
+        self.teacher_model: Any = None
         if args.distils:
             self._refuse_what_the_loss_cannot_do()
             self._forward_redirection = _ForwardRedirection()
@@ -83,7 +83,8 @@ class WarmStartTrainer(SFTTrainer):
         if isinstance(teacher, str):
             trust = self.args.trust_remote_code
             check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
-            settings: Any = {"trust_remote_code": trust} | dict(self.args.teacher_model_init_kwargs or {})
+            given: Any = self.args.teacher_model_init_kwargs or {}
+            settings: dict[str, Any] = {"trust_remote_code": trust} | given
             if self.args.teacher_model_revision is not None:
                 settings.setdefault("revision", self.args.teacher_model_revision)
             if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
@@ -150,7 +151,7 @@ class WarmStartTrainer(SFTTrainer):
         if self.args.kd_ratio < 1:
             self._metrics[mode]["cross_entropy"].append(nll / max(tokens, 1))
         if mode == "train":
-            self._total_train_tokens += int(read) // self._tp_size
+            self._total_train_tokens += int(read) // (self._tp_size or 1)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _stop_on(self, what: str) -> None:
