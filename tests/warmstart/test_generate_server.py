@@ -1,11 +1,11 @@
 """Responses from a server: what is asked, and what happens when it fails."""
 
 import pytest
+from warmstart.fake_openai import fake_server
 
 from topd.errors import TOPDError
 from topd.warmstart.responses import Request, Sampling
 from topd.warmstart.server_teacher import ServerTeacher
-from warmstart.fake_openai import fake_server
 
 TEXT = [Request(n, f"prompt number {n}") for n in range(12)]
 
