@@ -9,6 +9,7 @@ from pathlib import Path
 
 from topd.analysis_cli import add_correct, add_probe
 from topd.errors import TOPDError
+from topd.eval_cli import add_eval
 from topd.version import __version__
 from topd.warmstart_cli import add_generate
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
-            "topd probe and topd generate when they are started again.",
+            "topd probe, topd eval and topd generate when they are started again.",
             file=sys.stderr,
         )
         return 130
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_probe(commands)
     add_correct(commands)
+    add_eval(commands)
 
     report = commands.add_parser("report", help="write the HTML page of a run")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `topd demo` or `topd train` wrote")

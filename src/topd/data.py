@@ -23,28 +23,31 @@ if TYPE_CHECKING:
     import datasets
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a source has
+RESPONSE_COLUMNS = ("response", "completion")  # the same
 ROLES = ("system", "user", "assistant", "tool")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape it, UTF-8 cannot hold it
 
 
-Check = Callable[[object, str], Any]
-"""Reads a value, given what to call it in the `DataError` that says why it cannot be used."""
+Read = Callable[[object, str], Any]
+"""Reads a value, given its name for the `DataError` that says why it cannot be used."""
 
 
 def load_prompts(
-    source: str, *, split: str = "train", limit: int | None = None, also: Mapping[str, Check] | None = None
-) -> datasets.Dataset:
+    source: str, *, split: str = "train", limit: int | None = None, responses: bool = False,
+    also: Mapping[str, Read] | None = None,
+) -> datasets.Dataset:  # fmt: skip
     """Prompts and answers from a file, a folder or the Hub, checked row by row.
 
     `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; a
     folder written by `save_to_disk`; or a Hub dataset, "owner/name" or "owner/name:configuration". `split` picks a part
-    of the latter two (a file has no parts). `limit`: keep the first so many rows; all are checked. `also`: further
-    columns to keep, and what reads their values (None where a row has none).
+    of the latter two (a file has no parts). `limit`: keep the first so many rows; all are checked.
+    `responses`: every row must have a `response` or `completion` (text), which comes as the column `response`. `also`:
+    further columns, and what reads their values (None where a row has none).
 
     Returns the column `prompt` (text, or messages {"role", "content"}: one kind throughout) and, if any row has one,
-    `answer` (text; None where it is missing or blank; a whole number is written without ".0"), and those of `also`.
-    Raises `DataError`.
+    `answer` (text; None where it is missing or blank; a whole number is written without ".0"), and what else is asked
+    for. Raises `DataError`.
     """
     import datasets
 
@@ -53,7 +56,7 @@ def load_prompts(
     source, remedy, also = os.fspath(source), "Check the permissions.", also or {}
     try:
         reader, remedy = _reader(source)
-        rows = _checked(reader(source, split, also), "line" if reader in (_jsonl, _csv) else "row", also)
+        rows = _checked(reader(source, split, also), "line" if reader in (_jsonl, _csv) else "row", responses, also)
     except DataError as error:
         raise DataError(f"{source!r}: {error}") from None
     except Exception as error:  # whatever a library, the disk or the network raises
@@ -61,12 +64,15 @@ def load_prompts(
         raise DataError(f"{source!r}: cannot be read ({reason}). {remedy}") from error
     text = datasets.Value("string")
     is_text = isinstance(rows[0][0], str)
-    features: Any = {"prompt": text if is_text else datasets.List({"role": text, "content": text}), "answer": text}
-    prompts, answers, *others = zip(*rows[:limit], strict=True)
-    data = datasets.Dataset.from_dict({"prompt": prompts, "answer": answers}, features=datasets.Features(features))
-    for name, values in zip(also, others, strict=True):
-        data = data.add_column(name, list(values))
-    return data if any(row[1] is not None for row in rows) else data.remove_columns("answer")
+    features: Any = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
+    features |= {"answer": text, "response": text}
+    columns = dict(zip([*features, *also], zip(*rows[:limit], strict=True), strict=True))
+    more = {name: list(columns.pop(name)) for name in also}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    empty = [name for i, name in enumerate(features) if i and all(row[i] is None for row in rows)]
+    for name, values in more.items():
+        data = data.add_column(name, values)
+    return data.remove_columns(empty)
 
 
 def _reader(source: str) -> tuple[Any, str]:
@@ -88,8 +94,10 @@ def _reader(source: str) -> tuple[Any, str]:
     return _dataset, f"{missing} On the Hub: check owner/name:configuration, split, network, HF_HUB_OFFLINE, login."
 
 
-def _checked(rows: Iterable[tuple[int, Any]], place: str, also: Mapping[str, Check]) -> list[tuple[Any, ...]]:
-    """(prompt, answer, and what is asked for besides) of all rows, or the `DataError` that lists the broken ones."""
+def _checked(
+    rows: Iterable[tuple[int, Any]], place: str, responses: bool, also: Mapping[str, Read]
+) -> list[tuple[Any, ...]]:
+    """(prompt, answer, response, what else is asked for) of all rows, or the `DataError` that lists the broken ones."""
     good, broken, first = [], [], None
     for number, row in rows:
         try:
@@ -97,12 +105,12 @@ def _checked(rows: Iterable[tuple[int, Any]], place: str, also: Mapping[str, Che
                 raise (row if isinstance(row, DataError) else DataError(f"{row!r:.40} is no object with `prompt`"))
             column = _columns(list(row))[0]
             prompt, answer = _prompt(row[column]), _answer(row.get("answer"))
-            others = [check(row.get(name), f"`{name}`") for name, check in also.items()]
             kind = f"`{column}` is {'text' if isinstance(prompt, str) else 'a conversation'}"
             first = first or (kind, f"{place} {number}")
             if kind != first[0]:
                 raise DataError(f"{kind}, but in {first[1]} {first[0]}; use one kind in all rows")
-            good.append((prompt, answer, *others))
+            others = (read(row.get(name), f"the {name}") for name, read in also.items())
+            good.append((prompt, answer, _response(row) if responses else None, *others))
         except DataError as error:
             broken.append((number, f"  {place} {number}: {error}"))
     if broken:
@@ -218,13 +226,14 @@ def _columns(found: list[str], also: Iterable[str] = ()) -> list[str]:
     prompt = next((name for name in PROMPT_COLUMNS if name in found), None)
     if prompt is None:
         raise DataError(f"no `prompt`, `problem` or `question` in {str(found)[:200]}; rename the one with the prompt")
-    return [prompt, *(name for name in ("answer", *also) if name in found)]
+    response = next((name for name in RESPONSE_COLUMNS if name in found), None)
+    return [prompt, *(name for name in ("answer", response, *also) if name in found)]
 
 
 def _prompt(value: object) -> Any:
     """The text, or the messages with role and content only."""
     if isinstance(value, str):
-        return read_text(value, "the prompt")
+        return _text(value, "the prompt")
     if not isinstance(value, list) or not value:
         raise DataError(f"the prompt is {value!r:.40}; write text or a list of messages")
     for place, message in enumerate(value, 1):
@@ -235,13 +244,20 @@ def _prompt(value: object) -> Any:
             raise DataError(f"{what} has the role {str(message['role'])[:40]!r}; use one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise DataError(f"{what} has tool_calls, which would be lost; write them into its content")
-        read_text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
+        _text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
     if value[-1]["role"] == "assistant":
         raise DataError("the last message of the prompt is the assistant's; end with the user's turn")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
+def _response(row: dict[str, Any]) -> str:
+    column = next((name for name in RESPONSE_COLUMNS if name in row), None)
+    if column is None:
+        raise DataError("no `response` or `completion`; write what the student answered as text")
+    return _text(row[column], f"the {column}")
+
+
+def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError(f"{what} is {value!r:.40}; write text")
     if not may_be_blank and not value.strip():
@@ -262,7 +278,7 @@ def read_flag(value: object, what: str) -> bool:
 
 def _answer(value: object) -> str | None:
     if value is None or isinstance(value, str):
-        return read_text(value, "the answer") if value and value.strip() else None
+        return _text(value, "the answer") if value and value.strip() else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise DataError(f"the answer is {value!r:.40}; write text or a number")
     if isinstance(value, float) and not math.isfinite(value):

@@ -38,20 +38,15 @@ def add_generate(commands: Any) -> None:
         "--chat-template-kwargs", type=_json_object, metavar="JSON",
         help="for prompts that are messages, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
+    generate.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="in this process")
+    generate.add_argument("--batch", type=int, help="responses decoded, and kept, together (default: 32; vllm: 256)")
+    generate.add_argument("--tensor-parallel", type=int, default=1, help="GPUs for vllm (default: %(default)s)")
+    generate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default: %(default)s)")
     generate.add_argument(
-        "--batch", type=int, default=32, help="local teacher: prompts together (default: %(default)s)"
+        "--server", metavar="URL", help="an OpenAI-compatible server instead; --teacher is the name it serves"
     )
     generate.add_argument(
-        "--dtype", default="auto", help="local teacher: auto, float32, bfloat16 (default: %(default)s)"
-    )
-    generate.add_argument(
-        "--server", metavar="URL", help="an OpenAI-compatible server (vLLM, SGLang) that has the teacher"
-    )
-    generate.add_argument(
-        "--concurrency", type=int, default=64, help="server: requests at a time (default: %(default)s)"
-    )
-    generate.add_argument(
-        "--timeout", type=float, default=3600, help="server: seconds a response (default: %(default)s)"
+        "--concurrency", type=int, default=64, help="requests to a server at a time (default: %(default)s)"
     )
     generate.set_defaults(run=run_generate_command)
 
@@ -59,44 +54,38 @@ def add_generate(commands: Any) -> None:
 def run_generate_command(options: argparse.Namespace) -> None:
     """Check, load, generate."""
     _check(options)
+    from topd.eval_cli import load_engine
+    from topd.evaluation.responses import Sampling
+    from topd.quiet import quieten
     from topd.training.command import prompts
     from topd.warmstart.generate import GenerateRun, run_generate
-    from topd.warmstart.responses import Sampling
 
+    quieten()
     rows = prompts(options.data, options.split, options.limit)
     if options.filter and not all(row.get("answer") for row in rows):
         raise TOPDError("--filter needs an answer in every row of --data.")
     sampling = Sampling(
         options.temperature, options.top_p, options.max_new_tokens, options.seed, options.chat_template_kwargs
     )
-    run = GenerateRun(options.teacher, options.data, options.samples, options.filter, sampling)
-    run_generate(run, _teacher(options), rows, options.out)
+    engine, model, _ = load_engine(options.teacher, options)
+    run = GenerateRun(model, f"{options.data} {options.split}", options.samples, options.filter, sampling)
+    run_generate(run, engine, rows, options.out)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Fill in what depends on the data, refuse what cannot be."""
     if options.max_new_tokens is None:
         options.max_new_tokens = 96 if options.data == "embedded" else 16384
-    for name in ("samples", "max_new_tokens", "batch", "concurrency"):
-        if getattr(options, name) < 1:
-            raise TOPDError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}.")
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.timeout <= 0:
-        raise TOPDError("--temperature must not be negative, --top-p must be in (0, 1], --timeout positive.")
+    for name in ("samples", "max_new_tokens", "limit", "batch", "concurrency", "tensor_parallel"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise TOPDError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise TOPDError("--temperature must not be negative, --top-p must be in (0, 1].")
     if options.samples > 1 and options.temperature == 0:
         raise TOPDError("Greedy responses (--temperature 0) are all the same: leave --samples at 1.")
     if options.out.suffix not in (".jsonl", ".parquet"):
         raise TOPDError(f"--out {options.out}: give a name that ends in .jsonl or .parquet.")
-
-
-def _teacher(options: argparse.Namespace) -> Any:
-    if options.server:
-        from topd.warmstart.server_teacher import ServerTeacher
-
-        return ServerTeacher(options.server, options.teacher, options.concurrency, timeout=options.timeout)
-    from topd.analysis_cli import load_model
-    from topd.warmstart.local_teacher import LocalTeacher
-
-    return LocalTeacher(*load_model(options.teacher, options.dtype), options.batch)
 
 
 def _json_object(text: str) -> dict[str, Any]:

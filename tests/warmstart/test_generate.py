@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
-from warmstart.fake_openai import fake_server
+from fake_openai import fake_server
 
 from topd.cli import main
 from topd.demo.task import is_correct
@@ -162,7 +162,7 @@ def test_a_server_s_responses_are_kept_when_it_fails_and_the_next_run_goes_on(tm
         (["--samples", "0"], "--samples must be at least 1"),
         (["--samples", "2", "--temperature", "0"], "all the same"),
         (["--top-p", "0"], "--top-p must be in"),
-        (["--max-new-tokens", "999"], "do not fit"),
+        (["--max-new-tokens", "999"], "at most --max-new-tokens 244"),
         (["--data", "nothing.jsonl"], "There is no such file"),
         (["--teacher", "embedded:nobody"], "no embedded model 'nobody'"),
     ],
@@ -182,6 +182,7 @@ def test_a_filter_needs_answers_and_a_broken_line_is_named(tmp_path, capsys):
     assert "line 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kill_9_loses_one_batch_at_most(generated, tmp_path):
     out = tmp_path / "solutions.jsonl"
     records = out.with_suffix(".records.jsonl")

@@ -6,17 +6,14 @@ Both arms have the same student, teacher, prompts, seed and optimizer steps; the
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +34,7 @@ from topd.demo.table import results_table
 from topd.demo.task import Problem, make_problems
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
 from topd.near_future.sampling import local_pair, sample_rollouts
+from topd.quiet import quieten
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
 from topd.version import __version__
@@ -66,7 +64,7 @@ def run_demo(
     out: Path, *, quick: bool = False, seed: int = 0, steps: int | None = None, difficulty: str = "standard"
 ) -> dict[str, Any]:
     """Run both arms, print the table, write `results.json` and `report.html` into `out`; return the results."""
-    _quieten()
+    quieten()
     torch.set_num_threads(1)  # models of a megabyte: a second thread costs more than it gives
     size = QUICK if quick else FULL
     steps = steps or size.steps
@@ -237,11 +235,3 @@ def _write_report(out: Path, console: Console) -> None:
 def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "trl", "accelerate", "datasets", "scipy", "POT")
     return {"topd": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def _quieten() -> None:
-    """The demo speaks for itself: keep the libraries' notices and bars off the screen."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -22,9 +22,8 @@ class LocalModel:
         model: any causal language model of transformers.
         pad_token_id: id for padding.
         eos_token_ids: ids that end a window; the one that was generated is part of it.
-        temperature: 0 decodes greedily (our choice, for both models); else samples.
+        temperature: 0 decodes greedily (our choice, for both models); else samples from the full distribution.
         batch_size: prefixes that are decoded together.
-        top_p: share of the distribution that `continue_` samples from, where a temperature is set.
     """
 
     def __init__(
@@ -34,14 +33,13 @@ class LocalModel:
         eos_token_ids: Sequence[int],
         temperature: float = 0.0,
         batch_size: int = 128,
-        top_p: float = 1.0,
     ) -> None:
         self.model = model
         self.pad_token_id = pad_token_id
         self.eos_token_ids = list(eos_token_ids)
         self.batch_size = batch_size
         self.temperature = temperature
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         self._decoding = sampling if temperature > 0 else {"do_sample": False}
 
     @torch.no_grad()

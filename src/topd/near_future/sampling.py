@@ -14,16 +14,6 @@ from topd.near_future.local_model import LocalModel
 from topd.near_future.windows import Rollouts
 
 
-def encode(prompt: Any, tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> list[int]:
-    """Token ids of a prompt; messages go through the chat template."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    ids = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **template_options
-    )
-    return list(ids)
-
-
 def sample_rollouts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from topd.report.records import Arm, number
+from topd.report.reading import number
+from topd.report.records import Arm
 from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Figure, drawing, legend
 
 Floats = NDArray[np.float64]

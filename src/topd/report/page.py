@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from topd.report.distances import distance_figures
 from topd.report.figures import curve_figures
-from topd.report.records import MAX_CANDIDATES, Arm, Run, load_run, number
+from topd.report.reading import number
+from topd.report.records import MAX_CANDIDATES, Arm, Run, load_run
 from topd.report.results import NAMES, difference_row, headlines, problems, score_rows, signed
 from topd.report.rollouts import LEVELS, choose_rollouts
 

@@ -126,8 +126,10 @@ def _option_names(arguments: list[str]) -> list[str]:
     return [*names, *(str(name) for name in config)]
 
 
-def prompts(source: str, split: str, limit: int | None) -> Any:
-    """A dataset of prompts (and answers), from the embedded task or from `topd.data`."""
+def prompts(source: str, split: str, limit: int | None, responses: bool = False) -> Any:
+    """A dataset of prompts (and answers, and given responses), from the embedded task or from `topd.data`."""
+    if responses and source == "embedded":
+        raise TOPDError("The embedded task has no given responses. Name a file that has: --data FILE.jsonl.")
     if source == "embedded":
         from datasets import Dataset
 
@@ -137,7 +139,7 @@ def prompts(source: str, split: str, limit: int | None) -> Any:
         return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
     from topd.data import load_prompts
 
-    return load_prompts(source, split=split, limit=limit)
+    return load_prompts(source, split=split, limit=limit, responses=responses)
 
 
 def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from topd.analysis.resumable import earlier_records, write_options
 from topd.errors import TOPDError
-from topd.warmstart.responses import Request, Sampling, Teacher
+from topd.evaluation.responses import Engine, Request, Sampling
+from topd.resumable import earlier_records, write_options
 from topd.warmstart.solutions import clean, write_solutions
 
 
@@ -22,19 +22,20 @@ class GenerateRun:
     """What is generated.
 
     Attributes:
-        teacher, data: as named by the user.
+        teacher: what responds: name, fingerprint, engine, dtype.
+        data: as named by the user.
         samples: responses to each prompt.
         filter: the rule of a right answer (see `evaluation.answers`), or None to keep them all.
     """
 
-    teacher: str
+    teacher: dict[str, Any]
     data: str
     samples: int = 1
     filter: Any = None
     sampling: Sampling = Sampling()
 
 
-def run_generate(run: GenerateRun, teacher: Teacher, prompts: Any, out: Path, console: Console | None = None) -> None:
+def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, console: Console | None = None) -> None:
     """Respond to all prompts, going on where an interrupted run stopped; then write `out` and its settings.
 
     Args:
@@ -49,13 +50,10 @@ def run_generate(run: GenerateRun, teacher: Teacher, prompts: Any, out: Path, co
     requests = [Request(i, rows[i // run.samples]["prompt"]) for i in range(len(rows) * run.samples)]
     records_file, settings_file = out.with_suffix(".records.jsonl"), out.with_suffix(".settings.json")
     settings = {
-        "teacher": run.teacher, "data": run.data, "samples": run.samples, "batch": teacher.together,
-        "responses": len(requests), **asdict(run.sampling),
+        **run.teacher, "data": run.data, "samples": run.samples, "responses": len(requests), **asdict(run.sampling),
     }  # fmt: skip
     limit = max(len(requests), lines(records_file))  # a shorter run does not cut what is there
-    records = earlier_records(
-        records_file, settings_file, settings, limit=limit, batch=teacher.together, may_change="responses"
-    )
+    records = earlier_records(records_file, settings_file, settings, limit=limit, may_change="responses")
     check_prompts(records, requests, out)
     write_options(settings_file, settings)
     done = {record["number"] for record in records}
@@ -82,7 +80,7 @@ def run_generate(run: GenerateRun, teacher: Teacher, prompts: Any, out: Path, co
 
 
 def progress(
-    teacher: Teacher, missing: list[Request], total: int, sampling: Sampling, console: Console
+    teacher: Engine, missing: list[Request], total: int, sampling: Sampling, console: Console
 ) -> Iterator[list[dict[str, Any]]]:
     """Records as they come, with a bar."""
     prompt = {request.number: request.prompt for request in missing}

@@ -74,13 +74,13 @@ def load_solutions(source: str, *, split: str = "train", limit: int | None = Non
     Raises:
         DataError: a row is broken, or none is left.
     """
-    from topd.data import load_prompts, read_flag, read_text
+    from topd.data import load_prompts, read_flag
 
-    data = load_prompts(source, split=split, limit=limit, also={"completion": read_text, "truncated": read_flag})
+    data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag})
     kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Leaving truncated ones out")
     if not len(kept):
         raise DataError(f"{source!r}: all {len(data)} solutions are truncated. Generate with more --max-new-tokens.")
-    kept = kept.select_columns(["prompt", "completion"])
+    kept = kept.select_columns(["prompt", "response"]).rename_column("response", "completion")
     if isinstance(kept[0]["prompt"], str):
         return kept
     return kept.map(lambda row: {"completion": [{"role": "assistant", "content": row["completion"]}]}, desc="Messages")

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 
 from topd.errors import TOPDError
-from topd.warmstart.responses import Request, Response, Sampling
+from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that may pass: time-outs, too many requests, a server that starts or restarts."""
@@ -19,12 +19,12 @@ LONGEST_WAIT = 60.0
 """Seconds between two tries, at most."""
 
 
-class ServerTeacher:
+class ServerEngine:
     """Text prompts go to /v1/completions, messages to /v1/chat/completions.
 
     Args:
         url: of the server, with or without /v1.
-        model: the name under which it serves the teacher.
+        model: the name under which it serves the model.
         concurrency: requests under way at a time.
         retries: of a request that fails in a way that may pass.
         timeout: seconds for one response.
@@ -53,11 +53,11 @@ class ServerTeacher:
         if self.model not in served:
             raise TOPDError(
                 f"{self.url} does not serve {self.model!r}. It serves: {', '.join(served) or 'nothing'}. Give one of "
-                "these as --teacher, or start the server with that model."
+                "these as the model, or start the server with that model."
             )
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Teacher`, in the order of arrival. After a failure, what is under way is waited for and kept."""
+        """See `Engine`, in the order of arrival. After a failure, what is under way is waited for and kept."""
         pool, failure = ThreadPoolExecutor(self.concurrency), None
         futures = {pool.submit(self._respond, request, sampling): request.number for request in requests}
         try:
@@ -86,7 +86,7 @@ class ServerTeacher:
             "top_p": sampling.top_p,
             "top_k": -1,  # none, whatever the model's generation config says
             "max_tokens": sampling.max_new_tokens,
-            "seed": sampling.seed * 1_000_003 + request.number,
+            "seed": sampling.seed * SEED_STRIDE + request.number,
         }
         if isinstance(request.prompt, str):
             answer = self._call("POST", "completions", body | {"prompt": request.prompt})
