@@ -1,9 +1,4 @@
-"""What a run left behind, read into small dataclasses. Nothing here needs a model.
-
-A run is either one trainer output folder (an arm), or a folder with `results.json` and such arms beneath it. Every file
-and every key may be missing: what is not there is not shown. What cannot be read is counted in `notes`. Only records
-written by a newer version are refused, because they would be misread.
-"""
+"""What training left behind: an arm is one trainer output folder, read into small dataclasses."""
 
 from __future__ import annotations
 
@@ -13,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from topd.report.reading import (
-    ReportError,
-    check_version,
     clean,
     mappings,
     number,
@@ -24,7 +17,7 @@ from topd.report.reading import (
     strings,
 )
 
-MAX_CANDIDATES = 300
+MAX_CANDIDATES = 2000
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
 
 
@@ -62,6 +55,8 @@ class Rollout:
     tokens: tuple[str, ...]
     token_loss: tuple[float | None, ...]
     candidates: tuple[Candidate, ...]
+    title: str = ""
+    """Heading on the page; empty: the step."""
 
 
 @dataclass(frozen=True)
@@ -116,50 +111,8 @@ class Arm:
         return max([entry["step"] for entry in self.log] + [rollout.step for rollout in self.rollouts], default=0)
 
 
-@dataclass
-class Run:
-    """All records of a run. `notes` say, in sentences, what could not be read."""
-
-    name: str
-    arms: list[Arm]
-    results: dict[str, Any]
-    notes: list[str]
-
-
-def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: a demo folder (`results.json`, one folder an arm), or one arm.
-        keep: at least so many candidates of each arm stay with their windows, newest steps first.
-
-    Raises:
-        ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder. Give the output folder of a run.")
-    notes: list[str] = []
-    results = read_object(folder / "results.json", notes)
-    check_version(results, folder / "results.json")
-    folders = [path for path in sorted(folder.iterdir()) if _is_arm(path) and not path.name.startswith("checkpoint-")]
-    named = [arm["name"] for arm in mappings(results.get("arms")) if isinstance(arm.get("name"), str)]
-    folders.sort(key=lambda path: named.index(path.name) if path.name in named else len(named))
-    if _is_arm(folder):
-        folders = [folder]
-    if not folders and not results:
-        raise ReportError(
-            f"{folder} holds no records of a run: expected results.json, trainer_state.json or audit.jsonl. "
-            "Give the output folder of a run, and set audit_steps to record rollouts."
-        )
-    arms = [_load_arm(path, notes, keep) for path in folders]
-    missing = [name for name in named if name not in {arm.name for arm in arms}]
-    if missing:
-        notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
-    return Run(clean(folder.resolve().name), arms, results, notes)
-
-
-def _is_arm(folder: Path) -> bool:
+def is_arm(folder: Path) -> bool:
+    """Whether a trainer wrote into this folder."""
     own = (folder / name for name in ("trainer_state.json", "audit.jsonl", "topd_config.json"))
     return any(path.is_file() for path in (*own, *_checkpoints(folder)))
 
@@ -168,7 +121,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     return list(folder.glob("checkpoint-*/trainer_state.json"))
 
 
-def _load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
+def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
+    """The records of one trainer output folder."""
     arm = Arm(clean(folder.resolve().name))
     log = read_object(_trainer_state(folder), notes).get("log_history")
     arm.log = [

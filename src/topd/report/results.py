@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from topd.report.reading import mapping, mappings, number
+from topd.report.runs import Run
 
 PAPER_SCORES = {"student": 38.9, "opd": 47.8, "opd-capped": 48.2, "topd": 52.2}
 """Percent, mean of AIME24, AIME25 and HMMT25-Feb (Tables 1 and 2 of the paper). Another pair, another task."""
@@ -48,6 +49,29 @@ class Headline:
     value: str
     detail: str
     paper: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one run achieved: `title`, large numbers, a table, TOPD minus OPD by decoding, the number of problems."""
+
+    title: str
+    headlines: list[Headline]
+    rows: list[Row]
+    difference: dict[str, dict[str, float]]
+    problems: int | None
+
+    @classmethod
+    def of(cls, run: Run, several: bool) -> Scores:
+        """From `results.json`; the title names the run where there are several."""
+        found = run.results
+        title = f"Results: {run.name}" if several else "Results"
+        return cls(title, headlines(found), score_rows(found), difference_row(found), problems(found))
+
+    @property
+    def any(self) -> bool:
+        """Whether there is something to show."""
+        return bool(self.headlines or self.rows)
 
 
 def headlines(results: Mapping[str, Any]) -> list[Headline]:
