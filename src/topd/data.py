@@ -233,7 +233,7 @@ def _columns(found: list[str], also: Iterable[str] = ()) -> list[str]:
 def _prompt(value: object) -> Any:
     """The text, or the messages with role and content only."""
     if isinstance(value, str):
-        return _text(value, "the prompt")
+        return read_text(value, "the prompt")
     if not isinstance(value, list) or not value:
         raise DataError(f"the prompt is {value!r:.40}; write text or a list of messages")
     for place, message in enumerate(value, 1):
@@ -244,7 +244,7 @@ def _prompt(value: object) -> Any:
             raise DataError(f"{what} has the role {str(message['role'])[:40]!r}; use one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise DataError(f"{what} has tool_calls, which would be lost; write them into its content")
-        _text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
+        read_text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
     if value[-1]["role"] == "assistant":
         raise DataError("the last message of the prompt is the assistant's; end with the user's turn")
     return [{"role": message["role"], "content": message["content"]} for message in value]
@@ -254,10 +254,10 @@ def _response(row: dict[str, Any]) -> str:
     column = next((name for name in RESPONSE_COLUMNS if name in row), None)
     if column is None:
         raise DataError("no `response` or `completion`; write what the student answered as text")
-    return _text(row[column], f"the {column}")
+    return read_text(row[column], f"the {column}")
 
 
-def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
+def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError(f"{what} is {value!r:.40}; write text")
     if not may_be_blank and not value.strip():
@@ -278,7 +278,7 @@ def read_flag(value: object, what: str) -> bool:
 
 def _answer(value: object) -> str | None:
     if value is None or isinstance(value, str):
-        return _text(value, "the answer") if value and value.strip() else None
+        return read_text(value, "the answer") if value and value.strip() else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise DataError(f"the answer is {value!r:.40}; write text or a number")
     if isinstance(value, float) and not math.isfinite(value):

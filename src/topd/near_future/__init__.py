@@ -4,6 +4,7 @@ from topd.near_future.branches import Branches, hidden_with_branches
 from topd.near_future.distilled_model import DistilledModel, fixed
 from topd.near_future.local_model import LocalModel
 from topd.near_future.matching import near_future_transport
+from topd.near_future.routed_teacher import RoutedTeacher
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.tree_attention import supports_branches
@@ -16,6 +17,7 @@ __all__ = [
     "LocalModel",
     "Reading",
     "Rollouts",
+    "RoutedTeacher",
     "Windows",
     "fixed",
     "hidden_with_branches",
