@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from trl import SFTTrainer
@@ -69,6 +70,8 @@ class WarmStartTrainer(SFTTrainer):
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError("kd_ratio > 0 does not work with context or sequence parallelism; use packing instead.")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("kd_ratio > 0 works with FSDP2: set fsdp_version: 2 in the accelerate config.")
         if self.aux_loss_enabled:
             raise ValueError(
                 "kd_ratio > 0 has no load-balancing loss for a mixture-of-experts student: set router_aux_loss_coef=0."
@@ -101,6 +104,8 @@ class WarmStartTrainer(SFTTrainer):
     def _prepared(self, teacher: Any) -> Any:
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)
+        if self.accelerator.is_fsdp2:  # accelerate leaves a model whole that it prepares for evaluation
+            return fsdp2_prepare_model(self.accelerator, teacher).eval()
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     # The loss
