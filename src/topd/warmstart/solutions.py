@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,16 @@ def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
     Raises:
         TOPDError: there are no rows.
     """
-    from datasets import Dataset
-
     if not rows:
         raise TOPDError(f"No solution is left to write to {out}. Look at the responses in {out.stem}.records.jsonl.")
-    data, aside = Dataset.from_list(rows), out.with_name(out.name + ".part")
+    aside = out.with_name(out.name + ".part")
     if out.suffix == ".parquet":
-        data.to_parquet(aside)
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
     else:
-        data.to_json(aside, lines=True, force_ascii=False)
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(aside, out)
 
 
