@@ -10,6 +10,7 @@ from pathlib import Path
 from topd.analysis_cli import add_correct, add_probe
 from topd.errors import TOPDError
 from topd.eval_cli import add_eval
+from topd.study_cli import add_study
 from topd.version import __version__
 from topd.warmstart_cli import add_generate
 
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add_probe(commands)
     add_correct(commands)
     add_eval(commands)
+    add_study(commands)
 
     report = commands.add_parser("report", help="write the HTML page of a run")
     report.add_argument(
