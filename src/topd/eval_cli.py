@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def add_eval(commands: Any) -> None:
     how.add_argument("--top-p", type=float, default=0.95, help="our choice for evaluation (default: %(default)s)")
     how.add_argument("--max-new-tokens", type=int, help="of a response (default: 16384; embedded task: 96)")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--thinking", choices=("on", "off"), help="for chat templates with enable_thinking (paper: off)")
+    how.add_argument(
+        "--chat-template-kwargs", type=json.loads, metavar="JSON",
+        help="such as '{\"enable_thinking\": false}', which is the paper's",
+    )  # fmt: skip
     how.add_argument("--raw", action="store_true", help="prompts as plain text, without the chat template")
     where = parser.add_argument_group("what responds")
     where.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="in this process")
@@ -83,7 +87,9 @@ def run_eval(options: argparse.Namespace) -> None:
     from topd.evaluation.models import labelled_models
     from topd.evaluation.results import RESULT, write_result
     from topd.evaluation.tables import result_table
+    from topd.quiet import quieten
 
+    quieten()
     models = labelled_models(options.model or [EMBEDDED_MODEL])
     sets = [
         load_benchmark(name, limit=options.limit, split=options.split, rule=options.rule)
@@ -105,8 +111,7 @@ def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder:
     from topd.evaluation.run import EvalRun, run_benchmark
 
     engine, model, has_template = load_engine(source, options)
-    kwargs = None if options.thinking is None else {"enable_thinking": options.thinking == "on"}
-    sampling = Sampling(options.temperature, options.top_p, 0, options.seed, kwargs)
+    sampling = Sampling(options.temperature, options.top_p, 0, options.seed, options.chat_template_kwargs)
     for each in sets:
         length = options.max_new_tokens or each.max_new_tokens
         chat = has_template and not options.raw and each.rule != "embedded"
@@ -136,11 +141,11 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
     folder = resolve_model(source)
     tokenizer = loading("tokenizer", folder, AutoTokenizer.from_pretrained)
     has_template = tokenizer.chat_template is not None
-    model["fingerprint"] = fingerprint(source)
+    config = loading("models", folder, AutoConfig.from_pretrained, folder)
+    model["fingerprint"] = fingerprint(source) or config._commit_hash
     if options.engine == "vllm":
         from topd.evaluation.vllm_engine import VllmEngine
 
-        config = loading("models", folder, AutoConfig.from_pretrained, folder)
         size = options.tensor_parallel
         engine: Any = VllmEngine(
             folder, tokenizer, config, options.batch or 256, dtype=options.dtype, tensor_parallel_size=size
@@ -150,7 +155,6 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
 
     loaded = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=options.dtype)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    model["fingerprint"] = model["fingerprint"] or loaded.config._commit_hash
     return LocalEngine(loaded, tokenizer, options.batch or 32), model, has_template
 
 

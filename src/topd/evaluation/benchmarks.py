@@ -110,11 +110,8 @@ def _label_and_source(name: str) -> tuple[str, str | None]:
     """What a set is called (its records' files too), and where it is; None: where the table says."""
     if name in BENCHMARKS:
         return name, None
-    label, given, source = name.rpartition("=")
-    label = label if given else Path(source.replace(":", "-")).name.split(".")[0]
-    if not re.fullmatch(r"[\w-][\w.-]*", label):
-        raise TOPDError(f"--benchmark {name}: write NAME=SOURCE, with a name of letters, digits, - and _.")
-    return label, source
+    match = re.fullmatch(r"([\w-][\w.-]*)=(.+)", name)
+    return (match[1], match[2]) if match else (Path(name.replace(":", "-")).name.split(".")[0], name)
 
 
 def _embedded(count: int) -> list[dict[str, Any]]:

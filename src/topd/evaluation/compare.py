@@ -18,8 +18,6 @@ MEAN = "mean"
 """The column of the mean over benchmarks."""
 PAPER_GAIN = 0.044
 """TOPD over OPD in the paper's Table 1: 52.2 - 47.8 points, 4 of 90 problems."""
-MODEL_SETTINGS = ("model", "fingerprint")
-"""Settings in which two sides of a comparison may differ without a note."""
 
 
 def evaluation_folders(given: Sequence[Path]) -> list[Path]:
@@ -114,10 +112,10 @@ def _beside(
 def _other_settings(first: dict[str, Results], other: dict[str, Results], base: str, label: str) -> list[str]:
     """Notes where two sides were not sampled in the same way."""
     notes = []
-    for name in first.keys() & other.keys():
-        one, two = first[name].settings, other[name].settings
-        differ = sorted(
-            key for key in one.keys() & two.keys() if one[key] != two[key] and key not in (*MODEL_SETTINGS, "problems")
-        )
-        notes += [f"{name}: {key} is {one[key]!r} for {base} and {two[key]!r} for {label}" for key in differ]
+    for name in sorted(first.keys() & other.keys()):
+        one, two = (side[name].settings | side[name].settings["versions"] for side in (first, other))
+        keys = sorted(one.keys() & two.keys() - {"model", "fingerprint", "problems", "versions"})
+        notes += [
+            f"{name}: {key} is {one[key]} for {base} and {two[key]} for {label}" for key in keys if one[key] != two[key]
+        ]
     return notes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
+from topd.evaluation.equivalence import check_installed
 from topd.evaluation.responses import Engine, Request, Response, Sampling
 from topd.resumable import earlier_records, write_options
+from topd.version import __version__
 
 SAMPLE_STRIDE = 100_000
 """The number of a response is `sample * SAMPLE_STRIDE + problem`: the same however many of either there are."""
@@ -39,6 +44,15 @@ class EvalRun:
         problems = [{"id": problem.id, "answer": problem.answer} for problem in self.problem_set.problems]
         named = {"benchmark": self.problem_set.name, "rule": self.problem_set.rule, "chat": self.chat}
         return {"version": 1, **named, **self.model, **asdict(self.sampling), "problems": problems}
+
+
+def versions() -> dict[str, str]:
+    """Of what can change a response or its verdict, where it is installed."""
+    found = {"topd": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "vllm", "math-verify"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
@@ -68,7 +82,7 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     records = earlier_records(
         file, settings_file(folder, name), settings, limit=limit, batch=engine.together, may_change=""
     )
-    write_options(settings_file(folder, name), settings)
+    write_options(settings_file(folder, name), settings | {"versions": versions()})
     places = {problem.id: place for place, problem in enumerate(problems)}
     done = {record["sample"] * SAMPLE_STRIDE + places[record["problem"]] for record in records}
     missing = [request for request in requests if request.number not in done]
@@ -78,6 +92,8 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     )
     if not missing:
         return
+    if run.problem_set.rule == "math":
+        check_installed()
     engine.check(missing, run.sampling)
     with file.open("a", encoding="utf-8") as lines:
         for batch in _with_progress(run, engine, missing, len(requests), console):

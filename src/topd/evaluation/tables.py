@@ -31,7 +31,7 @@ POWER_LEGEND = (
 
 def result_table(result: dict[str, Any]) -> Group:
     """One model: a row a benchmark."""
-    table = _table(f"{result['model']}: % right, 95 % intervals over problems")
+    table = _table()
     for name in ("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "cut", "unread", "tokens"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in result["benchmarks"].items():
@@ -48,28 +48,29 @@ def result_table(result: dict[str, Any]) -> Group:
             str(row["unparsed"]),
             f"{row['tokens_mean']:.0f}",
         )
-    return Group(table, LEGEND)
+    return Group("", f"[bold]{escape(result['model'])}: % right, 95 % intervals over problems[/bold]", table, LEGEND)
 
 
 def comparison_tables(comparison: dict[str, Any]) -> Group:
     """The paper's Table 1 with intervals, its own figures apart, and each model beside the first."""
     columns = [*comparison["columns"], *([MEAN] if len(comparison["columns"]) > 1 else [])]
-    table = _table("% right, 95 % interval over problems")
+    table = _table()
     _add_columns(table, columns)
     for label, row in comparison["models"].items():
         cells = (f"{100 * row[name]['mean']:.1f}\n{_interval(row[name])}" if name in row else "" for name in columns)
         table.add_row(label, *cells)
-    parts: list[Any] = [table]
+    parts: list[Any] = ["", "[bold]% right, 95 % intervals over problems[/bold]", table]
     if set(columns) & (PAPER["+ OPD"].keys() - {MEAN}):
-        parts.append(_paper_table(columns))
+        parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", _paper_table(columns)]
     if comparison["comparisons"]:
-        parts.append(_beside_table(comparison))
-        parts.append(POWER_LEGEND.format(gain=100 * comparison["comparisons"][0]["power"]["gain"]))
+        first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
+        parts += ["", f"[bold]Points more than {first} on the same problems; sign-flip test[/bold]"]
+        parts += [_beside_table(comparison), POWER_LEGEND.format(gain=gain)]
     return Group(*parts, *(f"Note: {escape(note)}." for note in comparison["notes"]))
 
 
 def _paper_table(columns: list[str]) -> Table:
-    table = _table("The paper's Table 1: its models, no intervals given")
+    table = _table()
     _add_columns(table, [name for name in columns if name in PAPER["+ OPD"]])
     for label, row in PAPER.items():
         table.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
@@ -77,7 +78,7 @@ def _paper_table(columns: list[str]) -> Table:
 
 
 def _beside_table(comparison: dict[str, Any]) -> Table:
-    table = _table(f"Points more than {comparison['first']} on the same problems; sign-flip test")
+    table = _table()
     for name in ("", "points", "95 % interval", "p", "Holm", "seen", "needed", "at best"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     model = ""
@@ -99,8 +100,8 @@ def _beside_table(comparison: dict[str, Any]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
 
 
 def _add_columns(table: Table, names: list[str]) -> None:
