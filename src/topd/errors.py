@@ -21,3 +21,7 @@ class ContextError(TOPDError, ValueError):
 
 class NonFiniteError(TOPDError, RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimizer moves."""
+
+
+class TeacherServerError(TOPDError, RuntimeError):
+    """The server that the teacher is on cannot be used, or has gone away."""

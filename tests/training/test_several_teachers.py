@@ -63,6 +63,7 @@ def test_a_name_without_a_teacher_is_said(tmp_path):
         ({"method": "opd"}, "one_pass"),
         ({"embedding": "teacher_hidden"}, "embedding=student"),
         ({"max_overhead": 0.5}, "one teacher so far"),
+        ({"teacher_window_server": "http://localhost:8001"}, "one teacher so far"),
     ],
 )
 def test_what_works_with_one_teacher_only_is_said(tmp_path, options, message):

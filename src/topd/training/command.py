@@ -45,27 +45,31 @@ def run(argv: Sequence[str]) -> None:
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
-    several = {name: resolve_model(teacher) for name, teacher in (config.teachers or {}).items()}
-    if not model.model_name_or_path or not (config.teacher_model_name_or_path or several):
+    several = {name: resolve_model(named) for name, named in (config.teachers or {}).items()}
+    named = config.teacher_model_name_or_path or config.teacher_window_server or several
+    if not model.model_name_or_path or not named:
         raise TOPDError(
             "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml."
+            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
+            "on a server alone: --teacher_window_server.)"
         )
     student_name = resolve_model(model.model_name_or_path)
-    teacher_name = next(iter(several.values()), "") or resolve_model(config.teacher_model_name_or_path)
+    teacher = resolve_model(config.teacher_model_name_or_path) if config.teacher_model_name_or_path else None
+    teacher_name = next(iter(several.values()), teacher)
     also = {COLUMN: read_text} if several else None
     train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
 
     trust = config.trust_remote_code
     tokenizer = loading("tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    check_tokenizers(tokenizer, teacher_tokenizer)
+    if teacher_name is not None:
+        teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
+        check_tokenizers(tokenizer, teacher_tokenizer)
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
-        "models", f"{student_name} and {teacher_name}", MOPDTrainer if several else TOPDTrainer,
+        "models", f"{student_name} and {teacher_name or 'the teacher'}", MOPDTrainer if several else TOPDTrainer,
         teacher_model=several or teacher_name, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),

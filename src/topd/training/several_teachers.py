@@ -57,8 +57,10 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             raise ValueError("Several teachers need opd_loss=one_pass with method=opd: TRL's loss has one teacher.")
         if args.embedding.startswith("teacher"):
             raise ValueError("Several teachers need embedding=student or student_hidden: windows meet in one space.")
-        if kwargs.get("eval_dataset") is not None or args.max_overhead is not None:
-            raise ValueError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
+        if kwargs.get("eval_dataset") is not None or args.max_overhead or args.teacher_window_server:
+            raise ValueError(
+                "eval_dataset, max_overhead and teacher_window_server work with one teacher so far: leave them out."
+            )
         names = list(teacher_model)
         super().__init__(model, teacher_model[names[0]], args, *rest, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -77,12 +79,5 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
 
     def _teacher(self) -> DistilledModel:
         if self._routed is None:
-            self._routed = RoutedTeacher([self._as_seen(teacher) for teacher in self._teachers])
+            self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
         return self._routed
-
-    def _as_seen(self, teacher: Any) -> DistilledModel:
-        self.teacher_model = teacher
-        try:
-            return super()._teacher()
-        finally:
-            self.teacher_model = self._teachers[0]

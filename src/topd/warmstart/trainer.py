@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from trl import SFTTrainer
@@ -17,6 +16,7 @@ from topd.errors import NonFiniteError
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.training.kernels import loss_on_device
 from topd.training.non_finite import StopOnNonFiniteGradient
+from topd.training.sharding import shard_teacher
 from topd.training.tokenizers import check_tokenizers
 from topd.warmstart.config import WarmStartConfig
 
@@ -70,8 +70,6 @@ class WarmStartTrainer(SFTTrainer):
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError("kd_ratio > 0 does not work with context or sequence parallelism; use packing instead.")
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError("kd_ratio > 0 works with FSDP2: set fsdp_version: 2 in the accelerate config.")
         if self.aux_loss_enabled:
             raise ValueError(
                 "kd_ratio > 0 has no load-balancing loss for a mixture-of-experts student: set router_aux_loss_coef=0."
@@ -104,8 +102,8 @@ class WarmStartTrainer(SFTTrainer):
     def _prepared(self, teacher: Any) -> Any:
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)
-        if self.accelerator.is_fsdp2:  # accelerate leaves a model whole that it prepares for evaluation
-            return fsdp2_prepare_model(self.accelerator, teacher).eval()
+        if self.is_fsdp_enabled:
+            return shard_teacher(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     # The loss
