@@ -12,6 +12,7 @@ from topd.errors import TOPDError
 from topd.eval_cli import add_eval
 from topd.study_cli import add_study
 from topd.version import __version__
+from topd.warmstart_cli import add_generate
 
 REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
 
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
             from topd.training.command import run
+
+            run(arguments[1:])
+        elif arguments[:1] == ["warmstart"]:
+            from topd.warmstart.command import run
 
             run(arguments[1:])
         else:
@@ -38,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
-            "topd probe and topd eval when they are started again.",
+            "topd probe, topd eval and topd generate when they are started again.",
             file=sys.stderr,
         )
         return 130
@@ -53,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"topd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    add_generate(commands)
+    commands.add_parser("warmstart", help="stage 1, on teacher solutions: --config FILE.yaml [--any_option value]")
     commands.add_parser("train", help="distil a student from a teacher: --config FILE.yaml [--any_option value]")
 
     demo = commands.add_parser("demo", help="distil the embedded student by OPD and by TOPD, and compare")
