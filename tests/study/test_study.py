@@ -15,7 +15,7 @@ from topd.errors import TOPDError
 from topd.study import command
 from topd.study.config import plan_of, read_plan
 from topd.study.run import known_record, problems, run_job, settings_of
-from topd.study.summary import crossed_interval, holm, sign_flip_p, summarise
+from topd.study.summary import crossed_interval, sign_flip_p, summarise
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -93,11 +93,6 @@ def test_the_sign_test_is_exact():
     assert sign_flip_p(ranks) == pytest.approx(wilcoxon(ranks, method="exact").pvalue)
     many = np.random.default_rng(0).normal(0.3, 1.0, 40)
     assert sign_flip_p(many) == pytest.approx(wilcoxon(many).pvalue, abs=0.1)
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
-    assert holm([]) == []
 
 
 def test_the_interval_covers_the_mean_of_seeds_and_problems():

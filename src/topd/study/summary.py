@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from topd.evaluation.accuracy import holm
 from topd.study.config import REFERENCE
 
 Floats = NDArray[np.float64]
@@ -80,13 +81,3 @@ def sign_flip_p(differences: Floats, seed: int = 0, samples: int = 20_000) -> fl
         signs[0] = 1.0
     means = np.abs(signs @ differences)
     return float((means >= abs(differences.sum()) - 1e-12).mean())
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction: the chance of any false finding among all comparisons stays below the level."""
-    corrected = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
