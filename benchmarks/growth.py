@@ -25,7 +25,7 @@ LINEAR = 1.15
 WHAT = "scoring, windows, transport, loss, backward of two rollouts; 1 is linear growth"
 WINDOW = 16
 
-SIZES: dict[Size, tuple[int, int, int]] = {"tiny": (16, 1, 1), "quick": (128, 3, 3), "full": (256, 4, 5)}
+SIZES: dict[Size, tuple[int, int, int]] = {"tiny": (16, 1, 1), "quick": (128, 3, 1), "full": (256, 4, 5)}
 """Shortest rollout, fewest candidates a rollout, repeats."""
 
 

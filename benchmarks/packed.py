@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 SIZES: dict[Size, list[Plan]] = {
     "tiny": [Plan(32, 2, 8, 1)],
-    "quick": [Plan(1024, 16, 32, 3)],
+    "quick": [Plan(1024, 16, 32, 2)],
     "full": [Plan(1024, 16, 32, 7), Plan(4096, 41, 50, 3)],
 }
 

@@ -24,6 +24,10 @@ def add_probe(commands: Any) -> None:
         "--embedding", nargs="+", default=["student"], help="the main one first (default: %(default)s)",
         choices=("student", "teacher", "student_hidden", "teacher_hidden"),
     )  # fmt: skip
+    probe.add_argument(
+        "--given-responses", action="store_true",
+        help="measure the column `response` (or `completion`) of --data, and sample nothing",
+    )  # fmt: skip
     probe.add_argument("--cost", nargs="+", default=["cosine"], choices=("cosine", "sqeuclidean"))
     probe.set_defaults(run=run_probe_command)
 
@@ -35,14 +39,18 @@ def run_probe_command(options: argparse.Namespace) -> None:
 
     names = _checked(options)
     student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
+    rows = token_ids(options.data, options.split, options.rollouts, tokenizer, options.given_responses)
+    if options.given_responses:
+        options.rollouts = len(rows)
+        for row in rows:
+            row["response_ids"] = row["response_ids"][: options.max_new_tokens]
+    _check_length(rows, tokenizer, options, student, teacher)
     run = ProbeRun(
         names["student"], names["teacher"], options.data, options.rollouts, options.batch, options.max_new_tokens,
-        options.temperature,
+        options.temperature, options.given_responses,
         ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
                      options.seed),
     )  # fmt: skip
-    rows = token_ids(options.data, options.split, options.rollouts, tokenizer)
-    _check_length(rows, tokenizer, options, student, teacher)
     run_probe(run, student, teacher, tokenizer, rows, options.out)
 
 
@@ -106,9 +114,11 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from topd.demo.pair import resolve_model
+    from topd.quiet import quieten
     from topd.training.command import loading
     from topd.training.tokenizers import check_tokenizers
 
+    quieten()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, tokenizers = [], []
     for name in (student_name, teacher_name):
@@ -120,18 +130,21 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     return models[0], models[1], tokenizers[0]
 
 
-def token_ids(data: str, split: str, limit: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """Prompts as token ids; messages go through the chat template."""
+def token_ids(data: str, split: str, limit: int, tokenizer: Any, responses: bool = False) -> list[dict[str, Any]]:
+    """Prompts as token ids; messages go through the chat template. Given responses get the end of sequence."""
     from topd.training.command import prompts
 
     rows = []
-    for row in prompts(data, split, limit):
+    for row in prompts(data, split, limit, responses):
         prompt = row["prompt"]
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
         rows.append({"prompt_ids": ids, "answer": row.get("answer")})
+        if responses:
+            said = tokenizer(row["response"].removesuffix(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+            rows[-1]["response_ids"] = [*said, tokenizer.eos_token_id]
     return rows
 
 

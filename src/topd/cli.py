@@ -9,7 +9,12 @@ from pathlib import Path
 
 from topd.analysis_cli import add_correct, add_probe
 from topd.errors import TOPDError
+from topd.eval_cli import add_eval
+from topd.study_cli import add_study
 from topd.version import __version__
+from topd.warmstart_cli import add_generate
+
+REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,16 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             from topd.training.command import run
 
             run(arguments[1:])
+        elif arguments[:1] == ["warmstart"]:
+            from topd.warmstart.command import run
+
+            run(arguments[1:])
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
     except TOPDError as error:
         print(f"topd: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if error.name not in REPORT_NEEDS:
+            raise
+        print(f"topd: this needs {error.name}: pip install 'topd[report]'.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
-            "topd probe when it is started again.",
+            "topd probe, topd eval and topd generate when they are started again.",
             file=sys.stderr,
         )
         return 130
@@ -44,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"topd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    add_generate(commands)
+    commands.add_parser("warmstart", help="stage 1, on teacher solutions: --config FILE.yaml [--any_option value]")
     commands.add_parser("train", help="distil a student from a teacher: --config FILE.yaml [--any_option value]")
 
     demo = commands.add_parser("demo", help="distil the embedded student by OPD and by TOPD, and compare")
@@ -52,22 +68,40 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
     demo.add_argument("--steps", type=int, help="optimizer steps of each arm")
     demo.add_argument(
-        "--difficulty", choices=("easy", "standard", "hard"), default="standard", help="which embedded student"
+        "--difficulty",
+        choices=("easy", "standard", "hard", "wording", "stubborn"),
+        default="standard",
+        help="which embedded student",
     )
     demo.set_defaults(run=_demo)
     builds = demo.add_subparsers(metavar="build", required=False)
-    build = builds.add_parser("build", help="train the embedded models anew (about an hour on one core)")
+    build = builds.add_parser("build", help="train the embedded models anew (about 90 minutes on one core)")
     build.add_argument("--out", type=Path, required=True, help="folder for the models")
-    build.add_argument("--only", choices=("teacher", "students"), help="build only these")
+    build.add_argument(
+        "--only", choices=("teacher", "easy", "standard", "hard", "wording", "stubborn"), help="build only this one"
+    )
     build.set_defaults(run=_demo_build)
 
     add_probe(commands)
     add_correct(commands)
+    add_eval(commands)
+    add_study(commands)
 
     report = commands.add_parser("report", help="write the HTML page of a run")
-    report.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `topd demo` or `topd train` wrote")
+    report.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, probe or correct wrote"
+    )
+    report.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more runs, on the same axes"
+    )
     report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
     report.set_defaults(run=_report)
+
+    case = commands.add_parser("case", help="one fork of topd correct, token by token, as text and as a picture")
+    case.add_argument("run_folder", type=Path, metavar="RUN", help="folder that topd correct wrote")
+    case.add_argument("--fork", type=int, help="which, from 1 (default: the typical one)")
+    case.add_argument("--out", type=Path, help="picture: .svg, .png or .pdf (default: RUN/case.svg)")
+    case.set_defaults(run=_case)
     return parser
 
 
@@ -80,17 +114,28 @@ def _demo(options: argparse.Namespace) -> None:
 def _demo_build(options: argparse.Namespace) -> None:
     from topd.demo.build import build
 
-    build(options.out, (options.only,) if options.only else ("teacher", "students"))
+    build(options.out, options.only)
 
 
 def _report(options: argparse.Namespace) -> None:
-    if not options.run_folder.is_dir():
-        raise TOPDError(f"{options.run_folder}: there is no such folder. Give one that topd demo or topd train wrote.")
-    try:
-        from topd.report.page import write_report
-    except ImportError as error:
-        raise TOPDError(f"The report needs {error.name}: pip install 'topd[report]'.") from error
-    print(f"Wrote {write_report(options.run_folder, options.out)}")
+    for folder in (options.run_folder, *options.compare):
+        if not folder.is_dir():
+            raise TOPDError(
+                f"{folder}: there is no such folder. Give one that topd demo, train, probe or correct wrote."
+            )
+    from topd.report.page import write_report
+
+    print(f"Wrote {write_report(options.run_folder, options.out, options.compare)}")
+
+
+def _case(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from topd.report.case import draw_case, load_case, print_case
+
+    fork, case = load_case(options.run_folder, options.fork)
+    print_case(case, Console())
+    print(f"Wrote {draw_case(case, options.out or options.run_folder / 'case.svg')} (fork {fork}).")
 
 
 if __name__ == "__main__":

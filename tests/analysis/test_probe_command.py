@@ -90,3 +90,34 @@ def test_the_cost_is_said_before_and_the_paper_stands_beside(tmp_path, capsys):
 def test_what_cannot_be_is_said(tmp_path, capsys, more, message):
     assert main([*ARGUMENTS, "--out", str(tmp_path), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_given_responses_are_measured_and_nothing_is_sampled(tmp_path):
+    said = {
+        "what is 2+3×4?": " first 3×4=12, leaving 2+12. then 2+12=14. so the answer is 14",
+        "what is 5+1?": " first 5+1=6. so the answer is 6",
+    }
+    data = tmp_path / "said.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in said.items()))
+    code, result = run(tmp_path / "out", "--data", str(data), "--given-responses")
+    assert code == 0
+    assert result["rollouts"] == 2  # as many as there are, not as many as asked for
+    records = [json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text().splitlines()]
+    for record, response in zip(records, said.values(), strict=True):
+        text = "".join(record["tokens"])
+        assert len(record["tokens"]) <= 24  # --max-new-tokens
+        assert text
+        assert response.startswith(text.removesuffix("<eos>"))
+
+
+@pytest.mark.parametrize(("data", "says"), [('{"prompt": "1+1="}\n', "no `response`"), ("", "empty")])
+def test_missing_responses_end_in_a_message(tmp_path, capsys, data, says):
+    (tmp_path / "d.jsonl").write_text(data)
+    code, _ = run(tmp_path / "out", "--data", str(tmp_path / "d.jsonl"), "--given-responses")
+    assert code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_embedded_task_has_no_given_responses(tmp_path, capsys):
+    assert run(tmp_path, "--given-responses")[0] == 2
+    assert "no given responses" in capsys.readouterr().err

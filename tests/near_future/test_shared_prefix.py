@@ -203,3 +203,21 @@ def test_rows_of_a_reading():
     part = reading[1:]
     assert part.hidden[:, 0, 0].tolist() == [2.0, 4.0]
     assert part.prefix[0][1].shape == (2, 1, 4, 2)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_windows_decode_under_autocast(kind):
+    """The prefix may be kept under autocast or outside of it; nearly all bf16 windows are the float32 ones."""
+    model = model_of(kind)
+    torch.manual_seed(0)
+    ids = torch.randint(3, 47, (2, 25))
+    ones = torch.ones_like(ids)
+    rollouts = Rollouts(ids[:, :5], ones[:, :5], ids[:, 5:], ones[:, 5:], ones[:, 5:])
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    rows, positions = ones[:, 5:].nonzero(as_tuple=True)
+    exact = pair.read(rollouts)
+    expected = pair.continue_(rollouts, exact, greedy_of(model, exact), rows, positions, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        for reading in (exact, pair.read(rollouts)):
+            found = pair.continue_(rollouts, reading, greedy_of(model, exact), rows, positions, 6)
+            assert (found.tokens == expected.tokens).all(-1).float().mean() > 0.8

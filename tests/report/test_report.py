@@ -12,108 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_records import HOSTILE, candidate, record, write_arm, write_correct, write_probe, write_results
 
+from topd.cli import main
 from topd.report import ReportError, write_report
+from topd.report.analyses import Case, Window
+from topd.report.case import typical
 from topd.report.distances import correlation
 from topd.report.figures import arm_styles, curve_figures, thin
-from topd.report.records import Arm, Candidate, Rollout, load_run
+from topd.report.page import render
+from topd.report.records import Arm, Candidate, Rollout
 from topd.report.rollouts import align, choose_rollouts, shade, visible
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</script><script>alert(2)</script>",
-    "</style><img src=x onerror=alert(3)>",
-    "</details></title><!-- ",
-    '" onmouseover="alert(4)" x="',
-    "' autofocus onfocus='alert(5)",
-    "{{ 7 * 7 }}{% raw %}",
-    "&lt;b&gt; &#60;i&#62;",
-    "🤖 émoji 😀‍🔥 \u202eright to left",
-    "\x00\x1b[31m\r\ufffe",
-    "\ud83d",
-    "\n",
-    " ",
-    "",
-]
-
-
-# --- a run, made here ------------------------------------------------------------------------------------------------
-
-
-def candidate(position: int = 1, *, distance: float | None = 0.4, fork: bool = True, **other: Any) -> dict[str, Any]:
-    return {
-        "position": position,
-        "token": "5",
-        "token_loss": 1.9,
-        "distance": distance,
-        "fork": fork,
-        "decision": "guided" if fork else "none",
-        "weight": 1.0,
-        "student_window": ["5", "+", "2"],
-        "teacher_window": ["2", "×", "5", "+"],
-        "plan": [[0, 2, 0.33], [1, 3, 0.33], [2, 0, 0.25], [2, 1, 0.08]],
-    } | other
-
-
-def record(step: int = 10, *, candidates: list[dict[str, Any]] | None = None, **other: Any) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "step": step,
-        "method": "topd",
-        "prompt": "what is 5+2×3?",
-        "rollout": {"tokens": [" first ", "5", "+", "2"], "token_loss": [0.01, 1.9, 0.3, 5.5]},
-        "candidates": [candidate()] if candidates is None else candidates,
-    } | other
-
-
-def metrics(step: int, *, near_future: bool) -> dict[str, float]:
-    found = {
-        "step": step, "loss": 0.3, "token_loss/mean": 0.3 / step, "token_loss/q50": 0.001, "token_loss/q90": 0.5,
-        "token_loss/q99": 3.0, "seconds/rollout": 0.5, "seconds/scoring": 0.1, "seconds/loss": 0.1,
-        "seconds/backward": 0.2, "completions/mean_length": 30.0,
-    }  # fmt: skip
-    if near_future:
-        found |= {
-            "distance/q25": 0.1, "distance/q50": 0.3, "distance/q75": 0.5, "false_alarm_share": 0.3,
-            "guidance/own_token_share": 0.6, "guidance/loss": 2.0, "seconds/windows": 0.2, "seconds/transport": 0.05,
-        }  # fmt: skip
-    return found
-
-
-def write_arm(folder: Path, records: list[Any], *, logged: int = 0, near_future: bool = True, **options: Any) -> Path:
-    """A trainer output folder with so many logged steps. Without any, there are no curves to draw."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = [metrics(step, near_future=near_future) for step in range(1, logged + 1)]
-    (folder / "trainer_state.json").write_text(
-        json.dumps({"log_history": [*log, {"step": logged, "train_runtime": 9}]})
-    )
-    (folder / "topd_config.json").write_text(json.dumps({"method": folder.name, "window_length": 50} | options))
-    if records:
-        lines = [line if isinstance(line, str) else json.dumps(line) for line in records]
-        (folder / "audit.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-
-def write_results(folder: Path, **other: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    share = {"mean": 0.748, "low": 0.71, "high": 0.786, "n": 500}
-    results = {
-        "version": 1,
-        "teacher": {"greedy": 0.992},
-        "student": {"greedy": 0.552, "sampled": 0.418},
-        "arms": [
-            {"name": "opd", "greedy": share, "sampled": share, "seconds_per_step": 0.9, "steps": 5},
-            {"name": "topd", "greedy": share | {"mean": 0.812}, "sampled": share, "seconds_per_step": 1.2, "steps": 5},
-        ],
-        "difference": {"greedy": {"mean": 0.064, "low": -0.028, "high": 0.1, "p": 0.0008}},
-        "overhead": 1.31,
-        "false_alarm_share": {"value": 0.304, "low": 0.262, "high": 0.347},
-        "seconds_total": 412.3,
-        "seed": 7,
-        "versions": {"topd": "0.1.0", "torch": "2.9.1"},
-    } | other
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
+from topd.report.runs import load_run
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +90,11 @@ def page_of(run: Path) -> Page:
 
 def assert_harmless(page: Page) -> None:
     script = (Path(sys.modules["topd.report.page"].__file__ or "").parent / "script.js").read_text(encoding="utf-8")
-    assert [text for tag, text in page.texts if tag == "script"] == [script]
-    assert len(page.all("script")) == 1
+    data, code = [text for tag, text in page.texts if tag == "script"]
+    assert code == script
+    assert page.all("script") == [{"type": "application/json", "id": "futures"}, {}]
+    json.loads(data)
+    assert not set("<>&") & set(data), "nothing in the data can end its element"
     for tag, attrs in page.elements:
         assert tag not in ("img", "iframe", "object", "embed", "base", "audio", "video", "source")
         for name, value in attrs.items():
@@ -424,7 +337,8 @@ def test_the_newest_candidates_are_kept_and_the_rest_counted(tmp_path: Path) -> 
     run = load_run(write_arm(tmp_path / "topd", records[::-1]))
     shown = choose_rollouts(run.arms, 300)
     assert [item.rollout.step for item in shown] == list(range(200, 50, -1))
-    page = page_of(tmp_path / "topd")
+    (tmp_path / "page.html").write_text(render([run], limit=300))
+    page = Page(tmp_path / "page.html")
     assert len(page.all("details", "card")) == 300
     assert "100 older candidates left out" in page.text
     assert "among 400 candidates in 200 audited rollouts" in page.text
@@ -450,13 +364,13 @@ def test_a_page_with_long_windows_and_rollouts_stays_small(tmp_path: Path) -> No
     window, other = tokens[:50], tokens[25:75]
     plan = [[i, (7 * i) % 50, 0.02] for i in range(50)]
     many = [
-        candidate(position, student_window=window, teacher_window=other, plan=plan) for position in range(0, 5000, 40)
+        candidate(position, student_window=window, teacher_window=other, plan=plan) for position in range(0, 4800, 40)
     ]
     long = {"tokens": tokens, "token_loss": [0.3] * len(tokens)}
-    run = write_arm(tmp_path / "topd", [record(step, rollout=long, candidates=many) for step in range(3)])
+    run = write_arm(tmp_path / "topd", [record(step, rollout=long, candidates=many) for step in range(17)])
     page = page_of(run)
-    assert len(page.all("details", "card")) == 300
-    assert len(page.source.encode()) < 3_000_000
+    assert len(page.all("details", "card")) == 2000
+    assert len(page.source.encode()) < 9_000_000
     assert "more candidates of this rollout left out" in page.text
     assert "older candidates left out" in page.text
 
@@ -484,21 +398,16 @@ def test_alignment_says_who_is_matched_to_whom() -> None:
         )
     )  # fmt: skip
     assert found is not None
-    assert found.description == "1 to 3, 2 to 2"
-    assert (found.same, found.rows, found.faint) == (1, 3, True)
-    assert [token.moved for token in found.student] == [False, True]
-    assert [token.moved for token in found.teacher] == [False, True, False]
-    assert dict(found.paths) == {
-        "same": "M0 1C5 1 5 5 10 5",
-        "moved": "M0 3H10",
-        "same weak": "M0 3C5 3 5 1 10 1",
-    }
+    assert found.best == {0: 2, 1: 1}
+    assert (found.same, found.faint) == (1, True)
+    assert [(i, j) for i, j, _ in found.links] == [(0, 2), (1, 1), (1, 0)]
+    assert found.data == [["a", "b"], ["b", "c", "a"], [[0, 2, 0], [1, 1, 0], [1, 0, 1]], [[0, 2], [1, 1]]]
 
 
 def test_a_window_without_a_plan_is_still_shown() -> None:
     found = align(Candidate(0, "a", 1.0, None, False, student_window=("a",)))
     assert found is not None
-    assert (found.paths, found.description, found.teacher) == ([], "none", [])
+    assert (found.links, found.best, found.teacher) == ([], {}, [])
     assert align(Candidate(0, "a", 1.0, None, False)) is None
 
 
@@ -545,11 +454,126 @@ def test_no_model_library_and_no_drawing_state_is_loaded() -> None:
 
 
 def test_an_opd_arm_s_loss_is_its_token_loss(tmp_path):
-    from topd.report.records import load_run
-
     folder = tmp_path / "opd"
     folder.mkdir()
     (folder / "topd_config.json").write_text('{"method": "opd"}')
     (folder / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]}')
     (arm,) = load_run(folder).arms
     assert arm.series("token_loss/mean") == ([1, 2], [0.5, 0.25])
+
+
+# --- analyses and several runs ---------------------------------------------------------------------------------------
+
+
+def test_a_probe_is_shown_beside_the_paper(tmp_path: Path) -> None:
+    page = page_of(write_probe(tmp_path / "mine"))
+    assert_harmless(page)
+    for expected in (
+        "small beside big: 6 rollouts", "Median D_OT, high-loss (n = 12)", "0.400", "0.566", "0.250", "0.126",
+        "25.0", "20.0 to 30.0", "29.2", "teacher/cosine/50", "6 of 8 false alarms", "Probe, rollout 1", "Forks 6",
+        "False alarms 6",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert "high-loss median 0.25" in " ".join(figure["aria-label"] or "" for figure in page.all("svg", "figure"))
+
+
+def test_local_correction_is_shown_with_its_cases(tmp_path: Path) -> None:
+    page = page_of(write_correct(tmp_path / "mine", forks=45))
+    assert_harmless(page)
+    for expected in (
+        "At each of 45 forks the student takes 5 gradient steps", "−0.100", "0.04", "0.204", "Rollout 1, token 4",
+        "D_OT 0.400, ends right", "5 more cases in the records",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert len(page.all("details", "case")) == 40
+
+
+def test_what_analyses_quote_is_never_run(tmp_path: Path) -> None:
+    run = write_arm(tmp_path / "topd", [record()])
+    write_probe(run / "probe", tokens=HOSTILE)
+    write_correct(run / "correct", tokens=HOSTILE)
+    page = page_of(run)
+    assert_harmless(page)
+    assert page.text.count("<script>alert(1)</script>") >= 5
+
+
+def test_runs_are_compared_on_the_same_axes(tmp_path: Path) -> None:
+    folders = []
+    for name in ("first", "second"):
+        folders.append(write_results(tmp_path / name / "demo"))
+        write_arm(folders[-1] / "topd", [record()], logged=5)
+    write_probe(folders[1] / "probe")
+    out = write_report(folders[0], tmp_path / "page.html", compare=folders[1:])
+    page = Page(out)
+    assert_harmless(page)
+    names = ["first/demo", "second/demo"]
+    for name in names:
+        assert f"Results: {name}" in page.text
+    assert f"Probe: {names[1]}" in page.text
+    labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
+    (loss,) = [label for label in labels if label.startswith("Token loss by")]
+    assert all(f"{name} from 0.3 at step 1" in loss for name in names)
+
+
+def test_newer_and_broken_analyses(tmp_path: Path) -> None:
+    probe = write_probe(tmp_path / "probe")
+    records = probe / "probe_records.jsonl"
+    records.write_text(records.read_text() + '{"places": [{"group": "high"}]}\n{"torn')
+    assert "2 lines were left out of probe_records.jsonl" in page_of(probe).text
+    (probe / "probe.json").write_text('{"version": 2}')
+    with pytest.raises(ReportError, match=r"probe\.json has record version 2"):
+        write_report(probe)
+
+
+def test_a_study_is_shown_with_its_curves(tmp_path: Path) -> None:
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    beside = {"mean": -0.02, "low": -0.05, "high": 0.01, "p": 0.02, "p_holm": 0.04, "seeds": [0, 1], "ahead": 1}
+    curve = {seed: [{"step": 0, "tokens": 0, "seconds": 0, "accuracy": 0.3}, {"step": 5, "tokens": 90, "seconds": 7.0,
+             "accuracy": 0.5 + 0.1 * int(seed)}] for seed in "01"}  # fmt: skip
+    arm = {"greedy": {"seeds": [0, 1], "accuracy": interval}, "sampled": {}, "curve": curve}
+    arms = {"opd": arm, HOSTILE[0]: arm | {"greedy": {"accuracy": interval, "beside_opd": beside}}}
+    plan = {"student": "small", "teacher": "big", "steps": 5, "held_out": 1000}
+    (tmp_path / "study.json").write_text(
+        json.dumps({"version": 1, "plan": plan, "tuned": {"opd": {"learning_rate": 0.1}}, "arms": arms})
+    )
+    page = page_of(tmp_path)
+    assert_harmless(page)
+    for expected in ("50.0 (40.0 to 60.0)", "−2.0 (−5.0 to +1.0)", "0.04", "1 of 2", "2 seeds", "learning_rate 0.1"):
+        assert expected in page.text, expected
+    labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
+    assert len(labels) == 3
+    assert "opd 0.3 to 0.55" in labels[0]
+
+
+# --- the case study --------------------------------------------------------------------------------------------------
+
+
+def test_a_case_is_text_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_correct(tmp_path / "mine")
+    assert main(["case", str(run), "--out", str(tmp_path / "case.svg")]) == 0
+    printed = capsys.readouterr().out
+    assert "what is 5+2?" in printed
+    assert "fork 2" in printed  # the middle one
+    assert re.search(r"opd +2 \[5\] \+ \[2\]|opd +\[2\] \[5\] \[\+\] 2|opd +2 \[5\] \[\+\] \[2\]", printed)
+    picture = (tmp_path / "case.svg").read_text()
+    assert picture.count("D_OT") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--fork", "9"], "numbered 1 to 3"), (["--out", "x.nothing"], r"\.svg, \.png or \.pdf")],
+)
+def test_a_case_that_cannot_be_had(tmp_path: Path, capsys: Any, arguments: list[str], says: str) -> None:
+    assert main(["case", str(write_correct(tmp_path / "mine")), *arguments]) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_the_typical_case_is_among_those_that_changed() -> None:
+    def case(opd: float, topd: float, changed: bool) -> Case:
+        after = ("b",) if changed else ("a",)
+        told = (("before", ("a",), 0.5), ("opd", ("a",), opd), ("topd", after, topd))
+        return Case(0, 0, "", ("b",), tuple(Window(*each, None) for each in told))
+
+    cases = [case(0.4, 0.4, False)] * 5 + [case(0.4, 0.1, True), case(0.4, 0.3, True), case(0.1, 0.5, True)]
+    assert typical(cases) == 6
+    assert typical(cases[:5]) == 0

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from topd.analysis.correct import CorrectOptions, Corrector, Fork, Outcome
-from topd.analysis.resumable import earlier_records, write_options
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
 PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
 """Mean D_OT of the paper's pair, 1,000 forks (section 5.2)."""
 MEASURES = {
-    "distance": "D_OT to the teacher's window",
-    "teacher_log_likelihood": "teacher's log-likelihood a token (nats)",
-    "agreement": "tokens equal to the teacher's",
-    "right": "continuations that end right",
+    "distance": "D_OT",
+    "teacher_log_likelihood": "log p_T, nats",
+    "agreement": "same token",
+    "right": "ends right",
 }
 
 
@@ -62,7 +63,7 @@ def run_correct(
             progress.update(task, completed=len(records))
     result = conclude(run, records)
     (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(correct_table(result))
+    Console(width=max(92, console.width)).print(correct_table(result))
     console.print(f"{out / RESULT} holds the figures, {out / RECORDS} every window before and after.")
     return result
 
@@ -115,16 +116,23 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def correct_table(result: dict[str, Any]) -> Table:
-    """A row an arm, a column a measure: mean and 95 % interval; the paper's D_OT beside."""
-    table = Table(title=f"Local correction: {result['forks']} forks, means [95 % interval]", title_justify="left")
-    table.add_column("")
-    for name in result["measures"]:
-        table.add_column(MEASURES[name], justify="right")
-    table.add_column("paper's D_OT", justify="right")
-    for arm in result["measures"]["distance"]["arms"]:
-        cells = []
-        for found in result["measures"].values():
-            row = found["arms"][arm]
-            cells.append(f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]".replace("[", r"\["))
-        table.add_row(arm, *cells, f"{PAPER[arm]:.3f}" if arm in PAPER else "")
+    """A row a measure and arm: mean with interval, quartiles, and the difference from "opd" on the same forks."""
+    table = Table(
+        title=f"Local correction: {result['forks']} forks",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("", "mean", "95 % interval", "quartiles", "- opd", "p", "paper"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for measure, found in result["measures"].items():
+        table.add_row(f"[bold]{MEASURES[measure]}[/bold]")
+        for arm, row in found["arms"].items():
+            beside = found["beside_opd"].get(arm)
+            table.add_row(
+                arm, f"{row['mean']:.3f}", f"{row['low']:.3g} to {row['high']:.3g}",
+                f"{row['q1']:.2f} {row['median']:.2f} {row['q3']:.2f}",
+                f"{beside['mean']:+.3f}" if beside else "", f"{beside['p']:.2g}" if beside else "",
+                f"{PAPER[arm]:.3f}" if measure == "distance" and arm in PAPER else "",
+            )  # fmt: skip
     return table

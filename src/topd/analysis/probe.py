@@ -55,6 +55,7 @@ class Measured:
         rows, positions: [place] where they are.
         ours, theirs: both windows at each.
         distances: by variant, [place] D_OT; NaN where there is none.
+        plan: [place, student position, teacher position] of the main variant.
     """
 
     rows: Tensor
@@ -62,6 +63,7 @@ class Measured:
     ours: Windows
     theirs: Windows
     distances: dict[str, Tensor]
+    plan: Tensor
 
 
 @torch.no_grad()
@@ -71,11 +73,11 @@ def measure(
     """Scores of the response tokens [rollout, position], 0 at padding, and the groups "high", "random" and "low"."""
     mask = rollouts.loss_mask.bool()
     ours, theirs = student.read(rollouts), teacher.read(rollouts)
-    found = score_tokens(
+    flat = score_tokens(
         ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), rollouts.response_ids[mask]
     )
     scores = TokenScores(
-        *(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in found)
+        *(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in flat)
     )
     chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)
     groups = {}
@@ -84,15 +86,17 @@ def measure(
         length = max(options.window_lengths)
         our_windows = student.continue_(rollouts, ours, scores.student_greedy, rows, positions, length)
         their_windows = teacher.continue_(rollouts, theirs, scores.teacher_greedy, rows, positions, length)
-        distances = {}
+        found = {}
         for name, (embedding, cost, k) in zip(
             options.variants, product(options.embeddings, options.costs, options.window_lengths), strict=True
         ):
             short = [Windows(windows.tokens[:, :k], windows.mask[:, :k]) for windows in (our_windows, their_windows)]
-            distances[name] = near_future_transport(
+            found[name] = near_future_transport(
                 short[0], short[1], rollouts, rows, positions, student, teacher, embedding=embedding, cost=cost
-            ).distance.cpu()
-        groups[group] = Measured(rows, positions, our_windows, their_windows, distances)
+            )
+        distances = {name: transport.distance.cpu() for name, transport in found.items()}
+        plan = found[options.variants[0]].plan.cpu()
+        groups[group] = Measured(rows, positions, our_windows, their_windows, distances, plan)
     return scores, groups
 
 
@@ -147,6 +151,7 @@ def probe_records(
                     "distance": distance,
                     "student_window": texts(found.ours.tokens[index][found.ours.mask[index]]),
                     "teacher_window": texts(found.theirs.tokens[index][found.theirs.mask[index]]),
+                    "plan": [[i, j, _number(found.plan[index, i, j])] for i, j in found.plan[index].nonzero().tolist()],
                 })  # fmt: skip
         records.append(
             {

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
 from topd.analysis.probe_summary import GROUPS, PAPER, Probe, token_table
-from topd.analysis.resumable import earlier_records, write_options
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
+from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
 
@@ -30,9 +30,10 @@ class ProbeRun:
 
     Attributes:
         student, teacher: names, for the record.
-        rollouts: how many are sampled, one a prompt; prompts are used again where there are fewer.
+        rollouts: how many are measured, one a prompt; prompts are used again where there are fewer.
         batch: rollouts that are measured together.
         max_new_tokens, temperature: of the rollouts.
+        given: the responses come with the prompts, and nothing is sampled.
         options: what is measured at them.
     """
 
@@ -43,6 +44,7 @@ class ProbeRun:
     batch: int
     max_new_tokens: int
     temperature: float
+    given: bool
     options: ProbeOptions
 
 
@@ -108,8 +110,13 @@ def cost_message(run: ProbeRun, done: int) -> str:
     places = len(GROUPS) * max(1, round(run.options.share * run.max_new_tokens))
     windows = 2 * left * places * max(run.options.window_lengths)
     already = f"{done} of {run.rollouts} rollouts are there already. " if done else ""
+    what = (
+        f"{left} given responses"
+        if run.given
+        else (f"{left} rollouts of up to {run.max_new_tokens} tokens ({left * run.max_new_tokens:,} at most)")
+    )
     return (
-        f"{already}{left} rollouts of up to {run.max_new_tokens} tokens ({left * run.max_new_tokens:,} at most), then "
+        f"{already}{what}, then "
         f"about {places} places in each, where both models go on by {max(run.options.window_lengths)} tokens "
         f"({windows:,} at most)."
     )
@@ -117,7 +124,7 @@ def cost_message(run: ProbeRun, done: int) -> str:
 
 def _rollouts(run: ProbeRun, student: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> Rollouts:
     ids: list[Tensor] = [torch.tensor(prompt["prompt_ids"]) for prompt in prompts]
-    if "response_ids" in prompts[0]:
+    if run.given:
         responses = [torch.tensor(prompt["response_ids"]) for prompt in prompts]
         return written_rollouts(ids, responses, tokenizer, student.device)
     return sample_rollouts(student, tokenizer, ids, max_new_tokens=run.max_new_tokens, temperature=run.temperature)

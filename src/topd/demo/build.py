@@ -1,8 +1,10 @@
 """`topd demo build`: train the embedded teacher and students from nothing, on worked solutions, with fixed seeds.
 
-The students share one lineage: the easy one is trained from scratch, the standard one continues from it on data with
-a stronger left-to-right habit, and the hard one from the standard one. Each model is written with a `build.json` that
-says how it was made and how well it answers held-out problems.
+Three students share one lineage: the easy one is trained from scratch, the standard one continues from it on data with
+a stronger left-to-right habit, and the hard one from the standard one. The wording one continues from the easy one
+with a weaker habit. The stubborn one is trained from scratch on the habit, so that it has hardly ever seen the other
+way: the trap of the paper, where one mended token is not enough. Each model is written with a `build.json` that says
+how it was made and how well it answers held-out problems.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from topd.demo.accuracy import greedy_accuracy
+from topd.demo.pair import pair_folder
 from topd.demo.task import STUDENTS, TEACHER, Style, make_problems, sample_problem, write_solution
 from topd.demo.tokenizer import build_tokenizer
 
@@ -29,13 +32,17 @@ class Recipe:
     learning_rate: float
     batch: int = 96
     seed: int = 0
+    after: str = ""
+    """The student that it continues from; empty: from scratch."""
 
 
 TEACHER_RECIPE = Recipe(steps=2400, learning_rate=2e-3, seed=1)
 STUDENT_RECIPES = {
     "easy": Recipe(steps=2000, learning_rate=2e-3, seed=2),
-    "standard": Recipe(steps=400, learning_rate=5e-4, seed=3),
-    "hard": Recipe(steps=400, learning_rate=5e-4, seed=4),
+    "standard": Recipe(steps=400, learning_rate=5e-4, seed=3, after="easy"),
+    "hard": Recipe(steps=400, learning_rate=5e-4, seed=4, after="standard"),
+    "wording": Recipe(steps=400, learning_rate=5e-4, seed=5, after="easy"),
+    "stubborn": Recipe(steps=2000, learning_rate=2e-3, seed=6),
 }
 
 
@@ -127,17 +134,25 @@ def save(
     (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def build(out: Path, roles: tuple[str, ...] = ("teacher", "students")) -> None:
-    """Train the teacher and the three students into `out/teacher` and `out/student-*` (about an hour on one core)."""
+def build(out: Path, only: str | None = None) -> None:
+    """Train the teacher and the students into `out/teacher` and `out/student-*` (about 90 minutes on one core).
+
+    `only`: "teacher", or the name of a student; what it continues from is then taken from `out` or the package.
+    """
     tokenizer = build_tokenizer()
-    if "teacher" in roles:
+    if only in (None, "teacher"):
         torch.manual_seed(TEACHER_RECIPE.seed)
         teacher = new_model(tokenizer, width=160, layers=4)
         loss = train_on_solutions(teacher, tokenizer, TEACHER, TEACHER_RECIPE)
         save(teacher, tokenizer, TEACHER, TEACHER_RECIPE, loss, out / "teacher")
-    if "students" in roles:
-        torch.manual_seed(STUDENT_RECIPES["easy"].seed)
+    for name, recipe in STUDENT_RECIPES.items():
+        if only not in (None, name):
+            continue
+        torch.manual_seed(recipe.seed)
         student = new_model(tokenizer, width=128, layers=3)
-        for name, recipe in STUDENT_RECIPES.items():
-            loss = train_on_solutions(student, tokenizer, STUDENTS[name], recipe)
-            save(student, tokenizer, STUDENTS[name], recipe, loss, out / f"student-{name}")
+        if recipe.after:
+            made = out / f"student-{recipe.after}"
+            start = made if made.is_dir() else pair_folder(made.name)
+            student = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
+        loss = train_on_solutions(student, tokenizer, STUDENTS[name], recipe)
+        save(student, tokenizer, STUDENTS[name], recipe, loss, out / f"student-{name}")

@@ -6,17 +6,15 @@ Both arms have the same student, teacher, prompts, seed and optimizer steps; the
 from __future__ import annotations
 
 import json
-import logging
 import platform
+import shutil
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,14 +27,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from topd.analysis.probe import probe
-from topd.analysis.probe_summary import PAPER
+from topd.analysis.probe import ProbeOptions
+from topd.analysis.probe_command import ProbeRun, run_probe
 from topd.demo.accuracy import MAX_NEW_TOKENS, correct_answers
 from topd.demo.pair import pair_folder
 from topd.demo.table import results_table
 from topd.demo.task import Problem, make_problems
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
-from topd.near_future.sampling import local_pair, sample_rollouts
+from topd.quiet import quieten
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
 from topd.version import __version__
@@ -58,6 +56,8 @@ class Size:
 FULL = Size(steps=60, held_out=1000, sampled=4, probe_rollouts=128)
 QUICK = Size(steps=12, held_out=500, sampled=1, probe_rollouts=48)
 
+CURVE_PROBLEMS = 200
+"""Held-out problems answered every sixth of the training, for the curve on the page."""
 WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 16, 0.06, 0.03
 """The task's responses have about 60 tokens, the paper's 9,688: so windows are shorter and candidates denser."""
 
@@ -66,7 +66,7 @@ def run_demo(
     out: Path, *, quick: bool = False, seed: int = 0, steps: int | None = None, difficulty: str = "standard"
 ) -> dict[str, Any]:
     """Run both arms, print the table, write `results.json` and `report.html` into `out`; return the results."""
-    _quieten()
+    quieten()
     torch.set_num_threads(1)  # models of a megabyte: a second thread costs more than it gives
     size = QUICK if quick else FULL
     steps = steps or size.steps
@@ -76,7 +76,7 @@ def run_demo(
     held_out = make_problems(size.held_out, seed=1_000_000 + seed, held_out=True)
 
     console.print(f"[bold]TOPD demo[/bold]  {difficulty} student, {steps} steps of {size.batch} rollouts, seed {seed}")
-    before = _before(student_folder, tokenizer, held_out, size, console)
+    before = _before(student_folder, tokenizer, held_out, out, size, console)
     correct, arms = {}, []
     for name in ARMS:
         student, arm = _train(name, student_folder, tokenizer, out / name, size, steps, seed, console)
@@ -104,9 +104,10 @@ def run_demo(
 
 
 def _before(
-    student_folder: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], size: Size, console: Console
-) -> dict[str, Any]:
-    """Accuracy of teacher and student, and the pair's false-alarm share, before anything is trained."""
+    student_folder: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], out: Path, size: Size,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """Accuracy of teacher and student, and a probe of the pair, before anything is trained."""
     teacher, student = _load(pair_folder("teacher")), _load(student_folder)
     with console.status("before training: answering held-out problems"):
         shown = {
@@ -114,19 +115,17 @@ def _before(
             "student": {how: _interval(v)["mean"] for how, v in _answers(student, tokenizer, held_out, 1, 0).items()},
         }
     console.print(f"teacher {shown['teacher']['greedy']:.1%}  student {shown['student']['greedy']:.1%} (greedy)")
-    with console.status("probing: are high-loss tokens forks or false alarms?"):
-        torch.manual_seed(0)
-        prompts = [problem.prompt for problem in make_problems(size.probe_rollouts, seed=7, held_out=False)]
-        rollouts = sample_rollouts(student, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
-        found = probe(
-            *local_pair(student, teacher, tokenizer), rollouts, window_length=WINDOW_LENGTH, share=CANDIDATE_SHARE
-        )
-    low, high = found.interval()
-    console.print(
-        f"false alarms among high-loss tokens: {found.false_alarm_share:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%}; the paper's pair: {PAPER['false_alarm_share']:.1%})"
-    )
-    return shown | {"false_alarm_share": {"value": found.false_alarm_share, "low": low, "high": high}}
+    shutil.rmtree(out / "probe", ignore_errors=True)
+    prompts = make_problems(size.probe_rollouts, seed=7, held_out=False)
+    run = ProbeRun(
+        student_folder.name, "teacher", "embedded", size.probe_rollouts, size.batch, MAX_NEW_TOKENS, 1.0, False,
+        ProbeOptions(CANDIDATE_SHARE, (WINDOW_LENGTH,)),
+    )  # fmt: skip
+    found = run_probe(
+        run, student, teacher, tokenizer,
+        [{"prompt_ids": tokenizer(problem.prompt)["input_ids"]} for problem in prompts], out / "probe",
+    )  # fmt: skip
+    return shown | {"false_alarm_share": found["false_alarm_share"]}
 
 
 def _train(
@@ -157,6 +156,8 @@ def _train(
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), console=console,
     ) as progress:  # fmt: skip
         trainer.add_callback(_ShowProgress(progress, name, steps))
+        curve = make_problems(CURVE_PROBLEMS, seed=5, held_out=True)
+        trainer.add_callback(_Accuracy(tokenizer, curve, every=max(1, steps // 6)))
         trainer.train()
     trainer.save_model(str(out))
     trainer.save_state()
@@ -205,6 +206,28 @@ class _ShowProgress(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step, loss=f"loss {logs['loss']:.3f}")
 
 
+class _Accuracy(TrainerCallback):
+    """Writes greedy accuracy with its interval into the log, before the first step and every `every` steps.
+
+    The problems are drawn apart from those of the final table.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], every: int) -> None:
+        self.tokenizer, self.problems, self.every = tokenizer, problems, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._answer(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._answer(state, kwargs["model"])
+
+    def _answer(self, state: Any, model: Any) -> None:
+        found = bootstrap_mean([float(right) for right in correct_answers(model, self.tokenizer, self.problems)])
+        shown = {"accuracy": found.mean, "accuracy/low": found.low, "accuracy/high": found.high}
+        state.log_history.append({"step": state.global_step} | shown)
+
+
 def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], sampled: int, seed: int
 ) -> dict[str, list[float]]:
@@ -237,11 +260,3 @@ def _write_report(out: Path, console: Console) -> None:
 def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "trl", "accelerate", "datasets", "scipy", "POT")
     return {"topd": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def _quieten() -> None:
-    """The demo speaks for itself: keep the libraries' notices and bars off the screen."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)

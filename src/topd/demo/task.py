@@ -65,8 +65,10 @@ STUDENTS = {
     "easy": Style(_STUDENT_WORDING, left_to_right=0.70),
     "standard": Style(_STUDENT_WORDING, left_to_right=0.90),
     "hard": Style(_STUDENT_WORDING, left_to_right=0.97),
+    "wording": Style(_STUDENT_WORDING, left_to_right=0.2),
+    "stubborn": Style(_STUDENT_WORDING, left_to_right=0.97),
 }
-"""Student styles by difficulty: the stronger the habit, the less often the right path is visited."""
+"""Student styles: the stronger the habit, the less often the right path is visited."""
 
 
 @dataclass(frozen=True)

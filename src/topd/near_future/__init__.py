@@ -7,6 +7,7 @@ from topd.near_future.matching import near_future_transport
 from topd.near_future.remote_server import Limits, RemoteServer
 from topd.near_future.remote_teacher import RemoteTeacher
 from topd.near_future.remote_windows import RemoteWindows, connect
+from topd.near_future.routed_teacher import RoutedTeacher
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.tree_attention import supports_branches
@@ -23,6 +24,7 @@ __all__ = [
     "RemoteTeacher",
     "RemoteWindows",
     "Rollouts",
+    "RoutedTeacher",
     "Windows",
     "connect",
     "fixed",

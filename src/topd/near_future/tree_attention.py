@@ -130,12 +130,13 @@ class OpenBranches:
 
         Each part is normalised for itself, and the two are weighted by their log-sum-exps.
         """
+        query, key = query.to(value.dtype), key.to(value.dtype)  # as SDPA has them under autocast
         batch, heads, branches, width = query.shape
         groups, layer = key.shape[1], int(module.layer_idx)  # type: ignore[arg-type]
         own_keys, own_values = self._append(layer, key, value)
         query = (query * (scaling if scaling is not None else width**-0.5)).reshape(batch, groups, -1, width)
 
-        if self.prefix[layer][0].dtype != query.dtype:  # kept outside of the autocast that decodes
+        if self.prefix[layer][0].dtype != query.dtype:  # kept under another autocast than the one that decodes
             self.prefix[layer] = (self.prefix[layer][0].to(query.dtype), self.prefix[layer][1].to(query.dtype))
         from_prefix, prefix_lse = attention_and_lse(
             query, *self.prefix[layer], self._prefix_bias(heads // groups, query)

@@ -14,13 +14,13 @@ from topd.report.svg import BLUE, INK, Figure, drawing, legend
 
 Floats = NDArray[np.float64]
 
-SCATTER_UP_TO = 1500
-"""More candidates than this are drawn as a density, so that the page stays small."""
+SCATTER_UP_TO = 400
+"""More candidates than this are drawn as a density."""
 
 
 def distance_figures(points: Sequence[Point]) -> list[Figure]:
     """How far apart the futures of the audited candidates are."""
-    return [figure for figure in (_histogram(points), _loss_against_distance(points)) if figure]
+    return [figure for figure in (_histogram(points), loss_against_distance(points)) if figure]
 
 
 def _histogram(points: Sequence[Point]) -> Figure | None:
@@ -57,14 +57,15 @@ def _histogram(points: Sequence[Point]) -> Figure | None:
     )
 
 
-def _loss_against_distance(points: Sequence[Point]) -> Figure | None:
+def loss_against_distance(points: Sequence[Point], name: str = "loss-distance") -> Figure | None:
+    """Each candidate as a dot, or where there are many, their density. `name`: unique on the page."""
     known = [(p.token_loss, p.distance, p.kind) for p in points if p.token_loss is not None and p.distance is not None]
     if len(known) < 2:
         return None
     loss, distance = np.array([row[0] for row in known]), np.array([row[1] for row in known])
     related = f"Pearson r = {correlation(loss, distance)}, Spearman ρ = {correlation(_ranks(loss), _ranks(distance))}"
     alt = f"Token loss against transport distance of {len(known)} candidates: {related}."
-    with drawing("loss-distance", alt) as figure:
+    with drawing(name, alt) as figure:
         axes = figure.axes[0]
         if len(known) > SCATTER_UP_TO:
             cells = axes.hexbin(

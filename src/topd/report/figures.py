@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from topd.report.records import Arm, number
+from topd.report.reading import number
+from topd.report.records import Arm
 from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Figure, drawing, legend
 
 Floats = NDArray[np.float64]
@@ -38,6 +39,38 @@ class Curve:
     unit: str
     caption: str
 
+
+@dataclass(frozen=True)
+class Band:
+    """A metric by step, with what lies about it as a band."""
+
+    name: str
+    low: str
+    middle: str
+    high: str
+    title: str
+    unit: str
+    caption: str
+
+
+DISTANCE = Band(
+    "distance",
+    "distance/q25",
+    "distance/q50",
+    "distance/q75",
+    "Transport distance of candidates",
+    "D_OT",
+    "Median D_OT between the student's and the teacher's next tokens. The band: middle half of candidates.",
+)
+ACCURACY = Band(
+    "accuracy",
+    "accuracy/low",
+    "accuracy",
+    "accuracy/high",
+    "Accuracy",
+    "share",
+    "Share of held-out problems answered right while training goes on. The band: 95 % interval over problems.",
+)
 
 CURVES = (
     Curve(
@@ -83,7 +116,7 @@ def curve_figures(arms: Sequence[Arm]) -> list[Figure]:
         "Share of high-loss tokens whose futures stay close. Under the default rule, which calls a fixed share of each "
         "batch false alarms, this follows the rule; under a fixed distance threshold it is a measurement.",
     )
-    figures = [_curve(loss, arms), _quantiles(arms), _distance(arms), _curve(alarms, arms)]
+    figures = [_curve(loss, arms), _quantiles(arms), _band(DISTANCE, arms), _curve(alarms, arms), _band(ACCURACY, arms)]
     figures += [_curve(curve, arms) for curve in CURVES]
     return [figure for figure in [*figures, _seconds(arms)] if figure]
 
@@ -139,31 +172,26 @@ def _quantiles(arms: Sequence[Arm]) -> Figure | None:
     )
 
 
-def _distance(arms: Sequence[Arm]) -> Figure | None:
-    shown = [arm for arm in arms if arm.series("distance/q50")[0]]
+def _band(band: Band, arms: Sequence[Arm]) -> Figure | None:
+    shown = [arm for arm in arms if arm.series(band.middle)[0]]
     if not shown:
         return None
-    described = "; ".join(f"{arm.name}, median {_ends(*arm.series('distance/q50'))}" for arm in shown)
-    with drawing("distance", f"Transport distance of candidates by step: {described}.") as figure:
+    described = "; ".join(f"{arm.name}, {_ends(*arm.series(band.middle))}" for arm in shown)
+    with drawing(band.name, f"{band.title} by step: {described}.") as figure:
         axes = figure.axes[0]
         for arm in shown:
             colour, style = arm_styles(arms)[arm.name]
-            low, middle, high = (dict(zip(*arm.series(f"distance/{q}"), strict=True)) for q in ("q25", "q50", "q75"))
-            band = sorted(low.keys() & high.keys())
-            steps, bottom = thin(band, [low[step] for step in band])
-            axes.fill_between(
-                steps, bottom, thin(band, [high[step] for step in band])[1], color=colour, alpha=0.18, linewidth=0
-            )
+            low, middle, high = (dict(zip(*arm.series(key), strict=True)) for key in (band.low, band.middle, band.high))
+            both = sorted(low.keys() & high.keys())
+            steps, bottom = thin(both, [low[step] for step in both])
+            top = thin(both, [high[step] for step in both])[1]
+            axes.fill_between(steps, bottom, top, color=colour, alpha=0.18, linewidth=0)
             axes.plot(*thin(list(middle), list(middle.values())), style, color=colour, label=arm.name)
-        _by_step(axes, "D_OT")
-        _from_zero(axes)
+        _by_step(axes, band.unit)
+        _from_zero(axes, top=1.0 if band.unit == "share" else None)
         if len(shown) > 1:
             legend(figure)
-    return Figure(
-        "Transport distance of candidates",
-        figure.svg,
-        "Median D_OT between the student's and the teacher's next tokens. The band: middle half of candidates.",
-    )
+    return Figure(band.title, figure.svg, band.caption)
 
 
 def _seconds(arms: Sequence[Arm]) -> Figure | None:
@@ -211,7 +239,7 @@ def _ends(steps: Sequence[float] | Floats, values: Sequence[float] | Floats) -> 
 
 def arm_styles(arms: Sequence[Arm]) -> dict[str, tuple[str, str]]:
     """Colour and dashes of each arm, by name. TOPD, or an only arm, has the page's accent; OPD is neutral."""
-    free = [(GREEN, "-."), (VERMILION, ":"), (PURPLE, "-"), (ORANGE, "--")]
+    free = [(GREEN, "-."), (VERMILION, ":"), (PURPLE, "-"), (ORANGE, "--"), (SKY, "-."), (INK, ":")]
     wanted = {"topd": (BLUE, "-"), "opd": (INK, "--")}
     styles: dict[str, tuple[str, str]] = {}
     for index, arm in enumerate(arms):

@@ -5,85 +5,108 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from topd.report.analysis_sections import correct_section, probe_section
 from topd.report.distances import distance_figures
 from topd.report.figures import curve_figures
-from topd.report.records import MAX_CANDIDATES, Arm, Run, load_run, number
-from topd.report.results import NAMES, difference_row, headlines, problems, score_rows, signed
+from topd.report.reading import number
+from topd.report.records import MAX_CANDIDATES, Arm
+from topd.report.results import NAMES, Scores, signed
 from topd.report.rollouts import LEVELS, choose_rollouts
+from topd.report.runs import Run, load_runs
+from topd.report.study import study_section
 
 _HERE = Path(__file__).parent
+MOST_TOKENS = 30
+"""Tokens offered in the filter, the most frequent candidates first."""
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: Path, out: Path | None = None, compare: Sequence[Path] = ()) -> Path:
     """Write the report of a run folder and return where it is.
 
     Args:
-        run: a demo folder (with `results.json`) or one trainer output folder.
+        run: a demo folder (with `results.json`), one trainer output folder, or what an analysis wrote.
         out: the HTML file; by default `report.html` in `run`.
+        compare: more runs, shown on the same axes.
 
     Raises:
         ReportError: if there is nothing to report, or the records are newer than this version of topd.
     """
     out = Path(run) / "report.html" if out is None else Path(out)
-    html = render(load_run(Path(run)))
+    html = render(load_runs([Path(run), *map(Path, compare)]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8", newline="\n")
     return out
 
 
-def render(run: Run, *, limit: int = MAX_CANDIDATES) -> str:
+def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
     """The page as text, with at most `limit` candidates."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"svg": lambda figure: Markup(figure.svg), "signed": signed, "plural": plural}
+    environment.filters |= {"svg": lambda figure: Markup(figure.svg), "signed": signed, "plural": plural, "slug": slug}
     script = (_HERE / "script.js").read_text(encoding="utf-8")
-    points = [point for arm in run.arms for point in arm.points]
-    shown = choose_rollouts(run.arms, limit)
-    cards = sum(len(item.cards) for item in shown)
+    arms = [arm for run in runs for arm in run.arms]
+    several = len(runs) > 1
+    probed = [Arm("probe", rollouts=run.probe.rollouts, points=run.probe.points) for run in runs if run.probe]
+    points = [point for arm in arms for point in arm.points]
+    shown = choose_rollouts([*arms, *probed], limit)
+    cards = [card for item in shown for card in item.cards.values()]
     return environment.get_template("template.html").render(
-        title=run.name,
-        lede=lede(run),
-        notes=run.notes,
-        facts=facts(run),
-        headlines=headlines(run.results),
-        rows=score_rows(run.results),
-        problems=problems(run.results),
-        difference=difference_row(run.results),
-        curves=curve_figures(run.arms),
+        title=" and ".join(run.name for run in runs),
+        lede=lede(arms),
+        notes=[note for run in runs for note in run.notes],
+        facts=[fact for run in runs for fact in facts(run)],
+        scores=[Scores.of(run, several) for run in runs if Scores.of(run, several).any],
+        curves=curve_figures(arms),
         distances=distance_figures(points),
+        probes=[probe_section(run.probe, i, of(run, several)) for i, run in enumerate(runs) if run.probe],
+        corrections=[correct_section(run.correct, i, of(run, several)) for i, run in enumerate(runs) if run.correct],
+        studies=[study_section(run.study, i, of(run, several)) for i, run in enumerate(runs) if run.study],
         levels=LEVELS,
         shown=shown,
-        cards=cards,
-        kinds={kind: sum(card.candidate.kind == kind for item in shown for card in item.cards.values())
-               for kind in ("fork", "alarm", "unknown")},
-        left_out=len(points) - cards,
-        farthest=max([1.0] + [point.distance for point in points if point.distance is not None]),
-        arms=run.arms,
-        options=option_rows(run.arms),
+        cards=len(cards),
+        kinds={kind: sum(card.candidate.kind == kind for card in cards) for kind in ("fork", "alarm", "unknown")},
+        tokens=Counter(card.token for card in cards).most_common(MOST_TOKENS),
+        futures=[card.alignment.data if card.alignment else None for card in cards],
+        left_out=sum(len(arm.points) for arm in [*arms, *probed]) - len(cards),
+        farthest=max([1.0] + [card.candidate.distance for card in cards if card.candidate.distance is not None]),
+        arms=arms,
+        options=option_rows(arms),
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )  # fmt: skip
+    )
 
 
-def lede(run: Run) -> str:
-    """What was run, in a sentence or two."""
+def of(run: Run, several: bool) -> str:
+    """What a heading adds where there are several runs."""
+    return f": {run.name}" if several else ""
+
+
+def slug(title: str) -> str:
+    """A title as an id."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def lede(arms: Sequence[Arm]) -> str:
+    """What was trained, in a sentence or two."""
     parts = []
-    if run.arms:
-        methods = [arm.method for arm in run.arms]
-        steps = sorted({arm.steps for arm in run.arms})
+    if arms:
+        methods = [arm.method for arm in arms]
+        steps = sorted({arm.steps for arm in arms})
         span = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
         names = " and ".join(NAMES.get(method, method) for method in dict.fromkeys(methods))
-        parts.append(f"{names}, {span} {'step' if steps[-1] == 1 else 'steps'}{' each' if len(run.arms) > 1 else ''}.")
-    audited = sum(arm.audited for arm in run.arms)
-    kinds = [point.kind for arm in run.arms for point in arm.points]
+        parts.append(f"{names}, {span} {'step' if steps[-1] == 1 else 'steps'}{' each' if len(arms) > 1 else ''}.")
+    audited = sum(arm.audited for arm in arms)
+    kinds = [point.kind for arm in arms for point in arm.points]
     if audited:
         found = f"{plural(kinds.count('fork'), 'fork')} and {plural(kinds.count('alarm'), 'false alarm')}"
         unknown = f", {kinds.count('unknown'):,} without a distance" if "unknown" in kinds else ""

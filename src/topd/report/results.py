@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from topd.report.records import mappings, number
+from topd.report.reading import mapping, mappings, number
+from topd.report.runs import Run
 
 PAPER_SCORES = {"student": 38.9, "opd": 47.8, "opd-capped": 48.2, "topd": 52.2}
 """Percent, mean of AIME24, AIME25 and HMMT25-Feb (Tables 1 and 2 of the paper). Another pair, another task."""
@@ -50,10 +51,33 @@ class Headline:
     paper: str
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What one run achieved: `title`, large numbers, a table, TOPD minus OPD by decoding, the number of problems."""
+
+    title: str
+    headlines: list[Headline]
+    rows: list[Row]
+    difference: dict[str, dict[str, float]]
+    problems: int | None
+
+    @classmethod
+    def of(cls, run: Run, several: bool) -> Scores:
+        """From `results.json`; the title names the run where there are several."""
+        found = run.results
+        title = f"Results: {run.name}" if several else "Results"
+        return cls(title, headlines(found), score_rows(found), difference_row(found), problems(found))
+
+    @property
+    def any(self) -> bool:
+        """Whether there is something to show."""
+        return bool(self.headlines or self.rows)
+
+
 def headlines(results: Mapping[str, Any]) -> list[Headline]:
     """The few numbers that a reader came for."""
     found = []
-    difference = _object(_object(results.get("difference")).get("greedy"))
+    difference = mapping(mapping(results.get("difference")).get("greedy"))
     if (mean := number(difference.get("mean"))) is not None:
         p = number(difference.get("p"))
         detail = _interval(difference, signed=True) + ("" if p is None else f", p = {p:.2g}")
@@ -63,7 +87,7 @@ def headlines(results: Mapping[str, Any]) -> list[Headline]:
                 "TOPD over OPD, greedy", f"{signed(100 * mean)} points", detail.lstrip(", "), f"{signed(gain)} points"
             )
         )
-    alarms = _object(results.get("false_alarm_share"))
+    alarms = mapping(results.get("false_alarm_share"))
     if (value := number(alarms.get("value"))) is not None:
         found.append(
             Headline("False alarms among candidates", f"{100 * value:.1f} %", _interval(alarms), PAPER_FALSE_ALARMS)
@@ -76,7 +100,7 @@ def headlines(results: Mapping[str, Any]) -> list[Headline]:
 def score_rows(results: Mapping[str, Any]) -> list[Row]:
     """Teacher, student and arms beside the paper's; empty if nothing was evaluated."""
     arms = {str(arm.get("name")): arm for arm in mappings(results.get("arms"))}
-    scored = {name: _object(results.get(name)) for name in ("teacher", "student")} | arms
+    scored = {name: mapping(results.get(name)) for name in ("teacher", "student")} | arms
     rows = []
     for name in dict.fromkeys(("teacher", "student", *PAPER_SCORES, *arms)):
         entry = scored.get(name, {})
@@ -92,7 +116,7 @@ def difference_row(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """TOPD minus OPD by way of decoding: mean, low and high in points, p as it is."""
     found = {}
     for decoding in ("greedy", "sampled"):
-        entry = _object(_object(results.get("difference")).get(decoding))
+        entry = mapping(mapping(results.get("difference")).get(decoding))
         values = {key: value for key in ("mean", "low", "high", "p") if (value := number(entry.get(key))) is not None}
         if "mean" in values:
             found[decoding] = {key: value if key == "p" else 100 * value for key, value in values.items()}
@@ -101,7 +125,7 @@ def difference_row(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def problems(results: Mapping[str, Any]) -> int | None:
     """How many problems the arms were evaluated on, if all on equally many."""
-    counts = {number(_object(arm.get("greedy")).get("n")) for arm in mappings(results.get("arms"))}
+    counts = {number(mapping(arm.get("greedy")).get("n")) for arm in mappings(results.get("arms"))}
     count = counts.pop() if len(counts) == 1 else None
     return None if count is None else int(count)
 
@@ -128,7 +152,3 @@ def _interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
         return ""
     sign = "+" if signed else ""
     return f"95 % interval {100 * low:{sign}.1f} to {100 * high:{sign}.1f}".replace("-", "−")
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

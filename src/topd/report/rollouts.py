@@ -11,8 +11,10 @@ from topd.report.records import Arm, Candidate, Rollout
 LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Token losses, in nats, from which the next darker shade begins."""
 
-TOKEN_BUDGET = 60_000
-"""Tokens shown on the whole page (about 45 bytes each), whatever the number of candidates."""
+NAMED_FROM = 3
+"""Tokens from this shade on say their loss; neighbours of a lighter shade are one piece."""
+TOKEN_BUDGET = 300_000
+"""Tokens shown on the whole page (about 15 bytes each), whatever the number of candidates."""
 _LONG_ROLLOUT = 400
 """A rollout with more tokens is shown only around its candidates, with so many tokens on either side:"""
 _AROUND = 40
@@ -21,7 +23,7 @@ _KINDS = {"fork": "Fork", "alarm": "False alarm", "unknown": "No distance"}
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text with one shade: one token, or several too light to shade, or a gap of `skipped` tokens."""
+    """A run of text with one shade: one token, or several of a light shade, or a gap of `skipped` tokens."""
 
     text: str
     level: int = 0
@@ -29,37 +31,33 @@ class Piece:
     card: int | None = None
     skipped: int = 0
 
-
-@dataclass(frozen=True)
-class WindowToken:
-    """A token of a window; `moved` if it is matched to a different token."""
-
-    text: str
-    moved: bool
+    def joins(self, level: int) -> bool:
+        """Whether a token of this light shade can be added."""
+        return self.level == level and self.loss is None and self.card is None and not self.skipped
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Two windows side by side, and the plan as lines.
+    """Two windows side by side, and the plan as links; the page draws them when the candidate is opened.
 
     Attributes:
-        paths: (style, SVG path): one row is 2 units high, the gap between the windows 10 wide.
-        description: the same in words.
-        same: student tokens matched to the same token.
+        links: (student position, teacher position, share of the student token's mass).
+        best: for each student position with mass, the teacher position that has most of it.
         faint: whether links were left out for carrying little mass.
     """
 
-    student: list[WindowToken]
-    teacher: list[WindowToken]
-    paths: list[tuple[str, str]]
-    description: str
+    student: list[str]
+    teacher: list[str]
+    links: list[tuple[int, int, float]]
+    best: dict[int, int]
     same: int
     faint: bool
 
     @property
-    def rows(self) -> int:
-        """Tokens of the longer window."""
-        return max(len(self.student), len(self.teacher))
+    def data(self) -> list[object]:
+        """For the page's script: tokens, tokens, [i, j, 1 where the link is weak], [i, best j]."""
+        links = [[i, j, int(share < 0.5)] for i, j, share in self.links]
+        return [self.student, self.teacher, links, [list(pair) for pair in sorted(self.best.items())]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Card:
     @property
     def decision(self) -> str:
         """What the method did at this token."""
-        done = {"none": "not acted on", "capped": f"loss capped, weight {self.candidate.weight:.2g}"}
+        done = {"": "", "none": "not acted on", "capped": f"loss capped, weight {self.candidate.weight:.2g}"}
         return done.get(self.candidate.decision, self.candidate.decision)
 
 
@@ -104,6 +102,11 @@ class Shown:
         """The prompt, its middle left out if it is long."""
         prompt = self.rollout.prompt
         return prompt if len(prompt) <= 1200 else f"{prompt[:800]} […] {prompt[-300:]}"
+
+    @property
+    def title(self) -> str:
+        """The heading."""
+        return self.rollout.title or f"Step {self.rollout.step:,}"
 
 
 def choose_rollouts(arms: Sequence[Arm], limit: int) -> list[Shown]:
@@ -148,24 +151,23 @@ def _pieces(rollout: Rollout, marks: dict[int, int]) -> list[Piece]:
         around = {index for mark in marks or {0: 0} for index in range(mark - _AROUND, mark + _AROUND + 1)}
         kept = sorted(around & set(range(length)))
     pieces: list[Piece] = []
-    plain, next_ = "", 0
-    for index in [*kept, length]:
-        level = -1 if index == length else shade(rollout.token_loss[index])
-        if plain and (index > next_ or level or index in marks):
-            pieces.append(Piece(plain))
-            plain = ""
+    next_ = 0
+    for index in kept:
         if index > next_:
             pieces.append(Piece("", skipped=index - next_))
         next_ = index + 1
-        if index == length:
-            break
-        if level == 0 and index not in marks:
-            plain += cut(rollout.tokens[index])
+        text, level = cut(rollout.tokens[index]), shade(rollout.token_loss[index])
+        if index in marks:
+            text = text if text.strip() else visible(text)
+            pieces.append(Piece(text, level, rollout.token_loss[index], marks[index]))
+        elif level >= NAMED_FROM:
+            pieces.append(Piece(text, level, rollout.token_loss[index]))
+        elif pieces and pieces[-1].joins(level):
+            pieces[-1] = Piece(pieces[-1].text + text, level)
         else:
-            text = cut(rollout.tokens[index])
-            if index in marks and not text.strip():
-                text = visible(text)
-            pieces.append(Piece(text, level, rollout.token_loss[index], marks.get(index)))
+            pieces.append(Piece(text, level))
+    if length > next_:
+        pieces.append(Piece("", skipped=length - next_))
     return pieces
 
 
@@ -192,24 +194,8 @@ def align(candidate: Candidate) -> Alignment | None:
         faint |= len(strong) < len(row)
         links += [(i, j, share) for share, j in strong]
     best = {i: max(row)[1] for i, row in rows.items()}
-    same = {i for i, j in best.items() if student[i] == teacher[j]}
-    moved = {j for i, j, _ in links if student[i] != teacher[j]}
-    paths: dict[str, list[str]] = {}
-    for i, j, share in links:
-        style = ("same" if student[i] == teacher[j] else "moved") + (" weak" if share < 0.5 else "")
-        paths.setdefault(style, []).append(_link(2 * i + 1, 2 * j + 1))
-    return Alignment(
-        [WindowToken(visible(token), i not in same) for i, token in enumerate(student)],
-        [WindowToken(visible(token), j in moved) for j, token in enumerate(teacher)],
-        [(style, "".join(lines)) for style, lines in sorted(paths.items(), reverse=True)],
-        ", ".join(f"{i + 1} to {j + 1}" for i, j in sorted(best.items())) or "none",
-        len(same),
-        faint,
-    )
-
-
-def _link(left: int, right: int) -> str:
-    return f"M0 {left}H10" if left == right else f"M0 {left}C5 {left} 5 {right} 10 {right}"
+    same = sum(student[i] == teacher[j] for i, j in best.items())
+    return Alignment([visible(t) for t in student], [visible(t) for t in teacher], links, best, same, faint)
 
 
 def shade(loss: float | None) -> int:

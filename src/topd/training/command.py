@@ -39,19 +39,25 @@ def run(argv: Sequence[str]) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
+    from topd.data import read_text
     from topd.demo.pair import resolve_model
+    from topd.training.several_teachers import COLUMN, MOPDTrainer
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
-    if not model.model_name_or_path or not (config.teacher_model_name_or_path or config.teacher_window_server):
+    several = {name: resolve_model(named) for name, named in (config.teachers or {}).items()}
+    named = config.teacher_model_name_or_path or config.teacher_window_server or several
+    if not model.model_name_or_path or not named:
         raise TOPDError(
             "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
             "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
             "on a server alone: --teacher_window_server.)"
         )
     student_name = resolve_model(model.model_name_or_path)
-    teacher_name = resolve_model(config.teacher_model_name_or_path) if config.teacher_model_name_or_path else None
-    train_dataset = prompts(data.data, data.data_split, data.data_limit)
+    teacher = resolve_model(config.teacher_model_name_or_path) if config.teacher_model_name_or_path else None
+    teacher_name = next(iter(several.values()), teacher)
+    also = {COLUMN: read_text} if several else None
+    train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
 
     trust = config.trust_remote_code
@@ -63,8 +69,8 @@ def run(argv: Sequence[str]) -> None:
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
-        "models", f"{student_name} and {teacher_name or 'the teacher'}", TOPDTrainer,
-        teacher_model=teacher_name, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
+        "models", f"{student_name} and {teacher_name or 'the teacher'}", MOPDTrainer if several else TOPDTrainer,
+        teacher_model=several or teacher_name, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
@@ -77,13 +83,23 @@ def run(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
-    """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones."""
-    from trl import ModelConfig, TrlParser
+    """The options of `topd train`."""
+    from trl import ModelConfig
 
     from topd.training.config import TOPDConfig
 
-    types: Any = (DataArguments, TOPDConfig, ModelConfig)
-    parser = TrlParser(types, prog="topd train")
+    return parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
+
+
+def parse_options(argv: Sequence[str], types: Any, program: str) -> Any:
+    """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones.
+
+    Args:
+        types: dataclasses; one of each comes back.
+    """
+    from trl import TrlParser
+
+    parser = TrlParser(types, prog=program)
     arguments = list(argv)
     if "--config" in arguments:
         position = arguments.index("--config") + 1
@@ -94,12 +110,11 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
     for name in _option_names(arguments):
         if name not in known:
-            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `topd train --help` lists all.")
+            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `{program} --help` lists all.")
     try:
-        data, config, model = parser.parse_args_and_config(arguments)
+        return parser.parse_args_and_config(arguments)
     except (ValueError, TypeError) as error:
         raise TOPDError(str(error)) from error
-    return data, config, model
 
 
 def _option_names(arguments: list[str]) -> list[str]:
@@ -119,18 +134,24 @@ def _option_names(arguments: list[str]) -> list[str]:
     return [*names, *(str(name) for name in config)]
 
 
-def prompts(source: str, split: str, limit: int | None) -> Any:
-    """A dataset of prompts (and answers), from the embedded task or from `topd.data`."""
+def prompts(source: str, split: str, limit: int | None, responses: bool = False, also: Any = None) -> Any:
+    """A dataset of prompts (and answers, given responses, columns as `also` reads them), or the embedded task's."""
+    if responses and source == "embedded":
+        raise TOPDError("The embedded task has no given responses. Name a file that has: --data FILE.jsonl.")
     if source == "embedded":
         from datasets import Dataset
 
         from topd.demo.task import make_problems
 
+        if also:
+            raise TOPDError(
+                f"The embedded task has no column {', '.join(also)}. Name a file that has: --data FILE.jsonl."
+            )
         problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False)
         return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
     from topd.data import load_prompts
 
-    return load_prompts(source, split=split, limit=limit)
+    return load_prompts(source, split=split, limit=limit, responses=responses, also=also)
 
 
 def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:

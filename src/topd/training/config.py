@@ -26,7 +26,7 @@ class TOPDConfig(DistillationConfig):
     Where the help says "our choice", the paper does not give the value; see `docs/paper_to_code.md`.
     """
 
-    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers"]
 
     method: Method = _option(
         "topd",
@@ -142,6 +142,11 @@ class TOPDConfig(DistillationConfig):
     cap_false_alarms: bool = _option(False, "Whether topd also caps false alarms. Paper (the formula): no.")
     cap_selection: Selection = _option(
         "low", "Which candidates opd-capped caps: low (paper), or the controls high and random."
+    )
+
+    teachers: dict[str, str] | str | None = _option(
+        None,
+        "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
     audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")

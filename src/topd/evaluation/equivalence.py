@@ -1,0 +1,136 @@
+"""Whether two answers are the same mathematics: the package math-verify, in a process of its own that can be killed.
+
+math-verify limits its time by a signal, which works in the main thread only and cannot stop a loop inside C (the
+power in `9^{9^{9}}`). A process can be stopped from any thread, and its memory has a bound too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+
+from topd.errors import TOPDError
+
+SOFT_SECONDS = 5
+"""math-verify's own limit for one parse or one comparison (its default)."""
+HARD_SECONDS = 20.0
+"""After this the process is killed and the answer counts as not comparable."""
+START_SECONDS = 120.0
+MEMORY_BYTES = 4 << 30
+
+
+def same_answer(wanted: str, given: str) -> bool | None:
+    """Whether `given` equals `wanted`, both LaTeX without a box; None if that could not be found out in time.
+
+    Args:
+        wanted: the benchmark's answer. A set, interval or equation may be written in any equal way.
+        given: the model's.
+
+    Raises:
+        TOPDError: math-verify is missing, or its process does not start.
+    """
+    return _process(os.getpid()).ask(wanted, given)
+
+
+def check_installed() -> None:
+    """Raise `TOPDError` without math-verify: better before hours of sampling than after."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise TOPDError("Checking mathematical answers needs math-verify: pip install 'topd[eval]'.")
+
+
+@lru_cache(maxsize=1)
+def _process(owner: int) -> _Process:
+    """One per process: a fork must not share its parent's pipes."""
+    check_installed()
+    process = _Process()
+    atexit.register(process.stop)
+    return process
+
+
+class _Process:
+    """Asks a child process, one question at a time; a child that takes too long is killed and replaced."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def ask(self, wanted: str, given: str) -> bool | None:
+        with self._lock:
+            child = self._child or self._start()
+            assert child.stdin is not None
+            child.stdin.write(json.dumps([wanted, given]).encode() + b"\n")
+            answer = _line(child, HARD_SECONDS)
+            if answer is None:
+                self.stop()
+            return None if answer is None else json.loads(answer)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", __name__], bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._child = child
+        if _line(child, START_SECONDS) is None:
+            self.stop()
+            raise TOPDError(
+                "The process that checks answers does not start. See what `python -c 'import math_verify, topd'` says."
+            )
+        return child
+
+    def stop(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.communicate()
+
+
+def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+    """The next line that the child writes, or None if it stays silent for so long or has ended."""
+    assert child.stdout is not None
+    if not select.select([child.stdout], [], [], seconds)[0]:
+        return None
+    return child.stdout.readline() or None
+
+
+def _compare(wanted: str, given: str) -> bool | None:
+    """In the child: math-verify's verdict, None where the given answer does not parse or time runs out."""
+    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.errors import TimeoutException
+
+    boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    try:
+        expected, found = (
+            parse(rf"\boxed{{{text}}}", boxed, parsing_timeout=SOFT_SECONDS, raise_on_error=True)
+            for text in (wanted, given)
+        )
+        if not found:
+            return None
+        return bool(verify(expected, found, timeout_seconds=SOFT_SECONDS, raise_on_error=True))
+    except (TimeoutException, MemoryError):
+        return None
+    except Exception:  # sympy may raise anything at two things that cannot be compared: they differ
+        return False
+
+
+def _serve() -> None:
+    """The child: a line in, a line out, until the parent closes the pipe or is gone."""
+    import resource
+
+    import math_verify  # noqa: F401
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_compare(*json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

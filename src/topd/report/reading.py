@@ -1,0 +1,112 @@
+"""Tolerant reading of records: the missing is empty, the broken is counted in `notes`, the newer is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from topd.errors import TOPDError
+
+RECORD_VERSION = 1
+"""The newest version of the records that is understood here."""
+
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
+_PICTURES |= {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
+
+T = TypeVar("T")
+
+
+class ReportError(TOPDError, ValueError):
+    """The records of a run cannot be used."""
+
+
+def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON file's object; empty if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.parent.name}/{path.name} is not a JSON object; it was left out.")
+    return {}
+
+
+def read_lines(path: Path, shown_as: str, notes: list[str], convert: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """The records of a JSON-lines file; broken lines are counted.
+
+    Raises:
+        ReportError: a record is newer than `RECORD_VERSION`.
+    """
+    if not path.is_file():
+        return
+    broken = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                check_version(record, path)
+                yield convert(record)
+            except ReportError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                broken += 1
+    if broken:
+        lines_were = "1 line was" if broken == 1 else f"{broken} lines were"
+        notes.append(f"{lines_were} left out of {shown_as}: not a complete JSON record.")
+
+
+def check_version(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a newer version wrote: it would be misread.
+
+    Raises:
+        ReportError: with what to install.
+    """
+    version = record.get("version", RECORD_VERSION)
+    if version != RECORD_VERSION:
+        raise ReportError(
+            f"{path} has record version {version!r}; this version of topd reads version {RECORD_VERSION}. "
+            "Install the version of topd that wrote it, or a newer one."
+        )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON object; empty if it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def mappings(value: Any) -> list[Mapping[str, Any]]:
+    """The JSON objects of a list; empty if it is something else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def strings(values: Any) -> tuple[str, ...]:
+    """Cleaned texts of a list."""
+    return tuple(clean(value) for value in values or ())
+
+
+def plan(values: Any) -> tuple[tuple[int, int, float], ...]:
+    """(student position, teacher position, mass) of a transport plan's entries."""
+    return tuple((int(i), int(j), mass) for i, j, value in values or () if (mass := number(value)))
+
+
+def clean(value: Any) -> str:
+    """Text that any page can hold: control characters become their pictures, half a surrogate pair a question mark."""
+    return str(value).translate(_PICTURES).encode("utf-8", "replace").decode("utf-8")

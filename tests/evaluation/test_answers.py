@@ -1,0 +1,131 @@
+"""Verdicts: the last box, exact whole numbers, mathematical equality in a process that can be killed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from topd.errors import TOPDError
+from topd.evaluation import equivalence
+from topd.evaluation.answers import Verdict, last_boxed, verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{204}.", "204"),
+        (r"first \boxed{2}. No: $\boxed{3}$", "3"),
+        (r"\boxed{ \frac{1}{2} } is it", r"\frac{1}{2}"),
+        (r"\boxed{1} and $\boxed{2}$, \boxed{3}", "1, 2, 3"),
+        (r"\boxed{1}, \text{ or } \boxed{2}", "1, 2"),
+        (r"\boxed{\boxed{4}}", "4"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{12} but then \boxed{34", "12"),
+        (r"\boxed{34", None),
+        (r"\boxed{}", None),
+        (r"\boxed{5} goes into \boxed{}.", "5"),
+        (r"the set { of \boxed{6}", "6"),
+        (r"\boxed{1 \} 2}", r"1 \} 2"),
+        ("the answer is 5", None),
+    ],
+)
+def test_the_last_closed_box_is_the_answer(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", r"{\boxed{1}", "}", r"\boxed{1} and "])
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    started = time.process_time()
+    last_boxed(piece * 20_000)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("box", ["73", "073", "73^\\circ", "$73$", r"\text{73}", "73.", " +73 "])
+def test_whole_numbers_in_other_clothes_are_right(box: str) -> None:
+    assert verdict(rf"\boxed{{{box}}}", "073", "integer") == Verdict(box.strip(), True, True)
+
+
+@pytest.mark.parametrize("box", ["1,234", r"1{,}234", r"1\,234", r"1,\! 234"])
+def test_thousands_separators(box: str) -> None:
+    assert verdict(rf"\boxed{{{box}}}", "1234", "integer").right
+
+
+@pytest.mark.parametrize("box", ["73.0", "x=73", "7,3", "7 3", r"\frac{73}{1}", "about 73", "9" * 400])
+def test_what_is_no_whole_number_is_unparsed_not_wrong(box: str) -> None:
+    assert verdict(rf"\boxed{{{box}}}", "73", "integer") == Verdict(box, False, False)
+
+
+def test_a_wrong_number_is_wrong_and_parsed() -> None:
+    assert verdict(r"\boxed{74}", "73", "integer") == Verdict("74", False, True)
+
+
+@pytest.mark.parametrize(
+    ("box", "answer"),
+    [
+        ("0.5", r"\frac12"),
+        (r"\dfrac{2}{4}", r"\frac{1}{2}"),
+        (r"x \in [-2, 7]", "[-2,7]"),
+        (r"\{2, 1\}", r"\{1, 2\}"),
+        ("3,4", "4,3"),
+        (r"5.4", r"5.4 \text{ cents}"),
+        (r"\text{evelyn}", r"\text{Evelyn}"),
+        (r"2\sqrt{2}", r"\sqrt{8}"),
+        ("x = 34", "34"),
+    ],
+)
+def test_equal_mathematics_is_right(box: str, answer: str) -> None:
+    assert verdict(rf"thus \boxed{{{box}}}", answer, "math") == Verdict(box, True, True)
+
+
+@pytest.mark.parametrize(("box", "answer"), [("(4,3)", "(3,4)"), ("0.33", r"\frac13"), ("2", "3"), (r"\pi", "3.14")])
+def test_other_mathematics_is_wrong(box: str, answer: str) -> None:
+    assert verdict(rf"\boxed{{{box}}}", answer, "math") == Verdict(box, False, True)
+
+
+def test_no_box_is_unparsed() -> None:
+    assert verdict("the answer is 5", "5", "math") == Verdict(None, False, False)
+
+
+def test_the_embedded_task_has_its_own_ending() -> None:
+    assert verdict(" first 2×3=6. so the answer is 11", "11", "embedded") == Verdict("11", True, True)
+    assert verdict(" first 2×3=6. so the answer is 12", "11", "embedded") == Verdict("12", False, True)
+    assert verdict(" first 2×3=6, leaving", "11", "embedded") == Verdict(None, False, False)
+
+
+def test_an_answer_that_cannot_be_compared_in_time_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another thread, past a loop inside C: the process is killed, the next answer gets a new one."""
+    assert verdict(r"\boxed{\frac24}", "0.5", "math").right  # the process is there
+    monkeypatch.setattr(equivalence, "HARD_SECONDS", 0.5)
+    found: list[Verdict] = []
+    thread = threading.Thread(target=lambda: found.append(verdict(r"\boxed{9^{9^{9}}}", "4", "math")))
+    thread.start()
+    thread.join(timeout=60)
+    assert found == [Verdict("9^{9^{9}}", False, False)]
+    assert equivalence._process(os.getpid())._child is None
+    monkeypatch.undo()
+    assert verdict(r"\boxed{\frac24}", "0.5", "math").right
+
+
+def test_many_threads_share_one_process() -> None:
+    found: list[bool] = []
+    answers = [(rf"\boxed{{\frac{{{n}}}{{7}}}}", rf"\frac{{{n * 3}}}{{21}}") for n in range(1, 9)]
+    threads = [
+        threading.Thread(target=lambda pair=pair: found.append(verdict(*pair, "math").right)) for pair in answers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 8
+
+
+def test_without_math_verify_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    equivalence._process.cache_clear()
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(TOPDError, match=r"pip install 'topd\[eval\]'"):
+        verdict(r"\boxed{\frac24}", "0.5", "math")
