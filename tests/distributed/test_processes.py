@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.worker import run_case
+from near_future.fake_server import serving
 from tiny import TOKENIZER, tiny_model
 
 TESTS = Path(__file__).parents[1]
@@ -89,7 +90,13 @@ def test_every_way_to_train_is_the_same_in_two_processes_of_fsdp2(tmp_path):
     for seed, (role, width) in enumerate({"student": 64, "teacher": 96}.items()):
         tiny_model(seed, width).save_pretrained(models[role])
         TOKENIZER.save_pretrained(models[role])
-    results = compare("fsdp2", tmp_path, CASES | {"regenerated": REGENERATED, "few": FEW, "loaded": ROLLOUT | models})
+    waves = {"window_memory": 1e-6}  # one rollout at a time
+    cases = CASES | {"regenerated": REGENERATED | waves, "few": FEW, "loaded": ROLLOUT | models}
+    with serving(
+        tiny_model(1, 96), TOKENIZER
+    ) as fake:  # the teacher's forward passes are in step, its windows elsewhere
+        cases |= {"served": REGENERATED | waves | {"teacher_window_server": fake.url}}
+        results = compare("fsdp2", tmp_path, cases)
     assert all(result["teacher_held"] == pytest.approx(0.5, abs=0.02) for result in results.values())
 
 
