@@ -132,10 +132,10 @@ class Pair:
         self.student.train().zero_grad(set_to_none=True)
         num_guided = guided.targets.guided.sum() if guided is not None else rollouts.loss_mask.sum()
         with self._stage("loss"):
-            loss, _ = topd_loss(
+            loss = topd_loss(
                 rollouts, student, teacher, teacher_hidden, weights, guided, options,
                 num_tokens=rollouts.loss_mask.sum(), num_guided=num_guided,
-            )  # fmt: skip
+            ).loss  # fmt: skip
         with self._stage("backward"):
             loss.backward()
         return float(loss.detach())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import TOPDError
@@ -44,13 +45,18 @@ def run_check(argv: Sequence[str]) -> int:
     from topd.quiet import quieten
 
     quieten()
-    setup = setup_of(*parsed(others))
-    findings = quick_findings(setup)
-    if not own.quick and worst(findings) != "error":
-        student, teacher = _models(setup)
-        limit = min(own.max_new_tokens, setup.config.max_completion_length or own.max_new_tokens)
-        findings += findings_on_models(setup, student, teacher, own.samples, limit)
-    show(findings, setup, as_json=own.json)
+    setups = setups_of(*parsed(others))
+    if not setups:
+        raise TOPDError("The teacher is on a server alone. Name the model that it serves: --teacher NAME.")
+    findings = []
+    for name, setup in setups.items():
+        found = quick_findings(setup)
+        if not own.quick and worst(found) != "error":
+            student, teacher = _models(setup)
+            limit = min(own.max_new_tokens, setup.config.max_completion_length or own.max_new_tokens)
+            found += findings_on_models(setup, student, teacher, own.samples, limit)
+        findings += [replace(finding, check=f"{finding.check}{name and f' ({name})'}") for finding in found]
+    show(findings, list(setups.values()), as_json=own.json)
     return {"ok": 0, "warning": 1 if own.strict else 0, "error": 2}[worst(findings)]
 
 
@@ -65,8 +71,8 @@ def parsed(argv: list[str]) -> tuple[Any, Any, Any]:
     return parse(argv)
 
 
-def setup_of(data: Any, config: Any, model: Any, dataset: Any = None) -> Setup:
-    """Everything about a run that can be known without weights.
+def setups_of(data: Any, config: Any, model: Any, dataset: Any = None) -> dict[str, Setup]:
+    """Everything about a run that can be known without weights: by the teacher's name in the data, "" for an only one.
 
     Args:
         data, config, model: as `topd.training.command.parse` returns them.
@@ -78,10 +84,8 @@ def setup_of(data: Any, config: Any, model: Any, dataset: Any = None) -> Setup:
     from topd.preflight.setup import Setup, describe
     from topd.training.command import named, prompts
 
-    student, teacher = named(config, model)
-    dataset = dataset if dataset is not None else prompts(data.data, data.data_split, data.data_limit)
+    name, teachers = named(config, model)
     trust = config.trust_remote_code
-    columns = dataset.column_names
     dtypes = {
         "student": (config.model_init_kwargs or {}).get("dtype", model.dtype),
         "teacher": (config.teacher_model_init_kwargs or {}).get("dtype", model.dtype),
@@ -89,16 +93,21 @@ def setup_of(data: Any, config: Any, model: Any, dataset: Any = None) -> Setup:
     for dtype in dtypes.values():
         if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
-    return Setup(
-        describe("student", student, trust, model.model_revision),
-        describe("teacher", teacher, trust, config.teacher_model_revision),
-        config,
-        dataset["prompt"],
-        dataset["answer"] if "answer" in columns else [None] * len(dataset),
-        data.data,
-        {role: dtype or "auto" for role, dtype in dtypes.items()},
-        adapters=model.use_peft,
-    )
+    dataset = dataset if dataset is not None else prompts(data.data, data.data_split, data.data_limit)
+    student = describe("student", name, trust, model.model_revision)
+    return {
+        key: Setup(
+            student,
+            describe("teacher", teacher, trust, config.teacher_model_revision),
+            config,
+            dataset["prompt"],
+            dataset["answer"] if "answer" in dataset.column_names else [None] * len(dataset),
+            data.data,
+            {role: dtype or "auto" for role, dtype in dtypes.items()},
+            adapters=model.use_peft,
+        )
+        for key, teacher in teachers.items()
+    }
 
 
 def before_training(data: Any, config: Any, model: Any, dataset: Any) -> None:
@@ -110,16 +119,17 @@ def before_training(data: Any, config: Any, model: Any, dataset: Any) -> None:
     from topd.preflight.checks import errors_in_words, quick_findings
     from topd.preflight.finding import worst
 
-    findings = quick_findings(setup_of(data, config, model, dataset))
-    if worst(findings) == "error":
-        raise TOPDError(f"{errors_in_words(findings)}\n--preflight false trains nevertheless.")
+    setups = setups_of(data, config, model, dataset)
+    findings = dict.fromkeys(finding for setup in setups.values() for finding in quick_findings(setup))
+    if worst(list(findings)) == "error":
+        raise TOPDError(f"{errors_in_words(list(findings))}\n--preflight false trains nevertheless.")
     if config.should_log:
         for finding in findings:
             if finding.verdict == "warning":
                 print(f"topd: {finding.check}: {finding.found}. {finding.remedy}", file=sys.stderr)
 
 
-def show(findings: list[Finding], setup: Setup, *, as_json: bool) -> None:
+def show(findings: list[Finding], setups: list[Setup], *, as_json: bool) -> None:
     from rich.console import Console
 
     from topd.preflight.table import findings_json, findings_table, verdict_line
@@ -128,7 +138,8 @@ def show(findings: list[Finding], setup: Setup, *, as_json: bool) -> None:
         print(findings_json(findings))
         return
     console = Console()
-    console.print(findings_table(findings, f"{setup.student.name} from {setup.teacher.name}, {setup.data}"))
+    teachers = ", ".join(setup.teacher.name for setup in setups)
+    console.print(findings_table(findings, f"{setups[0].student.name} from {teachers}, {setups[0].data}"))
     console.print(verdict_line(findings), markup=False, highlight=False)
 
 

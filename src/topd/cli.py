@@ -10,7 +10,10 @@ from pathlib import Path
 from topd.analysis_cli import add_correct, add_probe
 from topd.check_cli import ABOUT, before_training, run_check
 from topd.errors import RunInterrupted, TOPDError
+from topd.eval_cli import add_eval
+from topd.study_cli import add_study
 from topd.version import __version__
+from topd.warmstart_cli import add_generate
 
 REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
 
@@ -20,11 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
-            from topd.training.command import run
+            from topd.training.command import run as train
 
-            run(arguments[1:], before=before_training)
+            train(arguments[1:], before=before_training)
         elif arguments[:1] == ["check"]:  # it takes them too
             return run_check(arguments[1:])
+        elif arguments[:1] == ["warmstart"]:
+            from topd.warmstart.command import run as warm_start
+
+            warm_start(arguments[1:])
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
@@ -42,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
-            "topd probe when it is started again.",
+            "topd probe, topd eval and topd generate when they are started again.",
             file=sys.stderr,
         )
         return 130
@@ -57,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"topd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    add_generate(commands)
+    commands.add_parser("warmstart", help="stage 1, on teacher solutions: --config FILE.yaml [--any_option value]")
     commands.add_parser("train", help="distil a student from a teacher: --config FILE.yaml [--any_option value]")
 
     commands.add_parser("check", help=ABOUT)
@@ -83,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_probe(commands)
     add_correct(commands)
+    add_eval(commands)
+    add_study(commands)
 
     report = commands.add_parser("report", help="write the HTML page of a run")
     report.add_argument(

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -29,27 +29,34 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape it, UTF-8 cannot hold it
 
 
+Read = Callable[[object, str], Any]
+"""Reads a value, given its name for the `DataError` that says why it cannot be used."""
+
+
 def load_prompts(
-    source: str, *, split: str = "train", limit: int | None = None, responses: bool = False
-) -> datasets.Dataset:
+    source: str, *, split: str = "train", limit: int | None = None, responses: bool = False,
+    also: Mapping[str, Read] | None = None,
+) -> datasets.Dataset:  # fmt: skip
     """Prompts and answers from a file, a folder or the Hub, checked row by row.
 
     `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; a
     folder written by `save_to_disk`; or a Hub dataset, "owner/name" or "owner/name:configuration". `split` picks a part
     of the latter two (a file has no parts). `limit`: keep the first so many rows; all are checked.
-    `responses`: every row must have a `response` or `completion` (text), which comes as the column `response`.
+    `responses`: every row must have a `response` or `completion` (text), which comes as the column `response`. `also`:
+    further columns, and what reads their values (None where a row has none).
 
     Returns the column `prompt` (text, or messages {"role", "content"}: one kind throughout) and, if any row has one,
-    `answer` (text; None where it is missing or blank; a whole number is written without ".0"). Raises `DataError`.
+    `answer` (text; None where it is missing or blank; a whole number is written without ".0"), and what else is asked
+    for. Raises `DataError`.
     """
     import datasets
 
     if limit is not None and (type(limit) is not int or limit < 1):
         raise DataError(f"limit is {limit!r}; it must be a whole number of at least 1, or None for all rows.")
-    source, remedy = os.fspath(source), "Check the permissions."
+    source, remedy, also = os.fspath(source), "Check the permissions.", also or {}
     try:
         reader, remedy = _reader(source)
-        rows = _checked(reader(source, split), "line" if reader in (_jsonl, _csv) else "row", responses)
+        rows = _checked(reader(source, split, also), "line" if reader in (_jsonl, _csv) else "row", responses, also)
     except DataError as error:
         raise DataError(f"{source!r}: {error}") from None
     except Exception as error:  # whatever a library, the disk or the network raises
@@ -59,9 +66,13 @@ def load_prompts(
     is_text = isinstance(rows[0][0], str)
     features: Any = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
     features |= {"answer": text, "response": text}
-    columns = dict(zip(features, zip(*rows[:limit], strict=True), strict=True))
+    columns = dict(zip([*features, *also], zip(*rows[:limit], strict=True), strict=True))
+    more = {name: list(columns.pop(name)) for name in also}
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return data.remove_columns([name for i, name in enumerate(features) if i and all(row[i] is None for row in rows)])
+    empty = [name for i, name in enumerate(features) if i and all(row[i] is None for row in rows)]
+    for name, values in more.items():
+        data = data.add_column(name, values)
+    return data.remove_columns(empty)
 
 
 def _reader(source: str) -> tuple[Any, str]:
@@ -83,8 +94,10 @@ def _reader(source: str) -> tuple[Any, str]:
     return _dataset, f"{missing} On the Hub: check owner/name:configuration, split, network, HF_HUB_OFFLINE, login."
 
 
-def _checked(rows: Iterable[tuple[int, Any]], place: str, responses: bool) -> list[tuple[Any, str | None, str | None]]:
-    """(prompt, answer, response) of all rows, or the `DataError` that lists the broken ones."""
+def _checked(
+    rows: Iterable[tuple[int, Any]], place: str, responses: bool, also: Mapping[str, Read]
+) -> list[tuple[Any, ...]]:
+    """(prompt, answer, response, what else is asked for) of all rows, or the `DataError` that lists the broken ones."""
     good, broken, first = [], [], None
     for number, row in rows:
         try:
@@ -96,7 +109,8 @@ def _checked(rows: Iterable[tuple[int, Any]], place: str, responses: bool) -> li
             first = first or (kind, f"{place} {number}")
             if kind != first[0]:
                 raise DataError(f"{kind}, but in {first[1]} {first[0]}; use one kind in all rows")
-            good.append((prompt, answer, _response(row) if responses else None))
+            others = (read(row.get(name), f"the {name}") for name, read in also.items())
+            good.append((prompt, answer, _response(row) if responses else None, *others))
         except DataError as error:
             broken.append((number, f"  {place} {number}: {error}"))
     if broken:
@@ -131,14 +145,14 @@ def _parsed(text: str) -> Any:
         return DataError("JSON with a number too long, or lists nested too deep, to read")
 
 
-def _jsonl(path: str, _: str) -> Iterator[tuple[int, Any]]:
+def _jsonl(path: str, *_: Any) -> Iterator[tuple[int, Any]]:
     bad: dict[int, DataError] = {}
     for number, line in enumerate(_lines(path, bad), 1):
         if line.strip():
             yield number, bad.get(number) or _parsed(line.rstrip("\r\n"))
 
 
-def _json(path: str, _: str) -> Iterator[tuple[int, Any]]:
+def _json(path: str, *_: Any) -> Iterator[tuple[int, Any]]:
     bad: dict[int, DataError] = {}
     value = _parsed("".join(_lines(path, bad)).rstrip("\r\n"))
     if bad or isinstance(value, DataError):
@@ -149,7 +163,7 @@ def _json(path: str, _: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(lists[0], 1)
 
 
-def _csv(path: str, _: str) -> Iterator[tuple[int, Any]]:
+def _csv(path: str, *_: Any) -> Iterator[tuple[int, Any]]:
     bad: dict[int, DataError] = {}
     header: list[str] = []
     row: list[str] | None = []
@@ -174,11 +188,11 @@ def _csv(path: str, _: str) -> Iterator[tuple[int, Any]]:
     yield from bad.items()
 
 
-def _parquet(path: str, _: str) -> Iterator[tuple[int, Any]]:
+def _parquet(path: str, _: str, also: Iterable[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        names = _columns(file.schema_arrow.names)
+        names = _columns(file.schema_arrow.names, also)
         batches = file.iter_batches(batch_size=1000, columns=names)
         for number, (batch, i) in enumerate(((table, i) for table in batches for i in range(len(table))), 1):
             try:
@@ -187,7 +201,7 @@ def _parquet(path: str, _: str) -> Iterator[tuple[int, Any]]:
                 yield number, DataError(f"a value cannot be read ({error}); write text as UTF-8")
 
 
-def _dataset(source: str, split: str) -> Iterator[tuple[int, Any]]:
+def _dataset(source: str, split: str, also: Iterable[str]) -> Iterator[tuple[int, Any]]:
     import datasets
 
     saved = os.path.isdir(source)
@@ -196,7 +210,7 @@ def _dataset(source: str, split: str) -> Iterator[tuple[int, Any]]:
         if split not in data:
             raise DataError(f"there is no split {split!r}. Choose one of {list(data)}.")
         data = data[split]
-    data = data.with_format(None).select_columns(_columns(data.column_names))
+    data = data.with_format(None).select_columns(_columns(data.column_names, also))
     data.data.validate(full=True)  # reading damaged columns would crash Python
     yield from enumerate(data, 1)
 
@@ -204,7 +218,7 @@ def _dataset(source: str, split: str) -> Iterator[tuple[int, Any]]:
 _READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def _columns(found: list[str]) -> list[str]:
+def _columns(found: list[str], also: Iterable[str] = ()) -> list[str]:
     """The columns to read: the one with the prompt first."""
     twice = [name for name in dict.fromkeys(found) if name and found.count(name) > 1]
     if twice:
@@ -213,13 +227,13 @@ def _columns(found: list[str]) -> list[str]:
     if prompt is None:
         raise DataError(f"no `prompt`, `problem` or `question` in {str(found)[:200]}; rename the one with the prompt")
     response = next((name for name in RESPONSE_COLUMNS if name in found), None)
-    return [prompt, *(name for name in ("answer", response) if name in found)]
+    return [prompt, *(name for name in ("answer", response, *also) if name in found)]
 
 
 def _prompt(value: object) -> Any:
     """The text, or the messages with role and content only."""
     if isinstance(value, str):
-        return _text(value, "the prompt")
+        return read_text(value, "the prompt")
     if not isinstance(value, list) or not value:
         raise DataError(f"the prompt is {value!r:.40}; write text or a list of messages")
     for place, message in enumerate(value, 1):
@@ -230,7 +244,7 @@ def _prompt(value: object) -> Any:
             raise DataError(f"{what} has the role {str(message['role'])[:40]!r}; use one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise DataError(f"{what} has tool_calls, which would be lost; write them into its content")
-        _text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
+        read_text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
     if value[-1]["role"] == "assistant":
         raise DataError("the last message of the prompt is the assistant's; end with the user's turn")
     return [{"role": message["role"], "content": message["content"]} for message in value]
@@ -240,10 +254,10 @@ def _response(row: dict[str, Any]) -> str:
     column = next((name for name in RESPONSE_COLUMNS if name in row), None)
     if column is None:
         raise DataError("no `response` or `completion`; write what the student answered as text")
-    return _text(row[column], f"the {column}")
+    return read_text(row[column], f"the {column}")
 
 
-def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
+def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError(f"{what} is {value!r:.40}; write text")
     if not may_be_blank and not value.strip():
@@ -253,9 +267,18 @@ def _text(value: object, what: str, *, may_be_blank: bool = False) -> str:
     return value
 
 
+def read_flag(value: object, what: str) -> bool:
+    """True or false; false where there is none. CSV has them as words."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if str(value).strip().lower() in ("true", "false", ""):
+        return str(value).strip().lower() == "true"
+    raise DataError(f"{what} is {value!r:.40}; write true or false")
+
+
 def _answer(value: object) -> str | None:
     if value is None or isinstance(value, str):
-        return _text(value, "the answer") if value and value.strip() else None
+        return read_text(value, "the answer") if value and value.strip() else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise DataError(f"the answer is {value!r:.40}; write text or a number")
     if isinstance(value, float) and not math.isfinite(value):

@@ -31,6 +31,10 @@ class NonFiniteError(TOPDError, RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimizer moves."""
 
 
+class TeacherServerError(TOPDError, RuntimeError):
+    """The server that the teacher is on cannot be used, or has gone away."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came; a checkpoint is saved. Not a `TOPDError`: nothing is wrong.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -98,15 +99,14 @@ def test_the_embedded_task_has_its_own_ending() -> None:
 
 def test_an_answer_that_cannot_be_compared_in_time_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """From another thread, past a loop inside C: the process is killed, the next answer gets a new one."""
-    monkeypatch.setattr(equivalence, "HARD_SECONDS", 0.5)
     assert verdict(r"\boxed{\frac24}", "0.5", "math").right  # the process is there
+    monkeypatch.setattr(equivalence, "HARD_SECONDS", 0.5)
     found: list[Verdict] = []
-    started = time.monotonic()
     thread = threading.Thread(target=lambda: found.append(verdict(r"\boxed{9^{9^{9}}}", "4", "math")))
     thread.start()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert found == [Verdict("9^{9^{9}}", False, False)]
-    assert time.monotonic() - started < 5
+    assert equivalence._process(os.getpid())._child is None
     monkeypatch.undo()
     assert verdict(r"\boxed{\frac24}", "0.5", "math").right
 

@@ -9,7 +9,7 @@ import torch
 from bad_pairs import change, conversations, copy_of, other_end, other_splitting, other_tokenizer, padded_head
 from bad_pairs import short_context as short_context_pair
 
-from topd.check_cli import parsed, setup_of
+from topd.check_cli import parsed, setups_of
 from topd.preflight import machine, memory, prompts, quality, templates, tokens
 from topd.preflight.checks import QUICK, quick_findings
 from topd.preflight.finding import Finding, worst
@@ -20,7 +20,7 @@ RECIPE = ["--config", "recipes/embedded.yaml"]
 
 def setup_for(student="embedded:student-standard", teacher="embedded:teacher", *more) -> Setup:
     names = ["--model_name_or_path", str(student), "--teacher_model_name_or_path", str(teacher)]
-    return setup_of(*parsed([*RECIPE, *names, *map(str, more)]))
+    return setups_of(*parsed([*RECIPE, *names, *map(str, more)]))[""]
 
 
 def by_name(findings) -> dict[str, Finding]:

@@ -14,6 +14,7 @@ from topd.algorithm.guidance import (
     trajectory_loss,
 )
 from topd.algorithm.head import Head
+from topd.algorithm.known_tokens import KnownTokens, known_token_kl, known_token_loss, score_known_tokens
 from topd.algorithm.tiles import LikelihoodTerms
 from topd.algorithm.token_loss import (
     TokenScores,
@@ -28,6 +29,7 @@ from topd.algorithm.transport import Transport, entropic_transport, exact_transp
 __all__ = [
     "DistillationLoss",
     "Head",
+    "KnownTokens",
     "LikelihoodTerms",
     "Targets",
     "TokenScores",
@@ -41,11 +43,14 @@ __all__ = [
     "ground_cost",
     "highest_loss",
     "is_fork",
+    "known_token_kl",
+    "known_token_loss",
     "likelihood_terms",
     "make_targets",
     "negative_entropy",
     "own_token_share",
     "rescale_rows",
+    "score_known_tokens",
     "score_tokens",
     "select_for_capping",
     "token_cost",

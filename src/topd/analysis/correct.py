@@ -193,10 +193,10 @@ class Corrector:
         count = guided.targets.guided.sum() if guided is not None else row.loss_mask.sum()
         for _ in range(self.options.steps):
             optimizer.zero_grad()
-            loss, _ = topd_loss(
+            loss = topd_loss(
                 row, student, teacher, teacher_hidden, row.loss_mask.float(), guided, options,
                 num_tokens=row.loss_mask.sum(), num_guided=count.clamp(min=1),
-            )  # fmt: skip
+            ).loss  # fmt: skip
             loss.backward()
             optimizer.step()
         optimizer.zero_grad()

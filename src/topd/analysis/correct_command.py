@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from topd.analysis.correct import CorrectOptions, Corrector, Fork, Outcome
-from topd.analysis.resumable import earlier_records, write_options
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
 PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}

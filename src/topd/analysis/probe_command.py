@@ -17,9 +17,9 @@ from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
 from topd.analysis.probe_summary import GROUPS, PAPER, Probe, token_table
-from topd.analysis.resumable import earlier_records, write_options
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
+from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
 

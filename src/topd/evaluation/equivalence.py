@@ -39,11 +39,16 @@ def same_answer(wanted: str, given: str) -> bool | None:
     return _process(os.getpid()).ask(wanted, given)
 
 
+def check_installed() -> None:
+    """Raise `TOPDError` without math-verify: better before hours of sampling than after."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise TOPDError("Checking mathematical answers needs math-verify: pip install 'topd[eval]'.")
+
+
 @lru_cache(maxsize=1)
 def _process(owner: int) -> _Process:
     """One per process: a fork must not share its parent's pipes."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise TOPDError("Checking mathematical answers needs math-verify: pip install 'topd[eval]'.")
+    check_installed()
     process = _Process()
     atexit.register(process.stop)
     return process

@@ -47,9 +47,8 @@ def bootstrap_mean(values: ArrayLike, *, samples: int = 10_000, level: float = 0
     """Mean and its percentile bootstrap interval.
 
     Args:
-        values: [problem], 0/1 or any numbers. Or [problem, sample]: several answers to each problem; then problems are
-            resampled, and within each drawn problem its answers. (That counts the noise between answers a little more
-            than once, so the interval is slightly too wide rather than too narrow.)
+        values: [problem], 0/1 or any numbers. Or [problem, sample]: several answers to each problem; then a problem is
+            drawn together with its answers, which holds the chance of both (see `accuracy`).
         samples: bootstrap resamples.
         level: share of resampled means inside the interval.
         seed: the same seed gives the same interval. The order of problems does not matter.
@@ -57,16 +56,10 @@ def bootstrap_mean(values: ArrayLike, *, samples: int = 10_000, level: float = 0
     Raises:
         ValueError: if `values` is empty, ragged or not finite, or `samples` or `level` is out of range.
     """
-    table = _table(values, "values")
-    _check_options(samples, level)
-    rng = np.random.default_rng(seed)
-    if table.shape[1] == 1:
-        means = _resampled_means(table[:, 0], samples, rng)
-    elif np.isin(table, (0.0, 1.0)).all():
-        means = _two_level_binary(table, samples, rng)
-    else:
-        means = _two_level(table, samples, rng)
-    low, high = _percentiles(means, level)
+    table = table_of(values, "values")
+    check_options(samples, level)
+    means = resampled_means(table.mean(axis=1), samples, np.random.default_rng(seed))
+    low, high = percentiles(means, level)
     return Interval(float(table.mean()), low, high, len(table))
 
 
@@ -90,8 +83,8 @@ def paired_difference(
         ValueError: if an input is empty, ragged or not finite, if the numbers of problems differ, or if `samples` or
             `level` is out of range.
     """
-    first, second = _table(a, "a").mean(axis=1), _table(b, "b").mean(axis=1)
-    _check_options(samples, level)
+    first, second = table_of(a, "a").mean(axis=1), table_of(b, "b").mean(axis=1)
+    check_options(samples, level)
     if len(first) != len(second):
         raise ValueError(
             f"a has {len(first)} problems and b has {len(second)}: a paired difference needs the same problems in the "
@@ -99,12 +92,12 @@ def paired_difference(
         )
     difference = first - second
     bootstrap, permutation = np.random.default_rng(seed).spawn(2)
-    low, high = _percentiles(_resampled_means(difference, samples, bootstrap), level)
-    p = _sign_flip_p(difference, samples, permutation)
+    low, high = percentiles(resampled_means(difference, samples, bootstrap), level)
+    p = sign_flip_p(difference, samples, permutation)
     return PairedDifference(float(difference.mean()), low, high, p, len(difference))
 
 
-def _resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> Floats:
+def resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> Floats:
     """[samples] means of resamples of [problem] values."""
     n = len(values)
     distinct, count = np.unique(values, return_counts=True)
@@ -114,36 +107,7 @@ def _resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> 
     return _in_chunks(samples, n, lambda size: ordered[rng.integers(n, size=(size, n))].mean(axis=1))
 
 
-def _two_level_binary(table: Floats, samples: int, rng: np.random.Generator) -> Floats:
-    """[samples] two-level resampled means of a [problem, sample] table of 0 and 1.
-
-    Problems with the same number of right answers are alike: draw how many of each kind there are, then how many right
-    answers those give.
-    """
-    n, answers = table.shape
-    right, count = np.unique(table.sum(axis=1), return_counts=True)
-
-    def draw(size: int) -> Floats:
-        problems = rng.multinomial(n, count / n, size=size)
-        return np.asarray(rng.binomial(problems * answers, right / answers).sum(axis=1) / (n * answers))
-
-    return _in_chunks(samples, len(right), draw)
-
-
-def _two_level(table: Floats, samples: int, rng: np.random.Generator) -> Floats:
-    """[samples] two-level resampled means of any [problem, sample] table."""
-    n, answers = table.shape
-    table = np.sort(table, axis=1)
-    table = table[np.lexsort(table.T)]
-
-    def draw(size: int) -> Floats:
-        problem = rng.integers(n, size=(size, n, 1))
-        return np.asarray(table[problem, rng.integers(answers, size=(size, n, answers))].mean(axis=(1, 2)))
-
-    return _in_chunks(samples, 3 * table.size, draw)
-
-
-def _sign_flip_p(difference: Floats, samples: int, rng: np.random.Generator) -> float:
+def sign_flip_p(difference: Floats, samples: int, rng: np.random.Generator) -> float:
     """Two-sided sign-flip permutation p-value of the sum of [problem] differences."""
     size = np.sort(np.abs(difference[difference != 0]))
     distinct, count = np.unique(size, return_counts=True)
@@ -164,12 +128,12 @@ def _in_chunks(samples: int, width: int, draw: Callable[[int], Floats]) -> Float
     return np.concatenate([draw(min(size, samples - start)) for start in range(0, samples, size)])
 
 
-def _percentiles(means: Floats, level: float) -> tuple[float, float]:
+def percentiles(means: Floats, level: float) -> tuple[float, float]:
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _table(values: ArrayLike, name: str) -> Floats:
+def table_of(values: ArrayLike, name: str) -> Floats:
     """[problem, sample] float64; a list of problems gets one sample each."""
     try:
         table = np.asarray(values, dtype=np.float64)
@@ -189,7 +153,7 @@ def _table(values: ArrayLike, name: str) -> Floats:
     return table[:, None] if table.ndim == 1 else table
 
 
-def _check_options(samples: int, level: float) -> None:
+def check_options(samples: int, level: float) -> None:
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}; 10,000 is usual.")
     if not 0 < level < 1:

@@ -34,7 +34,7 @@ class Branches:
     tokens: Tensor
     mask: Tensor
 
-    def __getitem__(self, rows: slice) -> Branches:
+    def __getitem__(self, rows: slice | Tensor) -> Branches:
         return Branches(self.position[rows], self.tokens[rows], self.mask[rows])
 
 

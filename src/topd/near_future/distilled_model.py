@@ -123,6 +123,8 @@ class DistilledModel:
     @torch.no_grad()
     def states_of(self, prefixes: Sequence[Tensor], windows: Windows) -> Tensor:
         """[window, window_position, width]: last hidden states at the window tokens themselves."""
+        if len(windows) == 0:
+            return self.embeddings().new_zeros(*windows.tokens.shape, self.embeddings().shape[1])
         ids = [
             torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)
         ]  # padding after EOS is never looked at

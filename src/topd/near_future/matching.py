@@ -9,6 +9,7 @@ from torch import Tensor
 from topd.algorithm import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 from topd.algorithm.transport import GroundCost
 from topd.near_future.distilled_model import DistilledModel
+from topd.near_future.remote_teacher import RemoteTeacher
 from topd.near_future.windows import Rollouts, Windows
 
 Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
@@ -22,7 +23,7 @@ def near_future_transport(
     rows: Tensor,
     positions: Tensor,
     student: DistilledModel,
-    teacher: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
     *,
     embedding: Embedding = "student",
     cost: GroundCost = "cosine",

@@ -17,6 +17,7 @@ class Rollouts:
         response_ids: [rollout, position], padded on the right.
         response_mask: [rollout, position], 1 at tokens of the response (those the model reads).
         loss_mask: [rollout, position], 1 at tokens that are trained on; a subset of `response_mask`.
+        teacher: [rollout] which of several teachers each has; None where there is one.
     """
 
     prompt_ids: Tensor
@@ -24,6 +25,7 @@ class Rollouts:
     response_ids: Tensor
     response_mask: Tensor
     loss_mask: Tensor
+    teacher: Tensor | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -51,13 +53,14 @@ class Rollouts:
     def __len__(self) -> int:
         return self.response_ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> Rollouts:
+    def __getitem__(self, rows: slice | Tensor) -> Rollouts:
         return Rollouts(
             self.prompt_ids[rows],
             self.prompt_mask[rows],
             self.response_ids[rows],
             self.response_mask[rows],
             self.loss_mask[rows],
+            None if self.teacher is None else self.teacher[rows],
         )
 
 

@@ -21,6 +21,7 @@ from topd.report.records import MAX_CANDIDATES, Arm
 from topd.report.results import NAMES, Scores, signed
 from topd.report.rollouts import LEVELS, choose_rollouts
 from topd.report.runs import Run, load_runs
+from topd.report.study import study_section
 
 _HERE = Path(__file__).parent
 MOST_TOKENS = 30
@@ -68,6 +69,7 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
         distances=distance_figures(points),
         probes=[probe_section(run.probe, i, of(run, several)) for i, run in enumerate(runs) if run.probe],
         corrections=[correct_section(run.correct, i, of(run, several)) for i, run in enumerate(runs) if run.correct],
+        studies=[study_section(run.study, i, of(run, several)) for i, run in enumerate(runs) if run.study],
         levels=LEVELS,
         shown=shown,
         cards=len(cards),

@@ -1,9 +1,9 @@
 """What a run left behind, all of it. Nothing here needs a model.
 
 A run is a trainer output folder (an arm); or a folder with `results.json` and such arms beneath it; or what `topd
-probe` or `topd correct` wrote, alone or in the subfolders `probe` and `correct`. Every file and every key may be
-missing: what is not there is not shown. What cannot be read is counted in `notes`. Only records written by a newer
-version are refused, because they would be misread.
+study` wrote; or what `topd probe` or `topd correct` wrote, alone or in the subfolders `probe` and `correct`. Every file
+and every key may be missing: what is not there is not shown. What cannot be read is counted in `notes`. Only records
+written by a newer version are refused, because they would be misread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from topd.report.analyses import CorrectRecords, ProbeRecords, load_correct, load_probe
 from topd.report.reading import ReportError, check_version, clean, mappings, read_object
 from topd.report.records import MAX_CANDIDATES, Arm, is_arm, load_arm
+from topd.report.study import load_study
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Run:
     notes: list[str]
     probe: ProbeRecords | None = None
     correct: CorrectRecords | None = None
+    study: dict[str, Any] | None = None
 
 
 def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
@@ -51,16 +53,17 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     if is_arm(folder):
         folders = [folder]
     probe, correct = load_probe(folder, notes, keep), load_correct(folder, notes)
-    if not folders and not results and probe is None and correct is None:
+    study = load_study(folder, notes)
+    if not (folders or results or probe or correct or study):
         raise ReportError(
-            f"{folder} holds no records of a run: expected results.json, trainer_state.json, audit.jsonl, probe.json "
-            "or correct.json. Give the output folder of a run, and set audit_steps to record rollouts."
+            f"{folder} holds no records of a run: expected results.json, trainer_state.json, audit.jsonl, study.json, "
+            "probe.json or correct.json. Give the output folder of a run, and set audit_steps to record rollouts."
         )
     arms = [load_arm(path, notes, keep) for path in folders]
     missing = [name for name in named if name not in {arm.name for arm in arms}]
     if missing:
         notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
-    return Run(clean(folder.resolve().name), arms, results, notes, probe, correct)
+    return Run(clean(folder.resolve().name), arms, results, notes, probe, correct, study)
 
 
 def load_runs(folders: list[Path], *, keep: int = MAX_CANDIDATES) -> list[Run]:

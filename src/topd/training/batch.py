@@ -9,6 +9,8 @@ from torch import Tensor
 from topd.near_future import Branches, Rollouts
 from topd.training.guided import Guided
 
+TEACHER = "teacher_number"
+"""Entry [rollout] that says which of several teachers each has."""
 _GUIDED = "guided_"
 """Prefix of the entries that hold a `Guided`."""
 
@@ -16,7 +18,8 @@ _GUIDED = "guided_"
 def rollouts_of(batch: dict[str, Any]) -> Rollouts:
     mask = batch["completion_mask"]
     loss_mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask
-    return Rollouts(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask, loss_mask)
+    ids = batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"]
+    return Rollouts(*ids, mask, loss_mask, batch.get(TEACHER))
 
 
 def pack(guided: Guided) -> dict[str, Tensor]:

@@ -75,28 +75,35 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
+    from topd.data import read_text
     from topd.demo.pair import resolve_model
     from topd.training.checkpoints import saving
+    from topd.training.several_teachers import COLUMN, MOPDTrainer
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
-    student_name, teacher_name = map(resolve_model, named(config, model))
-    resume = resume_from(config)
-    train_dataset = prompts(data.data, data.data_split, data.data_limit)
+    student, named_teachers = named(config, model)
+    student_name, teachers = resolve_model(student), {key: resolve_model(name) for key, name in named_teachers.items()}
+    teacher_name = next(iter(teachers.values()), None)
+    kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
+    also = {COLUMN: read_text} if config.teachers else None
+    train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
+    resume = resume_from(config)
     if before is not None and data.preflight:
         before(data, config, model, train_dataset)
 
     trust = config.trust_remote_code
     tokenizer = loading("tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    check_tokenizers(tokenizer, teacher_tokenizer)
+    if teacher_name is not None:
+        teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
+        check_tokenizers(tokenizer, teacher_tokenizer)
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
-        "models", f"{student_name} and {teacher_name}", TOPDTrainer,
-        teacher_model=teacher_name, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
+        "models", f"{student_name} and {teacher_name or 'the teacher'}", kind,
+        teacher_model=teacher, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
@@ -109,14 +116,17 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
     trainer.end()
 
 
-def named(config: Any, model: Any) -> tuple[str, str]:
-    """Student and teacher, as given."""
-    if not model.model_name_or_path or not config.teacher_model_name_or_path:
+def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
+    """The student, and the teachers by their names in the data (one has the name ""); none, if it is on a server."""
+    one = {"": config.teacher_model_name_or_path} if config.teacher_model_name_or_path else {}
+    teachers = dict(config.teachers or {}) or one
+    if not model.model_name_or_path or not (teachers or config.teacher_window_server):
         raise TOPDError(
             "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml."
+            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
+            "on a server alone: --teacher_window_server.)"
         )
-    return model.model_name_or_path, config.teacher_model_name_or_path
+    return model.model_name_or_path, teachers
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
@@ -129,8 +139,8 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     return parsed
 
 
-def prompts(source: str, split: str, limit: int | None, responses: bool = False) -> Any:
-    """A dataset of prompts (and answers, and given responses), from the embedded task or from `topd.data`."""
+def prompts(source: str, split: str, limit: int | None, responses: bool = False, also: Any = None) -> Any:
+    """A dataset of prompts (and answers, given responses, columns as `also` reads them), or the embedded task's."""
     if responses and source == "embedded":
         raise TOPDError("The embedded task has no given responses. Name a file that has: --data FILE.jsonl.")
     if source == "embedded":
@@ -140,11 +150,15 @@ def prompts(source: str, split: str, limit: int | None, responses: bool = False)
 
         if limit is not None and not 0 < limit <= MOST_EMBEDDED:
             raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
+        if also:
+            raise TOPDError(
+                f"The embedded task has no column {', '.join(also)}. Name a file that has: --data FILE.jsonl."
+            )
         problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False)
         return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
     from topd.data import load_prompts
 
-    return load_prompts(source, split=split, limit=limit, responses=responses)
+    return load_prompts(source, split=split, limit=limit, responses=responses, also=also)
 
 
 def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:

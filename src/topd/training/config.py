@@ -27,7 +27,7 @@ class TOPDConfig(DistillationConfig):
     Where the help says "our choice", the paper does not give the value; see `docs/paper_to_code.md`.
     """
 
-    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers"]
 
     method: Method = _option(
         "topd",
@@ -75,6 +75,25 @@ class TOPDConfig(DistillationConfig):
         "None: no limit. Our choice.",
     )
     candidate_spacing: int = _option(1, "Least distance between candidates of a rollout. Our choice: no spacing.")
+
+    teacher_window_server: str | None = _option(
+        None,
+        "URL of an OpenAI-compatible server (vLLM, SGLang) that continues the teacher's windows. Without a "
+        "teacher_model the token losses come from it too, from its likeliest tokens (vLLM).",
+    )
+    teacher_server_model: str | None = _option(
+        None, "Name under which that server serves the teacher. None: the only model that it has."
+    )
+    teacher_server_timeout: float = _option(300.0, "Seconds that one request to it may take.")
+    teacher_server_patience: float = _option(
+        600.0, "Seconds without an answer after which it is given up; until then requests are repeated."
+    )
+    teacher_server_concurrency: int = _option(16, "Requests to it at a time, from each process.")
+    teacher_top_k: int = _option(
+        20,
+        "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
+        "--max-logprobs). The paper has the full vocabulary.",
+    )
 
     embedding: Embedding = _option(
         "student",
@@ -126,6 +145,11 @@ class TOPDConfig(DistillationConfig):
         "low", "Which candidates opd-capped caps: low (paper), or the controls high and random."
     )
 
+    teachers: dict[str, str] | str | None = _option(
+        None,
+        "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
+    )
+
     audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")
     audit_rollouts: int = _option(2, "Rollouts in each audit record.")
 
@@ -139,9 +163,6 @@ class TOPDConfig(DistillationConfig):
         rules = {"candidate_count": self.candidate_count, "candidate_threshold": self.candidate_threshold}
         if all(value is not None for value in rules.values()):
             raise ValueError("candidate_count and candidate_threshold exclude each other; give one of them.")
-        for name, least in (("window_length", 1), ("candidate_spacing", 1), ("audit_rollouts", 1), ("audit_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
         for name, value in vars(self).items():
             if name in TOPDConfig.__annotations__ and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite; got {value}.")
@@ -149,6 +170,12 @@ class TOPDConfig(DistillationConfig):
                 raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
         if self.candidate_share is not None and not 0 < self.candidate_share <= 1:
             raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
+        least = {"audit_steps": 0} | dict.fromkeys(
+            ("window_length", "candidate_spacing", "audit_rollouts", "teacher_server_concurrency", "teacher_top_k"), 1
+        )
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}; got {getattr(self, name)}.")
         for name in ("guidance_weight", "window_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")

@@ -4,16 +4,17 @@ import torch
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss
+from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss, known_token_loss
 from topd.algorithm.head import at_least_float32
 from topd.algorithm.tiles import Direction
+from topd.near_future.remote_teacher import unpack
 
 
 def loss_on_device(
     hidden: Tensor,
     head: Head,
     teacher_hidden: Tensor,
-    teacher_head: Head,
+    teacher_head: Head | None,
     weights: Tensor,
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
@@ -21,10 +22,13 @@ def loss_on_device(
     """`distillation_loss`, in nats; reverse is KL(student || teacher).
 
     On CUDA the token losses are TRL's wherever it can express both heads (our choice); likelihood terms always ours.
+    Without a teacher's head, `teacher_hidden` is what a server knows of its tokens, packed.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size (ours only; TRL's does not look).
     """
+    if teacher_head is None:
+        return known_token_loss(hidden, head, unpack(teacher_hidden), weights, terms, direction)
     arguments = trl_arguments(head, teacher_head)
     if hidden.is_cuda and at_least_float32(hidden).itemsize == 4 and arguments is not None:
         return trl_loss(hidden, head, teacher_hidden, teacher_head, weights, terms, direction, arguments)

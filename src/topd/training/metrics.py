@@ -28,6 +28,10 @@ NEAR_FUTURE_METRICS = {
     "guidance/loss": "L_traj of the step, without lambda (nats a position; a fork with guidance_reduction=sum)",
     "budget/predicted_overhead": "with max_overhead: predicted time over a step of plain OPD, as a share of it",
 }
+REMOTE_METRICS = {
+    "token_loss/unseen": "without a teacher_model: mean probability, under the student, of tokens that the teacher's "
+    "server did not tell (0..1)",
+}
 
 
 def near_future_metrics(

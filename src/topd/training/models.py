@@ -21,13 +21,15 @@ def prepared_models(student: Any, teacher: Any, args: TOPDConfig) -> tuple[Any, 
     could not be compared.
 
     Args:
-        student, teacher: a name, a folder, or a loaded model.
+        student, teacher: a name, a folder, or a loaded model; the teacher may be None.
         args: its `model_init_kwargs` and `teacher_model_init_kwargs` are completed.
     """
     if isinstance(student, str):
         args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
     if isinstance(teacher, str):
         args.teacher_model_init_kwargs = SAFE | _dict(args.teacher_model_init_kwargs)
+    if teacher is None:  # on a server
+        return student, teacher, None
     ours = head_rows(student, args.trust_remote_code, _dict(args.model_init_kwargs).get("revision"))
     theirs = head_rows(teacher, args.trust_remote_code, args.teacher_model_revision)
     if ours > theirs:

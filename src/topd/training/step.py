@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,19 @@ from topd.algorithm import (
     is_fork,
     likelihood_terms,
     negative_entropy,
+    score_known_tokens,
     score_tokens,
 )
 from topd.algorithm.tiles import Direction
-from topd.near_future import DistilledModel, Reading, Rollouts, near_future_transport, rollout_windows
+from topd.near_future import (
+    DistilledModel,
+    Reading,
+    RemoteTeacher,
+    Rollouts,
+    near_future_transport,
+    rollout_windows,
+)
+from topd.near_future.remote_teacher import unpack
 from topd.training.choices import choose_candidates, choose_capped, choose_guided
 from topd.training.futures import NearFuture, Seen, joined
 from topd.training.guided import Guided, guided_rows
@@ -49,7 +58,7 @@ Stage = Callable[[str], AbstractContextManager[None]]
 def look_ahead(
     rollouts: Rollouts,
     student: DistilledModel,
-    teacher: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
     options: TOPDConfig,
     stage: Stage,
     gather: Callable[[Tensor], Tensor] = lambda distance: distance,
@@ -66,7 +75,7 @@ def look_ahead(
     seen = joined(
         [
             look_from(rollouts[wave], student, teacher, options, stage, None if kept is None else kept[wave], at_most)
-            for wave in waves(rollouts, student, teacher, options)
+            for wave in waves(rollouts, student, teacher, options, gather)
         ]
     )
     with stage("transport"):
@@ -97,7 +106,7 @@ def look_ahead(
 def look_from(
     rollouts: Rollouts,
     student: DistilledModel,
-    teacher: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
     options: TOPDConfig,
     stage: Stage,
     kept: Reading | None,
@@ -128,31 +137,49 @@ def score(
     student_hidden: Tensor,
     student: DistilledModel,
     teacher_hidden: Tensor,
-    teacher: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
     options: TOPDConfig,
 ) -> TokenScores:
     """Scores of the response tokens from both models' states, [rollout, position] each; 0 at padding."""
-    mask = rollouts.loss_mask.bool()
-    scores = score_tokens(
-        student_hidden[mask],
-        student.head(),
-        teacher_hidden[mask],
-        teacher.head(),
-        rollouts.response_ids[mask],
-        "reverse" if options.beta == 1 else "forward",
-    )
+    mask, direction = rollouts.loss_mask.bool(), direction_of(options)
+    ours, theirs, sampled = student_hidden[mask], teacher_hidden[mask], rollouts.response_ids[mask]
+    teacher_head = teacher.head()
+    if teacher_head is None:
+        scores = score_known_tokens(ours, student.head(), unpack(theirs), sampled, direction)
+    else:
+        scores = score_tokens(ours, student.head(), theirs, teacher_head, sampled, direction)
     return TokenScores(*(scatter(values, mask) for values in scores))
+
+
+class StepLoss(NamedTuple):
+    """What the optimizer steps on, and what is logged of it (detached). Nats.
+
+    Attributes:
+        loss: L_OPD + lambda L_traj, with gradients.
+        trajectory: L_traj.
+        nll: sum over response tokens of -log p_S(sampled token), whose mean estimates the entropy; of `opd_loss` only.
+        unseen: [token] see `DistillationLoss`.
+    """
+
+    loss: Tensor
+    trajectory: Tensor
+    nll: Tensor
+    unseen: Tensor | None
+
+
+def direction_of(options: TOPDConfig) -> Direction:
+    return "reverse" if options.beta == 1 else "forward"
 
 
 def opd_loss(
     rollouts: Rollouts,
     student: DistilledModel,
-    teacher: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
     teacher_hidden: Tensor,
     options: TOPDConfig,
     num_tokens: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """L_OPD with gradients, and the detached sum of -log p_S(sampled token), whose mean estimates the entropy. Nats."""
+) -> StepLoss:
+    """L_OPD alone."""
     mask = rollouts.loss_mask.bool()
     hidden, _ = student.hidden_and_windows(rollouts, None)
     sampled = rollouts.response_ids[mask]
@@ -160,23 +187,23 @@ def opd_loss(
     silent = LikelihoodTerms(torch.arange(len(sampled), device=sampled.device), sampled, 0 * ones)
     result = loss_on_device(
         hidden[mask], student.head(), teacher_hidden[mask], teacher.head(), ones / num_tokens, silent,
-        "reverse" if options.beta == 1 else "forward",
+        direction_of(options),
     )  # fmt: skip
-    return result.loss, result.nll.sum()
+    return StepLoss(result.loss, result.loss.new_zeros(()), result.nll.sum(), result.unseen)
 
 
 def topd_loss(
     rollouts: Rollouts,
     student: DistilledModel,
-    teacher: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
     teacher_hidden: Tensor,
     weights: Tensor,
     guided: Guided | None,
     options: TOPDConfig,
     num_tokens: Tensor,
     num_guided: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """L_OPD + lambda L_traj, with gradients, and the detached L_traj. Both in nats.
+) -> StepLoss:
+    """L_OPD + lambda L_traj.
 
     Args:
         teacher_hidden: [rollout, position, width] from `look_ahead`.
@@ -190,14 +217,14 @@ def topd_loss(
     branches = guided.branches if guided is not None else None
     hidden, window_hidden = student.hidden_and_windows(rollouts, branches, from_rollout=on_rollout)
     heads, theirs, token_weights = (student.head(), teacher.head()), teacher_hidden[mask], weights[mask] / num_tokens
-    direction: Direction = "reverse" if options.beta == 1 else "forward"
+    direction, zero = direction_of(options), token_weights.new_zeros(())
 
     if guided is None or guided.teacher_hidden is not None:
-        opd = loss_on_device(hidden[mask], heads[0], theirs, heads[1], token_weights, direction=direction).loss
+        opd = loss_on_device(hidden[mask], heads[0], theirs, heads[1], token_weights, direction=direction)
         if guided is None:
-            return opd, opd.new_zeros(())
+            return StepLoss(opd.loss, zero, zero, opd.unseen)
         traj = teacher_context_loss(window_hidden, heads, guided, options) / num_guided
-        return opd + options.guidance_weight * traj, traj.detach()
+        return StepLoss(opd.loss + options.guidance_weight * traj, traj.detach(), zero, opd.unseen)
 
     targets, scale = guided.targets, options.guidance_weight / num_guided
     states, row = guided_rows(hidden, window_hidden, mask, guided, on_rollout)
@@ -206,11 +233,11 @@ def topd_loss(
     both = loss_on_device(states, heads[0], theirs, heads[1], token_weights, scaled, direction)
     minus_entropy = negative_entropy(targets).sum()
     traj = ((terms.weight * both.nll).sum() + minus_entropy) / num_guided
-    return both.loss + scale * minus_entropy, traj
+    return StepLoss(both.loss + scale * minus_entropy, traj, zero, both.unseen)
 
 
 def teacher_context_loss(
-    window_hidden: Tensor, heads: tuple[Head, Head], guided: Guided, options: TOPDConfig
+    window_hidden: Tensor, heads: tuple[Head, Head | None], guided: Guided, options: TOPDConfig
 ) -> Tensor:
     """Sum over guided positions of the full-vocabulary KL in the teacher's contexts (another reading of L_traj)."""
     assert guided.teacher_hidden is not None
@@ -221,13 +248,20 @@ def teacher_context_loss(
     return loss_on_device(ours, heads[0], theirs, heads[1], ones, direction=direction).loss
 
 
-def waves(rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, options: TOPDConfig) -> list[slice]:
-    """As many rollouts at a time as both models' keys and values have room for."""
+def waves(
+    rollouts: Rollouts,
+    student: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
+    options: TOPDConfig,
+    gather: Callable[[Tensor], Tensor],
+) -> list[slice]:
+    """As many rollouts at a time as both models' keys and values have room for; the same number in all processes."""
     per_token = teacher.cache_bytes_per_token + (
         student.cache_bytes_per_token if options.student_window == "regenerated" else 0
     )
-    size = int(options.window_memory * 2**30 // (per_token * rollouts.input_ids.shape[1])) if per_token else 1
-    size = max(1, size)
+    length = float(rollouts.input_ids.shape[1])
+    longest = gather(torch.tensor([length], device=rollouts.input_ids.device)).max().item()
+    size = max(1, int(options.window_memory * 2**30 // (per_token * longest))) if per_token else 1
     return [slice(start, start + size) for start in range(0, len(rollouts), size)]
 
 

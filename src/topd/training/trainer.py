@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
-from trl.models.utils import unwrap_model_for_generation
 
-from topd.near_future import ContinuesPrefixes, DistilledModel, LocalModel, Rollouts, fixed
+from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
@@ -27,9 +26,11 @@ from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.models import prepared_models
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
+from topd.training.sharding import held_whole, shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
+from topd.training.teacher_server import check_without_weights, contexts, teacher_server
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
@@ -83,9 +84,11 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if teacher_model is None:
-            raise ValueError("TOPDTrainer needs a teacher_model: a name, a folder, or a loaded model.")
+            check_without_weights(args)
+        init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         student, teacher, changed = prepared_models(model, teacher_model, args)
         super().__init__(student, teacher, args, *rest, **kwargs)
+        args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs
         if changed:
             logger.warning(changed)
         if isinstance(teacher_model, str):
@@ -95,46 +98,45 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
             raise ValueError(
                 f"method={args.method} works on text without tools so far; use method=opd for images or tools."
             )
+        if self.is_fsdp_enabled and teacher_model is not None:
+            self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
+        self._server = teacher_server(args, self._tokenizer, self.eos_token_ids, teacher_model is not None)
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
         self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
-        self._guidance_loss = 0.0
+        self._guidance_loss, self._unseen = 0.0, 0.0
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
 
     # The models, as the step sees them
 
     def _student(self) -> DistilledModel:
-        unwrapped = self.accelerator.unwrap_model(self.model)
+        return self._distilled(self.accelerator.unwrap_model(self.model))
 
-        @contextmanager
-        def source() -> Iterator[ContinuesPrefixes]:
-            with (
-                unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-                ) as model,
-                self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            ):
-                yield self._local(model)
+    def _teacher(self) -> DistilledModel | RemoteTeacher:
+        if self.teacher_model is None:
+            assert self._server is not None
+            return RemoteTeacher(self._server, self.args.teacher_top_k)
+        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
-        return self._distilled(self.model_wrapped, unwrapped, source)
-
-    def _teacher(self) -> DistilledModel:
-        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
-        return self._distilled(self.teacher_model, unwrapped, fixed(self._local(unwrapped)))
-
-    def _distilled(self, wrapped: Any, unwrapped: Any, source: Any) -> DistilledModel:
+    def _distilled(self, model: Any, server: RemoteWindows | None = None) -> DistilledModel:
         return DistilledModel(
-            unwrapped,
-            source,
-            lambda function, *args: self._forward_redirection(wrapped, unwrapped, function, *args),
+            model,
+            fixed(self._local(model) if server is None else server),
+            lambda function, *args: self._forward_redirection(model, model, function, *args),
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
-            share_prefix=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            share_prefix=server is None,
         )
+
+    @contextmanager
+    def _models_whole(self) -> Iterator[None]:
+        """The models that generate here: held whole."""
+        teacher = [] if self._server and self.args.embedding != "teacher_hidden" else [self.teacher_model]
+        with ExitStack() as stack:
+            for model in [self.model_wrapped, *teacher]:
+                stack.enter_context(held_whole(model, self.accelerator))
+            yield
 
     def _local(self, model: Any) -> LocalModel:
         return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
@@ -146,7 +148,7 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
         longest = max(prompt_ids, key=len)
         check_context(
             len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, self._longest_window(),
-            {"student": self.model.config, "teacher": self.teacher_model.config},
+            contexts(self.model, self.teacher_model, self._server),
         )  # fmt: skip
         return prompt_ids, images, fields
 
@@ -155,31 +157,31 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; what the student computes while sampling is kept for looking ahead."""
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
-        if not self.args.looks_ahead or self.use_vllm or not self.model.training or has_dropout(student):
-            return super()._generate_single_turn(*args, **kwargs)
-        self._sampling = SamplingStates()
-        with self._sampling.keeping(student):
-            return super()._generate_single_turn(*args, **kwargs)
+        with unsharded(student):
+            if not self.args.looks_ahead or not self.model.training or has_dropout(student):
+                return super()._generate_single_turn(*args, **kwargs)
+            self._sampling = SamplingStates()
+            with self._sampling.keeping(student):
+                return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
         with self._stage("rollout"), nan:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.args.opd_in_one_pass and self.model.training:
-            with self._stage("scoring"), self.compute_loss_context_manager():
-                return batch | {"teacher_hidden": self._teacher().hidden(rollouts_of(batch))}
         if not (self.args.looks_ahead and self.model.training):
-            return batch
+            return batch | self._for_opd(batch)
         self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
         at_most = self._budget.at_most() if self._budget else None
         if at_most == 0:  # a step of plain OPD, to compare with
-            return batch
+            return batch | self._for_opd(batch)
 
         rollouts, teacher = rollouts_of(batch), self._teacher()
         kept = self._sampling.reading(rollouts, self._regenerates()) if self._sampling else None
         self._sampling = None
-        with self.compute_loss_context_manager():
+        with self._models_whole(), self.compute_loss_context_manager():
             future = look_ahead(
                 rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged, kept=kept,
                 at_most=at_most,
@@ -201,6 +203,13 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
         self._record(future, guided, rollouts)
         return batch
 
+    def _for_opd(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What our own loss of plain OPD needs; nothing where TRL's is used."""
+        if self.teacher_model is not None and not (self.args.opd_in_one_pass and self.model.training):
+            return {}
+        with self._stage("scoring"), self.compute_loss_context_manager():
+            return {"teacher_hidden": self._teacher().hidden(rollouts_of(batch))}
+
     def _regenerates(self) -> bool:
         return self.args.student_window == "regenerated"
 
@@ -216,30 +225,25 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if "teacher_hidden" not in inputs:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        rollouts = rollouts_of(inputs)
-        if self.args.opd_in_one_pass:
-            student = DistilledModel(
-                unwrapped_student, fixed(self._local(unwrapped_student)), temperature=self.temperature
-            )
-            loss, nll = opd_loss(
-                rollouts, student, self._teacher(), inputs["teacher_hidden"], self.args, num_items_in_batch
-            )
-            return loss, nll, rollouts.loss_mask.sum()
-        processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
-        loss, guidance = topd_loss(
-            rollouts,
-            DistilledModel(unwrapped_student, fixed(self._local(unwrapped_student)), temperature=self.temperature),
-            self._teacher(),
-            inputs["teacher_hidden"],
-            inputs["weights"],
-            unpack(inputs),
-            self.args,
-            num_tokens=num_items_in_batch,
-            num_guided=inputs["num_guided"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
-        )
-        inputs["guidance_loss"] = guidance
+        rollouts, teacher = rollouts_of(inputs), self._teacher()
+        student = DistilledModel(unwrapped_student, fixed(self._local(unwrapped_student)), temperature=self.temperature)
         mask = rollouts.loss_mask.bool()
-        return loss, inputs["entropy"][mask].sum(), mask.sum()
+        if "weights" not in inputs:  # plain OPD
+            num_tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            result = opd_loss(rollouts, student, teacher, inputs["teacher_hidden"], self.args, num_tokens)
+            entropy = result.nll
+        else:
+            processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
+            result = topd_loss(
+                rollouts, student, teacher, inputs["teacher_hidden"], inputs["weights"], unpack(inputs), self.args,
+                num_tokens=num_items_in_batch,
+                num_guided=inputs["num_guided"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
+            )  # fmt: skip
+            inputs["guidance_loss"] = result.trajectory
+            entropy = inputs["entropy"][mask].sum()
+        if result.unseen is not None:
+            inputs["unseen"] = result.unseen.sum() / (num_items_in_batch if self.model.training else mask.sum())
+        return result.loss, entropy, mask.sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -251,6 +255,8 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
             self._stop_unless_finite(loss.detach(), rollouts_of(inputs))
             if "guidance_loss" in inputs:
                 self._guidance_loss += float(self.accelerator.gather(inputs.pop("guidance_loss")).mean())
+            if "unseen" in inputs:
+                self._unseen += float(self.accelerator.gather(inputs.pop("unseen")).mean())
         return outputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -311,6 +317,9 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
         if self.args.guides:
             self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
             self._guidance_loss = 0.0
+        if self.teacher_model is None:
+            self._metrics["train"]["token_loss/unseen"].append(self._unseen)
+            self._unseen = 0.0
 
     def _keep_to_budget(self, budget: CandidateBudget, seconds: dict[str, float]) -> None:
         """Tell the budget what the step took, on average over processes, so that all decide alike."""

@@ -1,0 +1,111 @@
+"""The losses where the teacher's probability is known for a few tokens of each position only, as a server gives it.
+
+Student and teacher are compared on the known tokens and one bucket for all others::
+
+    sum over known v of p_S(v) (log p_S(v) - log p_T(v)) + r_S (log r_S - log r_T),    r = 1 - sum over known v of p(v)
+
+This is the KL after merging the others. It never exceeds the full KL; what it lacks is r_S times the KL between student
+and teacher within the others. So it is biased towards 0, the more so the more of the student is unseen (r_S).
+The paper has the full vocabulary; merging is our choice (and TRL's, for a teacher behind a server).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from topd.algorithm.distillation_loss import DistillationLoss
+from topd.algorithm.head import Head
+from topd.algorithm.tiles import Direction, LikelihoodTerms
+from topd.algorithm.token_loss import TokenScores, gathered_log_probs, score_tokens
+
+SMALLEST = 1e-9
+"""Least probability of the bucket, so that its logarithm is finite."""
+
+
+class KnownTokens(NamedTuple):
+    """What is known of the teacher at each position.
+
+    Attributes:
+        tokens: [position, known] ids, the sampled token first; anything where there is none.
+        log_probs: [position, known] the teacher's log-probabilities (nats); -inf where there is no token.
+    """
+
+    tokens: Int[Tensor, "positions known"]
+    log_probs: Float[Tensor, "positions known"]
+
+
+class KnownKL(NamedTuple):
+    """What `known_token_kl` gives.
+
+    Attributes:
+        kl: [position] nats.
+        unseen: [position] the student's probability of all tokens that are not known, detached.
+    """
+
+    kl: Float[Tensor, "positions"]
+    unseen: Float[Tensor, "positions"]
+
+
+def known_token_kl(
+    student_log_probs: Float[Tensor, "positions known"], teacher: KnownTokens, direction: Direction = "reverse"
+) -> KnownKL:
+    """KL between student and teacher on the known tokens and one bucket, in nats; differentiable in the student's.
+
+    Args:
+        student_log_probs: of the known tokens, under the full softmax.
+    """
+    present = teacher.log_probs > -torch.inf
+    ours = _with_rest(student_log_probs, present)
+    theirs = _with_rest(teacher.log_probs.to(student_log_probs), present)
+    first, second = (ours, theirs) if direction == "reverse" else (theirs, ours)
+    counted = torch.nn.functional.pad(present, (0, 1), value=True)
+    kl = (first.exp() * (first - second) * counted).sum(-1)
+    return KnownKL(kl, ours[:, -1].exp().detach())
+
+
+def _with_rest(log_probs: Tensor, present: Tensor) -> Tensor:
+    """Append the logarithm of what the present ones leave of 1; 0 in place of the others."""
+    log_probs = log_probs.masked_fill(~present, 0.0)
+    rest = 1 - (log_probs.double().exp() * present).sum(-1, keepdim=True)
+    return torch.cat([log_probs, rest.clamp(min=SMALLEST).log().to(log_probs)], -1)
+
+
+def known_token_loss(
+    hidden: Float[Tensor, "positions width"],
+    head: Head,
+    teacher: KnownTokens,
+    weights: Float[Tensor, "teacher_positions"],
+    terms: LikelihoodTerms | None = None,
+    direction: Direction = "reverse",
+) -> DistillationLoss:
+    """`distillation_loss` against a teacher of whom a few tokens are known.
+
+    Args:
+        hidden: the first rows meet the teacher; the others carry likelihood terms only.
+    """
+    log_probs = gathered_log_probs(hidden[: len(weights)], head, teacher.tokens)
+    token_loss, unseen = known_token_kl(log_probs, teacher, direction)
+    loss, nll = (weights * token_loss).sum(), token_loss.new_zeros(0)
+    if terms is not None:
+        nll = -gathered_log_probs(hidden[terms.position], head, terms.token[:, None]).squeeze(-1)
+        loss = loss + (terms.weight * nll).sum()
+    return DistillationLoss(loss, token_loss.detach(), nll.detach(), unseen)
+
+
+@torch.no_grad()
+def score_known_tokens(
+    hidden: Float[Tensor, "positions width"],
+    head: Head,
+    teacher: KnownTokens,
+    tokens: Int[Tensor, "positions"],
+    direction: Direction = "reverse",
+) -> TokenScores:
+    """`score_tokens` against a teacher of whom a few tokens are known, the sampled one first."""
+    ours = score_tokens(hidden, head, hidden, head, tokens)  # what concerns the student alone
+    token_loss, _ = known_token_kl(gathered_log_probs(hidden, head, teacher.tokens), teacher, direction)
+    likeliest = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    return TokenScores(
+        token_loss, -teacher.log_probs[:, 0].to(token_loss), ours.entropy, ours.student_greedy, likeliest
+    )

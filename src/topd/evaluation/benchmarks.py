@@ -1,0 +1,150 @@
+"""What is asked: the benchmarks that are known by name, and any file or Hub dataset of problems with answers.
+
+No problem is kept in this project: benchmarks come from the Hub, or from a file of yours (`--benchmark aime24=FILE`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topd.data import load_prompts
+from topd.errors import DataError, TOPDError
+from topd.evaluation.answers import Rule
+
+BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+"""The instruction that Qwen's model cards recommend for mathematics (our choice: the paper gives no prompt)."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A known set of problems.
+
+    Attributes:
+        source: Hub name, with the configuration after a colon; None for the embedded task.
+        split: of the Hub dataset.
+        size: number of problems; a source that has another number is refused.
+        rule: how answers are compared.
+        licence: of the dataset, as its card states it.
+        template: the prompt; {problem} stands for the problem's text.
+        max_new_tokens: of a response, where the user does not say (paper: 16384).
+    """
+
+    source: str | None
+    split: str
+    size: int
+    rule: Rule
+    licence: str
+    template: str = BOXED
+    max_new_tokens: int = 16384
+
+
+BENCHMARKS = {
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", 30, "integer", "none stated"),
+    "aime25": Benchmark("MathArena/aime_2025", "train", 30, "integer", "CC-BY-NC-SA-4.0"),
+    "hmmt25": Benchmark("MathArena/hmmt_feb_2025", "train", 30, "math", "CC-BY-NC-SA-4.0"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", 500, "math", "MIT (MATH)"),
+    "gsm8k": Benchmark("openai/gsm8k:main", "test", 1319, "math", "MIT"),
+    "embedded": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 96),
+}
+EMBEDDED_SEED = 1_000_000
+"""Of the held-out problems of the embedded task; those of `topd demo` with seed 0."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: an id that changes with its text, the prompt (text or messages) and the wanted answer."""
+
+    id: str
+    prompt: Any
+    answer: str
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of one benchmark, in their order."""
+
+    name: str
+    rule: Rule
+    max_new_tokens: int
+    problems: tuple[Problem, ...]
+
+
+def load_benchmark(name: str, *, limit: int | None = None, split: str = "test", rule: Rule = "math") -> ProblemSet:
+    """The problems of a benchmark.
+
+    Args:
+        name: a known name; "NAME=SOURCE", a known benchmark from a file or dataset of yours, or a set that you name;
+            or just a source: a JSONL, JSON, CSV or Parquet file, a folder of `save_to_disk`, or a Hub dataset, with
+            `problem` (or `question`, `prompt`) and `answer`.
+        limit: keep the first so many.
+        split: of a Hub dataset that is not known.
+        rule: of a set that is not known.
+
+    Raises:
+        TOPDError: the source cannot be read, a problem has no answer, or a known set has another size than it should.
+    """
+    label, source = _label_and_source(name)
+    known = BENCHMARKS.get(label)
+    if label == "embedded" and source is None:
+        rows = _embedded(limit or BENCHMARKS["embedded"].size)
+    elif known is not None and source is None:
+        rows = _rows(str(known.source), known.split, name)
+        if len(rows) != known.size:
+            raise TOPDError(
+                f"{known.source} has {len(rows)} problems where {label} has {known.size}: the dataset was changed. "
+                f"Name a copy of the right one: --benchmark {label}=FILE."
+            )
+    else:
+        rows = _rows(str(source), split, name)
+    known = known or Benchmark(source, split, len(rows), rule, "of the user")
+    problems = [_problem(number, row, known.template) for number, row in enumerate(rows[:limit], 1)]
+    return ProblemSet(label, known.rule, known.max_new_tokens, tuple(problems))
+
+
+def _label_and_source(name: str) -> tuple[str, str | None]:
+    """What a set is called (its records' files too), and where it is; None: where the table says."""
+    if name in BENCHMARKS:
+        return name, None
+    match = re.fullmatch(r"([\w-][\w.-]*)=(.+)", name)
+    return (match[1], match[2]) if match else (Path(name.replace(":", "-")).name.split(".")[0], name)
+
+
+def _embedded(count: int) -> list[dict[str, Any]]:
+    from topd.demo.task import make_problems
+
+    problems = make_problems(count, EMBEDDED_SEED, held_out=True)
+    return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
+
+
+def _rows(source: str, split: str, name: str) -> list[dict[str, Any]]:
+    try:
+        data = load_prompts(source, split=split)
+    except DataError as error:
+        raise TOPDError(
+            f"--benchmark {name}: {error} Known benchmarks are {', '.join(BENCHMARKS)}. Without a network, name a file "
+            "with `problem` and `answer`: --benchmark NAME=FILE."
+        ) from error
+    rows = [dict(row) for row in data]
+    missing = [number for number, row in enumerate(rows, 1) if not row.get("answer")]
+    if missing:
+        raise TOPDError(
+            f"--benchmark {name}: {len(missing)} of {len(rows)} problems have no `answer`, the first is number "
+            f"{missing[0]}. Write the answers, or remove these problems."
+        )
+    return rows
+
+
+def _problem(number: int, row: dict[str, Any], template: str) -> Problem:
+    prompt, answer = row["prompt"], row["answer"]
+    if isinstance(prompt, str) and r"\boxed" not in prompt:  # some files have the instruction in the problem
+        prompt = template.format(problem=prompt)
+    if "####" in answer:  # GSM8K: a worked solution, then the number
+        answer = answer.rpartition("####")[2].replace(",", "")
+    answer = answer.strip()
+    digest = hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()
+    return Problem(f"{number:04d}-{digest[:8]}", prompt, answer)

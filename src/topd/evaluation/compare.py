@@ -1,0 +1,121 @@
+"""Models side by side on the same problems: the paper's Table 1 with intervals, and each beside the first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from topd.errors import TOPDError
+from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm
+from topd.evaluation.power import power_of
+from topd.evaluation.results import Results, read_results
+
+COMPARISON = "comparison.json"
+MEAN = "mean"
+"""The column of the mean over benchmarks."""
+PAPER_GAIN = 0.044
+"""TOPD over OPD in the paper's Table 1: 52.2 - 47.8 points, 4 of 90 problems."""
+
+
+def evaluation_folders(given: Sequence[Path]) -> list[Path]:
+    """The models' folders among and in the given ones."""
+    found: list[Path] = []
+    for folder in given:
+        inside = [folder] if list(folder.glob("*.settings.json")) else []
+        inside = inside or sorted(child for child in folder.glob("*") if list(child.glob("*.settings.json")))
+        if not inside:
+            raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
+        found += [each for each in inside if each not in found]
+    return found
+
+
+def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dict[str, Any]:
+    """Compute and write `comparison.json`; return it.
+
+    Args:
+        folders: a model's each, as `topd eval` wrote them; the first is what the others are compared with.
+        gain: for the power of each comparison, in units of accuracy.
+
+    Raises:
+        TOPDError: two folders have the same label, or other problems under the same name.
+    """
+    models = labelled(folders)
+    columns = list(dict.fromkeys(name for results in models.values() for name in results))
+    rows = {label: _row(results, columns) for label, results in models.items()}
+    first, *others = models
+    comparisons = [
+        comparison
+        for other in others
+        for comparison in _beside(models[first], models[other], first, other, columns, gain)
+    ]
+    for comparison, adjusted in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
+        comparison["p_holm"] = adjusted
+    told = {
+        "version": 1, "columns": columns, "models": rows, "first": first, "comparisons": comparisons,
+        "notes": [note for other in others for note in _other_settings(models[first], models[other], first, other)],
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / COMPARISON).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return told
+
+
+def labelled(folders: Sequence[Path]) -> dict[str, dict[str, Results]]:
+    """Results by the folder's name, with the parent's where two are the same."""
+    names = [folder.resolve().name for folder in folders]
+    labels = [
+        name if names.count(name) == 1 else f"{folder.resolve().parent.name}/{name}"
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise TOPDError(f"More than one folder is called {twice[0]}. Rename one: the table needs to tell them apart.")
+    return {label: read_results(folder) for label, folder in zip(labels, folders, strict=True)}
+
+
+def _row(results: dict[str, Results], columns: list[str]) -> dict[str, Any]:
+    """Accuracy by column; the mean only where no benchmark is missing."""
+    row = {
+        name: asdict(accuracy_interval([each.right])) | {"samples": each.right.shape[1]}
+        for name, each in results.items()
+    }
+    if len(columns) > 1 and len(results) == len(columns):
+        row[MEAN] = asdict(accuracy_interval([results[name].right for name in columns]))
+    return row
+
+
+def _beside(
+    first: dict[str, Results], other: dict[str, Results], base: str, label: str, columns: list[str], gain: float
+) -> list[dict[str, Any]]:
+    """The other minus the first, on each benchmark that both have, and on their mean."""
+    both = [name for name in columns if name in first and name in other]
+    for name in both:
+        if first[name].ids != other[name].ids:
+            raise TOPDError(
+                f"{base} and {label} were asked other problems under the name {name} (or with another prompt). Compare "
+                "runs on the same file, with the same --limit."
+            )
+    sets = {name: [name] for name in both} | ({MEAN: both} if len(both) > 1 else {})
+    compared = []
+    for column, names in sets.items():
+        a, b = ([side[name].right for name in names] for side in (other, first))
+        compared.append(
+            {"model": label, "beside": base, "column": column}
+            | asdict(accuracy_difference(a, b))
+            | {"power": asdict(power_of(a, b, gain=gain))}
+        )
+    return compared
+
+
+def _other_settings(first: dict[str, Results], other: dict[str, Results], base: str, label: str) -> list[str]:
+    """Notes where two sides were not sampled in the same way."""
+    notes = []
+    for name in sorted(first.keys() & other.keys()):
+        one, two = (side[name].settings | side[name].settings["versions"] for side in (first, other))
+        keys = sorted(one.keys() & two.keys() - {"model", "fingerprint", "problems", "versions"})
+        notes += [
+            f"{name}: {key} is {one[key]} for {base} and {two[key]} for {label}" for key in keys if one[key] != two[key]
+        ]
+    return notes

@@ -1,0 +1,102 @@
+"""Responses from a transformers model in this process. Each has its own random numbers, whatever it is batched with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+from topd.errors import ContextError
+from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
+
+
+class LocalEngine:
+    """Generates with `generate`, padded on the left.
+
+    Args:
+        model: any causal language model of transformers, in evaluation mode.
+        together: prompts that are decoded together.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, together: int = 32) -> None:
+        self.model, self.tokenizer, self.together = model, tokenizer, together
+        configured = model.generation_config.eos_token_id
+        more = configured if isinstance(configured, list) else [configured]
+        self.eos = [token for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
+
+    def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """The longest prompt and its response fit the context."""
+        check_context(requests, sampling, self.tokenizer, self.model.config)
+
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
+        """See `Engine`; in the order of the requests."""
+        for start in range(0, len(requests), self.together):
+            batch = requests[start : start + self.together]
+            rows = self._generate(batch, sampling)
+            yield [(request.number, self._response(row)) for request, row in zip(batch, rows, strict=True)]
+
+    @torch.inference_mode()
+    def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
+        """[response, token] new tokens."""
+        prompts = [prompt_ids(request.prompt, self.tokenizer, sampling) for request in batch]
+        pad = self.eos[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.eos,
+            bos_token_id=None, disable_compile=True,
+        )  # fmt: skip
+        chooser = [] if sampling.temperature == 0 else [OwnRandomNumbers(batch, sampling, longest)]
+        output: Tensor = self.model.generate(
+            input_ids=ids, attention_mask=mask.to(ids.device), generation_config=config,
+            logits_processor=LogitsProcessorList(chooser),
+        )  # fmt: skip
+        return output[:, longest:].cpu()
+
+    def _response(self, row: Tensor) -> Response:
+        ends = torch.isin(row, torch.tensor(self.eos)).nonzero()
+        count = int(ends[0]) + 1 if len(ends) else len(row)
+        text = self.tokenizer.decode(row[:count], skip_special_tokens=True)
+        return Response(str(text), truncated=not len(ends), tokens=count)
+
+
+class OwnRandomNumbers(LogitsProcessor):
+    """Samples: leaves each row the token at which its distribution function passes a uniform number of the row's own.
+
+    `generate` draws all rows of a batch from one generator, so that a row depends on the rows beside it.
+    """
+
+    def __init__(self, batch: Sequence[Request], sampling: Sampling, prompt_length: int) -> None:
+        draws = [
+            numpy.random.default_rng([sampling.seed, request.number]).random(sampling.max_new_tokens)
+            for request in batch
+        ]
+        self.uniform = torch.tensor(numpy.stack(draws, axis=1))  # [step, row]
+        self.temperature, self.prompt_length = sampling.temperature, prompt_length
+        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[row, vocabulary] logits -> 0 at the chosen token, -inf elsewhere."""
+        logits = scores.float() / self.temperature
+        if self.top_p is not None:
+            logits = self.top_p(input_ids, logits)
+        below = logits.softmax(-1).double().cumsum(-1)
+        uniform = self.uniform[input_ids.shape[1] - self.prompt_length].to(below.device)
+        chosen = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen.clamp(max=scores.shape[1] - 1), 0.0)
+
+
+def check_context(requests: Sequence[Request], sampling: Sampling, tokenizer: Any, config: Any) -> None:
+    """Raise `ContextError` if the longest prompt and its response do not fit the model's context."""
+    longest = max(len(prompt_ids(request.prompt, tokenizer, sampling)) for request in requests)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise ContextError(
+            f"The longest prompt has {longest} tokens; with --max-new-tokens {sampling.max_new_tokens} that is more "
+            f"than the model's context of {limit}. Give at most --max-new-tokens {limit - longest}."
+        )

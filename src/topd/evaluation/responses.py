@@ -1,0 +1,89 @@
+"""What is asked of a model, here or behind a server: respond to these prompts. One protocol, the same records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from topd.errors import TOPDError
+
+SEED_STRIDE = 1_000_003
+"""A response's own seed is `seed * SEED_STRIDE + number`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Attributes:
+        temperature: 0 decodes greedily. Paper: 0.6.
+        top_p: share of the distribution that is sampled from. The paper gives it for the warm start's teacher only
+            (0.95); for evaluation the same is our choice.
+        max_new_tokens: of a response; one that is longer is cut and marked. Paper: 16384.
+        seed: of the whole run; every response has its own random numbers.
+        chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_new_tokens: int = 16384
+    seed: int = 0
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One wanted response: the prompt (text or messages), and a number, which with the seed fixes its randomness."""
+
+    number: int
+    prompt: Any
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model wrote, without special tokens.
+
+    Attributes:
+        truncated: whether the limit, not the model, ended it.
+        tokens: how many it has, the one that ends it included.
+    """
+
+    text: str
+    truncated: bool
+    tokens: int
+
+
+class Engine(Protocol):
+    """Responds to prompts. `together` responses come, and are kept, at a time."""
+
+    together: int
+
+    def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Raise `TOPDError` where it is known beforehand that it cannot respond."""
+        ...
+
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
+        """Responses with their numbers, as they are ready; all of `requests` in the end."""
+        ...
+
+
+def prompt_ids(prompt: Any, tokenizer: Any, sampling: Sampling) -> list[int]:
+    """Token ids: messages go through the chat template, text is taken as it is.
+
+    Raises:
+        TOPDError: messages, and a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **(sampling.chat_template_kwargs or {}),
+        )
+    return list(ids)

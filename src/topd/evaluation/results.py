@@ -1,0 +1,127 @@
+"""From the samples of a folder to `eval.json`. No model is needed: everything is computed from the records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topd.errors import TOPDError
+from topd.evaluation.accuracy import accuracy_interval, majority_value, pass_at_k, sampling_error
+from topd.evaluation.benchmarks import BENCHMARKS
+from topd.evaluation.run import samples_file, settings_file
+from topd.evaluation.statistics import Floats
+from topd.resumable import lines_of
+
+RESULT = "eval.json"
+_SETTINGS = ".settings.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The samples of one model on one benchmark, as many of each problem as all problems have.
+
+    Attributes:
+        model: its label, the folder's name.
+        records: [problem][sample]
+    """
+
+    model: str
+    benchmark: str
+    settings: dict[str, Any]
+    records: list[list[dict[str, Any]]]
+
+    @property
+    def right(self) -> Floats:
+        """[problem, sample] 0 or 1"""
+        return self.table("right")
+
+    def table(self, key: str) -> Floats:
+        """[problem, sample] of a number in the records."""
+        return np.array([[float(record[key]) for record in row] for row in self.records])
+
+    @property
+    def ids(self) -> list[str]:
+        return [problem["id"] for problem in self.settings["problems"]]
+
+
+def read_results(folder: Path) -> dict[str, Results]:
+    """Benchmark -> results: the known ones first, in the order of their table.
+
+    Raises:
+        TOPDError: the folder has no samples, or those of a benchmark are too few to give each problem one.
+    """
+    found = sorted(file.name.removesuffix(_SETTINGS) for file in folder.glob(f"*{_SETTINGS}"))
+    if not found:
+        raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
+    known = [name for name in BENCHMARKS if name in found]
+    return {name: _read(folder, name) for name in [*known, *(name for name in found if name not in known)]}
+
+
+def _read(folder: Path, name: str) -> Results:
+    settings = json.loads(settings_file(folder, name).read_text(encoding="utf-8"))
+    by_problem: dict[str, dict[int, Any]] = {problem["id"]: {} for problem in settings["problems"]}
+    file = samples_file(folder, name)
+    for line in lines_of(file):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # an interruption can cut the last line
+            break
+        by_problem[record["problem"]][record["sample"]] = record
+    complete = 0
+    while all(complete in samples for samples in by_problem.values()):
+        complete += 1
+    if complete == 0:
+        raise TOPDError(
+            f"{folder}: not every problem of {name} has a sample yet. Run the same `topd eval` again to go on with it."
+        )
+    records = [[samples[i] for i in range(complete)] for samples in by_problem.values()]
+    return Results(folder.name, name, settings, records)
+
+
+def write_result(folder: Path) -> dict[str, Any]:
+    """Compute and write `eval.json`; return it."""
+    results = read_results(folder)
+    told = {"version": 1, "model": folder.name, "benchmarks": {name: summary(each) for name, each in results.items()}}
+    (folder / RESULT).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return told
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Accuracies from 0 to 1 with 95 % intervals; counts of samples; each problem."""
+    right = results.right
+    k = right.shape[1]
+    majority = [
+        majority_value([r["extracted"] if r["parsed"] else None for r in row], [r["right"] for r in row])
+        for row in results.records
+    ]
+    settings = {name: value for name, value in results.settings.items() if name != "problems"}
+    return {
+        "problems": len(right),
+        "samples": k,
+        "accuracy": asdict(accuracy_interval([right])),
+        "sampling_error": sampling_error(right),
+        "pass_at": {str(n): asdict(accuracy_interval([pass_at_k(right, n)])) for n in sorted({1, min(2, k), k})},
+        "majority": asdict(accuracy_interval([majority])),
+        **_counts(results),
+        "settings": settings,
+        "by_problem": [
+            problem | {"right": int(row.sum()), "accuracy": float(row.mean()), "majority": value}
+            for problem, row, value in zip(results.settings["problems"], right, majority, strict=True)
+        ],
+    }
+
+
+def _counts(results: Results) -> dict[str, Any]:
+    """Of all samples: how many were cut by the limit, and how many gave no answer that could be read."""
+    truncated, unparsed = results.table("truncated"), 1 - results.table("parsed")
+    return {
+        "truncated": int(truncated.sum()),
+        "unparsed": int(unparsed.sum()),
+        "truncated_and_unparsed": int((truncated * unparsed).sum()),
+        "wrong": int((1 - results.right - unparsed).sum()),
+        "tokens_mean": float(results.table("tokens").mean()),
+    }

@@ -1,0 +1,114 @@
+"""The tables that `topd eval` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from topd.evaluation.compare import MEAN
+
+PAPER = {
+    "Qwen3-4B, warm start": {"aime24": 46.7, "aime25": 40.0, "hmmt25": 30.0, MEAN: 38.9},
+    "+ OPD": {"aime24": 60.0, "aime25": 46.7, "hmmt25": 36.7, MEAN: 47.8},
+    "+ TOPD": {"aime24": 63.3, "aime25": 53.3, "hmmt25": 40.0, MEAN: 52.2},
+}
+"""The paper's Table 1: points, 30 problems each, pass@1 averaged over five runs, no intervals given."""
+
+
+LEGEND = (
+    "±: what another draw of samples on these problems would change (standard error). cut: responses that the length "
+    "limit ended; unread: responses without an answer that can be read. Neither is right unless its answer is."
+)
+POWER_LEGEND = (
+    "Holm: p over all rows of this table. seen: the smallest gain that an evaluation like this shows with 80 % power, "
+    "in points. needed: problems for a gain of {gain:.1f} points, with as many samples; at best: with endless samples."
+)
+
+
+def result_table(result: dict[str, Any]) -> Group:
+    """One model: a row a benchmark."""
+    table = _table()
+    for name in ("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "cut", "unread", "tokens"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, row in result["benchmarks"].items():
+        error = row["sampling_error"]
+        table.add_row(
+            name,
+            f"{row['problems']} x {row['samples']}",
+            f"{100 * row['accuracy']['mean']:.1f}",
+            _interval(row["accuracy"]),
+            "" if error is None else f"{100 * error:.1f}",
+            f"{100 * row['pass_at'][str(row['samples'])]['mean']:.1f}",
+            f"{100 * row['majority']['mean']:.1f}",
+            str(row["truncated"]),
+            str(row["unparsed"]),
+            f"{row['tokens_mean']:.0f}",
+        )
+    return Group("", f"[bold]{escape(result['model'])}: % right, 95 % intervals over problems[/bold]", table, LEGEND)
+
+
+def comparison_tables(comparison: dict[str, Any]) -> Group:
+    """The paper's Table 1 with intervals, its own figures apart, and each model beside the first."""
+    columns = [*comparison["columns"], *([MEAN] if len(comparison["columns"]) > 1 else [])]
+    table = _table()
+    _add_columns(table, columns)
+    for label, row in comparison["models"].items():
+        cells = (f"{100 * row[name]['mean']:.1f}\n{_interval(row[name])}" if name in row else "" for name in columns)
+        table.add_row(label, *cells)
+    parts: list[Any] = ["", "[bold]% right, 95 % intervals over problems[/bold]", table]
+    if set(columns) & (PAPER["+ OPD"].keys() - {MEAN}):
+        parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", _paper_table(columns)]
+    if comparison["comparisons"]:
+        first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
+        parts += ["", f"[bold]Points more than {first} on the same problems; sign-flip test[/bold]"]
+        parts += [_beside_table(comparison), POWER_LEGEND.format(gain=gain)]
+    return Group(*parts, *(f"Note: {escape(note)}." for note in comparison["notes"]))
+
+
+def _paper_table(columns: list[str]) -> Table:
+    table = _table()
+    _add_columns(table, [name for name in columns if name in PAPER["+ OPD"]])
+    for label, row in PAPER.items():
+        table.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
+    return table
+
+
+def _beside_table(comparison: dict[str, Any]) -> Table:
+    table = _table()
+    for name in ("", "points", "95 % interval", "p", "Holm", "seen", "needed", "at best"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    model = ""
+    for row in comparison["comparisons"]:
+        if row["model"] != model:
+            model = row["model"]
+            table.add_row(f"[bold]{escape(model)}[/bold]")
+        power = row["power"]
+        table.add_row(
+            row["column"],
+            f"{100 * row['mean']:+.1f}",
+            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            f"{row['p']:.2g}",
+            f"{row['p_holm']:.2g}",
+            f"{100 * power['detectable']:.1f}",
+            str(power["problems"]),
+            "" if power["problems_at_best"] is None else str(power["problems_at_best"]),
+        )
+    return table
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+
+
+def _add_columns(table: Table, names: list[str]) -> None:
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"

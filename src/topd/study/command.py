@@ -1,0 +1,203 @@
+"""`topd study`: tune each arm with the same budget, run arms x seeds, compare. It goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from topd.errors import TOPDError
+from topd.study.config import REFERENCE, ArmPlan, StudyPlan
+from topd.study.run import Job, job_of, known_record, run_job
+from topd.study.summary import summarise
+
+RESULT = "study.json"
+MOST_TIMES = 4
+"""An arm that gets another one's time takes at most so many times the study's steps."""
+
+
+def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
+    """Run what is missing, write `study.json` after every run, print the table; return what was written.
+
+    Raises:
+        TOPDError: a run failed; the others are kept, and the next start goes on.
+    """
+    console = Console()
+    tuned = _tune(plan, out, workers, console)
+    plain = [arm for arm in plan.arms if arm.time_of is None]
+    jobs = [_final(plan, arm, seed, tuned, out) for seed in plan.seeds for arm in plain]
+    records = _run_all(plan, jobs, workers, console, lambda found: _write(plan, tuned, found, out))
+    timed = [_timed(plan, arm, seed, tuned, records, out) for seed in plan.seeds for arm in plan.arms if arm.time_of]
+    records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuned, records | found, out))
+    result = _write(plan, tuned, records, out)
+    for how in ("greedy", "sampled"):
+        Console(width=max(96, console.width)).print(study_table(result, how))
+    console.print(f"{out / RESULT} holds every figure, {out / 'runs'} every answer.")
+    return result
+
+
+def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[str, dict[str, Any]]:
+    """By arm, the choice with the best sampled accuracy on the tuning problems, over the tuning seeds."""
+    jobs = {}
+    for arm in plan.arms:
+        for index, choice in enumerate(arm.choices):
+            for seed in plan.tune_seeds:
+                file = out / "tuning" / slug(arm.name) / f"{index}-{seed}.json"
+                jobs[arm.name, index, seed] = replace(job_of(plan, arm, seed, choice, file), held_out=False)
+    if not jobs:
+        return {}
+    console.print(f"Tuning: {len(jobs)} runs, the same number for each arm, on problems that are not held out.")
+    records = _run_all(plan, list(jobs.values()), workers, console, lambda found: None)
+    chosen: dict[str, dict[str, Any]] = {}
+    for arm in plan.arms:
+        scores = [
+            sum(_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds) / len(plan.tune_seeds)
+            for index in range(len(arm.choices))
+        ]
+        if scores:
+            best = max(range(len(scores)), key=scores.__getitem__)
+            chosen[arm.name] = arm.choices[best]
+            tried = ", ".join(f"{_words(c)}: {score:.1%}" for c, score in zip(arm.choices, scores, strict=True))
+            console.print(f"  {arm.name}: {_words(arm.choices[best])}  ({tried})")
+    return chosen
+
+
+def _accuracy(record: dict[str, Any]) -> float:
+    right = record["right"]["sampled"]
+    return float(sum(right) / len(right))
+
+
+def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out: Path, steps: int = 0) -> Job:
+    return job_of(plan, arm, seed, tuned.get(arm.name, {}), out / "runs" / slug(arm.name) / f"{seed}.json", steps)
+
+
+def _timed(
+    plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path
+) -> Job:
+    """The arm with as many steps as the other one's time allows, by the seconds of OPD's steps with the same seed."""
+    other = next(each for each in plan.arms if each.name == arm.time_of)
+    reference = next(each for each in plan.arms if each.name == REFERENCE)
+    seconds = [records[_final(plan, each, seed, tuned, out).file]["seconds_training"] for each in (other, reference)]
+    times = min(MOST_TIMES, max(1.0, seconds[0] / seconds[1]))
+    choices = tuned | {arm.name: tuned.get(REFERENCE, {})}
+    return _final(plan, arm, seed, choices, out, steps=round(plan.steps * times))
+
+
+def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, each: Any) -> dict[Path, dict[str, Any]]:
+    """Records by file; `each` is called with those so far after every run."""
+    records = {job.file: record for job in jobs if (record := known_record(plan, job)) is not None}
+    missing = [job for job in jobs if job.file not in records]
+    if records and missing:
+        console.print(f"{len(records)} of {len(jobs)} runs are there already.")
+    failed: list[str] = []
+    for job, outcome in _outcomes(plan, missing, workers):
+        if isinstance(outcome, Exception):
+            failed.append(f"{job.arm}, seed {job.seed}: {outcome}")
+            continue
+        records[job.file] = outcome
+        done = f"[{len(records)}/{len(jobs)}]"
+        console.print(
+            f"{done} {job.arm}, seed {job.seed}: {_accuracy(outcome):.1%} sampled, {outcome['seconds']:.0f} s",
+            markup=False,
+            highlight=False,
+        )
+        each(records)
+    if failed:
+        told = "\n".join(f"  {line}" for line in failed[:5])
+        raise TOPDError(f"{len(failed)} runs failed; the others are kept. Mend the cause and start again:\n{told}")
+    return records
+
+
+def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[Job, Any]]:
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield job, _guarded(plan, job)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch can hang
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(_guarded, plan, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _guarded(plan: StudyPlan, job: Job) -> Any:
+    """A run's failure must not end the others."""
+    try:
+        return run_job(plan, job)
+    except Exception as error:  # whatever went wrong is told at the end, with the arm and the seed
+        return RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+
+
+def _write(plan: StudyPlan, tuned: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
+    """`study.json` from the records so far."""
+    by_run = {(r["settings"]["arm"], r["settings"]["seed"]): r for r in records.values()}
+    names = [arm.name for arm in plan.arms if any(name == arm.name for name, _ in by_run)]
+    right = {
+        how: {name: {seed: r["right"][how] for (arm, seed), r in by_run.items() if arm == name} for name in names}
+        for how in ("greedy", "sampled")
+    }
+    found = {how: summarise(values) for how, values in right.items()}
+    result = {
+        "version": 1,
+        "plan": asdict(plan),
+        "tuned": tuned,
+        "arms": {
+            name: {how: found[how][name] for how in found}
+            | {
+                "right": {str(seed): {how: right[how][name][seed] for how in right} for seed in right["greedy"][name]},
+                "curve": {str(seed): r["curve"] for (arm, seed), r in by_run.items() if arm == name},
+                "seconds_training": {str(s): r["seconds_training"] for (arm, s), r in by_run.items() if arm == name},
+                "steps": {str(s): r["settings"]["arm_steps"] for (arm, s), r in by_run.items() if arm == name},
+            }
+            for name in names
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    draft = out / f"{RESULT}.part"
+    draft.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    draft.replace(out / RESULT)
+    return result
+
+
+def study_table(result: dict[str, Any], how: str) -> Table:
+    """A row an arm: accuracy with interval, difference from OPD with interval and corrected p, seeds ahead, seconds."""
+    problems = result["plan"]["held_out"]
+    title = f"{how}, {problems} held-out problems, 95 % intervals over seeds and problems"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "accuracy", "minus opd, points", "p (Holm)", "ahead", "s"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, arm in result["arms"].items():
+        accuracy, beside = arm[how]["accuracy"], arm[how].get("beside_opd")
+        seconds = list(arm["seconds_training"].values())
+        table.add_row(
+            name,
+            f"{accuracy['mean']:.1%} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
+            f"{100 * beside['mean']:+.1f} ({100 * beside['low']:+.1f} to {100 * beside['high']:+.1f})"
+            if beside
+            else "",
+            f"{beside['p_holm']:.2g}" if beside else "",
+            f"{beside['ahead']}/{len(beside['seeds'])}" if beside else f"{len(arm[how]['seeds'])} seeds",
+            f"{sum(seconds) / len(seconds):.0f}",
+        )
+    return table
+
+
+def slug(name: str) -> str:
+    """An arm's name as a folder's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _words(choice: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in choice.items()) or "as it is"

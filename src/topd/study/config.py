@@ -1,0 +1,134 @@
+"""What a study compares: read from YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from topd.errors import TOPDError
+
+REFERENCE = "opd"
+"""The arm that every other one is compared with."""
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm.
+
+    Attributes:
+        options: of `TOPDConfig`, on top of the study's.
+        choices: option sets that tuning chooses from; each arm of a study has equally many.
+        time_of: instead of the study's steps, as many as take the time that this arm took with the same seed.
+    """
+
+    name: str
+    options: dict[str, Any]
+    choices: tuple[dict[str, Any], ...] = ()
+    time_of: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Arms and seeds that share everything else.
+
+    Attributes:
+        student, teacher: names, as everywhere; each run starts from the same student.
+        seeds: of prompts and sampling; an arm's run and OPD's run with the same seed are a pair.
+        steps: optimizer steps of a run.
+        held_out: problems that each run answers at its end, the same for all.
+        curve_every, curve_problems: how often, and how many problems, for the learning curves.
+        tune_seeds, tune_problems: of tuning; its problems are neither trained on nor among the held-out ones.
+        options: of `TOPDConfig`, common to all arms.
+    """
+
+    student: str
+    teacher: str
+    seeds: tuple[int, ...]
+    steps: int
+    arms: tuple[ArmPlan, ...]
+    held_out: int = 1000
+    curve_every: int = 10
+    curve_problems: int = 200
+    tune_seeds: tuple[int, ...] = (100,)
+    tune_problems: int = 500
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What two records must share to be compared: everything but how many seeds and which arms there are."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "arms")}
+
+
+def read_plan(path: Path) -> StudyPlan:
+    """Read and check a study's YAML.
+
+    Raises:
+        TOPDError: it cannot be read, an option is unknown, or the arms cannot be compared.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TOPDError(f"{path} cannot be read: {error}") from error
+    try:
+        return plan_of(found)
+    except (TypeError, ValueError) as error:
+        raise TOPDError(f"{path}: {error}") from error
+
+
+def plan_of(found: Any) -> StudyPlan:
+    """The plan in a mapping. Raises `ValueError` for what does not fit."""
+    if not isinstance(found, Mapping) or not isinstance(found.get("arms"), Mapping):
+        raise ValueError("a study is a mapping with student, teacher, seeds, steps and arms (name: options).")
+    known = {each.name for each in fields(StudyPlan)}
+    unknown = sorted(set(map(str, found)) - known)
+    if unknown:
+        raise ValueError(f"unknown: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    arms = tuple(_arm(str(name), options or {}) for name, options in found["arms"].items())
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    plan = StudyPlan(**values | {"arms": arms})
+    _check(plan)
+    return plan
+
+
+def _arm(name: str, options: Any) -> ArmPlan:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"arm {name}: its options are not a mapping.")
+    own = dict(options)
+    choices, time_of = own.pop("choices", []), own.pop("time_of", None)
+    if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
+        raise ValueError(f"arm {name}: choices must be a list of option mappings.")
+    return ArmPlan(name, own, tuple(dict(choice) for choice in choices), time_of)
+
+
+def _check(plan: StudyPlan) -> None:
+    from topd.training import TOPDConfig
+
+    names = [arm.name for arm in plan.arms]
+    if REFERENCE not in names:
+        raise ValueError(f"there is no arm {REFERENCE!r}, with which the others are compared.")
+    for name in ("steps", "held_out", "curve_every", "curve_problems", "tune_problems"):
+        if not isinstance(getattr(plan, name), int) or getattr(plan, name) < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {getattr(plan, name)!r}.")
+    for name in ("seeds", "tune_seeds"):
+        seeds = getattr(plan, name)
+        if not isinstance(seeds, tuple) or not seeds or len(set(seeds)) < len(seeds) or not all(
+            isinstance(seed, int) for seed in seeds
+        ):  # fmt: skip
+            raise ValueError(f"{name} must be a list of different whole numbers.")
+    known = {each.name for each in fields(TOPDConfig)}
+    for where, options in [("options", plan.options)] + [
+        (f"arm {arm.name}", choice) for arm in plan.arms for choice in (arm.options, *arm.choices)
+    ]:
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(
+                f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
+            )
+    if len({len(arm.choices) for arm in plan.arms if arm.time_of is None}) > 1:
+        raise ValueError("the arms have different numbers of choices: tuning must cost each arm the same.")
+    for arm in plan.arms:
+        if arm.time_of is not None and (arm.time_of not in names or arm.time_of == arm.name):
+            raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} is no other arm.")

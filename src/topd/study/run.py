@@ -1,0 +1,177 @@
+"""One run of a study: one arm, one seed. Its answers are kept problem by problem."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topd.study.config import ArmPlan, StudyPlan
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm with a seed.
+
+    Attributes:
+        options: the arm's own, tuned ones included.
+        steps: optimizer steps.
+        file: where its record goes.
+        held_out: whether it answers the held-out problems (else the tuning ones).
+    """
+
+    arm: str
+    seed: int
+    options: dict[str, Any]
+    steps: int
+    file: Path
+    held_out: bool = True
+
+
+def job_of(plan: StudyPlan, arm: ArmPlan, seed: int, options: dict[str, Any], file: Path, steps: int = 0) -> Job:
+    """The job of an arm with these options on top of its own."""
+    return Job(arm.name, seed, arm.options | options, steps or plan.steps, file)
+
+
+def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
+    """The record of an earlier run of the same job, if it is whole and its settings are the same."""
+    try:
+        record = json.loads(job.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("settings") == settings_of(plan, job) else None
+
+
+def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
+    """Everything that a run depends on."""
+    own = {"arm": job.arm, "seed": job.seed, "arm_options": job.options, "arm_steps": job.steps}
+    found: dict[str, Any] = json.loads(json.dumps(plan.settings() | own | {"on_held_out": job.held_out}))
+    return found
+
+
+def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
+    """Train, answer, write the record aside and rename it; return it."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+    from topd.demo.accuracy import correct_answers
+    from topd.demo.pair import resolve_model
+    from topd.demo.task import make_problems
+    from topd.quiet import quieten
+    from topd.training import TOPDTrainer
+
+    quieten()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    scratch = Path(tempfile.mkdtemp(prefix="topd-study-"))
+    try:
+        config = config_of(plan, job, scratch)
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        prompts = make_problems(job.steps * batch, seed=job.seed, held_out=False)
+        folder = resolve_model(plan.student)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        trainer = TOPDTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            teacher_model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.teacher), dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in prompts]),
+            processing_class=tokenizer,
+        )
+        curve = Curve(plan, tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(curve.callback)
+        trainer.train()
+        asked = problems(plan, job.held_out)
+        greedy = correct_answers(trainer.model, tokenizer, asked)
+        torch.manual_seed(0)
+        sampled = correct_answers(trainer.model, tokenizer, asked, temperature=1.0)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    record = {
+        "version": 1,
+        "settings": settings_of(plan, job),
+        "right": {"greedy": [int(right) for right in greedy], "sampled": [int(right) for right in sampled]},
+        "curve": curve.with_tokens(trainer.state.log_history),
+        "seconds_training": curve.seconds,
+        "seconds": time.perf_counter() - started,
+    }
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    draft = job.file.with_name(f"{job.file.name}.{os.getpid()}.part")
+    draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    os.replace(draft, job.file)
+    return record
+
+
+def problems(plan: StudyPlan, held_out: bool) -> list[Any]:
+    """The embedded task's problems for the end of a run. No model was ever trained on any of them.
+
+    Those for tuning are none of the held-out ones.
+    """
+    from topd.demo.task import make_problems
+
+    final = make_problems(plan.held_out, seed=1_000_000, held_out=True)
+    if held_out:
+        return final
+    asked = {problem.prompt for problem in final}
+    others = make_problems(plan.held_out + plan.tune_problems, seed=2_000_000, held_out=True)
+    return [problem for problem in others if problem.prompt not in asked][: plan.tune_problems]
+
+
+def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
+    """The run's `TOPDConfig`."""
+    import torch
+
+    from topd.training import TOPDConfig
+
+    quiet: dict[str, Any] = {
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, job.steps // 20),
+    }  # fmt: skip
+    return TOPDConfig(str(folder), **quiet | plan.options | job.options | {"max_steps": job.steps, "seed": job.seed})
+
+
+class Curve:
+    """Greedy accuracy by steps, generated tokens and seconds of training (the answering itself is not counted)."""
+
+    def __init__(self, plan: StudyPlan, tokenizer: Any) -> None:
+        from transformers import TrainerCallback
+
+        from topd.demo.task import make_problems
+
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.tokenizer, self.every = tokenizer, plan.curve_every
+        self.problems = make_problems(plan.curve_problems, seed=3_000_000, held_out=True)
+        outer = self
+
+        class Callback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                outer.answer(state, kwargs["model"])
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                outer.seconds += time.perf_counter() - outer.resumed
+                if state.global_step % outer.every == 0:
+                    outer.answer(state, kwargs["model"])
+                outer.resumed = time.perf_counter()
+
+        self.callback = Callback()
+
+    def answer(self, state: Any, model: Any) -> None:
+        """Add a point."""
+        from topd.demo.accuracy import greedy_accuracy
+
+        accuracy = greedy_accuracy(model, self.tokenizer, self.problems)
+        self.points.append({"step": state.global_step, "seconds": self.seconds, "accuracy": accuracy})
+        self.resumed = time.perf_counter()
+
+    def with_tokens(self, log: list[dict[str, Any]]) -> list[dict[str, float]]:
+        """The points, each with the tokens that were read and generated up to its step (0 before the first)."""
+        tokens = {entry["step"]: float(entry["num_tokens"]) for entry in log if "num_tokens" in entry}
+        return [point | {"tokens": tokens.get(int(point["step"]), 0.0)} for point in self.points]

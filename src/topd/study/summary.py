@@ -1,0 +1,83 @@
+"""What a study's records say: accuracy of each arm, and its difference from OPD over paired seeds and problems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topd.evaluation.accuracy import holm
+from topd.study.config import REFERENCE
+
+Floats = NDArray[np.float64]
+
+_EXACT_UP_TO = 16
+"""Seeds up to which every assignment of signs is tried."""
+
+
+def summarise(right: Mapping[str, Mapping[int, Sequence[float]]], seed: int = 0) -> dict[str, Any]:
+    """Each arm's accuracy and difference from OPD.
+
+    Args:
+        right: by arm and training seed, 0 or 1 for each held-out problem (the same problems throughout).
+
+    Returns:
+        By arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but OPD `beside_opd` {mean, low, high, p,
+        p_holm, seeds, ahead}: over the seeds that both have. Intervals draw seeds and problems anew (crossed, 95 %).
+        p: both signs of each seed's difference are as likely if nothing differs; exact up to 16 seeds. p_holm:
+        corrected for the number of comparisons (Holm).
+    """
+    found: dict[str, Any] = {}
+    for arm, by_seed in right.items():
+        table = np.array([by_seed[each] for each in sorted(by_seed)], dtype=float)
+        low, high = crossed_interval(table, seed)
+        found[arm] = {
+            "seeds": sorted(by_seed),
+            "accuracy": {"mean": float(table.mean()), "low": low, "high": high, "by_seed": table.mean(1).tolist()},
+        }
+        common = sorted(by_seed.keys() & right.get(REFERENCE, {}).keys())
+        if arm == REFERENCE or not common:
+            continue
+        difference = np.array([by_seed[each] for each in common], dtype=float) - np.array(
+            [right[REFERENCE][each] for each in common], dtype=float
+        )
+        low, high = crossed_interval(difference, seed)
+        means = difference.mean(1)
+        found[arm]["beside_opd"] = {
+            "mean": float(difference.mean()), "low": low, "high": high, "p": sign_flip_p(means, seed),
+            "seeds": common, "ahead": int((means > 0).sum()),
+        }  # fmt: skip
+    compared = [arm for arm in found if "beside_opd" in found[arm]]
+    for arm, p in zip(compared, holm([found[arm]["beside_opd"]["p"] for arm in compared]), strict=True):
+        found[arm]["beside_opd"]["p_holm"] = p
+    return found
+
+
+def crossed_interval(table: Floats, seed: int = 0, samples: int = 2000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of [seed, problem]: rows and columns are drawn, independently.
+
+    With one seed only problems are drawn: the interval then says nothing about other seeds.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns = table.shape
+    weights = rng.multinomial(columns, np.full(columns, 1 / columns), samples) / columns
+    by_row = weights @ table.T  # [sample, seed]
+    drawn = rng.integers(rows, size=(samples, rows))
+    means = np.take_along_axis(by_row, drawn, 1).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences: Floats, seed: int = 0, samples: int = 20_000) -> float:
+    """Two-sided p that seeds' differences are symmetric about 0. With n seeds it cannot be below 2 / 2^n."""
+    n = len(differences)
+    if n <= _EXACT_UP_TO:
+        signs = np.array(list(product((-1.0, 1.0), repeat=n)))
+    else:
+        signs = np.random.default_rng(seed).choice((-1.0, 1.0), (samples, n))
+        signs[0] = 1.0
+    means = np.abs(signs @ differences)
+    return float((means >= abs(differences.sum()) - 1e-12).mean())

@@ -1,0 +1,69 @@
+"""Models that processes share: whole while a batch is sampled and looked at, in parts while the student is trained.
+
+DDP keeps a whole model in every process. FSDP2 and DeepSpeed ZeRO-3 keep parts of it, and gather each layer whenever it
+runs, which all processes must do in step. Windows differ in number and length from process to process, so decoding
+them in step is not possible; gathering the parts once for all of them also costs far less than once a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule
+from trl.models.utils import unwrap_model_for_generation
+
+from topd.errors import TOPDError
+
+
+@contextmanager
+def held_whole(model: Any, accelerator: Accelerator) -> Iterator[None]:
+    """All parameters of a model in every process; what is done with it in this block needs no other process.
+
+    Args:
+        model: as accelerate wrapped it.
+    """
+    with unwrap_model_for_generation(model, accelerator) as unwrapped, unsharded(unwrapped):
+        yield
+
+
+@contextmanager
+def unsharded(model: Any) -> Iterator[None]:
+    """Gather what FSDP2 has sharded, once, and keep it through all forward passes in this block. Else do nothing."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    resharding = {part: _reshards_after_forward(part) for part in parts if part is not model}  # the root never does
+    for part in resharding:
+        part.set_reshard_after_forward(False, recurse=False)
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        if parts:
+            # Shards again, and forgets the forward passes: FSDP would take them for the beginning of the next training
+            # pass, and gather layers ahead of its backward by them, differently in each process.
+            model.reset_iter_state()
+        for part, reshards in resharding.items():
+            part.set_reshard_after_forward(reshards, recurse=False)
+
+
+def _reshards_after_forward(part: FSDPModule) -> bool:
+    groups = part._get_fsdp_state()._fsdp_param_groups  # there is no public way to ask
+    return any(group.post_forward_mesh_info is not None for group in groups)
+
+
+def shard_teacher(teacher: Any, accelerator: Accelerator) -> Any:
+    """Shard the teacher as accelerate shards the student. (TRL 1.16 leaves it whole, and where it was loaded.)
+
+    Raises:
+        TOPDError: with FSDP1, whose parts cannot be held whole during a forward pass.
+    """
+    if not accelerator.is_fsdp2:
+        raise TOPDError(
+            "TOPD works with FSDP2, not with FSDP1: set fsdp_version to 2 in the accelerate config (--fsdp_version 2)."
+        )
+    sharded = fsdp2_prepare_model(accelerator, teacher.requires_grad_(False))
+    return sharded.eval()

@@ -1,0 +1,115 @@
+"""`topd warmstart`: models, solutions and options from a YAML file and the command line, then `WarmStartTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topd.errors import TOPDError
+from topd.training.command import unforeseen
+
+
+@dataclass
+class SolutionArguments:
+    """Where solutions come from."""
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Solutions: what `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
+            "dataset with the columns `prompt` (text or messages) and `completion` (text)."
+        },
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    data_limit: int | None = field(default=None, metadata={"help": "Use only the first so many solutions."})
+    eval_data: str | None = field(default=None, metadata={"help": "Solutions for the evaluation loss."})
+    keep_truncated: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on responses that the length limit cut, too. They teach the student to stop there; our "
+            "choice: no."
+        },
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
+    data, config, model = parse(argv)
+    with unforeseen(Path(config.output_dir)):
+        _run(data, config, model)
+
+
+def _run(data: SolutionArguments, config: Any, model: Any) -> None:
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+
+    from topd.demo.pair import resolve_model
+    from topd.training.checkpoints import saving
+    from topd.training.command import loading, resume_from
+    from topd.training.models import SAFE
+    from topd.warmstart.trainer import WarmStartTrainer
+
+    if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
+        raise TOPDError(
+            "Name the student, the teacher and the solutions: --model_name_or_path, --teacher_model_name_or_path (not "
+            "needed with --kd_ratio 0), --data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes "
+            "solutions."
+        )
+    resume = resume_from(config)
+    student_name = resolve_model(model.model_name_or_path)
+    teacher_name = resolve_model(config.teacher_model_name_or_path) if config.distils else None
+    datasets = {"train": data.data, "eval": data.eval_data}
+    loaded = {part: solutions(source, data, config) for part, source in datasets.items() if source}
+    tokenizer = loading(
+        "tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code
+    )
+    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
+    config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
+    trainer = loading(
+        "models", f"{student_name} and {teacher_name}" if teacher_name else student_name, WarmStartTrainer,
+        student_name, teacher_model=teacher_name, args=config, train_dataset=loaded["train"],
+        eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
+        save(trainer, Path(config.output_dir))
+
+
+def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
+    """The options of `topd warmstart`."""
+    from trl import ModelConfig
+
+    from topd.training.command import parse_options
+    from topd.warmstart.config import WarmStartConfig
+
+    data, config, model = parse_options(argv, (SolutionArguments, WarmStartConfig, ModelConfig), "topd warmstart")
+    return data, config, model
+
+
+def solutions(source: str, data: SolutionArguments, config: Any) -> Any:
+    """The rows as TRL's trainer takes them."""
+    from topd.warmstart.solutions import load_solutions
+
+    rows = load_solutions(source, split=data.data_split, limit=data.data_limit, truncated=data.keep_truncated)
+    if config.chat_template_kwargs:
+        return rows.add_column("chat_template_kwargs", [config.chat_template_kwargs] * len(rows))
+    return rows
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """A model that `topd train` takes: whole weights. A LoRA adapter is merged, and kept in `adapter/` besides."""
+    from accelerate.utils import is_peft_model
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_peft_model(model):
+        trainer.save_model(str(folder / "adapter"))
+        if trainer.accelerator.is_main_process:
+            model.merge_and_unload().save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
+    trainer.accelerator.print(f"Model saved in {folder}; go on with topd train --model_name_or_path {folder}.")

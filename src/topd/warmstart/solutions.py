@@ -1,0 +1,88 @@
+"""Teacher solutions: cleaned, written, and read again for the warm start."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from topd.errors import DataError, TOPDError
+
+
+def clean(
+    records: list[dict[str, Any]], answers: list[str | None], rule: Any
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Rows for training, and how many responses were kept and left out.
+
+    Args:
+        records: with `prompt`, `text` and `truncated`.
+        answers: the wanted answer to each record, where one is known.
+        rule: of a right answer (see `evaluation.answers`); None keeps all responses.
+
+    Returns:
+        Rows with `prompt`, `completion`, `truncated` and, where known, `answer`: different responses that are not
+        blank and, with a rule, end with the right answer.
+    """
+    from topd.evaluation.answers import verdict
+
+    rows: list[dict[str, Any]] = []
+    counts = dict.fromkeys(("solutions", "of them truncated", "repeated", "blank", "wrong", "without an answer"), 0)
+    seen: set[tuple[str, str]] = set()
+    for record, answer in zip(records, answers, strict=True):
+        key = str(record["prompt"]), record["text"]
+        found = verdict(record["text"], answer, rule) if rule and answer is not None else None
+        if not record["text"].strip():
+            counts["blank"] += 1
+        elif key in seen:
+            counts["repeated"] += 1
+        elif found is not None and not found.right:
+            counts["wrong" if found.parsed else "without an answer"] += 1
+        else:
+            counts["solutions"] += 1
+            counts["of them truncated"] += record["truncated"]
+            row = {"prompt": record["prompt"], "completion": record["text"], "truncated": record["truncated"]}
+            rows.append(row if answer is None else row | {"answer": answer})
+        seen.add(key)
+    return rows, {what: count for what, count in counts.items() if count or what == "solutions"}
+
+
+def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
+    """Write a .jsonl or .parquet file aside, then in its place.
+
+    Raises:
+        TOPDError: there are no rows.
+    """
+    if not rows:
+        raise TOPDError(f"No solution is left to write to {out}. Look at the responses in {out.stem}.records.jsonl.")
+    aside = out.with_name(out.name + ".part")
+    if out.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
+    else:
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, out)
+
+
+def load_solutions(source: str, *, split: str = "train", limit: int | None = None, truncated: bool = False) -> Any:
+    """Prompts and completions in TRL's form, text or messages, from any source of `topd.data`.
+
+    Args:
+        truncated: keep responses that the limit cut short. They would teach the student to stop there, since the
+            end of a turn is written behind every completion.
+
+    Raises:
+        DataError: a row is broken, or none is left.
+    """
+    from topd.data import load_prompts, read_flag
+
+    data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag})
+    kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Leaving truncated ones out")
+    if not len(kept):
+        raise DataError(f"{source!r}: all {len(data)} solutions are truncated. Generate with more --max-new-tokens.")
+    kept = kept.select_columns(["prompt", "response"]).rename_column("response", "completion")
+    if isinstance(kept[0]["prompt"], str):
+        return kept
+    return kept.map(lambda row: {"completion": [{"role": "assistant", "content": row["completion"]}]}, desc="Messages")

@@ -1,0 +1,182 @@
+"""`WarmStartTrainer`: forward KL and cross-entropy on teacher solutions, on TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from trl import SFTTrainer
+from trl.models.utils import _ForwardRedirection, prepare_deepspeed
+from trl.trainer.utils import create_model_from_path
+
+from topd.algorithm import LikelihoodTerms
+from topd.errors import NonFiniteError
+from topd.near_future.model_parts import backbone_of, output_head
+from topd.training.kernels import loss_on_device
+from topd.training.models import SAFE, cut_head
+from topd.training.non_finite import StopOnNonFiniteGradient
+from topd.training.sharding import shard_teacher
+from topd.training.surviving import SurvivingTrainer
+from topd.training.tokenizers import check_tokenizers
+from topd.warmstart.config import WarmStartConfig
+
+
+class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
+    """Stage 1 of the paper (appendix B.1): the student learns from solutions that the teacher wrote.
+
+    The loss, in nats a completion token, is `kd_ratio` x KL(teacher || student) over the whole vocabulary +
+    (1 - `kd_ratio`) x cross-entropy. Both come from hidden states in one pass, tile by tile: tokens x vocabulary is
+    never held, and the teacher's distributions never leave the step. With `kd_ratio=0` every step is `SFTTrainer`'s.
+
+    ```python
+    from topd.warmstart import WarmStartConfig, WarmStartTrainer
+
+    trainer = WarmStartTrainer(
+        model="Qwen/Qwen3-0.6B",
+        teacher_model="Qwen/Qwen3-1.7B",
+        args=WarmStartConfig("runs/warm", packing=True),
+        train_dataset=dataset,  # columns "prompt" and "completion": text, or messages
+    )
+    trainer.train()
+    ```
+
+    Raises:
+        TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
+        NonFiniteError: where a gradient is NaN or infinite; before the optimizer moves.
+        ValueError: for what the loss cannot do: see the messages.
+    """
+
+    _tag_names = ["trl", "topd", "distillation"]
+    _name = "TOPD warm start"
+
+    args: WarmStartConfig
+    model: Any
+
+    def __init__(
+        self, model: Any, teacher_model: Any = None, args: WarmStartConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        args = args or WarmStartConfig("warm-start")
+        if args.distils and teacher_model is None:
+            raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
+        super().__init__(model, args, *rest, **kwargs)
+        self.add_callback(StopOnNonFiniteGradient(self._stop_on))
+        self.teacher_model: Any = None
+        if args.distils:
+            self._refuse_what_the_loss_cannot_do()
+            self._forward_redirection = _ForwardRedirection()
+            self.teacher_model = self._prepared(self._loaded(teacher_model))
+
+    def _refuse_what_the_loss_cannot_do(self) -> None:
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError("kd_ratio > 0 does not work with context or sequence parallelism; use packing instead.")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "kd_ratio > 0 has no load-balancing loss for a mixture-of-experts student: set router_aux_loss_coef=0."
+            )
+        if self.compute_loss_func is not None or self._is_vision_dataset:
+            raise ValueError("kd_ratio > 0 works on text, with its own loss: no images, no compute_loss_func.")
+
+    # The teacher
+
+    def _loaded(self, teacher: Any) -> Any:
+        """The teacher, frozen (so that FSDP does not keep a float32 copy of it)."""
+        if isinstance(teacher, str):
+            trust = self.args.trust_remote_code
+            check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
+            given: Any = self.args.teacher_model_init_kwargs or {}
+            settings: dict[str, Any] = SAFE | {"trust_remote_code": trust} | given
+            if self.args.teacher_model_revision is not None:
+                settings.setdefault("revision", self.args.teacher_model_revision)
+            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                settings["device_map"] = None
+            teacher = create_model_from_path(teacher, **settings)
+        sizes = [each.get_output_embeddings().weight.shape[0] for each in (self.model, teacher)]
+        if sizes[1] > sizes[0]:  # padding: the tokenizers are the same
+            cut_head(teacher, sizes[0])
+        if sizes[1] < sizes[0]:
+            raise ValueError(
+                f"The student's output head has {sizes[0]} tokens, the teacher's {sizes[1]}. A KL over the whole "
+                "vocabulary needs the same: resize_token_embeddings the student to the teacher's."
+            )
+        return teacher.requires_grad_(False)
+
+    def _prepared(self, teacher: Any) -> Any:
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        if self.is_fsdp_enabled:
+            return shard_teacher(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    # The loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """`SFTTrainer`'s denominator and scaling, with the distillation loss in the middle."""
+        if not self.args.distils:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        student = self.accelerator.unwrap_model(model)
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        num_tokens = torch.as_tensor(tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        loss, sums = self._forward_redirection(model, student, self._distil, student, inputs, num_tokens)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages over processes
+        self._record(torch.cat([sums, torch.stack([tokens, read_tokens(inputs)]).to(sums)]))
+        return (loss, None) if return_outputs else loss
+
+    def _distil(self, student: Any, inputs: dict[str, Any], num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss with gradients, and the detached sums (forward KL, cross-entropy). Runs in the wrapped forward."""
+        labels = inputs["labels"][:, 1:]
+        mask = labels != -100
+        ours = self._states(student, inputs)[mask]
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad():
+            theirs = self._forward_redirection(self.teacher_model, teacher, self._states, teacher, inputs)[mask]
+        ratio, each = self.args.kd_ratio, ours.new_ones(len(ours), dtype=torch.float32) / num_tokens
+        tokens = LikelihoodTerms(torch.arange(len(ours), device=ours.device), labels[mask], (1 - ratio) * each)
+        result = loss_on_device(
+            ours, output_head(student), theirs, output_head(teacher), ratio * each,
+            tokens if ratio < 1 else None, "forward",
+        )  # fmt: skip
+        return result.loss, torch.stack([result.token_loss.sum(), result.nll.sum()])
+
+    def _states(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The redirected forward has left the autocast that accelerate put around the model's own: enter it again."""
+        device = inputs["input_ids"].device.type
+        with self.accelerator.autocast():
+            states = predicting_states(backbone_of(model), inputs)
+            return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+    def _record(self, sums: Tensor) -> None:
+        """Metrics from the sums (forward KL, cross-entropy, completion tokens, tokens read) of all processes."""
+        mode = "train" if self.model.training else "eval"
+        kl, nll, tokens, read = self.accelerator.gather(sums[None]).sum(0).tolist()
+        self._metrics[mode]["forward_kl"].append(kl / max(tokens, 1))
+        if self.args.kd_ratio < 1:
+            self._metrics[mode]["cross_entropy"].append(nll / max(tokens, 1))
+        if mode == "train":
+            self._total_train_tokens += int(read) // (self._tp_size or 1)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _stop_on(self, what: str) -> None:
+        raise NonFiniteError(
+            f"The {what} is not finite at step {self.state.global_step + 1}. The optimizer has not moved; the last "
+            "checkpoint is whole. Resume from it with a lower learning_rate; if it comes back at the same step, look "
+            "for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+        )
+
+
+def predicting_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """[row, position, width] the states that predict each token but the first of a row; packed rows too."""
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    states: Tensor = backbone(**given, use_cache=False).last_hidden_state
+    return states[:, :-1]
+
+
+def read_tokens(inputs: dict[str, Any]) -> Tensor:
+    """How many tokens the models read, without padding."""
+    mask = inputs.get("attention_mask")
+    return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).sum()

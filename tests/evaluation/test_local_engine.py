@@ -1,0 +1,105 @@
+"""Responses from a model in this process: seeded one by one, sampled from the right law, cut where it is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import TOKENIZER, tiny_model
+
+from topd.demo.task import make_problems
+from topd.errors import ContextError, TOPDError
+from topd.evaluation.local_engine import LocalEngine, OwnRandomNumbers
+from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
+
+PROBLEMS = make_problems(12, 3, held_out=True)
+REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
+SAMPLING = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=24)
+
+
+def responses(engine: LocalEngine, requests: list[Request], sampling: Sampling) -> dict[int, Response]:
+    return {number: response for batch in engine.respond(requests, sampling) for number, response in batch}
+
+
+@pytest.fixture(scope="module")
+def engine() -> LocalEngine:
+    return LocalEngine(tiny_model(0, scale=1.5).eval(), TOKENIZER, together=12)
+
+
+def test_a_response_does_not_depend_on_what_it_is_batched_with(engine: LocalEngine) -> None:
+    together = responses(engine, REQUESTS, SAMPLING)
+    alone = responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS[::-1], SAMPLING)
+    assert together == alone
+    assert len({response.text for response in together.values()}) > 6
+
+
+def test_seed_and_number_each_make_another_response(engine: LocalEngine) -> None:
+    same_prompt = [Request(number, PROBLEMS[0].prompt) for number in range(8)]
+    found = responses(engine, same_prompt, SAMPLING)
+    assert len({response.text for response in found.values()}) > 4
+    other = responses(engine, same_prompt, Sampling(1.0, 0.95, 24, seed=1))
+    assert sum(found[number] != other[number] for number in found) > 4
+
+
+def test_tokens_are_drawn_from_the_tempered_nucleus() -> None:
+    """100,000 rows of one distribution against its law, written out."""
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
+    probability = np.exp(logits / 0.7)
+    probability /= probability.sum()
+    nucleus = np.where(
+        [True, True, True, False, False, False], probability, 0
+    )  # 0.689, 0.165, 0.081: past 0.9 with three
+    assert probability[:2].sum() < 0.9 < probability[:3].sum()
+    rows = [Request(number, "") for number in range(100_000)]
+    chooser = OwnRandomNumbers(rows, Sampling(temperature=0.7, top_p=0.9, max_new_tokens=1), prompt_length=4)
+    scores = torch.tensor(logits, dtype=torch.float32).expand(len(rows), -1)
+    chosen = chooser(torch.zeros(len(rows), 4, dtype=torch.long), scores)
+    assert (chosen.isfinite().sum(-1) == 1).all()
+    share = np.bincount(chosen.argmax(-1), minlength=6) / len(rows)
+    assert share == pytest.approx(nucleus / nucleus.sum(), abs=0.006)
+
+
+def test_greedy_is_the_most_likely_token(engine: LocalEngine) -> None:
+    found = responses(engine, REQUESTS[:1], Sampling(temperature=0, max_new_tokens=6))[0]
+    ids = prompt_ids(REQUESTS[0].prompt, TOKENIZER, SAMPLING)
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(engine.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == TOKENIZER.eos_token_id:
+            break
+    assert found.text == TOKENIZER.decode(ids[-found.tokens :], skip_special_tokens=True)
+
+
+def test_what_the_limit_ends_is_cut_and_what_ends_itself_is_not(engine: LocalEngine) -> None:
+    found = responses(engine, REQUESTS, Sampling(1.0, 1.0, 60))
+    for response in found.values():
+        written = len(TOKENIZER(response.text)["input_ids"])
+        assert response.tokens == 60 if response.truncated else response.tokens < 60
+        assert written <= response.tokens
+    assert {response.truncated for response in found.values()} == {True, False}
+
+
+def test_the_end_token_of_the_generation_config_ends_a_response_too() -> None:
+    model = tiny_model(0, scale=1.5).eval()
+    most = int(model(torch.tensor([prompt_ids(PROBLEMS[0].prompt, TOKENIZER, SAMPLING)])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, most]
+    found = responses(LocalEngine(model, TOKENIZER), REQUESTS[:1], Sampling(temperature=0, max_new_tokens=5))[0]
+    assert (found.tokens, found.truncated) == (1, False)
+
+
+def test_a_response_that_cannot_fit_is_refused_beforehand(engine: LocalEngine) -> None:
+    limit = engine.model.config.max_position_embeddings
+    engine.check(REQUESTS, SAMPLING)
+    with pytest.raises(ContextError, match="Give at most --max-new-tokens"):
+        engine.check(REQUESTS, Sampling(max_new_tokens=limit))
+
+
+def test_messages_need_a_chat_template() -> None:
+    talk = [{"role": "user", "content": "what is 1+1?"}]
+    assert TOKENIZER.decode(prompt_ids(talk, TOKENIZER, SAMPLING)) == "what is 1+1?"
+
+    class Plain:
+        chat_template = None
+
+    with pytest.raises(TOPDError, match="no chat template"):
+        prompt_ids(talk, Plain(), SAMPLING)

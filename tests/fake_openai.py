@@ -1,0 +1,89 @@
+"""An OpenAI-compatible server of a few lines, with faults."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Fault = Callable[[int], int | None]
+"""From the number of the request (from 1) to a status, None for a good answer, or 0 to hang up."""
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers a prompt with " echo " and the prompt, cut to `max_tokens` words.
+
+    Attributes:
+        seen: bodies of all requests for responses, in the order of arrival.
+        most: requests that were under way at the same time, at most.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.fault, self.seen, self.lock = fault, [], threading.Lock()
+        self.now = self.most = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "the-teacher"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append({"path": self.path, **body})
+            status = self.server.fault(len(self.server.seen))
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        try:
+            if status == 0:
+                self.close_connection = True
+            elif status is not None:
+                self._send(status, {"error": {"message": "the prompt is too long" if status == 400 else "not now"}})
+            else:
+                self._send(200, _answer(self.path, body))
+        finally:
+            with self.server.lock:
+                self.server.now -= 1
+
+    def _send(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def _answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    chat = path.endswith("/chat/completions")
+    words = ["echo", *(body["messages"][-1]["content"] if chat else body["prompt"]).split()]
+    kept = words[: body["max_tokens"]]
+    text = " ".join(["", *kept])
+    choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    reason = "stop" if len(kept) == len(words) else "length"
+    return {"choices": [choice | {"finish_reason": reason}], "usage": {"completion_tokens": len(kept)}}
+
+
+@contextmanager
+def fake_server(fault: Fault = lambda _: None) -> Iterator[FakeServer]:
+    server = FakeServer(fault)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

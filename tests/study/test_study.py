@@ -1,0 +1,200 @@
+"""The study: what it refuses, how it tunes, goes on and compares."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from topd.cli import main
+from topd.errors import TOPDError
+from topd.study import command
+from topd.study.config import plan_of, read_plan
+from topd.study.run import known_record, problems, run_job, settings_of
+from topd.study.summary import crossed_interval, sign_flip_p, summarise
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+def plan(**other):
+    found = {
+        "student": "embedded:student-standard", "teacher": "embedded:teacher", "seeds": [0, 1], "steps": 4,
+        "held_out": 6, "curve_every": 1, "curve_problems": 4, "tune_problems": 5,
+        "options": {"per_device_train_batch_size": 2, "max_completion_length": 12, "window_length": 4},
+        "arms": {"opd": {"method": "opd"}, "topd": {"method": "topd"}},
+    }  # fmt: skip
+    return plan_of(found | other)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_studies_that_ship_are_whole(file):
+    found = read_plan(file)
+    names = {arm.name for arm in found.arms}
+    assert names >= {
+        "opd", "low-D_OT capped", "high-D_OT capped", "random capped", "topd", "topd, rollout windows", "own tokens",
+        "same index", "random candidates", "false alarms", "teacher's contexts, reverse KL",
+        "teacher's contexts, cross-entropy", "opd, topd's time",
+    }  # fmt: skip
+    assert len(found.seeds) >= 10
+    assert found.held_out >= 1000
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"arms": {"topd": {}}}, "no arm 'opd'"),
+        ({"arms": {"opd": {"learning_rat": 1}}}, "learning_rat is no option"),
+        ({"arms": {"opd": {}, "b": {"choices": [{}]}}}, "different numbers of choices"),
+        ({"arms": {"opd": {}, "b": {"time_of": "c"}}}, "is no other arm"),
+        ({"arms": {"opd": {"choices": [3]}}}, "list of option mappings"),
+        ({"arms": {"opd": [1]}}, "not a mapping"),
+        ({"steps": 0}, "steps must be"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": 3}, "different whole numbers"),
+        ({"optons": {}}, "unknown: optons"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(other, says):
+    with pytest.raises(ValueError, match=says):
+        plan(**other)
+
+
+@pytest.mark.parametrize("text", ["arms: [", "- 1", "", "arms: {opd: {}}"])
+def test_a_broken_file_ends_in_a_message(tmp_path, capsys, text):
+    (tmp_path / "s.yaml").write_text(text)
+    assert main(["study", "--config", str(tmp_path / "s.yaml")]) == 2
+    assert "s.yaml" in capsys.readouterr().err
+
+
+# --- the summary -----------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_by_hand():
+    right = {"opd": {0: [1, 0, 0, 0], 1: [1, 1, 0, 0]}, "topd": {0: [1, 1, 0, 0], 1: [1, 1, 1, 0], 2: [0, 0, 0, 0]}}
+    found = summarise(right)
+    assert found["opd"]["accuracy"]["by_seed"] == [0.25, 0.5]
+    beside = found["topd"]["beside_opd"]
+    assert (beside["mean"], beside["seeds"], beside["ahead"]) == (0.25, [0, 1], 2)
+    assert beside["p"] == 0.5  # two seeds: 2 of 4 sign assignments are as far from 0
+    assert "beside_opd" not in found["opd"]
+
+
+def test_the_sign_test_is_exact():
+    assert sign_flip_p(np.array([0.1] * 10)) == pytest.approx(2 / 1024)
+    assert sign_flip_p(np.zeros(5)) == 1.0
+    ranks = np.array([1.0, -2.0, 3.0, 4.0, 5.0, 6.0])  # on ranks it is Wilcoxon's signed-rank test
+    assert sign_flip_p(ranks) == pytest.approx(wilcoxon(ranks, method="exact").pvalue)
+    many = np.random.default_rng(0).normal(0.3, 1.0, 40)
+    assert sign_flip_p(many) == pytest.approx(wilcoxon(many).pvalue, abs=0.1)
+
+
+def test_the_interval_covers_the_mean_of_seeds_and_problems():
+    """Differences made of a seed's, a problem's and their own part: it holds the mean as often as it says."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        table = 0.2 + rng.normal(0, 0.1, (10, 1)) + rng.normal(0, 0.5, (1, 80)) + rng.normal(0, 1.0, (10, 80))
+        low, high = crossed_interval(table, seed=trial, samples=400)
+        hits += low <= 0.2 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_problems_are_none_of_the_held_out_ones():
+    some = replace(plan(), held_out=300, tune_problems=200)
+    final, tuning = ({p.prompt for p in problems(some, held_out)} for held_out in (True, False))
+    assert (len(final), len(tuning)) == (300, 200)
+    assert not final & tuning
+
+
+def test_a_run_keeps_every_answer_and_is_known_afterwards(tmp_path):
+    some = plan(steps=2)
+    job = command._final(some, some.arms[1], 0, {"topd": {"guidance_weight": 0.5}}, tmp_path)
+    record = run_job(some, job)
+    assert len(record["right"]["greedy"]) == len(record["right"]["sampled"]) == 6
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2]
+    tokens = [point["tokens"] for point in record["curve"]]
+    assert tokens[0] == 0 < tokens[1] < tokens[2]
+    assert record["seconds_training"] <= record["seconds"]
+    assert known_record(some, job) == record
+    assert known_record(replace(some, held_out=7), job) is None
+    assert known_record(some, replace(job, options={})) is None
+    job.file.write_text('{"torn')
+    assert known_record(some, job) is None
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Training is replaced: an arm's answers follow from its options."""
+    done = []
+
+    def run(some, job):
+        if job.options.get("learning_rate") == 13:
+            raise RuntimeError("bad luck")
+        done.append((job.arm, job.seed, job.held_out, job.steps))
+        good = int(6 * job.options.get("learning_rate", 0.5))
+        answers = [1] * good + [0] * (6 - good)
+        record = {"version": 1, "settings": settings_of(some, job), "right": {"greedy": answers, "sampled": answers},
+                  "curve": [], "seconds_training": 3.0 if job.arm == "topd" else 2.0, "seconds": 4.0}  # fmt: skip
+        job.file.parent.mkdir(parents=True, exist_ok=True)
+        job.file.write_text(json.dumps(record))
+        return record
+
+    monkeypatch.setattr(command, "run_job", run)
+    return done
+
+
+ARMS = {
+    "opd": {"method": "opd", "choices": [{"learning_rate": 0.2}, {"learning_rate": 0.5}]},
+    "topd": {"method": "topd", "choices": [{"learning_rate": 0.9}, {"learning_rate": 0.4}]},
+    "longer": {"method": "opd", "time_of": "topd"},
+}
+
+
+def test_each_arm_is_tuned_runs_with_its_best_and_gets_the_time_it_should(runs, tmp_path):
+    result = command.run_study(plan(arms=ARMS), tmp_path)
+    assert result["tuned"] == {"opd": {"learning_rate": 0.5}, "topd": {"learning_rate": 0.9}}
+    assert [run[2] for run in runs].count(False) == 4
+    assert ("longer", 0, True, 6) in runs  # 4 steps x 3 s / 2 s
+    assert result["arms"]["topd"]["greedy"]["beside_opd"]["mean"] == pytest.approx(2 / 6)
+    assert result["arms"]["longer"]["greedy"]["beside_opd"]["mean"] == 0.0  # with opd's learning rate
+    assert json.loads((tmp_path / "study.json").read_text())["arms"] == result["arms"]
+
+
+def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):
+    command.run_study(plan(arms=ARMS), tmp_path)
+    first = list(runs)
+    (tmp_path / "runs" / "topd" / "1.json").unlink()
+    command.run_study(plan(arms=ARMS), tmp_path)
+    assert runs == [*first, ("topd", 1, True, 4)]
+    command.run_study(plan(arms=ARMS, seeds=[0, 1, 2]), tmp_path)
+    assert {run[1] for run in runs[len(first) + 1 :]} == {2}
+
+
+def test_a_run_that_fails_does_not_take_the_others_along(runs, tmp_path):
+    arms = {"opd": {"method": "opd"}, "topd": {"learning_rate": 13}, "other": {"method": "topd"}}
+    with pytest.raises(TOPDError, match=r"2 runs failed.*\n  topd, seed 0: RuntimeError: bad luck"):
+        command.run_study(plan(arms=arms), tmp_path)
+    assert [run[:2] for run in runs] == [("opd", 0), ("other", 0), ("opd", 1), ("other", 1)]
+
+
+def test_arms_and_seeds_can_be_chosen(runs, tmp_path, capsys):
+    import yaml
+
+    arms = {"opd": {"method": "opd"}, "topd": {"method": "topd"}, "other": {"method": "topd"}}
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump({"student": "a", "teacher": "b", "seeds": [5, 6], "steps": 1, "arms": arms}))
+    chosen = ["study", "--config", str(file), "--out", str(tmp_path / "out")]
+    assert main([*chosen, "--arms", "topd", "--seeds", "1"]) == 0
+    assert [run[:2] for run in runs] == [("opd", 5), ("topd", 5)]
+    assert main([*chosen, "--arms", "tpd"]) == 2
+    assert "no arm 'tpd'" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""MOPD: each row of the dataset learns from the teacher that it names."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import prompts, tiny_config, tiny_model, tiny_trainer
+
+from topd.cli import main
+from topd.training.several_teachers import MOPDTrainer
+
+
+def routed(names):
+    return Dataset.from_list([{**row, "teacher": names[i % len(names)]} for i, row in enumerate(prompts(16))])
+
+
+def teachers():
+    return {"a": tiny_model(1, width=96), "b": tiny_model(2, width=64)}
+
+
+def trained(out, trainer_type=None, **options):
+    trainer = tiny_trainer(out, trainer_type or MOPDTrainer, max_steps=2, optim="sgd", **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+METHODS = [
+    {"method": "topd"},
+    {"method": "topd", "student_window": "rollout"},
+    {"method": "topd", "guidance_context": "teacher"},
+    {"method": "opd-capped"},
+    {"method": "opd", "opd_loss": "one_pass"},
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_where_every_row_names_one_teacher_it_is_that_teacher_alone(tmp_path, options):
+    from topd.training import TOPDTrainer
+
+    alone = trained(tmp_path / "alone", TOPDTrainer, teacher=teachers()["b"], dataset=routed("b"), **options)
+    among = trained(tmp_path / "among", teacher=teachers(), dataset=routed("b"), **options)
+    assert [float(loss) for loss in among[0]] == pytest.approx([float(loss) for loss in alone[0]], rel=1e-4)
+    torch.testing.assert_close(among[1], alone[1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_names_decide(tmp_path):
+    mixed = trained(tmp_path / "mixed", teacher=teachers(), dataset=routed("ab"))
+    swapped = trained(tmp_path / "swapped", teacher=teachers(), dataset=routed("ba"))
+    assert not torch.allclose(mixed[1], swapped[1], rtol=1e-3, atol=1e-5)
+    assert torch.isfinite(mixed[1]).all()
+
+
+def test_a_name_without_a_teacher_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"names c; the teachers are: a, b"):
+        trained(tmp_path, teacher=teachers(), dataset=routed("abc"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "opd"}, "one_pass"),
+        ({"embedding": "teacher_hidden"}, "embedding=student"),
+        ({"max_overhead": 0.5}, "one teacher so far"),
+        ({"teacher_window_server": "http://localhost:8001"}, "one teacher so far"),
+    ],
+)
+def test_what_works_with_one_teacher_only_is_said(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MOPDTrainer(tiny_model(0), teachers(), tiny_config(tmp_path, **options))
+
+
+def test_the_command_takes_teachers_from_a_recipe_and_names_from_the_data(tmp_path, capsys):
+    data = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"what is {a}+{b}×2?", "teacher": "ab"[a % 2]} for a in range(1, 5) for b in (3, 4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teachers: {a: 'embedded:teacher', b: 'embedded:student-easy'}\n")
+    common = [
+        "train", "--config", str(recipe), "--model_name_or_path", "embedded:student-standard", "--output_dir",
+        str(tmp_path / "run"), "--per_device_train_batch_size", "4", "--max_completion_length", "24", "--use_cpu",
+        "true", "--bf16", "false", "--max_steps", "1", "--window_length", "4", "--report_to", "none",
+    ]  # fmt: skip
+    assert main([*common, "--data", str(data)]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert main([*common, "--data", "embedded"]) == 2
+    assert "no column teacher" in capsys.readouterr().err
+    data.write_text('{"prompt": "what is 1+2?"}\n')
+    assert main([*common, "--data", str(data)]) == 2
+    assert "the teacher is None; write text" in capsys.readouterr().err
