@@ -8,8 +8,11 @@ import time
 
 import pytest
 from doomed_runs import equal, exit_status, result_of, start
+from tiny import tiny_trainer
+from transformers import TrainerCallback
 
 from topd.cli import main
+from topd.errors import RunInterrupted
 from topd.training.checkpoints import damage
 from topd.training.interrupts import StopWhenAsked
 
@@ -51,7 +54,7 @@ def test_all_processes_stop_after_the_same_step():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, number, fault):
     assert exit_status(tmp_path / "through") == 0
-    process = start(tmp_path / "run", save_strategy="no")
+    process = start(tmp_path / "run", save_steps=500)
     while not (tmp_path / "run" / "audit.jsonl").exists():  # the first step is under way
         time.sleep(0.02)
     os.kill(process.pid, number)
@@ -65,7 +68,38 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, number, fault):
     assert exit_status(tmp_path / "run") == 0
     through, resumed = result_of(tmp_path / "through"), result_of(tmp_path / "run")
     assert [name for name in through if not equal(through[name], resumed[name])] == []
-    fault(f"{number.name}, save_strategy no", f"finished the step, saved {saved.name}; equal when resumed, bit for bit")
+    fault(
+        f"{number.name} between two checkpoints",
+        f"finished the step, saved {saved.name}; equal when resumed, bit for bit",
+    )
+
+
+def test_a_run_that_saves_nothing_is_simply_interrupted(tmp_path):
+    class Press(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [Press()]})
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer.train()
+    assert not isinstance(stopped.value, RunInterrupted)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_run_that_saves_finishes_its_step(tmp_path):
+    class Press(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"save_strategy": "steps", "save_steps": 500, "max_steps": 5}
+    trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [Press()]}, **options)
+    with pytest.raises(
+        RunInterrupted, match=r"after step 2 of 5.*checkpoint-2.*--resume_from_checkpoint true"
+    ) as stopped:
+        trainer.train()
+    assert stopped.value.signal == signal.SIGTERM
+    assert damage(tmp_path / "checkpoint-2") is None
 
 
 @pytest.mark.slow

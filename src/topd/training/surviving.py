@@ -13,6 +13,7 @@ import json
 import pickle
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class SurvivingTrainer(Trainer):
             checkpoint, passed_over = checkpoint_to_resume(resume_from_checkpoint, self._folder)
             for line in passed_over:
                 logger.warning(f"{line}; resuming from {checkpoint}.")
-        with self._interrupt.listening():
+        saves = self.args.save_strategy != "no"  # else there is nothing to go on from: signals do what they always do
+        with self._interrupt.listening() if saves else nullcontext():
             try:
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except pickle.UnpicklingError as error:
