@@ -65,8 +65,9 @@ def padded_head(folder, rows=64, role="teacher"):
 
 
 def conversations(file):
-    """Two prompts as messages."""
-    rows = [{"prompt": [{"role": "user", "content": f"what is {text}?"}]} for text in ("5+2×3", "7-4×2+1")]
+    """Prompts as messages."""
+    texts = [f"what is {a}+{b}×{c}?" for a in range(1, 5) for b in range(1, 5) for c in range(1, 5)]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

@@ -204,6 +204,15 @@ def test_a_learning_rate_that_rounding_eats(options, verdict):
     assert (verdict == "ok") == (not finding.remedy)
 
 
+def test_sharded_training_keeps_float32_weights(monkeypatch):
+    setup = setup_for("embedded:student-standard", "embedded:teacher", "--dtype", "bfloat16", "--learning_rate", "2e-6")
+    setup.config.bf16 = True
+    assert machine.precision(setup).verdict == "warning"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert machine.precision(setup).verdict == "ok"
+    assert "not counted" in memory.memory(setup).found
+
+
 def test_rounding_does_eat_it():
     """The bound of the check, on usual weights: below it nearly none moves, well above it nearly all do."""
     weights = (machine.WEIGHT * torch.randn(20_000)).bfloat16()

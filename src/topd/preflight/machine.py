@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from topd.preflight.finding import Finding, ok
-from topd.preflight.memory import in_words, shape, stored_dtype
+from topd.preflight.memory import in_words, shape, sharded, stored_dtype
 from topd.preflight.setup import Setup
 
 WEIGHT = 0.02
@@ -23,6 +23,8 @@ def precision(setup: Setup) -> Finding:
     stored = {model.role: stored_dtype(model, setup.dtypes[model.role]) for model in setup.pair}
     computed = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "as stored"
     found = f"weights {stored['student']} (student), {stored['teacher']} (teacher); computed {computed}"
+    if config.bf16 and sharded() and stored["student"] != "float32":
+        return ok("precision", f"{found}; sharded training keeps float32 weights of the student")
     least = WEIGHT * {"bfloat16": 2**-9, "float16": 2**-12}.get(stored["student"], 2**-25)
     if config.learning_rate < least and not setup.adapters:
         return Finding(

@@ -172,7 +172,7 @@ def memory(setup: Setup) -> Finding:
         f"about {in_words(total)} at the peak ({name}): {', '.join(parts)}; {in_words(free)} {where}. Parameters: "
         f"{shapes[0].parameters / 1e6:,.1f} M (student), {shapes[1].parameters / 1e6:,.1f} M (teacher)"
     )
-    if _sharded():
+    if sharded():
         return Finding("memory", "ok", f"{found}. Sharding divides the weights, gradients and optimizer; not counted")
     remedy = _remedy(setup, max((always | largest).items(), key=lambda part: part[1])[0])
     if total > 1.5 * free:
@@ -193,7 +193,8 @@ def _remedy(setup: Setup, part: str) -> str:
     return known.get(part, "A smaller --per_device_train_batch_size or --max_completion_length.")
 
 
-def _sharded() -> bool:
+def sharded() -> bool:
+    """Whether `accelerate launch` spreads the weights over processes."""
     return any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
