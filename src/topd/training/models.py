@@ -1,0 +1,59 @@
+"""The two models of a trainer, as the step sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+
+from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
+from topd.training.config import TOPDConfig
+from topd.training.sharding import held_whole
+
+
+class BothModels:
+    """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `RemoteTeacher`."""
+
+    accelerator: Accelerator
+    args: TOPDConfig
+    model: Any
+    model_wrapped: Any
+    teacher_model: Any
+    temperature: float
+    eos_token_ids: list[int]
+    _tokenizer: Any
+    _forward_redirection: Any
+    _server: RemoteWindows | None
+
+    def _student(self) -> DistilledModel:
+        return self._distilled(self.accelerator.unwrap_model(self.model))
+
+    def _teacher(self) -> DistilledModel | RemoteTeacher:
+        if self.teacher_model is None:
+            assert self._server is not None
+            return RemoteTeacher(self._server, self.args.teacher_top_k)
+        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
+
+    def _distilled(self, model: Any, server: RemoteWindows | None = None) -> DistilledModel:
+        return DistilledModel(
+            model,
+            fixed(self._local(model) if server is None else server),
+            lambda function, *args: self._forward_redirection(model, model, function, *args),
+            temperature=self.temperature,
+            micro_batch=self.args.per_device_train_batch_size,
+            share_prefix=server is None,
+        )
+
+    @contextmanager
+    def _models_whole(self) -> Iterator[None]:
+        """The models that generate here: held whole."""
+        teacher = [] if self._server and self.args.embedding != "teacher_hidden" else [self.teacher_model]
+        with ExitStack() as stack:
+            for model in [self.model_wrapped, *teacher]:
+                stack.enter_context(held_whole(model, self.accelerator))
+            yield
+
+    def _local(self, model: Any) -> LocalModel:
+        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
