@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,23 @@ def earlier_records(
                 f"{file.parent} holds records with other settings ({', '.join(other)}). Give another --out, or delete "
                 f"{file}."
             )
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(file)
     records = list(_whole(lines))
     kept = records[:limit] if len(records) >= limit else records[: len(records) // batch * batch]
-    if len(kept) != len(lines):
-        file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    if len(kept) != len(lines) or (lines and not file.read_bytes().endswith(b"\n")):
+        aside = file.with_name(file.name + ".part")
+        aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        os.replace(aside, file)
     return kept
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a file, none if it is missing. The last may be cut, in the middle of a character too.
+
+    Only "\\n" ends a line: other characters that do so for Python, such as U+2028, may stand in a record.
+    """
+    text = file.read_bytes().decode("utf-8", errors="replace") if file.exists() else ""
+    return [line for line in text.split("\n") if line]
 
 
 def write_options(file: Path, options: dict[str, Any]) -> None:

@@ -73,6 +73,9 @@ def test_the_launch_lines_name_files_and_options_that_are_there(path):
         for option, file in itertools.pairwise(words):
             if option in ("--config", "--config_file"):
                 assert Path(file).is_file(), line
+        for command, parser in (("train", parse), ("warmstart", parse_warmstart)):
+            if command in words:
+                parser([*words[words.index(command) + 1 :], "--use_cpu", "true", "--bf16", "false"])
         if words[:2] == ["topd", "generate"]:
             assert _parser().parse_args(words[1:]).out.suffix in (".jsonl", ".parquet")
 

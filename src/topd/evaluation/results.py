@@ -14,6 +14,7 @@ from topd.evaluation.accuracy import accuracy_interval, majority_value, pass_at_
 from topd.evaluation.benchmarks import BENCHMARKS
 from topd.evaluation.run import samples_file, settings_file
 from topd.evaluation.statistics import Floats
+from topd.resumable import lines_of
 
 RESULT = "eval.json"
 _SETTINGS = ".settings.json"
@@ -64,7 +65,7 @@ def _read(folder: Path, name: str) -> Results:
     settings = json.loads(settings_file(folder, name).read_text(encoding="utf-8"))
     by_problem: dict[str, dict[int, Any]] = {problem["id"]: {} for problem in settings["problems"]}
     file = samples_file(folder, name)
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in lines_of(file):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # an interruption can cut the last line

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from topd.errors import TOPDError
 from topd.evaluation.responses import Engine, Request, Sampling
-from topd.resumable import earlier_records, write_options
+from topd.resumable import earlier_records, lines_of, write_options
 from topd.warmstart.solutions import clean, write_solutions
 
 
@@ -52,7 +52,7 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     settings = {
         **run.teacher, "data": run.data, "samples": run.samples, "responses": len(requests), **asdict(run.sampling),
     }  # fmt: skip
-    limit = max(len(requests), lines(records_file))  # a shorter run does not cut what is there
+    limit = max(len(requests), len(lines_of(records_file)))  # a shorter run does not cut what is there
     records = earlier_records(records_file, settings_file, settings, limit=limit, may_change="responses")
     check_prompts(records, requests, out)
     write_options(settings_file, settings)
@@ -111,7 +111,3 @@ def check_prompts(records: list[dict[str, Any]], requests: list[Request], out: P
                 f"The responses beside {out} are to other prompts (response {record['number']} is to "
                 f"{str(record['prompt'])[:80]!r}). Give another --out, or the prompts in their former order."
             )
-
-
-def lines(file: Path) -> int:
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
