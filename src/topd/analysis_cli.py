@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,7 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     from topd.demo.pair import resolve_model
     from topd.quiet import quieten
     from topd.training.command import loading
+    from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words
     from topd.training.tokenizers import check_tokenizers
 
     quieten()
@@ -123,25 +125,29 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     models, tokenizers = [], []
     for name in (student_name, teacher_name):
         folder = resolve_model(name)
-        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained))
-        model = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained, trust_remote_code=False))
+        model = loading(
+            "models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, trust_remote_code=False, **SAFE
+        )
         models.append(model.to(device).eval())
     check_tokenizers(*tokenizers)
+    if tokenizers[0].pad_token is None:
+        tokenizers[0].pad_token = tokenizers[0].eos_token
+    rows = [head_rows(model) for model in models]
+    if rows[0] != rows[1]:
+        print(f"topd: {heads_in_words(*rows)}", file=sys.stderr)
+        cut_head(models[rows.index(max(rows))], min(rows))
     return models[0], models[1], tokenizers[0]
 
 
 def token_ids(data: str, split: str, limit: int, tokenizer: Any, responses: bool = False) -> list[dict[str, Any]]:
     """Prompts as token ids; messages go through the chat template. Given responses get the end of sequence."""
     from topd.training.command import prompts
+    from topd.training.tokenizers import prompt_ids
 
     rows = []
     for row in prompts(data, split, limit, responses):
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        rows.append({"prompt_ids": ids, "answer": row.get("answer")})
+        rows.append({"prompt_ids": prompt_ids(tokenizer, row["prompt"], {}), "answer": row.get("answer")})
         if responses:
             said = tokenizer(row["response"].removesuffix(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
             rows[-1]["response_ids"] = [*said, tokenizer.eos_token_id]

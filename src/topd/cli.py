@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from topd.analysis_cli import add_correct, add_probe
-from topd.errors import TOPDError
+from topd.check_cli import ABOUT, before_training, run_check
+from topd.errors import RunInterrupted, TOPDError
 from topd.eval_cli import add_eval
 from topd.study_cli import add_study
 from topd.version import __version__
@@ -22,19 +23,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
-            from topd.training.command import run
+            from topd.training.command import run as train
 
-            run(arguments[1:])
+            train(arguments[1:], before=before_training)
+        elif arguments[:1] == ["check"]:  # it takes them too
+            return run_check(arguments[1:])
         elif arguments[:1] == ["warmstart"]:
-            from topd.warmstart.command import run
+            from topd.warmstart.command import run as warm_start
 
-            run(arguments[1:])
+            warm_start(arguments[1:])
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
     except TOPDError as error:
         print(f"topd: {error}", file=sys.stderr)
         return 2
+    except RunInterrupted as stopped:
+        print(f"topd: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except ImportError as error:
         if error.name not in REPORT_NEEDS:
             raise
@@ -61,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(commands)
     commands.add_parser("warmstart", help="stage 1, on teacher solutions: --config FILE.yaml [--any_option value]")
     commands.add_parser("train", help="distil a student from a teacher: --config FILE.yaml [--any_option value]")
+
+    commands.add_parser("check", help=ABOUT)
 
     demo = commands.add_parser("demo", help="distil the embedded student by OPD and by TOPD, and compare")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")

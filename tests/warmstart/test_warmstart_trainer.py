@@ -181,8 +181,11 @@ def test_what_cannot_be_is_said(tmp_path, options, message):
         trainer(tmp_path, **options)
 
 
-def test_heads_of_other_sizes_are_refused(tmp_path):
+def test_a_smaller_head_of_the_teacher_is_refused_and_a_larger_one_is_cut(tmp_path):
     teacher = tiny_model(1)
-    teacher.resize_token_embeddings(len(TOKENIZER) + 8)
+    teacher.resize_token_embeddings(len(TOKENIZER) - 8)
     with pytest.raises(ValueError, match="resize_token_embeddings"):
         trainer(tmp_path, teacher=teacher)
+    padded = tiny_model(1, width=96)
+    padded.resize_token_embeddings(len(TOKENIZER) + 8)
+    assert losses(trainer(tmp_path / "a", teacher=padded)) == losses(trainer(tmp_path / "b"))

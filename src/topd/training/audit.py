@@ -15,6 +15,7 @@ from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
 
 RECORD_VERSION = 1
+AUDIT_FILE = "audit.jsonl"
 
 
 def audit_records(
@@ -69,6 +70,31 @@ def append_records(records: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def cut_records(path: Path, step: int) -> None:
+    """Keep the records up to an optimizer step, from which the run goes on: later ones are made again.
+
+    At step 0 they all belong to an earlier run, and are kept in `audit.earlier.jsonl`.
+    """
+    if not path.is_file():
+        return
+    if step == 0:
+        path.replace(path.with_name("audit.earlier.jsonl"))
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would part texts at U+2028
+    kept = [line for line in lines if _up_to(line, step)]
+    shorter = path.with_suffix(".unfinished")
+    shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    shorter.replace(path)
+
+
+def _up_to(line: str, step: int) -> bool:
+    """Whether it is a record of such a step; the last line may have been cut off."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _number(value: Tensor | float) -> float:

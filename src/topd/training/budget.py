@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 
@@ -92,6 +93,14 @@ class CandidateBudget:
             share = self.model.candidates_per_token(self.max_overhead)
             affordable = int(min(share * tokens / rollouts, self._usual))
             self.per_rollout = max(1, affordable)
+
+    def restored(self, state: dict[str, Any]) -> CandidateBudget:
+        """What `asdict` of an earlier one said, if it had the same limit: a resumed run does not measure again."""
+        if state["max_overhead"] != self.max_overhead:
+            return self
+        model = state["model"] and CostModel(**state["model"])
+        measured = [tuple(row) for row in state["_measured"]]
+        return CandidateBudget(**state | {"model": model, "_measured": measured})
 
     def _fit(self) -> CostModel:
         kinds = numpy.array([kind for kind, *_ in self._measured])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topd.errors import TOPDError
+from topd.errors import ResumeError, TOPDError
+from topd.training.options import parse_options
 
 
 @dataclass
@@ -27,38 +29,69 @@ class DataArguments:
     eval_data: str | None = field(
         default=None, metadata={"help": "Prompts for the evaluation loss, named as in `data`."}
     )
+    preflight: bool = field(
+        default=True,
+        metadata={"help": "Check pair, data and machine before training (the quick part of topd check); errors stop."},
+    )
 
 
 EMBEDDED_PROMPTS = 4096
 """Prompts drawn from the embedded task where `data_limit` does not say."""
 
+MOST_EMBEDDED = 100_000
+"""There are some millions of problems; drawing most of them without repeats would take long."""
 
-def run(argv: Sequence[str]) -> None:
-    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
+
+def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
+    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend.
+
+    Args:
+        before: checks on what `parse` returned and the prompts, before any weights are loaded; it raises.
+    """
     data, config, model = parse(argv)
+    with unforeseen(Path(config.output_dir)):
+        _run(data, config, model, before)
+
+
+@contextmanager
+def unforeseen(folder: Path) -> Iterator[None]:
+    """What nothing else has put in words ends in a message too, and its traceback in a file."""
+    try:
+        yield
+    except TOPDError:
+        raise
+    except Exception as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "traceback.txt"
+        file.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = " ".join(str(error).split())[:400]
+        raise TOPDError(
+            f"Stopped by {type(error).__name__}: {reason} If this names an option, mend it; otherwise it may be a bug: "
+            f"{file} says where it happened."
+        ) from error
+
+
+def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., None] | None) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from topd.data import read_text
     from topd.demo.pair import resolve_model
+    from topd.training.checkpoints import saving
     from topd.training.several_teachers import COLUMN, MOPDTrainer
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
-    several = {name: resolve_model(named) for name, named in (config.teachers or {}).items()}
-    named = config.teacher_model_name_or_path or config.teacher_window_server or several
-    if not model.model_name_or_path or not named:
-        raise TOPDError(
-            "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
-            "on a server alone: --teacher_window_server.)"
-        )
-    student_name = resolve_model(model.model_name_or_path)
-    teacher = resolve_model(config.teacher_model_name_or_path) if config.teacher_model_name_or_path else None
-    teacher_name = next(iter(several.values()), teacher)
-    also = {COLUMN: read_text} if several else None
+    student, named_teachers = named(config, model)
+    student_name, teachers = resolve_model(student), {key: resolve_model(name) for key, name in named_teachers.items()}
+    teacher_name = next(iter(teachers.values()), None)
+    kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
+    also = {COLUMN: read_text} if config.teachers else None
     train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
+    resume = resume_from(config)
+    if before is not None and data.preflight:
+        before(data, config, model, train_dataset)
 
     trust = config.trust_remote_code
     tokenizer = loading("tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
@@ -69,17 +102,31 @@ def run(argv: Sequence[str]) -> None:
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
-        "models", f"{student_name} and {teacher_name or 'the teacher'}", MOPDTrainer if several else TOPDTrainer,
-        teacher_model=several or teacher_name, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
+        "models", f"{student_name} and {teacher_name or 'the teacher'}", kind,
+        teacher_model=teacher, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model(config.output_dir)
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
+        trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"Model saved in {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
     trainer.end()
+
+
+def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
+    """The student, and the teachers by their names in the data (one has the name ""); none, if it is on a server."""
+    one = {"": config.teacher_model_name_or_path} if config.teacher_model_name_or_path else {}
+    teachers = dict(config.teachers or {}) or one
+    if not model.model_name_or_path or not (teachers or config.teacher_window_server):
+        raise TOPDError(
+            "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
+            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
+            "on a server alone: --teacher_window_server.)"
+        )
+    return model.model_name_or_path, teachers
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
@@ -88,50 +135,8 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
 
     from topd.training.config import TOPDConfig
 
-    return parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
-
-
-def parse_options(argv: Sequence[str], types: Any, program: str) -> Any:
-    """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones.
-
-    Args:
-        types: dataclasses; one of each comes back.
-    """
-    from trl import TrlParser
-
-    parser = TrlParser(types, prog=program)
-    arguments = list(argv)
-    if "--config" in arguments:
-        position = arguments.index("--config") + 1
-        if position == len(arguments) or not Path(arguments[position]).is_file():
-            missing = arguments[position] if position < len(arguments) else "(nothing)"
-            raise TOPDError(f"--config {missing}: there is no such file. Recipes are in recipes/.")
-    spellings = (spelling for action in parser._actions for spelling in action.option_strings)
-    known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
-    for name in _option_names(arguments):
-        if name not in known:
-            raise TOPDError(f"Unknown option {name}.{_near(name, known)} `{program} --help` lists all.")
-    try:
-        return parser.parse_args_and_config(arguments)
-    except (ValueError, TypeError) as error:
-        raise TOPDError(str(error)) from error
-
-
-def _option_names(arguments: list[str]) -> list[str]:
-    """Every option named on the command line and in the config file."""
-    import yaml
-
-    names = [argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
-    if "--config" not in arguments:
-        return names
-    file = Path(arguments[arguments.index("--config") + 1])
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TOPDError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise TOPDError(f"{file} must hold `option: value` lines.")
-    return [*names, *(str(name) for name in config)]
+    parsed: tuple[DataArguments, Any, Any] = parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
+    return parsed
 
 
 def prompts(source: str, split: str, limit: int | None, responses: bool = False, also: Any = None) -> Any:
@@ -143,6 +148,8 @@ def prompts(source: str, split: str, limit: int | None, responses: bool = False,
 
         from topd.demo.task import make_problems
 
+        if limit is not None and not 0 < limit <= MOST_EMBEDDED:
+            raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
         if also:
             raise TOPDError(
                 f"The embedded task has no column {', '.join(also)}. Name a file that has: --data FILE.jsonl."
@@ -162,6 +169,10 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except TOPDError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise TOPDError(
+                f"{name} brings code of its own, which was not run. Read it; if you trust it, --trust_remote_code true."
+            ) from error
         if what == "models" and isinstance(error, ValueError):  # TRL's own words say what to do
             raise TOPDError(str(error)) from error
         reason = str(error).strip().splitlines()[0]
@@ -171,25 +182,25 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-def resume_from(config: Any) -> Any:
-    """`--resume_from_checkpoint true` means the last checkpoint of the output folder."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+def resume_from(config: Any) -> str | None:
+    """The checkpoint to go on from: `--resume_from_checkpoint true` means the newest whole one of the output folder.
+
+    Raises:
+        ResumeError: there is none; or the folder holds checkpoints and the option is not given, since the new run's
+            would be mixed with them.
+    """
+    from topd.training.checkpoints import checkpoint_to_resume, newest_whole
+
+    wanted, folder = str(config.resume_from_checkpoint or "false"), Path(config.output_dir)
+    if wanted.lower() == "false":
+        newest, _ = newest_whole(folder)
+        if newest is not None:
+            raise ResumeError(
+                f"{folder} holds the checkpoints of an earlier run, up to {newest.name}. Go on with "
+                "--resume_from_checkpoint true, or name another --output_dir, or delete them."
+            )
         return None
-    if str(wanted).lower() != "true":
-        if not Path(wanted).is_dir():
-            raise TOPDError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
-        return wanted
-    from transformers.trainer_utils import get_last_checkpoint
-
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    if last is None:
-        raise TOPDError(
-            f"There is no checkpoint in {config.output_dir} to resume from; leave --resume_from_checkpoint out."
-        )
-    return last
-
-
-def _near(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3)
-    return f" Did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
+    checkpoint, passed_over = checkpoint_to_resume(True if wanted.lower() == "true" else wanted, folder)
+    for line in passed_over:
+        print(f"topd: {line}; resuming from {checkpoint}.")
+    return str(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -162,6 +163,13 @@ class TOPDConfig(DistillationConfig):
         rules = {"candidate_count": self.candidate_count, "candidate_threshold": self.candidate_threshold}
         if all(value is not None for value in rules.values()):
             raise ValueError("candidate_count and candidate_threshold exclude each other; give one of them.")
+        for name, value in vars(self).items():
+            if name in TOPDConfig.__annotations__ and isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value}.")
+            if name in self._VALID_DICT_FIELDS and isinstance(value, str) and value:
+                raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
+        if self.candidate_share is not None and not 0 < self.candidate_share <= 1:
+            raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
         least = {"audit_steps": 0} | dict.fromkeys(
             ("window_length", "candidate_spacing", "audit_rollouts", "teacher_server_concurrency", "teacher_top_k"), 1
         )

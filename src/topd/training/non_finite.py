@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from topd.errors import NonFiniteError
 from topd.near_future import Rollouts
+from topd.training.checkpoints import newest_whole
 
 
 def non_finite_error(
@@ -23,7 +26,9 @@ def non_finite_error(
         row_loss: [rollout] mean token loss (nats); the rows that are not finite are at fault, else the largest.
         decode: token ids to text.
     """
-    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; the last checkpoint is whole."]
+    newest, _ = newest_whole(Path(output_dir))
+    kept = f"the last whole checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; {kept}."]
     if rollouts is not None and row_loss is not None:
         bad = (~row_loss.isfinite()).nonzero().squeeze(-1).tolist() or [int(row_loss.argmax())]
         records = [
@@ -42,10 +47,23 @@ def non_finite_error(
         first = records[0]
         lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
     lines.append(
-        "Resume from the last checkpoint with a lower learning_rate or a smaller guidance_weight; if it comes back on "
-        "the same rollout, look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+        f"{'Resume from it' if newest else 'Start again'} with a lower learning_rate or a smaller guidance_weight; if "
+        "it comes back on the same rollout, look for -inf or NaN in the models' logits there (half precision, masked "
+        "vocabulary)."
     )
     return NonFiniteError(" ".join(lines))
+
+
+@contextmanager
+def naming_nan_in_sampling(step: int, output_dir: str) -> Iterator[None]:
+    """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        what = "student's next-token distribution while sampling rollouts"
+        raise non_finite_error(what, step, output_dir, None, None, None) from error
 
 
 class StopOnNonFiniteGradient(TrainerCallback):

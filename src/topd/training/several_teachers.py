@@ -13,6 +13,7 @@ from trl.trainer.utils import create_model_from_path
 from topd.near_future import DistilledModel, RoutedTeacher
 from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
+from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words
 from topd.training.tokenizers import check_tokenizers
 from topd.training.trainer import TOPDTrainer
 
@@ -74,7 +75,14 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             trust = self.args.trust_remote_code
             check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
             given: Any = self.args.teacher_model_init_kwargs or {}
-            teacher = create_model_from_path(teacher, **({"trust_remote_code": trust} | given))
+            teacher = create_model_from_path(teacher, **(SAFE | {"trust_remote_code": trust} | given))
+        ours, theirs = head_rows(self.model), head_rows(teacher)
+        if theirs < ours:
+            raise ValueError(
+                f"{heads_in_words(ours, theirs)} With several teachers, name first the one with fewest rows."
+            )
+        if theirs > ours:
+            cut_head(teacher, ours)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _teacher(self) -> DistilledModel:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from trl import DistillationTrainer
 from topd.errors import TeacherServerError
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
-from topd.training.audit import append_records, audit_records, save_options
+from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
@@ -26,17 +24,19 @@ from topd.training.futures import NearFuture
 from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.models import BothModels
-from topd.training.non_finite import StopOnNonFiniteGradient, non_finite_error
+from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
+from topd.training.prepared import prepared_models
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
+from topd.training.surviving import SurvivingTrainer
 from topd.training.teacher_server import check_without_weights, contexts, teacher_server
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(BothModels, DistillationTrainer):
+class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of
@@ -88,7 +88,12 @@ class TOPDTrainer(BothModels, DistillationTrainer):
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if teacher_model is None:
             check_without_weights(args)
-        super().__init__(model, teacher_model, args, *rest, **kwargs)
+        init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
+        student, teacher, changed = prepared_models(model, teacher_model, args)
+        super().__init__(student, teacher, args, *rest, **kwargs)
+        args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs
+        if changed:
+            logger.warning(changed)
         if isinstance(teacher_model, str):
             teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=args.trust_remote_code)
             check_tokenizers(self._tokenizer, teacher_tokenizer)
@@ -133,7 +138,8 @@ class TOPDTrainer(BothModels, DistillationTrainer):
                 return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with self._stage("rollout"), self._naming_nan_in_sampling():
+        nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
+        with self._stage("rollout"), nan:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not (self.args.looks_ahead and self.model.training):
             return batch | self._for_opd(batch)
@@ -241,19 +247,6 @@ class TOPDTrainer(BothModels, DistillationTrainer):
         if not bool(finite.all()):
             self._stop_on("loss")
 
-    @contextmanager
-    def _naming_nan_in_sampling(self) -> Iterator[None]:
-        """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise non_finite_error(
-                "student's next-token distribution while sampling rollouts",
-                self.state.global_step + 1, str(self.args.output_dir), None, None, self._tokenizer.decode,
-            ) from error  # fmt: skip
-
     def _stop_on(self, what: str) -> None:
         """Raise, naming the rollouts at fault: where the token loss is not finite, else where it is largest."""
         rollouts = self._last_batch
@@ -282,7 +275,7 @@ class TOPDTrainer(BothModels, DistillationTrainer):
                 rollouts, future, self._tokenizer,
                 step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
             )  # fmt: skip
-            append_records(records, Path(str(self.args.output_dir)) / "audit.jsonl")
+            append_records(records, self._folder / AUDIT_FILE)
 
     def _finish_step_metrics(self) -> None:
         seconds = self._stage.take()
@@ -310,6 +303,13 @@ class TOPDTrainer(BothModels, DistillationTrainer):
         self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
         if was_measuring:
             logger.info(budget_message(budget, tokens / rollouts))
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"budget": asdict(self._budget)} if self._budget else {}
+
+    def _restore_own_state(self, state: dict[str, Any]) -> None:
+        if self._budget and "budget" in state:
+            self._budget = self._budget.restored(state["budget"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_main_process:

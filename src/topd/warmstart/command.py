@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.errors import TOPDError
+from topd.training.command import unforeseen
 
 
 @dataclass
@@ -36,11 +37,18 @@ class SolutionArguments:
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
     data, config, model = parse(argv)
+    with unforeseen(Path(config.output_dir)):
+        _run(data, config, model)
+
+
+def _run(data: SolutionArguments, config: Any, model: Any) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from topd.demo.pair import resolve_model
+    from topd.training.checkpoints import saving
     from topd.training.command import loading, resume_from
+    from topd.training.prepared import SAFE
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
@@ -49,6 +57,7 @@ def run(argv: Sequence[str]) -> None:
             "needed with --kd_ratio 0), --data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes "
             "solutions."
         )
+    resume = resume_from(config)
     student_name = resolve_model(model.model_name_or_path)
     teacher_name = resolve_model(config.teacher_model_name_or_path) if config.distils else None
     datasets = {"train": data.data, "eval": data.eval_data}
@@ -57,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
         "tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code
     )
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
+    config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
         "models", f"{student_name} and {teacher_name}" if teacher_name else student_name, WarmStartTrainer,
@@ -65,8 +74,9 @@ def run(argv: Sequence[str]) -> None:
         eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    save(trainer, Path(config.output_dir))
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
+        save(trainer, Path(config.output_dir))
 
 
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:

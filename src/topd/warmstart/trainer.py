@@ -16,12 +16,14 @@ from topd.errors import NonFiniteError
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.training.kernels import loss_on_device
 from topd.training.non_finite import StopOnNonFiniteGradient
+from topd.training.prepared import SAFE, cut_head
 from topd.training.sharding import shard_teacher
+from topd.training.surviving import SurvivingTrainer
 from topd.training.tokenizers import check_tokenizers
 from topd.warmstart.config import WarmStartConfig
 
 
-class WarmStartTrainer(SFTTrainer):
+class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
     """Stage 1 of the paper (appendix B.1): the student learns from solutions that the teacher wrote.
 
     The loss, in nats a completion token, is `kd_ratio` x KL(teacher || student) over the whole vocabulary +
@@ -85,14 +87,16 @@ class WarmStartTrainer(SFTTrainer):
             trust = self.args.trust_remote_code
             check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
             given: Any = self.args.teacher_model_init_kwargs or {}
-            settings: dict[str, Any] = {"trust_remote_code": trust} | given
+            settings: dict[str, Any] = SAFE | {"trust_remote_code": trust} | given
             if self.args.teacher_model_revision is not None:
                 settings.setdefault("revision", self.args.teacher_model_revision)
             if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 settings["device_map"] = None
             teacher = create_model_from_path(teacher, **settings)
         sizes = [each.get_output_embeddings().weight.shape[0] for each in (self.model, teacher)]
-        if sizes[0] != sizes[1]:
+        if sizes[1] > sizes[0]:  # padding: the tokenizers are the same
+            cut_head(teacher, sizes[0])
+        if sizes[1] < sizes[0]:
             raise ValueError(
                 f"The student's output head has {sizes[0]} tokens, the teacher's {sizes[1]}. A KL over the whole "
                 "vocabulary needs the same: resize_token_embeddings the student to the teacher's."

@@ -1,0 +1,96 @@
+"""With both models loaded: does the teacher know more, and do the figures of a few rollouts make sense?"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from topd.algorithm import score_tokens
+from topd.evaluation.answers import Rule, verdict
+from topd.near_future import Rollouts
+from topd.near_future.sampling import local_pair, sample_rollouts
+from topd.preflight.finding import Finding, ok
+from topd.preflight.setup import Setup
+
+LARGE_KL = 3.0
+"""Mean token loss (nats) above which pairs rarely are what they were meant to be. Our choice."""
+
+
+def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
+    """Responses of the student to prompts spread over the data."""
+    return sample_rollouts(
+        student, setup.student.tokenizer, _prompts(setup, spread(setup, count), student),
+        max_new_tokens=max_new_tokens, temperature=setup.config.temperature,
+    )  # fmt: skip
+
+
+def spread(setup: Setup, count: int) -> list[int]:
+    """Rows of the data, among those that are tokenized."""
+    rows = list(setup.sample)
+    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
+
+
+def _prompts(setup: Setup, rows: list[int], model: Any) -> list[torch.Tensor]:
+    device = next(model.parameters()).device
+    return [torch.tensor(setup.sample[row], device=device) for row in rows]
+
+
+def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:
+    """Mean token loss and the teacher's log-likelihood of what the student says; how many responses do not end."""
+    models = local_pair(student, teacher, setup.student.tokenizer, micro_batch=4)
+    mask = rollouts.loss_mask.bool()
+    hidden = [model.hidden(rollouts)[mask] for model in models]
+    scores = score_tokens(
+        hidden[0], models[0].head(), hidden[1], models[1].head(), rollouts.response_ids[mask], "reverse"
+    )
+    kl, nll = float(scores.kl.mean()), float(scores.teacher_nll.mean())
+    ends = torch.tensor(setup.student.end_tokens, device=mask.device)
+    unfinished = int((~(torch.isin(rollouts.response_ids, ends) & mask).any(-1)).sum())
+    found = (
+        f"{len(rollouts)} rollouts of {mask.sum() / len(rollouts):.0f} tokens: mean token loss {kl:.2f} nats, the "
+        f"teacher's log-likelihood {-nll:.2f} nats a token, {unfinished} not ended after {mask.shape[1]} tokens"
+    )
+    if not bool(scores.kl.isfinite().all()):
+        return Finding(
+            "rollouts", "error", found, "A model gives NaN or infinite logits: load it in float32 or bfloat16."
+        )
+    if kl > LARGE_KL:
+        return Finding(
+            "rollouts", "warning", found,
+            "The pair hardly agrees: look at tokenizer, template and end tokens above, or warm the student up first.",
+        )  # fmt: skip
+    return ok("rollouts", found)
+
+
+def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> Finding:
+    """Greedy answers of both models to prompts that have one, judged."""
+    rows = [row for row in spread(setup, count) if setup.answers[row] is not None]
+    if not rows:
+        return ok("teacher", "the prompts have no answers to judge by")
+    rule: Rule = "embedded" if setup.data == "embedded" else "math"
+    if rule == "math" and importlib.util.find_spec("math_verify") is None:
+        return Finding(
+            "teacher", "warning", "answers are not judged: the package math-verify is missing",
+            "pip install 'topd[eval]'.",
+        )  # fmt: skip
+    tokenizer, right = setup.student.tokenizer, {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        prompts = _prompts(setup, rows, model)
+        said = sample_rollouts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0)
+        texts = tokenizer.batch_decode(said.response_ids, skip_special_tokens=True)
+        right[role] = sum(
+            verdict(text, str(setup.answers[row]), rule).right for text, row in zip(texts, rows, strict=True)
+        )
+    found = f"greedy answers right, of {len(rows)}: teacher {right['teacher']}, student {right['student']}"
+    if right["teacher"] < right["student"]:
+        return Finding(
+            "teacher", "warning", found, "The student may have little to learn here: check with more samples."
+        )
+    if right["teacher"] == 0:
+        return Finding(
+            "teacher", "warning", found,
+            f"Nothing is right within {max_new_tokens} tokens: check the answers' format, or raise --max-new-tokens.",
+        )  # fmt: skip
+    return ok("teacher", found)

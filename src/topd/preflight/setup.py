@@ -1,0 +1,121 @@
+"""What is known of a run before any weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from topd.demo.pair import resolve_model
+from topd.errors import DataError
+from topd.training.command import loading
+from topd.training.config import TOPDConfig
+from topd.training.tokenizers import prompt_ids
+
+SAMPLE = 256
+"""Prompts that are tokenized to learn their lengths."""
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """A model without its weights.
+
+    Attributes:
+        role: "student" or "teacher".
+        name: as given.
+        folder: as `from_pretrained` takes it.
+    """
+
+    role: str
+    name: str
+    folder: str
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    generation: GenerationConfig
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config()
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end a response, by TRL's rule: the generation config's, and the tokenizer's."""
+        declared = self.generation.eos_token_id
+        ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+        own = self.tokenizer.eos_token_id
+        return sorted({*ids, *([] if own is None else [own])})
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run that is to be.
+
+    Attributes:
+        prompts: text, or messages; all of them.
+        answers: of the prompts, None where there is none.
+        data: where they come from, as given.
+        config: the options of `topd train`.
+        dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
+        adapters: whether only adapters are trained (PEFT).
+    """
+
+    student: Described
+    teacher: Described
+    config: TOPDConfig
+    prompts: Sequence[Any]
+    answers: Sequence[str | None]
+    data: str
+    dtypes: Mapping[str, str]
+    adapters: bool = False
+
+    @property
+    def pair(self) -> tuple[Described, Described]:
+        return self.student, self.teacher
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.prompts[0], str)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        options: Any = self.config.chat_template_kwargs or {}
+        return dict(options)
+
+    @cached_property
+    def sample(self) -> dict[int, list[int]]:
+        """Row and token ids of prompts spread over the data and of the longest one, which comes last.
+
+        Raises:
+            DataError: the chat template fails.
+        """
+        chosen = [*range(0, len(self.prompts), max(1, len(self.prompts) // SAMPLE))][:SAMPLE]
+        longest = max(range(len(self.prompts)), key=lambda i: _characters(self.prompts[i]))
+        rows = {i: self.prompts[i] for i in [*chosen, longest]}
+        try:
+            return {i: prompt_ids(self.student.tokenizer, row, self.template_options) for i, row in rows.items()}
+        except Exception as error:  # whatever a template raises
+            raise DataError(f"The prompts cannot be rendered: {' '.join(str(error).split())[:200]}.") from error
+
+
+def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> Described:
+    """Read tokenizer and configs.
+
+    Raises:
+        TOPDError: they cannot be read.
+    """
+    folder = resolve_model(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    tokenizer = loading("tokenizer", folder, AutoTokenizer.from_pretrained, **options)
+    config = loading("config", folder, AutoConfig.from_pretrained, folder, **options)
+    try:
+        generation = GenerationConfig.from_pretrained(folder, revision=revision or "main")
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    return Described(role, name, folder, tokenizer, config, generation)
+
+
+def _characters(prompt: Any) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM: the step in flight is finished, a checkpoint saved, and the run says how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Listens for signals while a run trains. A second Ctrl-C stops it at once.
+
+    SIGTERM may come more than once, and launchers send to their workers what those have had from the terminal: so a
+    second signal counts only if it is Ctrl-C and comes a second later.
+
+    Args:
+        any_process: whether it is true on some process: all must stop after the same step.
+
+    Attributes:
+        received: the first signal that came to this process.
+        stopped: whether the run was ended for one, on whichever process.
+    """
+
+    def __init__(self, any_process: Callable[[bool], bool]) -> None:
+        self.any_process = any_process
+        self.received: int | None = None
+        self.stopped = False
+        self._since = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals come to the main thread only; elsewhere nothing changes."""
+        self.received, self.stopped = None, False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if number == signal.SIGINT and time.monotonic() - self._since > 1:
+                raise KeyboardInterrupt
+            return
+        self.received, self._since = number, time.monotonic()
+        text = (
+            "\ntopd: finishing this step, then saving a checkpoint. Ctrl-C again stops at once and loses this step.\n"
+        )
+        os.write(2, text.encode())  # print is not allowed to interrupt itself
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        if self.any_process(self.received is not None) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+        return control
