@@ -117,7 +117,7 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     from topd.demo.pair import resolve_model
     from topd.quiet import quieten
     from topd.training.command import loading
-    from topd.training.models import SAFE, cut_head, head_rows, heads_in_words
+    from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words
     from topd.training.tokenizers import check_tokenizers
 
     quieten()

@@ -90,7 +90,7 @@ def test_where_all_tokens_are_known_it_is_the_full_loss_with_its_gradients():
         result.loss.backward()
         gradients.append((result, student.grad, head.weight.grad))
     (ours, *our_gradients), (full, *full_gradients) = gradients
-    assert float(ours.loss) == pytest.approx(float(full.loss), rel=1e-6)
+    assert ours.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
     assert torch.allclose(ours.token_loss, full.token_loss, atol=1e-6)
     assert torch.allclose(ours.nll, full.nll)
     assert ours.unseen is not None

@@ -65,7 +65,7 @@ def test_a_solution_without_a_conclusion_has_no_answer(text):
 
 def test_the_embedded_pair_loads_is_small_and_is_as_good_as_its_record_says():
     total = 0
-    for role in ("teacher", "student-easy", "student-standard", "student-hard"):
+    for role in ("teacher", *(f"student-{name}" for name in ("easy", "standard", "hard", "stubborn"))):
         folder = pair_folder(role)
         total += sum(file.stat().st_size for file in folder.iterdir())
         record = json.loads((folder / "build.json").read_text())
@@ -76,7 +76,7 @@ def test_the_embedded_pair_loads_is_small_and_is_as_good_as_its_record_says():
         share = sum(correct_answers(model, tokenizer, held_out)) / 200
         assert share == pytest.approx(record["greedy_accuracy_held_out_1000"], abs=0.11)
         assert share >= 0.95 if role == "teacher" else 0.4 < record["greedy_accuracy_held_out_1000"] < 0.6
-    assert total < 12_000_000
+    assert total < 15_000_000
 
 
 def test_an_unknown_embedded_model_is_named_with_the_known_ones():

@@ -12,11 +12,20 @@ import torch
 from distributed.worker import run_case
 from near_future.fake_server import serving
 from tiny import TOKENIZER, tiny_model
+from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parents[1]
 LAUNCH = {
     "ddp": ["--multi_gpu"],  # processes, also on CPUs: with --cpu accelerate launches one only
-    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
+    "fsdp2": [
+        "--use_fsdp",
+        "--fsdp_version",
+        "2",
+        "--fsdp_auto_wrap_policy",
+        "TRANSFORMER_BASED_WRAP",
+        "--fsdp_state_dict_type",
+        "FULL_STATE_DICT",
+    ],
 }
 ROLLOUT = {"method": "topd", "student_window": "rollout"}
 REGENERATED = {"method": "topd", "student_window": "regenerated"}
@@ -97,6 +106,8 @@ def test_every_way_to_train_is_the_same_in_two_processes_of_fsdp2(tmp_path):
     ) as fake:  # the teacher's forward passes are in step, its windows elsewhere
         cases |= {"served": REGENERATED | waves | {"teacher_window_server": fake.url}}
         results = compare("fsdp2", tmp_path, cases)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp2" / "loaded" / "saved").state_dict()
+    assert all(torch.equal(saved[name], weights) for name, weights in results["loaded"]["weights"].items())
     assert all(result["teacher_held"] == pytest.approx(0.5, abs=0.02) for result in results.values())
 
 

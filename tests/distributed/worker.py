@@ -47,6 +47,7 @@ def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]
         **{"optim": "sgd", "learning_rate": 0.03, "generation_kwargs": GREEDY} | options,
     )  # fmt: skip
     trainer.train()
+    trainer.save_model(str(folder / name / "saved"))
     teacher = list(trainer.teacher_model.parameters())
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in teacher)
     return {

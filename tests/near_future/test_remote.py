@@ -205,6 +205,31 @@ def test_options_that_need_the_teacher_s_weights_are_refused(tmp_path):
         TOPDTrainer(tiny_model(0), args=tiny_config(tmp_path), train_dataset=prompts())
 
 
+def test_no_step_is_lost_when_the_server_is_given_up(tmp_path, fake):
+    options = {"student_window": "rollout", "teacher_window_server": fake.url, "max_steps": 4}
+    whole = run(tmp_path / "whole", **options)
+    asked = len(fake.requests)
+    original = fake.complete
+
+    def dies_in_the_third_step(body):
+        if len(fake.requests) > asked * 1.5:
+            fake.faults = ["500"] * 10_000
+        return original(body)
+
+    fake.complete = dies_in_the_third_step  # type: ignore[method-assign]
+    with pytest.raises(TeacherServerError, match="has not answered"):
+        run(tmp_path / "cut", teacher_server_patience=0.3, **options)
+    checkpoint = max((tmp_path / "cut").glob("checkpoint-*"))
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 0 < done < 4
+    fake.faults, fake.complete = [], original  # type: ignore[method-assign]
+    trainer = tiny_trainer(tmp_path / "cut", student=tiny_model(0), teacher=TEACHER, **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[:done] == pytest.approx([entry["loss"] for entry in whole][:done])
+    assert len(losses) == 4
+
+
 def test_a_server_with_too_short_a_context_is_named(tmp_path, fake):
     fake.context = 30
     with pytest.raises(ContextError, match="teacher's server's context of 30"):

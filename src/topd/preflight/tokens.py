@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from topd.errors import TokenizerMismatchError
 from topd.preflight.finding import Finding, ok
 from topd.preflight.setup import Described, Setup
-from topd.training.models import heads_in_words
+from topd.training.prepared import heads_in_words
 from topd.training.tokenizers import check_tokenizers
 
 TEXTS = (

@@ -1,78 +1,59 @@
-"""What is seen to before TRL takes the models: weights from safetensors only, and output heads of one size."""
+"""The two models of a trainer, as the step sees them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from transformers import AutoConfig
-from trl.trainer.utils import create_model_from_path
+from accelerate import Accelerator
 
+from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
 from topd.training.config import TOPDConfig
-
-SAFE = {"use_safetensors": True}
-"""Pickled weights (`.bin`) are not read, unless `model_init_kwargs` or `teacher_model_init_kwargs` say so."""
+from topd.training.sharding import held_whole
 
 
-def prepared_models(student: Any, teacher: Any, args: TOPDConfig) -> tuple[Any, Any, str | None]:
-    """Both models, as names wherever TRL can load them, and what was changed, in words.
+class BothModels:
+    """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `RemoteTeacher`."""
 
-    Models of one family may pad their output heads to different sizes (151,936 and 152,064 rows for the same 151,669
-    tokens). The larger head is cut: the rows that only one model has belong to no token, and a probability for them
-    could not be compared.
+    accelerator: Accelerator
+    args: TOPDConfig
+    model: Any
+    model_wrapped: Any
+    teacher_model: Any
+    temperature: float
+    eos_token_ids: list[int]
+    _tokenizer: Any
+    _forward_redirection: Any
+    _server: RemoteWindows | None
 
-    Args:
-        student, teacher: a name, a folder, or a loaded model; the teacher may be None.
-        args: its `model_init_kwargs` and `teacher_model_init_kwargs` are completed.
-    """
-    if isinstance(student, str):
-        args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
-    if isinstance(teacher, str):
-        args.teacher_model_init_kwargs = SAFE | _dict(args.teacher_model_init_kwargs)
-    if teacher is None:  # on a server
-        return student, teacher, None
-    ours = head_rows(student, args.trust_remote_code, _dict(args.model_init_kwargs).get("revision"))
-    theirs = head_rows(teacher, args.trust_remote_code, args.teacher_model_revision)
-    if ours > theirs:
-        if isinstance(student, str):
-            student = _loaded(student, args, _dict(args.model_init_kwargs))
-            args.model_init_kwargs = None  # TRL takes them for names only
-        cut_head(student, theirs)
-    elif theirs > ours:
-        if isinstance(teacher, str):
-            options = {"dtype": None, "revision": args.teacher_model_revision} | _dict(args.teacher_model_init_kwargs)
-            teacher = _loaded(teacher, args, options)
-            args.teacher_model_init_kwargs = None
-        cut_head(teacher, ours)
-    return student, teacher, heads_in_words(ours, theirs) if ours != theirs else None
+    def _student(self) -> DistilledModel:
+        return self._distilled(self.accelerator.unwrap_model(self.model))
 
+    def _teacher(self) -> DistilledModel | RemoteTeacher:
+        if self.teacher_model is None:
+            assert self._server is not None
+            return RemoteTeacher(self._server, self.args.teacher_top_k)
+        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
-def heads_in_words(ours: int, theirs: int) -> str:
-    return (
-        f"The output heads have {ours:,} rows (student) and {theirs:,} (teacher) for the same tokenizer; the larger "
-        f"one is cut to {min(ours, theirs):,}: the rows that go are padding and belong to no token."
-    )
+    def _distilled(self, model: Any, server: RemoteWindows | None = None) -> DistilledModel:
+        return DistilledModel(
+            model,
+            fixed(self._local(model) if server is None else server),
+            lambda function, *args: self._forward_redirection(model, model, function, *args),
+            temperature=self.temperature,
+            micro_batch=self.args.per_device_train_batch_size,
+            share_prefix=server is None,
+        )
 
+    @contextmanager
+    def _models_whole(self) -> Iterator[None]:
+        """The models that generate here: held whole."""
+        teacher = [] if self._server and self.args.embedding != "teacher_hidden" else [self.teacher_model]
+        with ExitStack() as stack:
+            for model in [self.model_wrapped, *teacher]:
+                stack.enter_context(held_whole(model, self.accelerator))
+            yield
 
-def head_rows(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
-    """Rows of a model's output head; of a name, by its config."""
-    config = model.config if not isinstance(model, str) else None
-    config = config or AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
-    return int(config.get_text_config().vocab_size)
-
-
-def cut_head(model: Any, rows: int) -> None:
-    """Keep the first rows of embeddings and output head; in place."""
-    model.resize_token_embeddings(rows)
-
-
-def _loaded(name: str, args: TOPDConfig, options: dict[str, Any]) -> Any:
-    """As TRL loads it."""
-    options = {"trust_remote_code": args.trust_remote_code} | options
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    return create_model_from_path(name, **options)
-
-
-def _dict(options: Any) -> dict[str, Any]:
-    """`TOPDConfig` has parsed JSON by now."""
-    return dict(options or {})
+    def _local(self, model: Any) -> LocalModel:
+        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)

@@ -13,7 +13,7 @@ from trl.trainer.utils import create_model_from_path
 from topd.near_future import DistilledModel, RoutedTeacher
 from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
-from topd.training.models import SAFE, cut_head, head_rows, heads_in_words
+from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words
 from topd.training.tokenizers import check_tokenizers
 from topd.training.trainer import TOPDTrainer
 

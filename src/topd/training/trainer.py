@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
-from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, Rollouts, fixed
+from topd.errors import TeacherServerError
+from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
@@ -24,9 +23,10 @@ from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
 from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
-from topd.training.models import prepared_models
+from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
-from topd.training.sharding import held_whole, shard_teacher, unsharded
+from topd.training.prepared import prepared_models
+from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
@@ -36,7 +36,7 @@ from topd.training.tokenizers import check_context, check_tokenizers
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
+class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of
@@ -54,7 +54,10 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
     trainer.train()
     ```
 
+    Without a `teacher_model`, all of the teacher is behind `teacher_window_server` (docs/remote_teachers.md).
+
     Raises:
+        TeacherServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
         TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
     """
@@ -107,39 +110,6 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
         self._guidance_loss, self._unseen = 0.0, 0.0
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
-
-    # The models, as the step sees them
-
-    def _student(self) -> DistilledModel:
-        return self._distilled(self.accelerator.unwrap_model(self.model))
-
-    def _teacher(self) -> DistilledModel | RemoteTeacher:
-        if self.teacher_model is None:
-            assert self._server is not None
-            return RemoteTeacher(self._server, self.args.teacher_top_k)
-        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
-
-    def _distilled(self, model: Any, server: RemoteWindows | None = None) -> DistilledModel:
-        return DistilledModel(
-            model,
-            fixed(self._local(model) if server is None else server),
-            lambda function, *args: self._forward_redirection(model, model, function, *args),
-            temperature=self.temperature,
-            micro_batch=self.args.per_device_train_batch_size,
-            share_prefix=server is None,
-        )
-
-    @contextmanager
-    def _models_whole(self) -> Iterator[None]:
-        """The models that generate here: held whole."""
-        teacher = [] if self._server and self.args.embedding != "teacher_hidden" else [self.teacher_model]
-        with ExitStack() as stack:
-            for model in [self.model_wrapped, *teacher]:
-                stack.enter_context(held_whole(model, self.accelerator))
-            yield
-
-    def _local(self, model: Any) -> LocalModel:
-        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
 
     # Rollouts, then the near future
 
@@ -344,4 +314,9 @@ class TOPDTrainer(SurvivingTrainer, DistillationTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_main_process:
             save_options(self.args)
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except TeacherServerError:  # it is asked between two optimizer steps, so all steps so far are whole
+            if self.state.global_step and self.accelerator.num_processes == 1:  # other processes would not save with it
+                self._save_checkpoint(self.model, None)
+            raise

@@ -48,7 +48,7 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
     from topd.demo.pair import resolve_model
     from topd.training.checkpoints import saving
     from topd.training.command import loading, resume_from
-    from topd.training.models import SAFE
+    from topd.training.prepared import SAFE
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):

@@ -15,8 +15,8 @@ from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.training.kernels import loss_on_device
-from topd.training.models import SAFE, cut_head
 from topd.training.non_finite import StopOnNonFiniteGradient
+from topd.training.prepared import SAFE, cut_head
 from topd.training.sharding import shard_teacher
 from topd.training.surviving import SurvivingTrainer
 from topd.training.tokenizers import check_tokenizers
