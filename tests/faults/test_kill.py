@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 
 import pytest
 from doomed_runs import STEPS, equal, exit_status, result_of, start
@@ -43,17 +44,20 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, through, moment, faul
 
 
 def test_killed_again_and_again_at_random(tmp_path, through, fault):
-    random_ = random.Random(1)
-    kills = 0
-    while not (tmp_path / f"checkpoint-{STEPS}").exists():
+    """From outside, at moments that nobody chose, once training has begun."""
+    random_, kills = random.Random(1), 0
+    began = tmp_path / "topd_config.json"  # written as `train` begins
+    for _ in range(6):
+        began.unlink(missing_ok=True)
         process = start(tmp_path)
-        process.join(random_.uniform(0.5, 2.0) if kills < 6 else 120)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
+        while not began.exists() and process.exitcode is None:
+            time.sleep(0.01)
+        process.join(random_.uniform(0, 0.6))
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
     assert kills > 1
-    assert exit_status(tmp_path) == 0  # it may have been killed when all was done: then nothing is trained
+    assert exit_status(tmp_path) == 0  # all may have been done before: then nothing is trained
     assert not (tmp_path / f"checkpoint-{STEPS + 1}").exists()
     resumed = result_of(tmp_path)
     assert [name for name in through if not equal(through[name], resumed[name])] == []
