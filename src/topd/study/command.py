@@ -41,7 +41,7 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuned, records | found, out))
     result = _write(plan, tuned, records, out)
     for how in ("greedy", "sampled"):
-        Console(width=max(96, console.width)).print(study_table(result, how))
+        Console(width=max(112, console.width)).print(study_table(result, how))
     console.print(f"{out / RESULT} holds every figure, {out / 'runs'} every answer.")
     return result
 
