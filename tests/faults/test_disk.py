@@ -135,6 +135,15 @@ def test_resume_true_in_python_too(copy):
     assert damage(copy / "checkpoint-3") is None  # written anew over the damaged one
 
 
+def test_a_resumed_run_saves_and_logs_as_it_is_told(copy):
+    """Not as the run that wrote the checkpoint was told."""
+    options = SAVES | {"max_steps": 6, "save_steps": 2, "logging_steps": 3}
+    trainer = tiny_trainer(copy, student=tiny_model(5), **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in copy.glob("checkpoint-*"))[3:] == ["checkpoint-4", "checkpoint-6"]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 6]
+
+
 def test_no_whole_checkpoint_at_all(copy):
     for folder in copy.glob("checkpoint-*"):
         half(folder / "optimizer.pt")

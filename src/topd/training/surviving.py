@@ -147,6 +147,7 @@ class SurvivingTrainer(Trainer):
         self, max_steps: Any, steps_per_epoch: Any, num_epochs: Any, checkpoint: Any, trial: Any
     ) -> Any:
         epochs_trained, steps = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        self.state.compute_steps(self.args, max_steps)  # transformers would keep the earlier run's save_steps
         sampler = getattr(self, "_train_sampler", None)
         if (
             isinstance(sampler, RepeatSampler) and sampler.shuffle
