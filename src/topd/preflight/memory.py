@@ -11,8 +11,8 @@ activation.
     the loss        gradients P b; hidden states; two tiles; the head's gradient V h 4; activations, of
                     (8 h + 4 f + 4 q + 4 k) a a token and layer, where a is 2.6 under bf16 autocast (norms stay in
                     float32), which also keeps 2 P of weights in bf16; with gradient checkpointing L + 2 times h a, and
-                    one layer in full, values and gradients. TRL's own loss (method opd) on a CPU: 12 x N V 4 instead of the
-                    tiles
+                    one layer in full, values and gradients. TRL's own loss (method opd) on a CPU: 12 x N V 4 instead
+                    of the tiles
 
 The need is what is always there and the largest of the three. The formula for activations was counted on Qwen3 and
 Llama blocks (within 20 %); fragmentation, the libraries themselves and other processes come on top. Our choice.
