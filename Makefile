@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.made
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo quick test slow check bench env clean
+.PHONY: demo quick test slow faults check bench env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
 	$(BIN)/topd demo
@@ -18,6 +18,9 @@ test: env  ## lint, types, import directions, then every test that is not marked
 
 slow: env  ## the slow proofs: real pretrained model, clean-clone demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+faults: env  ## kills, full disks, interrupts, hostile files; prints the fault table
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 check: env
 	$(BIN)/ruff check .
