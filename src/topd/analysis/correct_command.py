@@ -16,11 +16,10 @@ from rich.table import Table
 
 from topd.analysis.correct import CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.paper import LOCAL_CORRECTION
 from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
-PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
-"""Mean D_OT of the paper's pair, 1,000 forks (section 5.2)."""
 MEASURES = {
     "distance": "D_OT",
     "teacher_log_likelihood": "log p_T, nats",
@@ -133,6 +132,6 @@ def correct_table(result: dict[str, Any]) -> Table:
                 arm, f"{row['mean']:.3f}", f"{row['low']:.3g} to {row['high']:.3g}",
                 f"{row['q1']:.2f} {row['median']:.2f} {row['q3']:.2f}",
                 f"{beside['mean']:+.3f}" if beside else "", f"{beside['p']:.2g}" if beside else "",
-                f"{PAPER[arm]:.3f}" if measure == "distance" and arm in PAPER else "",
+                f"{LOCAL_CORRECTION[arm]:.3f}" if measure == "distance" and arm in LOCAL_CORRECTION else "",
             )  # fmt: skip
     return table

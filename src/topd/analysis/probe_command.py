@@ -16,9 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
-from topd.analysis.probe_summary import GROUPS, PAPER, Probe, token_table
+from topd.analysis.probe_summary import GROUPS, Probe, token_table
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
+from topd.paper import PROBE
 from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
@@ -139,15 +140,15 @@ def probe_table(result: dict[str, Any]) -> Table:
         row = result["groups"][group]
         table.add_row(
             f"median D_OT, {group}{'' if group == 'random' else '-loss'} (n = {row['n']})", f"{row['median']:.3f}",
-            f"{row['low']:.3f} to {row['high']:.3f}", f"{PAPER[group]:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}", f"{PROBE[group]:.3f}",
         )  # fmt: skip
     for name, words in (("pearson", "Pearson, loss and D_OT"), ("spearman", "Spearman, loss and D_OT")):
         row = result[name]
-        table.add_row(words, f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{PAPER[name]:.3f}")
+        table.add_row(words, f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{PROBE[name]:.3f}")
     row = result["false_alarm_share"]
     table.add_row(
         "false alarms among high-loss tokens", f"{row['value']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}",
-        f"{PAPER['false_alarm_share']:.1%}",
+        f"{PROBE['false_alarm_share']:.1%}",
     )  # fmt: skip
     table.add_row("the same for low-loss tokens, by construction", f"{result['low_loss_share']:.1%}", "", "75 %")
     return table

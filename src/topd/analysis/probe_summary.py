@@ -13,16 +13,6 @@ from scipy.stats import rankdata
 ROUNDING = 1e-6
 """D_OT in float32 of windows that are the same in embedding space may be this far above 0."""
 GROUPS = ("high", "random", "low")
-PAPER = {
-    "high": 0.566,
-    "random": 0.361,
-    "low": 0.315,
-    "false_alarm_share": 0.2923,
-    "pearson": 0.126,
-    "spearman": 0.143,
-}
-"""Median D_OT of each group, and the other figures, for the paper's pair (sections 2.1 and A)."""
-
 Arrays = dict[str, numpy.ndarray]
 
 

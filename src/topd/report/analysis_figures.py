@@ -8,14 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
+from topd.paper import LOCAL_CORRECTION, PROBE
 from topd.report.analyses import GROUPS, CorrectRecords, ProbeRecords
 from topd.report.distances import loss_against_distance
 from topd.report.svg import BLUE, GREEN, INK, ORANGE, Figure, drawing, legend
 
-PAPER_GROUPS = {"high": 0.566, "random": 0.361, "low": 0.315}
-"""Median D_OT of the paper's pair (section 2.1)."""
-PAPER_ARMS = {"before": 0.538, "opd": 0.350, "topd": 0.204}
-"""Mean D_OT of the paper's pair before and after 5 steps at a fork (section 5.2)."""
 _MOST_DOTS = 300
 
 
@@ -31,7 +28,7 @@ def _groups(probe: ProbeRecords, name: str) -> Figure | None:
         return None
     described = "; ".join(f"{words} median {np.median(values):.3g}" for words, values in groups.items())
     with drawing(name, f"Transport distance by group of places: {described}.") as figure:
-        paper = [PAPER_GROUPS[group] for group, words in GROUPS.items() if words in groups]
+        paper = [PROBE[group] for group, words in GROUPS.items() if words in groups]
         _boxes(figure.axes[0], groups, paper, "paper's median")
         legend(figure)
     return Figure(
@@ -53,7 +50,7 @@ def correct_figure(correct: CorrectRecords, index: int = 0) -> Figure | None:
         return None
     described = "; ".join(f"{name} mean {np.mean(some):.3g}" for name, some in values.items())
     with drawing(f"correct-{index}", f"Transport distance before and after: {described}.", height=3.2) as figure:
-        _boxes(figure.axes[0], values, [PAPER_ARMS.get(name) for name in values], "paper's mean")
+        _boxes(figure.axes[0], values, [LOCAL_CORRECTION.get(name) for name in values], "paper's mean")
         figure.axes[0].tick_params(axis="x", labelrotation=18)
         legend(figure)
     return Figure(

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+from topd.paper import LOCAL_CORRECTION, PROBE
 from topd.report.analyses import GROUPS, Case, CorrectRecords, ProbeRecords
-from topd.report.analysis_figures import PAPER_ARMS, PAPER_GROUPS, correct_figure, probe_figures
+from topd.report.analysis_figures import correct_figure, probe_figures
 from topd.report.reading import clean, mapping, mappings, number
 from topd.report.rollouts import visible
 from topd.report.svg import Figure
 
-PAPER_PROBE = {"pearson": 0.126, "spearman": 0.143}
-PAPER_FALSE_ALARMS = 29.23
-"""Percent of high-loss tokens, for the paper's pair (sections 2.1 and A)."""
 MEASURES = {
     "distance": "D_OT to the teacher's window",
     "teacher_log_likelihood": "Teacher's log-likelihood of the window, nats a token",
@@ -100,14 +98,16 @@ def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> ProbeSec
     run = mapping(result.get("run"))
     groups = mapping(result.get("groups"))
     lines = [
-        _line(f"Median D_OT, {words} (n = {n:.0f})", mapping(groups.get(group)), "median", PAPER_GROUPS[group])
+        _line(f"Median D_OT, {words} (n = {n:.0f})", mapping(groups.get(group)), "median", PROBE[group])
         for group, words in GROUPS.items()
         if (n := number(mapping(groups.get(group)).get("n"))) is not None
     ]
     for name, words in (("pearson", "Pearson, loss and D_OT"), ("spearman", "Spearman, loss and D_OT")):
-        lines.append(_line(words, mapping(result.get(name)), "value", PAPER_PROBE[name]))
+        lines.append(_line(words, mapping(result.get(name)), "value", PROBE[name]))
     alarms = {key: 100 * value for key, value in _numbers(result.get("false_alarm_share")).items()}
-    lines.append(_line("False alarms among high-loss tokens, %", alarms, "value", PAPER_FALSE_ALARMS, digits=1))
+    lines.append(
+        _line("False alarms among high-loss tokens, %", alarms, "value", 100 * PROBE["false_alarm_share"], digits=1)
+    )
     threshold = number(result.get("threshold"))
     lede = f"{clean(run.get('student', ''))} beside {clean(run.get('teacher', ''))}: "
     lede += f"{number(result.get('rollouts')) or 0:.0f} rollouts, before any training."
@@ -135,7 +135,7 @@ def correct_section(correct: CorrectRecords, index: int = 0, of: str = "") -> Co
         "the same weights, and then goes on from the same prefix again. TOPD trains on the plan that defines D_OT, so "
         "the other measures, which no loss here looks at, say more.",
         measures=[
-            (words, _arm_lines(mapping(measures[name]), PAPER_ARMS if name == "distance" else {}))
+            (words, _arm_lines(mapping(measures[name]), LOCAL_CORRECTION if name == "distance" else {}))
             for name, words in MEASURES.items()
             if name in measures
         ],
@@ -187,7 +187,7 @@ def _variant(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     groups = mapping(found.get("groups"))
     medians = [_text(number(mapping(groups.get(group)).get("median"))) for group in GROUPS]
     share = number(mapping(found.get("false_alarm_share")).get("value"))
-    values = [_text(number(mapping(found.get(key)).get("value"))) for key in PAPER_PROBE]
+    values = [_text(number(mapping(found.get(key)).get("value"))) for key in ("pearson", "spearman")]
     return (name, *medians, _text(None if share is None else 100 * share, 1), *values)
 
 

@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from topd.paper import PROBE
 from topd.report.records import Point
 from topd.report.svg import BLUE, INK, Figure, drawing, legend
 
@@ -94,7 +95,7 @@ def loss_against_distance(points: Sequence[Point], name: str = "loss-distance") 
     return Figure(
         "Token loss against distance",
         figure.svg,
-        f"{related}, {len(known):,} candidates. In the paper: 0.126 and 0.143.",
+        f"{related}, {len(known):,} candidates. In the paper: {PROBE['pearson']} and {PROBE['spearman']}.",
     )
 
 
