@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
-def main() -> None:
+def main(run_case: Callable[[Path, str, dict[str, Any]], dict[str, Any]]) -> None:
+    """All cases of the command line, then an end that gloo's threads cannot spoil: they sometimes abort a process."""
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -87,8 +89,8 @@ def main() -> None:
         if PartialState().is_main_process:
             torch.save(result, folder / f"{name}.pt")
     PartialState().wait_for_everyone()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # gloo's threads sometimes abort a process that is done
+    main(run_case)

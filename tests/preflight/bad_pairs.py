@@ -19,15 +19,20 @@ def change(file, **entries):
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
-def other_tokenizer(folder):
+def swap_two_tokens(folder):
     """Two tokens have each other's ids."""
-    copy_of("teacher", folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
     file.write_text(json.dumps(content))
     return folder
+
+
+def other_tokenizer(folder):
+    """The teacher, with two tokens that have each other's ids."""
+    copy_of("teacher", folder)
+    return swap_two_tokens(folder)
 
 
 def other_splitting(folder):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from preflight.bad_pairs import swap_two_tokens
 from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
@@ -254,12 +255,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_by_name(tmp_path):
 
 def save_other_tokenizer(folder):
     TOKENIZER.save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
-    file.write_text(json.dumps(content))
-    return folder
+    return swap_two_tokens(folder)
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_named(tmp_path):

@@ -5,7 +5,6 @@ processes_worker.py FOLDER CASES.json      (CASES: name -> options of WarmStartC
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-from accelerate.state import PartialState
-from distributed.worker import fsdp_on_cpu
+from distributed.worker import main
 from torch.distributed.tensor import DTensor
 from warmstart.test_warmstart_trainer import trainer
 
@@ -36,18 +33,5 @@ def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        fsdp_on_cpu()
-    for name, options in cases.items():
-        result = run_case(folder, name, options)
-        if PartialState().is_main_process:
-            torch.save(result, folder / f"{name}.pt")
-    PartialState().wait_for_everyone()
-
-
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # gloo's threads sometimes abort a process that is done
+    main(run_case)
