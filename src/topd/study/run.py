@@ -83,20 +83,21 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
             train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in prompts]),
             processing_class=tokenizer,
         )
-        curve = Curve(plan, tokenizer)
+        curve = Curve(plan, tokenizer, asks=job.held_out)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(curve.callback)
         trainer.train()
         asked = problems(plan, job.held_out)
-        greedy = correct_answers(trainer.model, tokenizer, asked)
         torch.manual_seed(0)
-        sampled = correct_answers(trainer.model, tokenizer, asked, temperature=1.0)
+        right = {"sampled": correct_answers(trainer.model, tokenizer, asked, temperature=1.0)}
+        if job.held_out:
+            right["greedy"] = correct_answers(trainer.model, tokenizer, asked)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     record = {
         "version": 1,
         "settings": settings_of(plan, job),
-        "right": {"greedy": [int(right) for right in greedy], "sampled": [int(right) for right in sampled]},
+        "right": {how: [int(each) for each in answers] for how, answers in right.items()},
         "curve": curve.with_tokens(trainer.state.log_history),
         "seconds_training": curve.seconds,
         "seconds": time.perf_counter() - started,
@@ -138,9 +139,13 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
 
 
 class Curve:
-    """Greedy accuracy by steps, generated tokens and seconds of training (the answering itself is not counted)."""
+    """Greedy accuracy by steps, generated tokens and seconds of training (the answering itself is not counted).
 
-    def __init__(self, plan: StudyPlan, tokenizer: Any) -> None:
+    Seconds are the processor's, of one thread, where there is no GPU: what else the machine does is not counted.
+    """
+
+    def __init__(self, plan: StudyPlan, tokenizer: Any, asks: bool = True) -> None:
+        import torch
         from transformers import TrainerCallback
 
         from topd.demo.task import make_problems
@@ -148,7 +153,8 @@ class Curve:
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
         self.tokenizer, self.every = tokenizer, plan.curve_every
-        self.problems = make_problems(plan.curve_problems, seed=3_000_000, held_out=True)
+        self.problems = make_problems(plan.curve_problems, seed=3_000_000, held_out=True) if asks else []
+        self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         outer = self
 
         class Callback(TrainerCallback):
@@ -156,20 +162,21 @@ class Curve:
                 outer.answer(state, kwargs["model"])
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                outer.seconds += time.perf_counter() - outer.resumed
+                outer.seconds += outer.clock() - outer.resumed
                 if state.global_step % outer.every == 0:
                     outer.answer(state, kwargs["model"])
-                outer.resumed = time.perf_counter()
+                outer.resumed = outer.clock()
 
         self.callback = Callback()
 
     def answer(self, state: Any, model: Any) -> None:
-        """Add a point."""
+        """Add a point, unless nothing is asked."""
         from topd.demo.accuracy import greedy_accuracy
 
-        accuracy = greedy_accuracy(model, self.tokenizer, self.problems)
-        self.points.append({"step": state.global_step, "seconds": self.seconds, "accuracy": accuracy})
-        self.resumed = time.perf_counter()
+        if self.problems:
+            accuracy = greedy_accuracy(model, self.tokenizer, self.problems)
+            self.points.append({"step": state.global_step, "seconds": self.seconds, "accuracy": accuracy})
+        self.resumed = self.clock()
 
     def with_tokens(self, log: list[dict[str, Any]]) -> list[dict[str, float]]:
         """The points, each with the tokens that were read and generated up to its step (0 before the first)."""
