@@ -1,0 +1,8 @@
+"""`python -m topd` is `topd`."""
+
+import sys
+
+from topd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
