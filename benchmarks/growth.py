@@ -40,7 +40,7 @@ def rows(size: Size) -> Iterable[Row]:
     ours = [timing.median(name) for name in calls]
     apart = [timing.median(name) for name in forwards]
     yield _time(size_words, "a scoring forward's growth", ours, apart[-1] / apart[0])
-    yield _memory(size_words, [(each, candidates) for each in lengths])
+    yield _memory(size_words, {times: (each, candidates) for times, each in zip(TIMES, lengths, strict=True)}, size)
 
     say("growth: over candidates")
     longest, counts = lengths[-2], [candidates * times for times in TIMES]
@@ -48,7 +48,7 @@ def rows(size: Size) -> Iterable[Row]:
     size_words = f"{counts[0]} to {counts[-1]} candidates, {longest} tokens"
     ours = [timing.median(f"{each}") for each in counts]
     yield _time(size_words, "linear", ours, TIMES[-1])
-    yield _memory(size_words, [(longest, each) for each in counts])
+    yield _memory(size_words, {times: (longest, each) for times, each in zip(TIMES, counts, strict=True)}, size)
 
 
 def learning(length: int, candidates: int) -> Callable[[], object]:
@@ -78,11 +78,13 @@ def forward(length: int) -> Callable[[], object]:
     return call
 
 
-def _memory(size: str, points: list[tuple[int, int]]) -> Row:
-    peaks = [float(peak_memory("benchmarks.growth:learning", *point)) for point in points]
-    note = ", ".join(f"{times} x: {peak / 2**20:.0f} MB" for times, peak in zip(TIMES, peaks, strict=True))
-    sides = {"ours": peaks[-1], "beside": TIMES[-1] * peaks[0]}
-    return _row("linear", size, "peak memory", peaks[-1] / (TIMES[-1] * peaks[0]), note, bytes=sides)
+def _memory(words: str, points: dict[int, tuple[int, int]], size: Size) -> Row:
+    """`points`: length and candidates, by how many times the work."""
+    measured = points if size == "full" else {times: points[times] for times in (TIMES[0], TIMES[-1])}
+    peaks = {times: float(peak_memory("benchmarks.growth:learning", *point)) for times, point in measured.items()}
+    note = ", ".join(f"{times} x: {peak / 2**20:.0f} MB" for times, peak in peaks.items())
+    sides = {"ours": peaks[TIMES[-1]], "beside": TIMES[-1] * peaks[TIMES[0]]}
+    return _row("linear", words, "peak memory", sides["ours"] / sides["beside"], note, bytes=sides)
 
 
 def _time(size: str, beside: str, seconds: list[float], growth: float) -> Row:

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
 SIZES: dict[Size, list[Plan]] = {
     "tiny": [Plan(2, 48, 6, 1, 1)],
-    "quick": [Plan(4, 1024, 50, 1, 0)],
+    "quick": [Plan(4, 512, 50, 1, 0)],
     "full": [Plan(4, 1024, 50, 5, 1), Plan(2, 4096, 50, 2, 0)],
 }
 
@@ -177,12 +177,12 @@ def pot_one_by_one(cost: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> 
 
 
 def _compare(pair: Pair) -> Iterable[Row]:
-    rollouts, kept = pair.sample()
-    yield from measured(pair, _parity(pair, rollouts, kept))
+    sampled = pair.sample()
+    yield from measured(pair, _parity(pair, *sampled), sampled)
 
 
-def measured(pair: Pair, parity: str) -> Iterable[Row]:
-    """Sampling once a repeat, then each side on the same rollouts."""
+def measured(pair: Pair, parity: str, sampled: tuple[Rollouts, SamplingStates]) -> Iterable[Row]:
+    """Each side once on `sampled` to warm up; then, each repeat, sampling anew and each side on those rollouts."""
     plan = pair.plan
     rollout, regenerated = pair.config("rollout"), pair.config("regenerated")
     sides: dict[str, Callable[[Rollouts, SamplingStates], float]] = {
@@ -190,7 +190,6 @@ def measured(pair: Pair, parity: str) -> Iterable[Row]:
         "rollout": lambda rollouts, kept: pair.topd(rollouts, kept, rollout),
         "regenerated": lambda rollouts, kept: pair.topd(rollouts, kept, regenerated),
     }
-    sampled = pair.sample()
     for side in sides.values():
         side(*sampled)
     seconds: dict[str, list[float]] = {name: [] for name in ("sampling", *sides, "literal")}

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 SIZES: dict[Size, list[Plan]] = {
     "tiny": [Plan(2, 32, 3, 4, 1)],
-    "quick": [Plan(8, 1024, 16, 32, 3, peers=False), Plan(1, 1024, 16, 32, 2)],
+    "quick": [Plan(8, 1024, 16, 32, 3, peers=False), Plan(1, 1024, 16, 32, 1)],
     "full": [Plan(8, 1024, 16, 32, 5), Plan(1, 1024, 16, 32, 7), Plan(2, 4096, 92, 50, 3, peers=False)],
 }
 
