@@ -14,8 +14,9 @@ from topd.cli import main
 from topd.errors import TOPDError
 from topd.study import command
 from topd.study.config import plan_of, read_plan
-from topd.study.run import known_record, problems, run_job, settings_of
+from topd.study.run import known_record, run_job, settings_of
 from topd.study.summary import crossed_interval, sign_flip_p, summarise
+from topd.study.tasks import task_of
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -46,6 +47,11 @@ def test_the_studies_that_ship_are_whole(file):
     assert found.held_out >= 1000
 
 
+def test_the_study_of_a_real_pair_is_whole():
+    found = read_plan(STUDIES / "real-pair.yaml")
+    assert (found.benchmark, found.sampling["max_new_tokens"]) == ("math500", 2048)
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [
@@ -59,6 +65,11 @@ def test_the_studies_that_ship_are_whole(file):
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"seeds": 3}, "different whole numbers"),
         ({"optons": {}}, "unknown: optons"),
+        ({"benchmark": "math500"}, "goes with `data`"),
+        ({"data": "p.jsonl"}, "needs `benchmark`"),
+        ({"data": "p.jsonl", "benchmark": "b", "arms": {"opd": {"choices": [{}]}}}, "`tune_benchmark` must name"),
+        ({"data": "p.jsonl", "benchmark": "b", "rule": "maths"}, "rule must be"),
+        ({"data": "p.jsonl", "benchmark": "b", "sampling": {"temp": 1}}, "'temp' is unknown"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(other, says):
@@ -111,7 +122,8 @@ def test_the_interval_covers_the_mean_of_seeds_and_problems():
 
 def test_tuning_problems_are_none_of_the_held_out_ones():
     some = replace(plan(), held_out=300, tune_problems=200)
-    final, tuning = ({p.prompt for p in problems(some, held_out)} for held_out in (True, False))
+    task = task_of(some)
+    final, tuning = ({problem.prompt for problem in found} for found in (task.held_out(), task.tuning()))
     assert (len(final), len(tuning)) == (300, 200)
     assert not final & tuning
 
@@ -130,6 +142,89 @@ def test_a_run_keeps_every_answer_and_is_known_afterwards(tmp_path):
     assert known_record(some, replace(job, options={})) is None
     job.file.write_text('{"torn')
     assert known_record(some, job) is None
+
+
+# --- data of the user's ----------------------------------------------------------------------------------------------
+
+
+def files_of(task, folder):
+    """The embedded task's problems, as a user's files."""
+    asked = {
+        "train": task.prompts(8, seed=3),
+        "held_out": [{"prompt": problem.prompt, "answer": problem.answer} for problem in task.held_out()],
+        "tuning": [{"prompt": problem.prompt, "answer": problem.answer} for problem in task.tuning()],
+    }
+    for name, rows in asked.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "data": str(folder / "train.jsonl"),
+        "benchmark": f"embedded={folder / 'held_out.jsonl'}",
+        "tune_benchmark": f"embedded={folder / 'tuning.jsonl'}",
+    }
+
+
+def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):
+    embedded = plan(held_out=40)
+    own = plan(held_out=40, **files_of(task_of(embedded), tmp_path))
+    job = command._final(own, own.arms[0], 0, {}, tmp_path)
+    record = run_job(own, job)
+    assert len(record["right"]["sampled"]) == 40
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2, 3, 4]
+    assert known_record(own, job) == record
+    assert known_record(embedded, job) is None
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from topd.demo.pair import resolve_model
+
+    folder = resolve_model(own.student)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tasks = [task_of(each) for each in (own, embedded)]
+    answers = [task.right(model, tokenizer, task.held_out(), sampled=False) for task in tasks]
+    assert answers[0] == answers[1]
+    assert 0 < sum(answers[0]) < 40
+
+
+def test_each_seed_has_another_order_of_all_own_prompts(tmp_path):
+    task = task_of(plan(**files_of(task_of(plan()), tmp_path)))
+    rows = [row["prompt"] for row in task.rows]
+    first, second = ([row["prompt"] for row in task.prompts(8, seed)] for seed in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(rows)
+    assert len(task.prompts(11, 0)) == 11
+
+
+@pytest.mark.parametrize(("name", "says"), [("train", "problems of the benchmarks"), ("tuning", "held out too")])
+def test_problems_that_are_in_two_places_are_refused(tmp_path, name, says):
+    files = files_of(task_of(plan()), tmp_path)
+    held_out = (tmp_path / "held_out.jsonl").read_text().splitlines()[0]
+    with (tmp_path / f"{name}.jsonl").open("a") as file:
+        file.write(held_out + "\n")
+    with pytest.raises(TOPDError, match=f"1 prompts of .*{says}"):
+        task_of(plan(**files | {"data": files["data"]}) if name == "train" else plan(tune_problems=99, **files))
+
+
+def test_the_instruction_of_a_benchmark_does_not_hide_a_problem_that_is_trained_on(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": [{"role": "user", "content": "What is 1+1?"}]}\n')
+    (tmp_path / "asked.jsonl").write_text('{"problem": "What is 1+1?", "answer": "2"}\n')
+    with pytest.raises(TOPDError, match="such as 'What is 1"):
+        task_of(plan(data=str(tmp_path / "train.jsonl"), benchmark=str(tmp_path / "asked.jsonl")))
+
+
+def test_every_worker_takes_a_gpu_of_its_own(monkeypatch):
+    from multiprocessing import get_context
+
+    free = get_context("spawn").SimpleQueue()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    command._take_gpu(free)
+    assert "CUDA_VISIBLE_DEVICES" not in command.os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert command._gpus() == ["3", "5"]
+    for gpu in command._gpus():
+        free.put(gpu)
+    for gpu in ("3", "5"):
+        command._take_gpu(free)
+        assert command.os.environ["CUDA_VISIBLE_DEVICES"] == gpu
 
 
 @pytest.fixture

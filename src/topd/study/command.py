@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from topd.errors import TOPDError
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import Job, job_of, known_record, run_job
 from topd.study.summary import summarise
+from topd.study.tasks import task_of
 
 RESULT = "study.json"
 MOST_TIMES = 4
@@ -30,9 +33,10 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     """Run what is missing, write `study.json` after every run, print the table; return what was written.
 
     Raises:
-        TOPDError: a run failed; the others are kept, and the next start goes on.
+        TOPDError: the data cannot be used; or a run failed: the others are kept, and the next start goes on.
     """
     console = Console()
+    task_of(plan)  # it says what is wrong with the data before anything runs
     tuned = _tune(plan, out, workers, console)
     plain = [arm for arm in plan.arms if arm.time_of is None]
     jobs = [_final(plan, arm, seed, tuned, out) for seed in plan.seeds for arm in plain]
@@ -124,10 +128,27 @@ def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[
             yield job, _guarded(plan, job)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch can hang
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    free = context.SimpleQueue()
+    for gpu in islice(cycle(_gpus()), workers):  # nothing if there are none
+        free.put(gpu)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_gpu, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _take_gpu(free: Any) -> None:
+    """A worker's first act, before it imports torch: one GPU is its own, if there are any."""
+    if not free.empty():
+        os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
 
 
 def _guarded(plan: StudyPlan, job: Job) -> Any:
