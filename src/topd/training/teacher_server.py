@@ -8,8 +8,14 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
-from topd.near_future import Limits, RemoteServer, RemoteWindows, connect
+from topd.near_future import RemoteWindows, connect
+from topd.openai_server import Limits, OpenAIServer
 from topd.training.config import TOPDConfig
+
+REMEDY = (
+    "Mend or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
+    "teacher_server_patience and teacher_server_timeout say how long it is waited for."
+)
 
 
 def teacher_server(
@@ -23,7 +29,7 @@ def teacher_server(
     if options.teacher_window_server is None or (has_weights and not options.looks_ahead):
         return None
     limits = Limits(options.teacher_server_timeout, options.teacher_server_patience, options.teacher_server_concurrency)
-    server = RemoteServer(options.teacher_window_server, limits)
+    server = OpenAIServer(options.teacher_window_server, limits, "The teacher's server", REMEDY)
     return connect(server, tokenizer, eos_token_ids, options.teacher_server_model, options.window_temperature)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
-from topd.errors import TeacherServerError
+from topd.errors import ServerError
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -57,7 +57,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     Without a `teacher_model`, all of the teacher is behind `teacher_window_server` (docs/remote_teachers.md).
 
     Raises:
-        TeacherServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
+        ServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
         TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
     """
@@ -316,7 +316,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             save_options(self.args)
         try:
             return super().train(*args, **kwargs)
-        except TeacherServerError:  # it is asked between two optimizer steps, so all steps so far are whole
+        except ServerError:  # it is asked between two optimizer steps, so all steps so far are whole
             if self.state.global_step and self.accelerator.num_processes == 1:  # other processes would not save with it
                 self._save_checkpoint(self.model, None)
             raise
