@@ -26,7 +26,8 @@ class NotWaiting(threading.Event):
 
 def test_waits_are_doubled_and_shortened_at_random():
     with fake_server(lambda n: 503 if n <= 4 else None) as server:
-        client = OpenAIServer(server.url, Limits(patience=1000, first_contact=1000))
+        client = OpenAIServer(server.url, Limits(patience=1000))
+        client.models()
         stop = NotWaiting()
         assert client._request("POST", PATH, BODY, stop)["choices"][0]["text"] == " echo a b c"
     waits = stop.waits
@@ -36,24 +37,27 @@ def test_waits_are_doubled_and_shortened_at_random():
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1/v1", "http://no-such-host.invalid:80"])
-def test_a_server_that_never_answered_is_given_up_soon(url):
+def test_a_server_that_never_answered_is_given_up_soon(url, monkeypatch):
+    monkeypatch.setattr("topd.openai_server.FIRST_CONTACT", 0.4)
     began = time.monotonic()
     with pytest.raises(ServerError, match=r"cannot be reached .*ConnectError.*mend the address"):
-        OpenAIServer(url, Limits(first_contact=0.4)).models()
+        OpenAIServer(url).models()
     assert time.monotonic() - began < 4
 
 
 def test_a_first_answer_that_never_comes_is_given_up_soon(monkeypatch):
     monkeypatch.setattr("topd.openai_server.ASKING", 0.2)
+    monkeypatch.setattr("topd.openai_server.FIRST_CONTACT", 0.1)
     with fake_server() as server:
         server.models = lambda: time.sleep(2)
         with pytest.raises(ServerError, match=r"cannot be reached .*ReadTimeout"):
-            OpenAIServer(server.url, Limits(first_contact=0.1)).models()
+            OpenAIServer(server.url).models()
 
 
-def test_a_server_that_has_answered_once_is_waited_for_longer():
+def test_a_server_that_has_answered_once_is_waited_for_longer(monkeypatch):
+    monkeypatch.setattr("topd.openai_server.FIRST_CONTACT", 0.0)
     with fake_server(lambda n: 503 if n <= 3 else None) as server:
-        client = OpenAIServer(server.url, Limits(patience=20, first_contact=0))
+        client = OpenAIServer(server.url, Limits(patience=20))
         assert list(client.models()) == ["the-teacher"]
         assert client.post(PATH, BODY)["choices"]
 
@@ -68,7 +72,7 @@ def test_patience_is_counted_from_the_first_failure_not_from_the_beginning():
         return status
 
     with fake_server(fault) as server:
-        client = OpenAIServer(server.url, Limits(patience=0.8, first_contact=0))
+        client = OpenAIServer(server.url, Limits(patience=0.8))
         client.models()
         assert client.post(PATH, BODY)["choices"]
 

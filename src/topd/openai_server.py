@@ -24,6 +24,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before the second try, doubled before each later one, up to the longest; each is shortened at random."""
 CONNECTING, ASKING = 5.0, 10.0
 """Most seconds for a connection, and for an answer to a question about the server itself."""
+FIRST_CONTACT = 5.0
+"""Patience, in seconds, with a server that has never answered: its address is probably wrong."""
 BETWEEN_MESSAGES = 10.0
 
 
@@ -35,13 +37,11 @@ class Limits:
         timeout: seconds for one request.
         patience: seconds from the first failure on, without any answer since, after which a server is given up.
         concurrency: requests at a time, from this process.
-        first_contact: the same as `patience` for a server that has never answered: its address is probably wrong.
     """
 
     timeout: float = 300.0
     patience: float = 600.0
     concurrency: int = 16
-    first_contact: float = 5.0
 
 
 class OpenAIServer:
@@ -83,7 +83,7 @@ class OpenAIServer:
         """The answer to one request.
 
         Raises:
-            ServerError: it refuses the request, does not speak JSON, has never answered within `first_contact` seconds,
+            ServerError: it refuses the request, does not speak JSON, has never answered within `FIRST_CONTACT` seconds,
                 or not for `patience` seconds.
         """
         return self.post_all(path, [body])[0]
@@ -157,7 +157,7 @@ class OpenAIServer:
         now = time.monotonic()
         self._failing_since = since = self._failing_since or now  # other threads may have set it
         if not self._reached:
-            return min(self.limits.first_contact, self.limits.patience) - (now - began)
+            return min(FIRST_CONTACT, self.limits.patience) - (now - began)
         return self.limits.patience - (now - since)
 
     def _given_up(self, path: str, problem: str) -> ServerError:

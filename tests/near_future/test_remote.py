@@ -14,7 +14,7 @@ from topd.near_future.remote_teacher import unpack
 from topd.near_future.sampling import sample_rollouts
 from topd.openai_server import Limits, OpenAIServer
 from topd.training import TOPDTrainer
-from topd.training.teacher_server import teacher_server
+from topd.training.teacher_server import teacher_server, teacher_windows
 
 EOS = TOKENIZER.eos_token_id
 TEACHER = tiny_model(1, width=96)
@@ -84,7 +84,9 @@ def test_requests_at_a_time_are_bounded(fake):
 
 def test_a_dead_server_is_waited_for_and_then_given_up_with_the_remedy(tmp_path, fake, caplog):
     options = tiny_config(tmp_path, teacher_window_server=fake.url, teacher_server_patience=0.3)
-    windows = teacher_server(options, TOKENIZER, [EOS], has_weights=False)
+    server = teacher_server(options, has_weights=False)
+    assert server is not None
+    windows = teacher_windows(server, options, TOKENIZER, [EOS])
     fake.faults = ["500"] * 1000
     with pytest.raises(ServerError, match=r"teacher's server .*has not answered for 0.3 s .*resume_from_checkpoint"):
         windows.continue_(PREFIXES, 6)

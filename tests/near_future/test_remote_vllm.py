@@ -29,7 +29,7 @@ STUDENT, TEACHER = str(pair_folder("student-standard")), str(pair_folder("teache
 
 @pytest.fixture(scope="module")
 def server():
-    """vLLM with the embedded teacher; it takes half a minute to come up, which the first client waits for."""
+    """vLLM with the embedded teacher; it takes half a minute to come up, which a first client waits for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,6 +48,9 @@ def server():
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(command, env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topd.openai_server.FIRST_CONTACT", 300.0)
+        OpenAIServer(f"http://127.0.0.1:{port}").models()
     yield process, f"http://127.0.0.1:{port}"
     process.terminate()
     process.wait(30)
@@ -59,9 +62,7 @@ def test_vllm_continues_and_scores_as_the_model_in_this_process(server):
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for name in (STUDENT, TEACHER)
     )
-    windows = connect(
-        OpenAIServer(server[1], Limits(60, 300, 8, first_contact=300)), tokenizer, [tokenizer.eos_token_id]
-    )
+    windows = connect(OpenAIServer(server[1], Limits(60, 300, 8)), tokenizer, [tokenizer.eos_token_id])
     assert (windows.model, windows.context) == ("teacher", 256)
     problems = [problem.prompt for problem in make_problems(16, 0, held_out=True)]
     rollouts = sample_rollouts(student, tokenizer, problems, max_new_tokens=80)

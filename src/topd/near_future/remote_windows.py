@@ -117,6 +117,15 @@ def connect(
         ServerError: no such model, several to choose from, or answers without token ids.
         TokenizerMismatchError: the server cuts text into other tokens than the student's tokenizer.
     """
+    name, context = served_as(server, model)
+    check_tokenizer(server, name, tokenizer)
+    windows = RemoteWindows(server, name, eos_token_ids, temperature, context)
+    windows.continue_([torch.tensor(windows.eos_token_ids[:1])], 1)
+    return windows
+
+
+def served_as(server: OpenAIServer, model: str | None) -> tuple[str, int | None]:
+    """The teacher's name on the server, and its context if the server says. Raises `ServerError`: see `connect`."""
     served = server.models()
     if len(served) != 1 if model is None else model not in served:
         wanted = f"does not serve {model!r}" if model is not None else "serves several models"
@@ -125,10 +134,7 @@ def connect(
             "server does, in teacher_server_model, or serve it under that name (--served-model-name)."
         )
     name = model if model is not None else next(iter(served))
-    check_tokenizer(server, name, tokenizer)
-    windows = RemoteWindows(server, name, eos_token_ids, temperature, served[name].get("max_model_len"))
-    windows.continue_([torch.tensor(windows.eos_token_ids[:1])], 1)
-    return windows
+    return name, served[name].get("max_model_len")
 
 
 def check_tokenizer(server: OpenAIServer, model: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -30,7 +30,7 @@ from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
-from topd.training.teacher_server import check_without_weights, contexts, teacher_server
+from topd.training.teacher_server import check_without_weights, contexts, teacher_server, teacher_windows
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
@@ -88,6 +88,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if teacher_model is None:
             check_without_weights(args)
+        server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         student, teacher, changed = prepared_models(model, teacher_model, args)
         super().__init__(student, teacher, args, *rest, **kwargs)
@@ -103,7 +104,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             )
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
-        self._server = teacher_server(args, self._tokenizer, self.eos_token_ids, teacher_model is not None)
+        self._server = teacher_windows(server, args, self._tokenizer, self.eos_token_ids) if server else None
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
         self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
