@@ -126,10 +126,10 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
 
     model: dict[str, Any] = {"model": source, "engine": options.engine, "dtype": options.dtype}
     if options.server:
-        from topd.evaluation.server_engine import ServerEngine
+        from topd.evaluation.server_engine import LIMITS, ServerEngine
 
         return (
-            ServerEngine(options.server, source, options.concurrency),
+            ServerEngine(options.server, source, replace(LIMITS, concurrency=options.concurrency)),
             model | {"engine": "server", "dtype": None},
             True,
         )

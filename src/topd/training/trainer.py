@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
-from topd.errors import TeacherServerError
+from topd.errors import ServerError
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -30,7 +30,7 @@ from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
-from topd.training.teacher_server import check_without_weights, contexts, teacher_server
+from topd.training.teacher_server import check_without_weights, contexts, teacher_server, teacher_windows
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
@@ -57,7 +57,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     Without a `teacher_model`, all of the teacher is behind `teacher_window_server` (docs/remote_teachers.md).
 
     Raises:
-        TeacherServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
+        ServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
         TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
     """
@@ -88,6 +88,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if teacher_model is None:
             check_without_weights(args)
+        server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         student, teacher, changed = prepared_models(model, teacher_model, args)
         super().__init__(student, teacher, args, *rest, **kwargs)
@@ -103,7 +104,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             )
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
-        self._server = teacher_server(args, self._tokenizer, self.eos_token_ids, teacher_model is not None)
+        self._server = teacher_windows(server, args, self._tokenizer, self.eos_token_ids) if server else None
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
         self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
@@ -316,7 +317,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             save_options(self.args)
         try:
             return super().train(*args, **kwargs)
-        except TeacherServerError:  # it is asked between two optimizer steps, so all steps so far are whole
+        except ServerError:  # it is asked between two optimizer steps, so all steps so far are whole
             if self.state.global_step and self.accelerator.num_processes == 1:  # other processes would not save with it
                 self._save_checkpoint(self.model, None)
             raise
