@@ -164,6 +164,9 @@ def _compare(folders: list[Path], options: argparse.Namespace, console: Any) -> 
 
     console.print(comparison_tables(compare(evaluation_folders(folders), options.out, options.gain / 100)))
     console.print(f"{options.out / COMPARISON} holds the figures.", soft_wrap=True)
+    shown = [options.out] if set(folders) <= set(options.out.iterdir()) else folders
+    compared = f" --compare {' '.join(map(str, shown[1:]))}" if len(shown) > 1 else ""
+    console.print(f"As a page: topd report {shown[0]}{compared}", soft_wrap=True)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -258,11 +258,18 @@ ARMS = {
 def test_each_arm_is_tuned_runs_with_its_best_and_gets_the_time_it_should(runs, tmp_path):
     result = command.run_study(plan(arms=ARMS), tmp_path)
     assert result["tuned"] == {"opd": {"learning_rate": 0.5}, "topd": {"learning_rate": 0.9}}
+    assert result["tuning"]["topd"] == [
+        {"choice": {"learning_rate": 0.9}, "accuracy": pytest.approx(5 / 6)},
+        {"choice": {"learning_rate": 0.4}, "accuracy": pytest.approx(2 / 6)},
+    ]
+    assert "longer" not in result["tuning"]
     assert [run[2] for run in runs].count(False) == 4
     assert ("longer", 0, True, 6) in runs  # 4 steps x 3 s / 2 s
     assert result["arms"]["topd"]["greedy"]["beside_opd"]["mean"] == pytest.approx(2 / 6)
     assert result["arms"]["longer"]["greedy"]["beside_opd"]["mean"] == 0.0  # with opd's learning rate
-    assert json.loads((tmp_path / "study.json").read_text())["arms"] == result["arms"]
+    assert result["arms"]["topd"]["right"] == {seed: dict.fromkeys(("sampled", "greedy"), "111110") for seed in "01"}
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert (written["version"], written["arms"], written["tuning"]) == (2, result["arms"], result["tuning"])
 
 
 def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):

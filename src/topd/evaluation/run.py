@@ -18,6 +18,7 @@ from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.responses import Engine, Request, Response, Sampling, as_chat
+from topd.evaluation.results import SAMPLES, SETTINGS
 from topd.resumable import earlier_records, write_options
 from topd.version import __version__
 
@@ -56,11 +57,11 @@ def versions() -> dict[str, str]:
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}.samples.jsonl"
+    return folder / f"{benchmark}{SAMPLES}"
 
 
 def settings_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}.settings.json"
+    return folder / f"{benchmark}{SETTINGS}"
 
 
 def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, console: Console) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
 from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Figure, drawing, legend
 
+STUDY_VERSION = 2
+"""The newest `study.json` that is understood."""
+
 AXES = (
     ("step", "steps", "step"),
     ("tokens", "tokens", "tokens read and generated"),
@@ -45,7 +48,7 @@ class StudySection:
 def load_study(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     """`study.json` of a folder; None if there is none."""
     result = read_object(folder / "study.json", notes)
-    check_version(result, folder / "study.json")
+    check_version(result, folder / "study.json", STUDY_VERSION)
     return result or None
 
 

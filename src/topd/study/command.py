@@ -25,6 +25,8 @@ from topd.study.summary import summarise
 from topd.study.tasks import task_of
 
 RESULT = "study.json"
+VERSION = 2
+"""Of `study.json`. 1 had no tuning scores, and answers as lists."""
 MOST_TIMES = 4
 """An arm that gets another one's time takes at most so many times the study's steps."""
 
@@ -37,21 +39,22 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     """
     console = Console()
     task_of(plan)  # it says what is wrong with the data before anything runs
-    tuned = _tune(plan, out, workers, console)
+    tuning = _tune(plan, out, workers, console)
+    tuned = {name: best(scores) for name, scores in tuning.items()}
     plain = [arm for arm in plan.arms if arm.time_of is None]
     jobs = [_final(plan, arm, seed, tuned, out) for seed in plan.seeds for arm in plain]
-    records = _run_all(plan, jobs, workers, console, lambda found: _write(plan, tuned, found, out))
+    records = _run_all(plan, jobs, workers, console, lambda found: _write(plan, tuning, found, out))
     timed = [_timed(plan, arm, seed, tuned, records, out) for seed in plan.seeds for arm in plan.arms if arm.time_of]
-    records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuned, records | found, out))
-    result = _write(plan, tuned, records, out)
+    records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuning, records | found, out))
+    result = _write(plan, tuning, records, out)
     for how in ("greedy", "sampled"):
         Console(width=max(112, console.width)).print(study_table(result, how))
     console.print(f"{out / RESULT} holds every figure, {out / 'runs'} every answer.")
     return result
 
 
-def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[str, dict[str, Any]]:
-    """By arm, the choice with the best sampled accuracy on the tuning problems, over the tuning seeds."""
+def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """By arm, each choice with its sampled accuracy on the tuning problems, the mean over tuning seeds."""
     jobs = {}
     for arm in plan.arms:
         for index, choice in enumerate(arm.choices):
@@ -62,18 +65,24 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
         return {}
     console.print(f"Tuning: {len(jobs)} runs, the same number for each arm, on problems that are not held out.")
     records = _run_all(plan, list(jobs.values()), workers, console, lambda found: None)
-    chosen: dict[str, dict[str, Any]] = {}
-    for arm in plan.arms:
-        scores = [
-            sum(_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds) / len(plan.tune_seeds)
-            for index in range(len(arm.choices))
+    tuning: dict[str, list[dict[str, Any]]] = {}
+    for arm in (arm for arm in plan.arms if arm.choices):
+        of_seeds = [[_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds]
+                    for index in range(len(arm.choices))]  # fmt: skip
+        scores: list[dict[str, Any]] = [
+            {"choice": choice, "accuracy": sum(some) / len(some)}
+            for choice, some in zip(arm.choices, of_seeds, strict=True)
         ]
-        if scores:
-            best = max(range(len(scores)), key=scores.__getitem__)
-            chosen[arm.name] = arm.choices[best]
-            tried = ", ".join(f"{_words(c)}: {score:.1%}" for c, score in zip(arm.choices, scores, strict=True))
-            console.print(f"  {arm.name}: {_words(arm.choices[best])}  ({tried})")
-    return chosen
+        tuning[arm.name] = scores
+        tried = ", ".join(f"{_words(each['choice'])}: {each['accuracy']:.1%}" for each in scores)
+        console.print(f"  {arm.name}: {_words(best(scores))}  ({tried})")
+    return tuning
+
+
+def best(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The choice with the highest accuracy, the first of equal ones."""
+    found: dict[str, Any] = max(scores, key=lambda each: each["accuracy"])["choice"]
+    return found
 
 
 def _accuracy(record: dict[str, Any]) -> float:
@@ -159,8 +168,8 @@ def _guarded(plan: StudyPlan, job: Job) -> Any:
         return RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
 
 
-def _write(plan: StudyPlan, tuned: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
-    """`study.json` from the records so far."""
+def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
+    """`study.json` from the records so far. Answers are a string a seed and way: "0110", in the problems' order."""
     by_run = {(r["settings"]["arm"], r["settings"]["seed"]): r for r in records.values()}
     names = [arm.name for arm in plan.arms if any(name == arm.name for name, _ in by_run)]
     right = {
@@ -169,13 +178,17 @@ def _write(plan: StudyPlan, tuned: dict[str, Any], records: dict[Path, dict[str,
     }
     found = {how: summarise(values) for how, values in right.items()}
     result = {
-        "version": 1,
+        "version": VERSION,
         "plan": asdict(plan),
-        "tuned": tuned,
+        "tuning": tuning,
+        "tuned": {name: best(scores) for name, scores in tuning.items()},
         "arms": {
             name: {how: found[how][name] for how in found}
             | {
-                "right": {str(seed): {how: right[how][name][seed] for how in right} for seed in right["greedy"][name]},
+                "right": {
+                    str(seed): {how: "".join(str(int(each)) for each in right[how][name][seed]) for how in right}
+                    for seed in right["greedy"][name]
+                },
                 "curve": {str(seed): r["curve"] for (arm, seed), r in by_run.items() if arm == name},
                 "seconds_training": {str(s): r["seconds_training"] for (arm, s), r in by_run.items() if arm == name},
                 "steps": {str(s): r["settings"]["arm_steps"] for (arm, s), r in by_run.items() if arm == name},
