@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.made
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo quick test slow faults check bench env clean
+.PHONY: demo quick test slow faults check bench docs env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
 	$(BIN)/topd demo
@@ -34,6 +34,11 @@ bench: env  ## time and memory beside public peers, writes runs/benchmarks.json 
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt liger-kernel
 	$(BIN)/python -m benchmarks --out runs/benchmarks.json
 
+docs: env  ## the documentation site, in site/; a broken link fails
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/options_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 env: $(ENV)
 
 # torch goes first, at its pinned version, so that no looser pin of another package chooses a different build.
@@ -44,4 +49,4 @@ $(ENV): constraints.txt pyproject.toml
 	touch $(ENV)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

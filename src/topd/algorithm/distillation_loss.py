@@ -59,6 +59,16 @@ def distillation_loss(
     None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
     before the loss scale is known.
 
+    Args:
+        hidden: the student's states.
+        head: its output head.
+        teacher_hidden: the teacher's states in the contexts of the first rows.
+        teacher_head: its head; as many rows as the student's.
+        weights: of the token losses, such as 1 / (response tokens of the batch), times a cap.
+        terms: of the trajectory loss, from `likelihood_terms`; none if None.
+        direction: of the KL: reverse, KL(student || teacher), or forward, KL(teacher || student).
+        tile_elements: see above.
+
     Raises:
         RuntimeError: the heads' vocabularies differ in size; or, in `backward`, it ran before.
         ValueError: the teacher has more rows than the student, or not as many as there are weights.

@@ -20,7 +20,18 @@ def select_for_capping(
     threshold: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "candidate"]:
-    """Choose the candidates to cap; the controls choose as many as `low` does (fewer if there are fewer forks)."""
+    """Choose the candidates to cap; the controls choose as many as `low` does (fewer if there are fewer forks).
+
+    Args:
+        distance: D_OT of each candidate; those without one (NaN) are never chosen.
+        selection: low: false alarms (section 5.1). Controls: high, as many forks (the paper's other arm); random.
+        false_alarm_share: as in `is_fork`.
+        threshold: as in `is_fork`.
+        generator: of the controls' random choice.
+
+    Raises:
+        ValueError: if `false_alarm_share` is not in [0, 1).
+    """
     known = distance.isfinite()
     fork = is_fork(distance, false_alarm_share=false_alarm_share, threshold=threshold)
     low = known & ~fork
@@ -43,6 +54,11 @@ def cap_weights(
     A weight is median / loss and carries no gradient, so the token's gradient shrinks by the same factor (the paper
     says that the contribution is capped; that the gradient is scaled rather than cut to zero is our choice). A loss
     that is at most the median keeps weight 1. The median is the mean of the two middle values for an even number.
+
+    Args:
+        token_loss: in nats.
+        mask: positions that count (response tokens); the median is theirs.
+        capped: positions to cap, from `select_for_capping`.
     """
     token_loss = token_loss.detach().to(torch.promote_types(token_loss.dtype, torch.float32))
     weights = torch.ones_like(token_loss)

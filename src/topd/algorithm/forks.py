@@ -33,7 +33,15 @@ def is_fork(
 
 
 def false_alarm_threshold(distance: Float[Tensor, "candidate"], share: float) -> float:
-    """The distance that a share of the candidates do not exceed; 0 if no candidate has a distance."""
+    """The distance that a share of the candidates do not exceed; 0 if no candidate has a distance.
+
+    Args:
+        distance: D_OT of each candidate of the batch, in units of the ground cost; NaN where there is none.
+        share: paper (section 5.1): 0.30.
+
+    Raises:
+        ValueError: if `share` is not in [0, 1).
+    """
     if not 0 <= share < 1:
         raise ValueError(f"false_alarm_share must be in [0, 1), got {share}.")
     known = distance[distance.isfinite()].sort().values

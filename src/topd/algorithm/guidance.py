@@ -43,7 +43,16 @@ def make_targets(
     teacher_tokens: Int[Tensor, "fork teacher_position"],
     teacher_mask: Bool[Tensor, "fork teacher_position"],
 ) -> Targets:
-    """Targets of the wanted kind. `same_index` guides as many positions as the shorter window has."""
+    """Targets of the wanted kind. `same_index` guides as many positions as the shorter window has.
+
+    Args:
+        kind: transport, the paper (section 3); the others are controls.
+        plan: of `exact_transport` or `entropic_transport`, at forks.
+        student_tokens: the student's windows.
+        student_mask: the tokens that are there.
+        teacher_tokens: the teacher's windows.
+        teacher_mask: the tokens that are there.
+    """
     if kind == "transport":
         return Targets(rescale_rows(plan), teacher_tokens)
     tokens, present = (student_tokens, student_mask) if kind == "own" else (teacher_tokens, teacher_mask)
@@ -54,7 +63,10 @@ def make_targets(
 def rescale_rows(
     plan: Float[Tensor, "fork student_position teacher_position"],
 ) -> Float[Tensor, "fork student_position teacher_position"]:
-    """Rows scaled to sum to 1, so that a target is a distribution (a plan's rows sum to 1/K). Empty rows stay 0."""
+    """Rows scaled to sum to 1, so that a target is a distribution (a plan's rows sum to 1/K). Empty rows stay 0.
+
+    Our choice: the paper's y_i = sum_j gamma_ij onehot(teacher token j) sums to 1/K.
+    """
     mass = plan.sum(-1, keepdim=True)
     return torch.where(mass > 0, plan / mass.clamp(min=torch.finfo(plan.dtype).tiny), 0.0)
 
@@ -87,6 +99,7 @@ def likelihood_terms(targets: Targets, row: Int[Tensor, "fork student_position"]
     """The trajectory loss without its entropy, -sum_j y_ij log p_S(token j), as (row, token, weight) terms.
 
     Args:
+        targets: from `make_targets`.
         row: of the hidden states, at which each window position is predicted. Windows that overlap may share rows.
     """
     fork, position, column = targets.weight.nonzero(as_tuple=True)

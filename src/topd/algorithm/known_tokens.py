@@ -1,6 +1,6 @@
 """The losses where the teacher's probability is known for a few tokens of each position only, as a server gives it.
 
-Student and teacher are compared on the known tokens and one bucket for all others::
+Student and teacher are compared on the known tokens and one bucket for all others:
 
     sum over known v of p_S(v) (log p_S(v) - log p_T(v)) + r_S (log r_S - log r_T),    r = 1 - sum over known v of p(v)
 
@@ -55,6 +55,8 @@ def known_token_kl(
 
     Args:
         student_log_probs: of the known tokens, under the full softmax.
+        teacher: the same tokens' log-probabilities under the teacher.
+        direction: reverse, KL(student || teacher): the token loss. forward, KL(teacher || student).
     """
     present = teacher.log_probs > -torch.inf
     ours = _with_rest(student_log_probs, present)
@@ -84,6 +86,11 @@ def known_token_loss(
 
     Args:
         hidden: the first rows meet the teacher; the others carry likelihood terms only.
+        head: the student's.
+        teacher: of the first rows.
+        weights: of their token losses; constant.
+        terms: of the trajectory loss.
+        direction: as in `known_token_kl`.
     """
     log_probs = gathered_log_probs(hidden[: len(weights)], head, teacher.tokens)
     token_loss, unseen = known_token_kl(log_probs, teacher, direction)

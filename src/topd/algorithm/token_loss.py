@@ -1,6 +1,6 @@
 """The token loss: how far student and teacher are apart at each position, in nats.
 
-The token loss of on-policy distillation is the full-vocabulary reverse KL at the student's own prefix (section 3)::
+The token loss of on-policy distillation is the full-vocabulary reverse KL at the student's own prefix (section 3):
 
     KL(student || teacher) = sum_v p_S(v) (log p_S(v) - log p_T(v))
 
@@ -37,6 +37,11 @@ def token_kl(
     """Full-vocabulary KL at each position, in nats, differentiable in the student's logits.
 
     A token to which the first distribution gives probability 0 contributes 0.
+
+    Args:
+        student_logits: before the softmax; -inf where the student cannot go.
+        teacher_logits: of the same vocabulary, in the same context. Logits of 16 bits are taken as float32.
+        direction: reverse, KL(student || teacher): the token loss (section 3). forward, KL(teacher || student).
     """
     student = torch.log_softmax(student_logits, dim=-1, dtype=at_least_float32(student_logits))
     teacher = torch.log_softmax(teacher_logits, dim=-1, dtype=at_least_float32(teacher_logits))
@@ -48,7 +53,7 @@ def token_kl(
 def token_nll(
     logits: Float[Tensor, "*positions vocabulary"], tokens: Int[Tensor, "*positions"]
 ) -> Float[Tensor, "*positions"]:
-    """Negative log-likelihood of the given tokens, in nats: with the teacher's logits, the axis of Fig. 6."""
+    """-log p(token) of the given tokens, in nats, differentiable: with the teacher's logits, the axis of Fig. 6."""
     return -torch.log_softmax(logits, dim=-1, dtype=at_least_float32(logits)).gather(-1, tokens[..., None]).squeeze(-1)
 
 
@@ -64,6 +69,14 @@ def token_kl_from_hidden(
 
     Differentiable in the student's hidden states and in its head's weight and bias; the teacher is constant. At most
     `tile_elements` logits of each model (one row at least; chosen if None) exist at once. Values are float32 at least.
+
+    Args:
+        student_hidden: last hidden states from which the tokens are predicted.
+        student_head: from states to logits.
+        teacher_hidden: the teacher's, of any width, in the same contexts.
+        teacher_head: its head; as many rows as the student's.
+        direction: as in `token_kl`.
+        tile_elements: see above.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.
@@ -141,7 +154,16 @@ def score_tokens(
     direction: Direction = "reverse",
     tile_elements: int | None = None,
 ) -> TokenScores:
-    """Score sampled tokens tile by tile, each model's logits computed once.
+    """Score sampled tokens tile by tile, each model's logits computed once. No gradients.
+
+    Args:
+        student_hidden: last hidden states from which the tokens are predicted.
+        student_head: from states to logits.
+        teacher_hidden: the teacher's, in the same contexts.
+        teacher_head: its head; as many rows as the student's.
+        tokens: that were sampled.
+        direction: of `TokenScores.kl`, as in `token_kl`.
+        tile_elements: logits of each model that exist at once; chosen if None.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.

@@ -57,7 +57,8 @@ def ground_cost(
 ) -> Float[Tensor, "*window student_position teacher_position"]:
     """Cost of moving each student token onto each teacher token, from their embeddings. Never negative.
 
-    An all-zero embedding has cosine 0 with everything.
+    cosine: 1 - cosine, from 0 to 2; an all-zero embedding has cosine 0 with everything. sqeuclidean: |s - t|^2. The
+    paper says "embedding space" and gives no cost: our choice.
     """
     if kind == "cosine":
         norms: Tensor = vector_norm(student, dim=-1)[..., :, None] * vector_norm(teacher, dim=-1)[..., None, :]
@@ -105,10 +106,20 @@ def exact_transport(
     student_mask: Bool[Tensor, "window student_position"],
     teacher_mask: Bool[Tensor, "window teacher_position"],
 ) -> Transport:
-    """The optimal plan. Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Else: network simplex (POT).
+    """D_OT, the least of <plan, cost> over plans with uniform marginals (section 3), and its plan.
 
-    Masks mark the tokens that are there; they must be a prefix of each row. Solved on the CPU in float64, windows of
-    the same lengths together, by as many threads as torch has. The plan comes back to the device of the cost.
+    Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Else: network simplex (POT). Uniform marginals and
+    the exact solver are our choice, and so is the plan among equally cheap ones (docs/paper_to_code.md). Solved on the
+    CPU in float64, windows of the same lengths together, by as many threads as torch has.
+
+    Args:
+        cost: of moving each student token onto each teacher token; what is in the padding does not matter.
+        student_mask: the tokens that are there; they must be a prefix of each row.
+        teacher_mask: the same.
+
+    Returns:
+        On the device of the cost. Without gradient. Nothing is raised for a window that cannot be solved: see
+            `Transport.converged`.
     """
     costs = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32))
     entries = [_Entries.none()]
@@ -208,7 +219,7 @@ def entropic_transport(
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Transport:
-    """Sinkhorn in float64 on the whole batch at once, on the device of the cost.
+    """Sinkhorn in float64 on the whole batch at once, on the device of the cost. Our choice; the paper has no solver.
 
     The distance is <plan, cost>, without the entropy term; it exceeds the exact one (by some 0.02 at epsilon 0.05), so
     a threshold must be calibrated for each epsilon. Iterates until the L1 error of the marginals is at most
@@ -216,6 +227,14 @@ def entropic_transport(
 
     Of ten iterations, the first is in the log domain, so that nothing underflows; the others scale the plan's rows and
     columns, by factors that it leaves moderate (for rows, between 1/n and m).
+
+    Args:
+        cost: as in `exact_transport`.
+        student_mask: the tokens that are there.
+        teacher_mask: the same.
+        epsilon: strength of the entropy term, in units of the cost.
+        max_iterations: after which windows that are not there yet are given up.
+        tolerance: L1 distance of the marginals from uniform, at most.
     """
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
     finite = (cost.isfinite() | ~pair_mask).all(dim=(1, 2))

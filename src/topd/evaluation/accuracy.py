@@ -67,7 +67,11 @@ def accuracy_difference(
     Hesterberg proposes (2015, "What teachers should know about the bootstrap", section 5).
 
     Args:
-        a, b: the same benchmarks with the same problems in the same order; the numbers of samples may differ.
+        a: a table for each benchmark.
+        b: the same benchmarks with the same problems in the same order; the numbers of samples may differ.
+        samples: bootstrap resamples, and sign assignments.
+        level: share of resampled means inside the interval.
+        seed: the same seed gives the same result.
 
     Raises:
         ValueError: the benchmarks or problems are not the same in number, or a table cannot be used.
@@ -83,7 +87,11 @@ def accuracy_difference(
 
 
 def problem_differences(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> list[Floats]:
-    """For each benchmark, [problem] differences of the means over samples."""
+    """For each benchmark, [problem] differences of the means over samples.
+
+    Raises:
+        ValueError: the benchmarks or problems are not the same in number, or a table cannot be used.
+    """
     first, second = ([table_of(table, name).mean(axis=1) for table in side] for name, side in (("a", a), ("b", b)))
     if [len(each) for each in first] != [len(each) for each in second]:
         raise ValueError(
@@ -109,6 +117,9 @@ def pass_at_k(right: ArrayLike, k: int) -> Floats:
     """[problem] probability that at least one of k samples is right, without bias.
 
     1 - C(n - c, k) / C(n, k) for c right ones among n (Chen et al. 2021, arXiv:2107.03374, equation 1).
+
+    Raises:
+        ValueError: k is below 1, or above the number of samples.
     """
     table = table_of(right, "right")
     n = table.shape[1]

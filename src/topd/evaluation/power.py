@@ -48,8 +48,14 @@ def power_of(
     Normal approximation with Guenther's (1981) correction for few problems. Problems are spread evenly over benchmarks.
 
     Args:
-        a, b: a table [problem, sample] for each benchmark, of the same problems.
-        gain: above 0.
+        a: a table [problem, sample] for each benchmark.
+        b: the same for the other model, of the same problems.
+        gain: above 0, in units of accuracy.
+        power: wanted probability of seeing it.
+        alpha: below which p is called seen.
+
+    Raises:
+        ValueError: the tables are not of the same problems.
     """
     differences = problem_differences(a, b)
     spread = float(np.mean([_variance(each) for each in differences]))

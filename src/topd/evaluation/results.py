@@ -25,7 +25,9 @@ class Results:
 
     Attributes:
         model: its label, the folder's name.
-        records: [problem][sample]
+        benchmark: its name.
+        settings: of the sampling, and the problems' ids and answers.
+        records: one for each problem and sample, nested in this order.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Results:
 
     @property
     def ids(self) -> list[str]:
+        """[problem] each with a digest of its text."""
         return [problem["id"] for problem in self.settings["problems"]]
 
 

@@ -73,8 +73,8 @@ def paired_difference(
     which is never 0 and never too small.
 
     Args:
-        a, b: [problem], or [problem, sample]; each problem's answers are averaged first, so the two arms need the same
-            problems, in the same order, but not equally many answers.
+        a: [problem], or [problem, sample]; each problem's answers are averaged first.
+        b: the same problems, in the same order, but not necessarily as many answers.
         samples: bootstrap resamples, and sign assignments.
         level: share of resampled means inside the interval.
         seed: the same seed gives the same result. Exchanging a and b gives the same p.

@@ -57,6 +57,7 @@ class DistilledModel:
 
     @property
     def backbone(self) -> nn.Module:
+        """The decoder without its output head."""
         return backbone_of(self.model)
 
     @property
@@ -65,6 +66,7 @@ class DistilledModel:
         return cache_bytes_per_token(self.model) if self.shares_prefix else 0
 
     def head(self) -> Head:
+        """The output head, whole also where FSDP2 has sharded it."""
         return output_head(self.model, self.temperature)
 
     def embeddings(self) -> Tensor:
@@ -145,9 +147,12 @@ class DistilledModel:
         """The model's own near future from each place in the rollouts, in evaluation mode.
 
         Args:
+            rollouts: that the windows branch off.
             reading: what the model kept from reading them.
             greedy: [rollout, position] its most likely token at each position of the responses.
-            rows, positions: [window] where the windows start.
+            rows: [window] the rollout of each window.
+            positions: [window] the response position at which it starts.
+            length: tokens of each window at most.
         """
         with evaluating(self.model), self._source() as source:
             if reading.prefix is not None and isinstance(source, LocalModel):

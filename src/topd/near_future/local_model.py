@@ -44,6 +44,7 @@ class LocalModel:
 
     @torch.no_grad()
     def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
+        """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
         device = next(self.model.parameters()).device
         tokens = torch.full((len(prefixes), length), self.pad_token_id, device=device)
         by_length = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index]))
@@ -60,7 +61,12 @@ class LocalModel:
         """The same windows as `continue_` gives for the prefixes at (row, position), all branches decoded together.
 
         Args:
+            rollouts: that the prefixes are of.
+            reading: what the model kept from reading them.
             greedy: [rollout, position] the model's most likely token at each position of the response.
+            rows: [window] the rollout of each window.
+            positions: [window] the response position at which it starts.
+            length: tokens of each window at most.
         """
         if len(rows) == 0:
             return Windows(rows.new_zeros(0, length), rows.new_zeros(0, length, dtype=torch.bool))

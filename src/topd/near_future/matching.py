@@ -13,7 +13,9 @@ from topd.near_future.remote_teacher import RemoteTeacher
 from topd.near_future.windows import Rollouts, Windows
 
 Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
+"""Static input embeddings of a model, or its last hidden states over the windows."""
 Solver = Literal["exact", "entropic"]
+"""`exact_transport` or `entropic_transport`."""
 
 
 def near_future_transport(
@@ -33,7 +35,17 @@ def near_future_transport(
     """Transport between the student's windows (rows) and the teacher's (columns). See `TOPDConfig` for the choices.
 
     Args:
-        ours, theirs: windows that start at (row, position) of the rollouts.
+        ours: the student's windows, which start at (row, position) of the rollouts.
+        theirs: the teacher's, at the same places.
+        rollouts: that they branch off.
+        rows: [window] the rollout of each.
+        positions: [window] the response position at which it starts.
+        student: whose embeddings or states the cost may be measured on.
+        teacher: the same.
+        embedding: which of them; the student's input embeddings by default (our choice).
+        cost: ground cost (our choice).
+        solver: our choice.
+        epsilon: of the entropic solver.
     """
     model = student if embedding.startswith("student") else teacher
     if embedding.endswith("_hidden"):

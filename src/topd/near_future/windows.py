@@ -13,7 +13,8 @@ class Rollouts:
     """A batch of prompts and the responses sampled for them.
 
     Attributes:
-        prompt_ids, prompt_mask: [rollout, prompt_position], padded on the left.
+        prompt_ids: [rollout, prompt_position], padded on the left.
+        prompt_mask: [rollout, prompt_position], 1 at tokens of the prompt.
         response_ids: [rollout, position], padded on the right.
         response_mask: [rollout, position], 1 at tokens of the response (those the model reads).
         loss_mask: [rollout, position], 1 at tokens that are trained on; a subset of `response_mask`.
@@ -34,6 +35,7 @@ class Rollouts:
 
     @property
     def attention_mask(self) -> Tensor:
+        """[rollout, prompt_position + position], 1 at tokens that are there."""
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
@@ -81,6 +83,7 @@ class Windows:
 
     @classmethod
     def cat(cls, parts: list[Windows]) -> Windows:
+        """Windows of equal width, one after the other."""
         return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.mask for part in parts]))
 
     def __getitem__(self, which: Tensor) -> Windows:

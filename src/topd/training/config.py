@@ -22,9 +22,12 @@ def _option(default: Any, help_: str) -> Any:
 
 @dataclass
 class TOPDConfig(DistillationConfig):
-    """Options of [`TOPDTrainer`], on top of TRL's [`~trl.DistillationConfig`].
+    """Options of `TOPDTrainer`, on top of TRL's `DistillationConfig`. All of them: docs/options.md.
 
-    Where the help says "our choice", the paper does not give the value; see `docs/paper_to_code.md`.
+    Where the help says "our choice", the paper does not give the value; see docs/paper_to_code.md.
+
+    Raises:
+        ValueError: a value is out of range or not among those allowed, or two options exclude each other.
     """
 
     _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers"]

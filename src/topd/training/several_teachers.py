@@ -40,12 +40,14 @@ class _TellsTeachers(DistillationTrainer):
 
 
 class MOPDTrainer(TOPDTrainer, _TellsTeachers):
-    """[`TOPDTrainer`] with a teacher for each row, named in the dataset's column `teacher`.
+    """`TOPDTrainer` with a teacher for each row, named in the dataset's column `teacher`.
 
     Token losses, windows and guidance are those of the row's own teacher.
 
     Args:
+        model: the student, as in `TOPDTrainer`.
         teacher_model: name of each teacher -> model name, folder, or loaded model.
+        args: with `opd_loss="one_pass"` where the method is `opd`.
 
     Raises:
         ValueError: for what does not work with several teachers: see the messages.

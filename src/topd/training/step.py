@@ -168,6 +168,7 @@ class StepLoss(NamedTuple):
 
 
 def direction_of(options: TOPDConfig) -> Direction:
+    """Of the token loss: reverse, KL(student || teacher), for beta 1 (the paper); forward for beta 0."""
     return "reverse" if options.beta == 1 else "forward"
 
 
@@ -209,8 +210,8 @@ def topd_loss(
         teacher_hidden: [rollout, position, width] from `look_ahead`.
         weights: [rollout, position] of the token losses.
         guided: windows to train on, or None.
-        num_tokens, num_guided: what the two sums are divided by: response tokens, and guided positions (or forks), of
-            the whole batch over which the optimizer steps.
+        num_tokens: what L_OPD's sum is divided by: response tokens of the batch over which the optimizer steps.
+        num_guided: the same for L_traj: guided positions (or forks).
     """
     mask = rollouts.loss_mask.bool()
     on_rollout = options.student_window == "rollout" and options.guidance_context == "student"

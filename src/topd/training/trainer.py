@@ -39,8 +39,8 @@ logger = get_logger(__name__)
 class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
-    Takes what [`~trl.DistillationTrainer`] takes, with a [`TOPDConfig`]. With `method="opd"` (or a guidance weight of
-    0) every step equals `DistillationTrainer`'s, bit for bit.
+    Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
+    every step equals `DistillationTrainer`'s, bit for bit.
 
     ```python
     from topd import TOPDConfig, TOPDTrainer
@@ -54,9 +54,12 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     trainer.train()
     ```
 
-    Without a `teacher_model`, all of the teacher is behind `teacher_window_server` (docs/remote_teachers.md).
+    Args:
+        model: the student: a loaded model, a folder or a Hub name.
+        teacher_model: the same; None: all of it is behind `teacher_window_server` (docs/remote_teachers.md).
 
     Raises:
+        ContextError: where a prompt, its response and a window do not fit a model's context.
         ServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
         TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.

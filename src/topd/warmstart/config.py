@@ -10,7 +10,11 @@ from trl import SFTConfig
 
 @dataclass
 class WarmStartConfig(SFTConfig):
-    """Options of [`WarmStartTrainer`], on top of TRL's [`~trl.SFTConfig`]. Defaults are the paper's (appendix B.1)."""
+    """Options of `WarmStartTrainer`, on top of TRL's `SFTConfig`. Defaults are the paper's (appendix B.1).
+
+    Raises:
+        ValueError: `kd_ratio` is not in [0, 1], or is combined with losses of TRL's that have no teacher.
+    """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "chat_template_kwargs"]
 

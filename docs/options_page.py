@@ -1,0 +1,101 @@
+"""Writes docs/options.md from the fields of the option classes: python docs/options_page.py"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from topd.training import TOPDConfig
+from topd.training.command import DataArguments
+from topd.warmstart import WarmStartConfig
+from topd.warmstart.command import SolutionArguments
+
+PAGE = Path(__file__).with_name("options.md")
+SECTIONS = {
+    "method": "Method and windows",
+    "candidate_ranking": "Candidates",
+    "opd_loss": "Plain OPD, and the cost beside it",
+    "candidate_spacing": "Candidates",
+    "teacher_window_server": "A teacher on a server",
+    "embedding": "Transport",
+    "false_alarm_share": "Forks",
+    "guidance_weight": "Guidance",
+    "cap_false_alarms": "Capping",
+    "teachers": "Several teachers",
+    "audit_steps": "Records",
+}
+"""Headings of `TOPDConfig`'s options, by the option from which on they hold."""
+
+OTHERS: dict[str, Any] = {
+    "`topd train`: data": DataArguments,
+    "`WarmStartConfig`: stage 1": WarmStartConfig,
+    "`topd warmstart`: data": SolutionArguments,
+}
+
+INTRODUCTION = """\
+<!-- Made by docs/options_page.py. Do not edit: change the help of the option, and run it again. -->
+# Options
+
+Every option can stand in the YAML file (`--config`) and on the command line, which wins:
+`topd train --config MY.yaml --window_length 32`. In Python they are arguments of `TOPDConfig`. Whatever is not here is
+an option of TRL's `DistillationConfig`, and so of transformers' `TrainingArguments`, and means what they say;
+`topd train --help` lists all.
+
+**Source** says where the default comes from. "paper": arXiv:2606.00305. "our choice": the paper does not give it. Both:
+the text tells which is which. "–": not of the paper's method (another rule, a control, a machine, a record). Losses are
+in nats, distances in units of the ground cost. The formulas beside the code: [paper_to_code.md](paper_to_code.md).
+"""
+OF_THE_PAPER = re.compile(r"Paper:|Paper \(|paper\)|the paper\b(?! does not| has)|The paper gives|paper's|sections? \d")
+
+
+def options_page() -> str:
+    """The whole page."""
+    sections: dict[str, list[str]] = {}
+    heading = ""
+    for option in _own(TOPDConfig):
+        heading = SECTIONS.get(option.name, heading)
+        sections.setdefault(f"### {heading}", []).append(_row(option, TOPDConfig))
+    tables = [_table(heading, rows) for heading, rows in sections.items()]
+    for heading, kind in OTHERS.items():
+        tables.append(_table(f"## {heading}", [_row(option, kind) for option in _own(kind)]))
+    return "\n".join([INTRODUCTION, "## `TOPDConfig`: the method\n", *tables])
+
+
+def _own(kind: Any) -> list[Field[Any]]:
+    """The options that a class brings itself."""
+    return [option for option in fields(kind) if option.name in kind.__annotations__]
+
+
+def _table(heading: str, rows: list[str]) -> str:
+    return "\n".join([f"{heading}\n", "| option | default | what it is | source |", "|---|---|---|---|", *rows, ""])
+
+
+def _row(option: Field[Any], kind: Any) -> str:
+    assert option.default is not MISSING, option.name
+    told = option.metadata["help"].replace("|", "\\|")
+    values = _values(get_type_hints(kind)[option.name])
+    return f"| `{option.name}` | {_shown(option.default)} | {told}{values} | {_source(told)} |"
+
+
+def _shown(default: object) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "none", True: "true", False: "false"}[default]
+    return f"`{default}`" if isinstance(default, str) else str(default)
+
+
+def _values(hint: Any) -> str:
+    """The values that are allowed, where they are few."""
+    if get_origin(hint) is not Literal:
+        return ""
+    return f" One of {', '.join(f'`{value}`' for value in get_args(hint))}."
+
+
+def _source(told: str) -> str:
+    paper, ours = bool(OF_THE_PAPER.search(told)), "our choice" in told.lower()
+    return ", ".join(name for name, holds in (("paper", paper), ("our choice", ours)) if holds) or "–"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(options_page(), encoding="utf-8")
