@@ -15,7 +15,8 @@ from topd.errors import TOPDError
 from topd.study import command
 from topd.study.config import plan_of, read_plan
 from topd.study.run import known_record, run_job, settings_of
-from topd.study.summary import crossed_interval, sign_flip_p, summarise
+from topd.study.summary import answers, crossed_interval, sign_flip_p, summarise
+from topd.study.tables import study_rows
 from topd.study.tasks import task_of
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -270,6 +271,25 @@ def test_each_arm_is_tuned_runs_with_its_best_and_gets_the_time_it_should(runs, 
     assert result["arms"]["topd"]["right"] == {seed: dict.fromkeys(("sampled", "greedy"), "111110") for seed in "01"}
     written = json.loads((tmp_path / "study.json").read_text())
     assert (written["version"], written["arms"], written["tuning"]) == (2, result["arms"], result["tuning"])
+
+
+def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):
+    result = command.run_study(plan(arms=ARMS), tmp_path)
+    file = tmp_path / "study.json"
+    assert answers(result, "greedy")["topd"][1] == [1, 1, 1, 1, 1, 0]
+    rows = {row[0]: row for row in study_rows(result, "greedy", "topd")}
+    assert rows["opd"][2:5] == ["-33.3 (-66.7 to +0.0)", "1", "0/2"]
+    assert rows["topd"][2:5] == ["", "", "2 seeds"]
+    capsys.readouterr()
+    assert main(["study", "--show", str(file), "--against", "topd"]) == 0
+    shown = capsys.readouterr().out
+    assert "minus topd" in shown
+    assert "-33.3 (-66.7 to +0.0)" in shown
+    assert main(["study", "--show", str(file), "--against", "tpd"]) == 2
+    assert "no arm 'tpd'" in capsys.readouterr().err
+    file.write_text('{"version": 1, "arms": {}}')
+    assert main(["study", "--show", str(file)]) == 2
+    assert "no study.json of version 2" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):

@@ -14,19 +14,16 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from topd.errors import TOPDError
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import Job, job_of, known_record, run_job
 from topd.study.summary import summarise
+from topd.study.tables import VERSION, print_tables
 from topd.study.tasks import task_of
 
 RESULT = "study.json"
-VERSION = 2
-"""Of `study.json`. 1 had no tuning scores, and answers as lists."""
 MOST_TIMES = 4
 """An arm that gets another one's time takes at most so many times the study's steps."""
 
@@ -47,8 +44,7 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     timed = [_timed(plan, arm, seed, tuned, records, out) for seed in plan.seeds for arm in plan.arms if arm.time_of]
     records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuning, records | found, out))
     result = _write(plan, tuning, records, out)
-    for how in ("greedy", "sampled"):
-        Console(width=max(112, console.width)).print(study_table(result, how))
+    print_tables(result)
     console.print(f"{out / RESULT} holds every figure, {out / 'runs'} every answer.")
     return result
 
@@ -203,29 +199,6 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
     draft.write_text(json.dumps(result) + "\n", encoding="utf-8")
     draft.replace(out / RESULT)
     return result
-
-
-def study_table(result: dict[str, Any], how: str) -> Table:
-    """A row an arm: accuracy with interval, difference from OPD with interval and corrected p, seeds ahead, seconds."""
-    problems = result["plan"]["held_out"]
-    title = f"{how}, {problems} held-out problems, 95 % intervals over seeds and problems"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "accuracy", "minus opd, points", "p (Holm)", "ahead", "s"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, arm in result["arms"].items():
-        accuracy, beside = arm[how]["accuracy"], arm[how].get("beside_opd")
-        seconds = list(arm["seconds_training"].values())
-        table.add_row(
-            name,
-            f"{accuracy['mean']:.1%} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
-            f"{100 * beside['mean']:+.1f} ({100 * beside['low']:+.1f} to {100 * beside['high']:+.1f})"
-            if beside
-            else "",
-            f"{beside['p_holm']:.2g}" if beside else "",
-            f"{beside['ahead']}/{len(beside['seeds'])}" if beside else f"{len(arm[how]['seeds'])} seeds",
-            f"{sum(seconds) / len(seconds):.0f}",
-        )
-    return table
 
 
 def slug(name: str) -> str:

@@ -18,19 +18,22 @@ _EXACT_UP_TO = 16
 """Seeds up to which every assignment of signs is tried."""
 
 
-def summarise(right: Mapping[str, Mapping[int, Sequence[float]]], seed: int = 0) -> dict[str, Any]:
-    """Each arm's accuracy and difference from OPD.
+def summarise(
+    right: Mapping[str, Mapping[int, Sequence[float]]], reference: str = REFERENCE, seed: int = 0
+) -> dict[str, Any]:
+    """Each arm's accuracy and difference from a reference arm.
 
     Args:
         right: by arm and training seed, 0 or 1 for each held-out problem (the same problems throughout).
 
     Returns:
-        By arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but OPD `beside_opd` {mean, low, high, p,
-        p_holm, seeds, ahead}: over the seeds that both have. Intervals draw seeds and problems anew (crossed, 95 %).
-        p: both signs of each seed's difference are as likely if nothing differs; exact up to 16 seeds. p_holm:
-        corrected for the number of comparisons (Holm).
+        By arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but the reference `beside_opd` (after its
+        name) {mean, low, high, p, p_holm, seeds, ahead}: over the seeds that both have. Intervals draw seeds and
+        problems anew (crossed, 95 %). p: both signs of each seed's difference are as likely if nothing differs; exact
+        up to 16 seeds. p_holm: corrected for the number of comparisons (Holm).
     """
     found: dict[str, Any] = {}
+    key = beside(reference)
     for arm, by_seed in right.items():
         table = np.array([by_seed[each] for each in sorted(by_seed)], dtype=float)
         low, high = crossed_interval(table, seed)
@@ -38,22 +41,35 @@ def summarise(right: Mapping[str, Mapping[int, Sequence[float]]], seed: int = 0)
             "seeds": sorted(by_seed),
             "accuracy": {"mean": float(table.mean()), "low": low, "high": high, "by_seed": table.mean(1).tolist()},
         }
-        common = sorted(by_seed.keys() & right.get(REFERENCE, {}).keys())
-        if arm == REFERENCE or not common:
+        common = sorted(by_seed.keys() & right.get(reference, {}).keys())
+        if arm == reference or not common:
             continue
         difference = np.array([by_seed[each] for each in common], dtype=float) - np.array(
-            [right[REFERENCE][each] for each in common], dtype=float
+            [right[reference][each] for each in common], dtype=float
         )
         low, high = crossed_interval(difference, seed)
         means = difference.mean(1)
-        found[arm]["beside_opd"] = {
+        found[arm][key] = {
             "mean": float(difference.mean()), "low": low, "high": high, "p": sign_flip_p(means, seed),
             "seeds": common, "ahead": int((means > 0).sum()),
         }  # fmt: skip
-    compared = [arm for arm in found if "beside_opd" in found[arm]]
-    for arm, p in zip(compared, holm([found[arm]["beside_opd"]["p"] for arm in compared]), strict=True):
-        found[arm]["beside_opd"]["p_holm"] = p
+    compared = [arm for arm in found if key in found[arm]]
+    for arm, p in zip(compared, holm([found[arm][key]["p"] for arm in compared]), strict=True):
+        found[arm][key]["p_holm"] = p
     return found
+
+
+def beside(reference: str) -> str:
+    """The key of an arm's difference from the reference."""
+    return f"beside_{reference}"
+
+
+def answers(result: Mapping[str, Any], how: str) -> dict[str, dict[int, list[int]]]:
+    """By arm and seed, 0 or 1 for each held-out problem, from what `study.json` holds."""
+    return {
+        name: {int(seed): [int(each) for each in ways[how]] for seed, ways in arm["right"].items()}
+        for name, arm in result["arms"].items()
+    }
 
 
 def crossed_interval(table: Floats, seed: int = 0, samples: int = 2000, level: float = 0.95) -> tuple[float, float]:
