@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.cli import main
 from topd.errors import TOPDError
@@ -107,15 +107,34 @@ def test_the_sign_test_is_exact():
     assert sign_flip_p(many) == pytest.approx(wilcoxon(many).pvalue, abs=0.1)
 
 
-def test_the_interval_covers_the_mean_of_seeds_and_problems():
-    """Differences made of a seed's, a problem's and their own part: it holds the mean as often as it says."""
+def coverage(studies, seeds, *, of_seeds, of_problems, of_rest, problems=150):
+    """How often the interval holds the mean of differences made of a seed's, a problem's and their own part."""
     rng = np.random.default_rng(1)
     hits = 0
-    for trial in range(200):
-        table = 0.2 + rng.normal(0, 0.1, (10, 1)) + rng.normal(0, 0.5, (1, 80)) + rng.normal(0, 1.0, (10, 80))
-        low, high = crossed_interval(table, seed=trial, samples=400)
+    for _ in range(studies):
+        parts = [(of_seeds, (seeds, 1)), (of_problems, (1, problems)), (of_rest, (seeds, problems))]
+        low, high = crossed_interval(0.2 + sum(rng.normal(0, spread, shape) for spread, shape in parts))
         hits += low <= 0.2 <= high
-    assert 0.88 <= hits / 200 <= 0.99
+    return hits / studies
+
+
+def test_the_interval_covers_the_mean_of_seeds_and_problems():
+    assert 0.91 <= coverage(400, 10, of_seeds=0.02, of_problems=0.1, of_rest=0.3) <= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize(("of_seeds", "of_problems"), [(0.02, 0.1), (0.01, 0.05), (0.05, 0.0), (0.0, 0.3), (0.0, 0.0)])
+def test_coverage_of_the_interval_in_2000_studies(seeds, of_seeds, of_problems):
+    found = coverage(2000, seeds, of_seeds=of_seeds, of_problems=of_problems, of_rest=0.3)
+    print(f"{seeds} seeds, spread of seeds {of_seeds}, of problems {of_problems}: {found:.1%}")
+    assert 0.93 <= found <= (0.975 if of_seeds or of_problems else 0.99)
+
+
+def test_the_interval_of_one_seed_is_students():
+    table = np.array([[0.0, 1.0, 1.0, 0.0, 1.0]])
+    assert crossed_interval(table) == pytest.approx(ttest_1samp(table[0], 0).confidence_interval(0.95))
+    assert crossed_interval(np.ones((1, 4))) == crossed_interval(np.ones((3, 4))) == (1.0, 1.0)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -278,13 +297,13 @@ def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):
     file = tmp_path / "study.json"
     assert answers(result, "greedy")["topd"][1] == [1, 1, 1, 1, 1, 0]
     rows = {row[0]: row for row in study_rows(result, "greedy", "topd")}
-    assert rows["opd"][2:5] == ["-33.3 (-66.7 to +0.0)", "1", "0/2"]
+    assert rows["opd"][2:5] == ["-33.3 (-87.5 to +20.9)", "1", "0/2"]
     assert rows["topd"][2:5] == ["", "", "2 seeds"]
     capsys.readouterr()
     assert main(["study", "--show", str(file), "--against", "topd"]) == 0
     shown = capsys.readouterr().out
     assert "minus topd" in shown
-    assert "-33.3 (-66.7 to +0.0)" in shown
+    assert "-33.3 (-87.5 to +20.9)" in shown
     assert main(["study", "--show", str(file), "--against", "tpd"]) == 2
     assert "no arm 'tpd'" in capsys.readouterr().err
     file.write_text('{"version": 1, "arms": {}}')

@@ -190,7 +190,9 @@ class TOPDConfig(DistillationConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.preset == "paper":
             ours = {option.name: option.default for option in fields(TOPDConfig)}
-            self.__dict__.update({name: value for name, value in PAPER_PRESET.items() if getattr(self, name) == ours[name]})
+            self.__dict__.update(
+                {name: value for name, value in PAPER_PRESET.items() if getattr(self, name) == ours[name]}
+            )
         if self.candidate_count is not None or self.candidate_threshold is not None:
             self.candidate_share = None
         rules = {"candidate_count": self.candidate_count, "candidate_threshold": self.candidate_threshold}
