@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
@@ -305,8 +306,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             return
         tokens, rollouts, candidates = mean[len(STAGES) :]
         self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
-        if was_measuring:
-            logger.info(budget_message(budget, tokens / rollouts))
+        if was_measuring and self.accelerator.is_main_process:
+            tqdm.write(f"topd: {budget_message(budget, tokens / rollouts)}")  # above the progress bar
 
     def _own_state(self) -> dict[str, Any]:
         return {"budget": asdict(self._budget)} if self._budget else {}
