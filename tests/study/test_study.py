@@ -35,16 +35,25 @@ def plan(**other):
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(STUDIES.glob("embedded*.yaml")), ids=lambda file: file.stem)
-def test_the_studies_that_ship_are_whole(file):
-    found = read_plan(file)
+CORE = {"opd", "topd", "own tokens", "teacher's contexts, reverse KL", "opd, topd's time"}
+
+
+def test_the_study_that_ships_is_whole():
+    found = read_plan(STUDIES / "embedded.yaml")
     names = {arm.name for arm in found.arms}
-    assert names >= {
-        "opd", "low-D_OT capped", "high-D_OT capped", "random capped", "topd", "topd, rollout windows", "own tokens",
-        "same index", "random candidates", "false alarms", "teacher's contexts, reverse KL",
-        "teacher's contexts, cross-entropy", "opd, topd's time",
+    assert names >= CORE | {
+        "low-D_OT capped", "high-D_OT capped", "random capped", "topd, rollout windows", "same index",
+        "random candidates", "false alarms", "teacher's contexts, cross-entropy",
     }  # fmt: skip
     assert len(found.seeds) >= 10
+    assert found.held_out >= 1000
+
+
+@pytest.mark.parametrize("student", ["stubborn", "wording"])
+def test_the_studies_of_other_students_have_the_core_arms(student):
+    found = read_plan(STUDIES / f"embedded-{student}.yaml")
+    assert found.student == f"embedded:student-{student}"
+    assert {arm.name for arm in found.arms} >= CORE
     assert found.held_out >= 1000
 
 
