@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import assert_parses, commands_of
 
 from topd.cli import _parser
 from topd.training.command import parse
@@ -73,9 +74,8 @@ def test_the_launch_lines_name_files_and_options_that_are_there(path):
         for option, file in itertools.pairwise(words):
             if option in ("--config", "--config_file"):
                 assert Path(file).is_file(), line
-        for command, parser in (("train", parse), ("warmstart", parse_warmstart)):
-            if command in words:
-                parser([*words[words.index(command) + 1 :], "--use_cpu", "true", "--bf16", "false"])
+        for command in commands_of(line):
+            assert_parses(command)
         if words[:2] == ["topd", "generate"]:
             assert _parser().parse_args(words[1:]).out.suffix in (".jsonl", ".parquet")
 

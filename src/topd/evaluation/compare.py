@@ -40,6 +40,7 @@ def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dic
 
     Args:
         folders: a model's each, as `topd eval` wrote them; the first is what the others are compared with.
+        out: folder for it.
         gain: for the power of each comparison, in units of accuracy.
 
     Raises:

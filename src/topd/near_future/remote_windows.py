@@ -110,8 +110,11 @@ def connect(
     """Ask a server whether it is the teacher's, before it is needed.
 
     Args:
+        server: that is asked.
         tokenizer: the student's.
+        eos_token_ids: ids that end a window.
         model: the name under which the teacher must be served; None takes the only one there is.
+        temperature: of the windows; 0 decodes greedily.
 
     Raises:
         ServerError: no such model, several to choose from, or answers without token ids.

@@ -68,6 +68,11 @@ def look_ahead(
     """Divergence detection: candidates, windows, transport, forks.
 
     Args:
+        rollouts: of this process.
+        student: the model that wrote them.
+        teacher: in this process or on a server.
+        options: the method's choices.
+        stage: wraps "scoring", "windows" and "transport", to time them.
         gather: joins distances of all processes.
         kept: what the student kept from sampling these rollouts; without it, it reads them once more.
         at_most: candidates a rollout, for a budget.
@@ -180,7 +185,7 @@ def opd_loss(
     options: TOPDConfig,
     num_tokens: Tensor,
 ) -> StepLoss:
-    """L_OPD alone."""
+    """L_OPD alone: the sum of token losses over `num_tokens`, the response tokens of the whole batch."""
     mask = rollouts.loss_mask.bool()
     hidden, _ = student.hidden_and_windows(rollouts, None)
     sampled = rollouts.response_ids[mask]
@@ -207,9 +212,13 @@ def topd_loss(
     """L_OPD + lambda L_traj.
 
     Args:
+        rollouts: of this micro-batch.
+        student: with gradients.
+        teacher: whose head is used.
         teacher_hidden: [rollout, position, width] from `look_ahead`.
         weights: [rollout, position] of the token losses.
         guided: windows to train on, or None.
+        options: lambda and what else the method chooses.
         num_tokens: what L_OPD's sum is divided by: response tokens of the batch over which the optimizer steps.
         num_guided: the same for L_traj: guided positions (or forks).
     """
