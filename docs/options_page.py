@@ -14,7 +14,7 @@ from topd.warmstart.command import SolutionArguments
 
 PAGE = Path(__file__).with_name("options.md")
 SECTIONS = {
-    "method": "Method and windows",
+    "preset": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD, and the cost beside it",
     "candidate_spacing": "Candidates",

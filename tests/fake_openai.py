@@ -19,12 +19,14 @@ class FakeServer(ThreadingHTTPServer):
     Attributes:
         seen: bodies of all requests for responses, in the order of arrival.
         most: requests that were under way at the same time, at most.
+        models: what it answers when asked for its models; tests replace it.
     """
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fault, self.seen, self.lock = fault, [], threading.Lock()
         self.now = self.most = 0
+        self.models: Callable[[], Any] = lambda: {"data": [{"id": "the-teacher"}]}
 
     @property
     def url(self) -> str:
@@ -36,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "the-teacher"}]})
+        self._send(200, self.server.models())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from topd.preflight.finding import Finding
     from topd.preflight.setup import Setup
 
+EMBEDDED_RUN = {
+    "model_name_or_path": "embedded:student-standard", "teacher_model_name_or_path": "embedded:teacher",
+    "max_completion_length": "96", "window_length": "16", "learning_rate": "3e-4", "bf16": "false",
+}  # fmt: skip
+"""What is checked where nothing is named: whether this installation is whole."""
+
 ABOUT = "do student, teacher, data and machine fit? Every option of topd train may be given too"
 
 
 def check_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="topd check",
-        description=f"Before a run: {ABOUT}. Exit status: 0 ready, 1 warnings and --strict, 2 errors.",
+        description=f"Before a run: {ABOUT}. Without any: the embedded pair, to see whether the installation is whole. "
+        "Exit status: 0 ready, 1 warnings and --strict, 2 errors.",
     )
     parser.add_argument("--student", help="folder, Hub name, or embedded one; as --model_name_or_path of topd train")
     parser.add_argument("--teacher", help="the same; as --teacher_model_name_or_path")
@@ -39,6 +46,8 @@ def run_check(argv: Sequence[str]) -> int:
         raise TOPDError("--samples and --max-new-tokens must be at least 1.")
     for option, name in (("--model_name_or_path", own.student), ("--teacher_model_name_or_path", own.teacher)):
         others += [option, name] if name else []
+    if not others:
+        others = [f"--{option}={value}" for option, value in EMBEDDED_RUN.items()]
 
     from topd.preflight.checks import findings_on_models, quick_findings
     from topd.preflight.finding import worst

@@ -97,10 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write the HTML page of a run")
     report.add_argument(
-        "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, probe or correct wrote"
+        "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, eval, study, probe or correct wrote"
     )
     report.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more runs, on the same axes"
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more of them, on the same axes"
     )
     report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
     report.set_defaults(run=_report)
@@ -129,7 +129,8 @@ def _report(options: argparse.Namespace) -> None:
     for folder in (options.run_folder, *options.compare):
         if not folder.is_dir():
             raise TOPDError(
-                f"{folder}: there is no such folder. Give one that topd demo, train, probe or correct wrote."
+                f"{folder}: there is no such folder. Give one that topd demo, train, eval, study, probe or "
+                "correct wrote."
             )
     from topd.report.page import write_report
 

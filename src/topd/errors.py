@@ -31,8 +31,8 @@ class NonFiniteError(TOPDError, RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimizer moves."""
 
 
-class TeacherServerError(TOPDError, RuntimeError):
-    """The server that the teacher is on cannot be used, or has gone away."""
+class ServerError(TOPDError, RuntimeError):
+    """The server that a model is on cannot be used, or has gone away."""
 
 
 class RunInterrupted(KeyboardInterrupt):

@@ -126,10 +126,10 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
 
     model: dict[str, Any] = {"model": source, "engine": options.engine, "dtype": options.dtype}
     if options.server:
-        from topd.evaluation.server_engine import ServerEngine
+        from topd.evaluation.server_engine import LIMITS, ServerEngine
 
         return (
-            ServerEngine(options.server, source, options.concurrency),
+            ServerEngine(options.server, source, replace(LIMITS, concurrency=options.concurrency)),
             model | {"engine": "server", "dtype": None},
             True,
         )
@@ -164,6 +164,9 @@ def _compare(folders: list[Path], options: argparse.Namespace, console: Any) -> 
 
     console.print(comparison_tables(compare(evaluation_folders(folders), options.out, options.gain / 100)))
     console.print(f"{options.out / COMPARISON} holds the figures.", soft_wrap=True)
+    shown = [options.out] if set(folders) <= set(options.out.iterdir()) else folders
+    compared = f" --compare {' '.join(map(str, shown[1:]))}" if len(shown) > 1 else ""
+    console.print(f"As a page: topd report {shown[0]}{compared}", soft_wrap=True)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -12,7 +12,10 @@ from topd.errors import TOPDError
 def add_study(commands: Any) -> None:
     """The command's options."""
     study = commands.add_parser("study", help="arms x seeds from the same student: does guidance help?")
-    study.add_argument("--config", type=Path, required=True, help="YAML with arms and seeds, as in studies/")
+    what = study.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="YAML with arms and seeds, as in studies/")
+    what.add_argument("--show", type=Path, metavar="study.json", help="print the tables of a study that has been run")
+    study.add_argument("--against", default="opd", metavar="ARM", help="with --show: the arm to compare with (opd)")
     study.add_argument("--out", type=Path, help="folder; start again to go on (default: runs/NAME of the config)")
     study.add_argument("--seeds", type=int, help="only the first so many seeds")
     study.add_argument("--arms", nargs="+", help="only these arms (and opd)")
@@ -26,7 +29,11 @@ def run_study_command(options: argparse.Namespace) -> None:
 
     from topd.study.command import run_study
     from topd.study.config import REFERENCE, read_plan
+    from topd.study.tables import print_tables, read_study
 
+    if options.show:
+        print_tables(read_study(options.show), options.against)
+        return
     plan = read_plan(options.config)
     for name in ("seeds", "workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:

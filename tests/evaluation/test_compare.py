@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_evaluations import write_evaluation
 from rich.console import Console
 
 from topd.cli import main
@@ -16,24 +17,6 @@ from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, hol
 from topd.evaluation.compare import compare, evaluation_folders
 from topd.evaluation.results import read_results, summary, write_result
 from topd.evaluation.tables import comparison_tables, result_table
-
-
-def write_evaluation(folder: Path, benchmark: str, right: Any, **settings: Any) -> Path:
-    """A folder as `topd eval` leaves it: [problem, sample] right or wrong."""
-    folder.mkdir(parents=True, exist_ok=True)
-    problems = [{"id": f"{n:04d}", "answer": "7"} for n in range(len(right))]
-    told = {"model": str(folder), "rule": "math", "temperature": 0.6, "problems": problems, "versions": {}} | settings
-    (folder / f"{benchmark}.settings.json").write_text(json.dumps(told))
-    lines = [
-        {
-            "problem": problem["id"], "sample": sample, "text": r"\boxed{7}", "extracted": "7" if is_right else "8",
-            "right": bool(is_right), "parsed": True, "truncated": False, "tokens": 10,
-        }
-        for problem, row in zip(problems, right, strict=True)
-        for sample, is_right in enumerate(row)
-    ]  # fmt: skip
-    (folder / f"{benchmark}.samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def shown(what: Any, width: int = 80) -> str:

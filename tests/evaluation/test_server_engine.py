@@ -3,17 +3,22 @@
 import pytest
 from fake_openai import fake_server
 
-from topd.errors import TOPDError
+from topd import openai_server
+from topd.errors import ServerError
 from topd.evaluation.responses import Request, Sampling
 from topd.evaluation.server_engine import ServerEngine
+from topd.openai_server import Limits
 
 TEXT = [Request(n, f"prompt number {n}") for n in range(12)]
 
 
-def engine(server, **options):
-    waits = []
-    made = ServerEngine(server.url, "the-teacher", **({"concurrency": 3, "sleep": waits.append} | options))
-    return made, waits
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(openai_server, "FIRST_WAIT", 0.01)
+
+
+def engine(server, concurrency=3, patience=10):
+    return ServerEngine(server.url, "the-teacher", Limits(10, patience, concurrency))
 
 
 def respond(made, requests=TEXT, sampling=None):
@@ -22,7 +27,7 @@ def respond(made, requests=TEXT, sampling=None):
 
 def test_every_prompt_gets_its_own_response_with_few_requests_at_a_time():
     with fake_server() as server:
-        responses = respond(engine(server)[0])
+        responses = respond(engine(server))
     assert {n: response.text for n, response in responses.items()} == {
         request.number: f" echo {request.prompt}" for request in TEXT
     }
@@ -34,7 +39,7 @@ def test_every_prompt_gets_its_own_response_with_few_requests_at_a_time():
 def test_the_request_carries_the_settings_and_a_seed_of_its_own():
     sampling = Sampling(0.7, 0.9, 2, seed=5)
     with fake_server() as server:
-        responses = respond(engine(server)[0], TEXT[:2], sampling)
+        responses = respond(engine(server), TEXT[:2], sampling)
     assert all(response.truncated for response in responses.values())
     first, second = server.seen
     assert first["path"] == "/v1/completions"
@@ -47,7 +52,7 @@ def test_messages_go_through_the_server_s_chat_template():
     prompt = [{"role": "user", "content": "what is 2+3?"}]
     with fake_server() as server:
         responses = respond(
-            engine(server)[0], [Request(0, prompt)], Sampling(chat_template_kwargs={"enable_thinking": False})
+            engine(server), [Request(0, prompt)], Sampling(chat_template_kwargs={"enable_thinking": False})
         )
     assert responses[0].text == " echo what is 2+3?"
     assert server.seen[0]["path"] == "/v1/chat/completions"
@@ -55,39 +60,33 @@ def test_messages_go_through_the_server_s_chat_template():
 
 
 @pytest.mark.parametrize("status", [503, 429, 0])
-def test_what_may_pass_is_tried_again_with_longer_and_longer_waits(status):
+def test_what_may_pass_is_tried_again(status):
     with fake_server(lambda n: status if n <= 4 else None) as server:
-        made, waits = engine(server, concurrency=1)
-        responses = respond(made, TEXT[:2])
-    assert len(responses) == 2
-    assert len(waits) == 4
-    assert all(0.5 * 2**k / 2 <= wait <= 0.5 * 2**k for k, wait in enumerate(waits, 1))
+        assert len(respond(engine(server, concurrency=1), TEXT[:2])) == 2
+    assert len(server.seen) == 6
 
 
 def test_after_a_failure_what_is_under_way_is_kept_and_the_error_says_what_to_do():
     with fake_server(lambda n: 400 if n == 4 else None) as server:
-        made, waits = engine(server)
         arrived = []
-        batches = made.respond(TEXT, Sampling())
-        with pytest.raises(TOPDError, match=r"400.*too long.*run the same command again"):
+        batches = engine(server).respond(TEXT, Sampling())
+        with pytest.raises(ServerError, match=r"400.*too long.*run the same command again"):
             arrived.extend(each for batch in batches for each in batch)
     assert 3 <= len(arrived) < len(TEXT)
     assert len(arrived) == len(server.seen) - 1
-    assert not waits
 
 
-def test_a_server_that_stays_away_is_given_up():
-    with fake_server() as server:
-        url = server.url
-    waits = []
-    made = ServerEngine(url, "the-teacher", retries=3, sleep=waits.append)
-    with pytest.raises(TOPDError, match="failed"):
-        made.check(TEXT, Sampling())
-    assert len(waits) == 3
+def test_a_server_that_dies_is_given_up_and_what_came_before_is_kept():
+    with fake_server(lambda n: 503 if n > 4 else None) as server:
+        arrived = []
+        batches = engine(server, patience=0.2).respond(TEXT, Sampling())
+        with pytest.raises(ServerError, match=r"has not answered for 0.2 s .*run the same command again"):
+            arrived.extend(each for batch in batches for each in batch)
+    assert len(arrived) == 4
 
 
 def test_a_model_that_is_not_served_is_said():
     with fake_server() as server:
         ServerEngine(server.url + "/v1/", "the-teacher").check(TEXT, Sampling())
-        with pytest.raises(TOPDError, match="It serves: the-teacher"):
+        with pytest.raises(ServerError, match="It serves: the-teacher"):
             ServerEngine(server.url, "another").check(TEXT, Sampling())

@@ -7,12 +7,14 @@ import torch
 from near_future.fake_server import FakeServer, serving
 from tiny import TOKENIZER, prompts, tiny_config, tiny_model, tiny_trainer
 
-from topd.errors import ContextError, TeacherServerError, TokenizerMismatchError, TOPDError
-from topd.near_future import Limits, LocalModel, RemoteServer, RemoteTeacher, RemoteWindows, connect
-from topd.near_future import remote_server as module
+from topd import openai_server
+from topd.errors import ContextError, ServerError, TokenizerMismatchError, TOPDError
+from topd.near_future import LocalModel, RemoteTeacher, RemoteWindows, connect
 from topd.near_future.remote_teacher import unpack
 from topd.near_future.sampling import sample_rollouts
+from topd.openai_server import Limits, OpenAIServer
 from topd.training import TOPDTrainer
+from topd.training.teacher_server import teacher_server, teacher_windows
 
 EOS = TOKENIZER.eos_token_id
 TEACHER = tiny_model(1, width=96)
@@ -24,7 +26,7 @@ FAST = Limits(timeout=5, patience=5, concurrency=4)
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(openai_server, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def fake():
 
 
 def windows_of(fake: FakeServer, limits: Limits = FAST) -> RemoteWindows:
-    return RemoteWindows(RemoteServer(fake.url, limits), fake.name, [EOS])
+    return RemoteWindows(OpenAIServer(fake.url, limits), fake.name, [EOS])
 
 
 def expected(length: int = 6):
@@ -55,7 +57,7 @@ def test_windows_are_those_of_the_model_in_this_process(fake):
 
 def test_a_window_ends_with_eos_also_where_the_server_goes_on(fake):
     ending = int(expected().tokens[0, 2])
-    windows = RemoteWindows(RemoteServer(fake.url, FAST), fake.name, [ending])
+    windows = RemoteWindows(OpenAIServer(fake.url, FAST), fake.name, [ending])
     fake.complete = lambda body, original=fake.complete: original(body | {"stop_token_ids": []})  # type: ignore[method-assign]
     found = windows.continue_(PREFIXES, 6)
     check_windows(found, LocalModel(TEACHER, TOKENIZER.pad_token_id, [ending]).continue_(PREFIXES, 6))
@@ -63,7 +65,7 @@ def test_a_window_ends_with_eos_also_where_the_server_goes_on(fake):
 
 
 def test_no_prefixes_need_no_server():
-    windows = RemoteWindows(RemoteServer("http://127.0.0.1:9", FAST), "teacher", [EOS])
+    windows = RemoteWindows(OpenAIServer("http://127.0.0.1:9", FAST), "teacher", [EOS])
     assert windows.continue_([], 6).tokens.shape == (0, 6)
 
 
@@ -80,13 +82,15 @@ def test_requests_at_a_time_are_bounded(fake):
     assert fake.most_at_once == 2
 
 
-def test_a_dead_server_is_waited_for_and_then_given_up_with_the_remedy(fake, caplog):
+def test_a_dead_server_is_waited_for_and_then_given_up_with_the_remedy(tmp_path, fake, caplog):
+    options = tiny_config(tmp_path, teacher_window_server=fake.url, teacher_server_patience=0.3)
+    server = teacher_server(options, has_weights=False)
+    assert server is not None
+    windows = teacher_windows(server, options, TOKENIZER, [EOS])
     fake.faults = ["500"] * 1000
-    with pytest.raises(TeacherServerError, match=r"has not answered for 0.3 s .*resume_from_checkpoint"):
-        windows_of(fake, Limits(1, 0.3, 4)).continue_(PREFIXES, 6)
+    with pytest.raises(ServerError, match=r"teacher's server .*has not answered for 0.3 s .*resume_from_checkpoint"):
+        windows.continue_(PREFIXES, 6)
     assert "trying for" in caplog.text
-    with pytest.raises(TeacherServerError, match="ConnectError"):
-        RemoteServer("http://127.0.0.1:9", Limits(1, 0.1, 1)).get("/v1/models")
 
 
 def test_a_server_that_comes_back_is_used(fake):
@@ -98,26 +102,26 @@ def test_a_server_that_comes_back_is_used(fake):
 @pytest.mark.parametrize(("fault", "message"), [("400", "refuses /v1/completions: HTTP 400"), ("not json", "not JSON")])
 def test_what_repeating_cannot_mend_is_said_at_once(fake, fault, message):
     fake.faults = [fault]
-    with pytest.raises(TeacherServerError, match=message):
+    with pytest.raises(ServerError, match=message):
         windows_of(fake).continue_(PREFIXES[:1], 6)
     assert fake.requests == []
 
 
 def test_connecting_checks_name_tokenizer_and_token_ids(fake):
-    server = RemoteServer(fake.url, FAST)
+    server = OpenAIServer(fake.url, FAST)
     assert connect(server, TOKENIZER, [EOS]).model == "teacher"
     assert connect(server, TOKENIZER, [EOS], "teacher").context == 4096
-    with pytest.raises(TeacherServerError, match=r"does not serve 'other', but: teacher. .*teacher_server_model"):
+    with pytest.raises(ServerError, match=r"does not serve 'other', but: teacher. .*teacher_server_model"):
         connect(server, TOKENIZER, [EOS], "other")
     fake.text_only = True
-    with pytest.raises(TeacherServerError, match=r"returns text only.*vLLM"):
+    with pytest.raises(ServerError, match=r"returns text only.*vLLM"):
         connect(server, TOKENIZER, [EOS])
 
 
 def test_a_server_that_cuts_text_differently_is_refused(fake):
     fake.tokenizer = type("Reversed", (), {"encode": lambda self, text, **_: TOKENIZER.encode(text)[::-1]})()
     with pytest.raises(TokenizerMismatchError, match=r"do not share a tokenizer.*there and .* here"):
-        connect(RemoteServer(fake.url, FAST), TOKENIZER, [EOS])
+        connect(OpenAIServer(fake.url, FAST), TOKENIZER, [EOS])
 
 
 def test_a_server_that_changes_prompts_is_refused(fake):
@@ -130,7 +134,7 @@ def test_a_server_that_changes_prompts_is_refused(fake):
         return answer
 
     fake.complete = with_bos  # type: ignore[method-assign]
-    with pytest.raises(TeacherServerError, match=r"changes the prompts"):
+    with pytest.raises(ServerError, match=r"changes the prompts"):
         windows_of(fake).continue_(PREFIXES, 6)
 
 
@@ -217,7 +221,7 @@ def test_no_step_is_lost_when_the_server_is_given_up(tmp_path, fake):
         return original(body)
 
     fake.complete = dies_in_the_third_step  # type: ignore[method-assign]
-    with pytest.raises(TeacherServerError, match="has not answered"):
+    with pytest.raises(ServerError, match="has not answered"):
         run(tmp_path / "cut", teacher_server_patience=0.3, **options)
     checkpoint = max((tmp_path / "cut").glob("checkpoint-*"))
     done = int(checkpoint.name.removeprefix("checkpoint-"))

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from topd.demo.pair import pair_folder
 from topd.demo.task import make_problems
-from topd.errors import TeacherServerError
-from topd.near_future import Limits, LocalModel, RemoteServer, RemoteTeacher, connect
+from topd.errors import ServerError
+from topd.near_future import LocalModel, RemoteTeacher, connect
 from topd.near_future.remote_teacher import unpack
 from topd.near_future.sampling import sample_rollouts
+from topd.openai_server import Limits, OpenAIServer
 from topd.training import TOPDTrainer
 
 PYTHON = os.environ.get("TOPD_VLLM_PYTHON")
@@ -28,7 +29,7 @@ STUDENT, TEACHER = str(pair_folder("student-standard")), str(pair_folder("teache
 
 @pytest.fixture(scope="module")
 def server():
-    """vLLM with the embedded teacher; it takes half a minute to come up, which the client waits for."""
+    """vLLM with the embedded teacher; it takes half a minute to come up, which a first client waits for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,6 +48,9 @@ def server():
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(command, env=environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topd.openai_server.FIRST_CONTACT", 300.0)
+        OpenAIServer(f"http://127.0.0.1:{port}").models()
     yield process, f"http://127.0.0.1:{port}"
     process.terminate()
     process.wait(30)
@@ -58,7 +62,7 @@ def test_vllm_continues_and_scores_as_the_model_in_this_process(server):
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for name in (STUDENT, TEACHER)
     )
-    windows = connect(RemoteServer(server[1], Limits(60, 300, 8)), tokenizer, [tokenizer.eos_token_id])
+    windows = connect(OpenAIServer(server[1], Limits(60, 300, 8)), tokenizer, [tokenizer.eos_token_id])
     assert (windows.model, windows.context) == ("teacher", 256)
     problems = [problem.prompt for problem in make_problems(16, 0, held_out=True)]
     rollouts = sample_rollouts(student, tokenizer, problems, max_new_tokens=80)
@@ -98,8 +102,8 @@ def test_training_with_vllm_is_training_with_the_local_teacher(tmp_path: Path, s
 
 def test_a_server_that_dies_is_given_up(server):
     process, url = server
-    windows = connect(RemoteServer(url, Limits(10, 2, 4)), AutoTokenizer.from_pretrained(STUDENT), [1])
+    windows = connect(OpenAIServer(url, Limits(10, 2, 4)), AutoTokenizer.from_pretrained(STUDENT), [1])
     process.terminate()
     process.wait(30)
-    with pytest.raises(TeacherServerError, match="has not answered for 2 s"):
+    with pytest.raises(ServerError, match="has not answered for 2 s"):
         windows.continue_([torch.tensor([3, 4, 5])], 5)

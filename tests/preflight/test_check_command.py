@@ -31,6 +31,13 @@ def test_ready(capsys):
     assert "what to do" in out
 
 
+def test_without_any_option_the_embedded_pair_shows_that_the_installation_is_whole(capsys):
+    assert main(["check", "--samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("embedded:student-standard from embedded:teacher")
+    assert out.rstrip().endswith("Ready: 14 checks, nothing found.")
+
+
 def test_a_pair_and_nothing_else(capsys):
     """Defaults as in `topd train`: 512 new tokens are too many for models with a context of 256."""
     assert main(["check", *PAIR, "--quick", "--json"]) == 2
@@ -71,7 +78,7 @@ def message(capsys, *arguments):
 
 
 def test_mistakes_end_in_a_message(capsys, tmp_path):
-    assert "Name the student and the teacher" in message(capsys, "check")
+    assert "Name the student and the teacher" in message(capsys, "check", "--window_length", "16")
     assert "--window_length" in message(capsys, "check", *PAIR, "--windw_length", "3")
     assert "Cannot load the tokenizer" in message(capsys, "check", "--student", str(tmp_path), *PAIR[2:])
     assert "no such file" in message(capsys, "check", *PAIR, "--data", "nothing.jsonl")

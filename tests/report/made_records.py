@@ -160,3 +160,36 @@ def write_correct(folder: Path, *, forks: int = 3, tokens: list[str] | None = No
               "run": {"options": {"steps": 5}}}  # fmt: skip
     (folder / "correct.json").write_text(json.dumps(result))
     return folder
+
+
+def write_study(folder: Path, names: list[str], *, seeds: int = 2, points: int = 4, **other: Any) -> Path:
+    """What `topd study` writes: OPD and arms that differ from it more and more, tuned over two learning rates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arms: dict[str, Any] = {}
+    for place, name in enumerate(["opd", *names]):
+        mean = 0.5 - 0.02 * place
+        interval = {"mean": mean, "low": mean - 0.03, "high": mean + 0.03}
+        beside = {"mean": mean - 0.5, "low": mean - 0.53, "high": mean - 0.48, "p": 0.02, "p_holm": 0.04,
+                  "seeds": list(range(seeds)), "ahead": 1}  # fmt: skip
+        found = {"seeds": list(range(seeds)), "accuracy": interval} | ({"beside_opd": beside} if place else {})
+        arms[name] = {
+            "greedy": found,
+            "sampled": found,
+            "right": {str(seed): {"greedy": "0110", "sampled": "1100"} for seed in range(seeds)},
+            "curve": {
+                str(seed): [
+                    {"step": 6 * n, "tokens": 90_000 * n, "seconds": (2.0 + place) * n,
+                     "accuracy": 0.3 + (mean - 0.3) * n / (points - 1) + 0.02 * seed}
+                    for n in range(points)
+                ]
+                for seed in range(seeds)
+            },
+            "seconds_training": {str(seed): 20.0 + 10 * place + seed for seed in range(seeds)},
+            "steps": dict.fromkeys(map(str, range(seeds)), 30),
+        }  # fmt: skip
+    rates = [{"learning_rate": 0.0001, "guidance_weight": 0.1}, {"learning_rate": 0.0003, "guidance_weight": 0.1}]
+    tuning = {name: [{"choice": choice, "accuracy": 0.4 + 0.1 * n} for n, choice in enumerate(rates)] for name in arms}
+    plan = {"student": "small", "teacher": "big", "steps": 30, "held_out": 1000}
+    result = {"version": 2, "plan": plan, "tuning": tuning, "tuned": dict.fromkeys(arms, rates[1]), "arms": arms}
+    (folder / "study.json").write_text(json.dumps(result | other))
+    return folder

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_records import HOSTILE, candidate, record, write_arm, write_correct, write_probe, write_results
+from made_evaluations import write_evaluation
+from made_records import HOSTILE, candidate, record, write_arm, write_correct, write_probe, write_results, write_study
 
 from topd.report import write_report
 
@@ -42,7 +43,10 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_arm(run / "topd", [*records, record(9, prompt=HOSTILE[1], rollout=spoken, candidates=[hostile])], logged=5)
     write_probe(run / "probe", tokens=HOSTILE)
     write_correct(run / "correct", tokens=HOSTILE)
-    return write_report(run)
+    write_study(run, ["topd", HOSTILE[0]])
+    compared = [write_evaluation(tmp_path_factory.mktemp("eval") / label, HOSTILE[0].replace("/", ""), answers)
+                for label, answers in (("one", [[1, 0]] * 8), ("two", [[1, 1]] * 8))]  # fmt: skip
+    return write_report(run, compare=compared)
 
 
 class Opened:

@@ -6,13 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from made_records import HOSTILE, candidate, record, write_arm, write_correct, write_probe, write_results
+from read_page import Page, assert_harmless, page_of
 
 from topd.cli import main
 from topd.report import ReportError, write_report
@@ -39,74 +39,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(demo: Path) -> Page:
     return page_of(demo)
-
-
-class Page(HTMLParser):
-    """The page as a browser would build it: elements with attributes, and the text of each kind of element."""
-
-    INLINE = ("span", "b", "i", "a", "sup", "sub", "code", "strong", "em", "cite", "title", "text")
-    VOID = ("meta", "link", "input", "br", "hr", "img")
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.source = path.read_text(encoding="utf-8")
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(self.source)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.INLINE:
-            self.texts.append(("", " "))
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    @property
-    def text(self) -> str:
-        """All that a reader sees; script and style are not text."""
-        return " ".join("".join(text for tag, text in self.texts if tag not in ("script", "style")).split())
-
-    def all(self, tag: str, class_: str = "") -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.elements if name == tag and class_ in (attrs.get("class") or "")]
-
-
-def page_of(run: Path) -> Page:
-    page = Page(write_report(run))
-    assert not page.open, "every element is closed"
-    return page
-
-
-def assert_harmless(page: Page) -> None:
-    script = (Path(sys.modules["topd.report.page"].__file__ or "").parent / "script.js").read_text(encoding="utf-8")
-    data, code = [text for tag, text in page.texts if tag == "script"]
-    assert code == script
-    assert page.all("script") == [{"type": "application/json", "id": "futures"}, {}]
-    json.loads(data)
-    assert not set("<>&") & set(data), "nothing in the data can end its element"
-    for tag, attrs in page.elements:
-        assert tag not in ("img", "iframe", "object", "embed", "base", "audio", "video", "source")
-        for name, value in attrs.items():
-            assert not name.startswith("on"), f"<{tag} {name}>"
-            if name in ("href", "src", "xlink:href", "action", "poster", "srcset", "data"):
-                assert (value or "").startswith("#") or value == "data:,", f"<{tag} {name}={value}>"
-            assert "url(" not in (value or "") or "url(#" in (value or "")
-    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", "".join(text for tag, text in page.texts if tag == "style"))
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert len(ids) == len(set(ids)), "ids are unique"
-    fragments = {attrs["href"][1:] for _, attrs in page.elements if (attrs.get("href") or "").startswith("#")}
-    assert fragments <= set(ids), "links lead somewhere"
 
 
 # --- the whole page --------------------------------------------------------------------------------------------------
@@ -523,26 +455,6 @@ def test_newer_and_broken_analyses(tmp_path: Path) -> None:
     (probe / "probe.json").write_text('{"version": 2}')
     with pytest.raises(ReportError, match=r"probe\.json has record version 2"):
         write_report(probe)
-
-
-def test_a_study_is_shown_with_its_curves(tmp_path: Path) -> None:
-    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    beside = {"mean": -0.02, "low": -0.05, "high": 0.01, "p": 0.02, "p_holm": 0.04, "seeds": [0, 1], "ahead": 1}
-    curve = {seed: [{"step": 0, "tokens": 0, "seconds": 0, "accuracy": 0.3}, {"step": 5, "tokens": 90, "seconds": 7.0,
-             "accuracy": 0.5 + 0.1 * int(seed)}] for seed in "01"}  # fmt: skip
-    arm = {"greedy": {"seeds": [0, 1], "accuracy": interval}, "sampled": {}, "curve": curve}
-    arms = {"opd": arm, HOSTILE[0]: arm | {"greedy": {"accuracy": interval, "beside_opd": beside}}}
-    plan = {"student": "small", "teacher": "big", "steps": 5, "held_out": 1000}
-    (tmp_path / "study.json").write_text(
-        json.dumps({"version": 1, "plan": plan, "tuned": {"opd": {"learning_rate": 0.1}}, "arms": arms})
-    )
-    page = page_of(tmp_path)
-    assert_harmless(page)
-    for expected in ("50.0 (40.0 to 60.0)", "−2.0 (−5.0 to +1.0)", "0.04", "1 of 2", "2 seeds", "learning_rate 0.1"):
-        assert expected in page.text, expected
-    labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
-    assert len(labels) == 3
-    assert "opd 0.3 to 0.55" in labels[0]
 
 
 # --- the case study --------------------------------------------------------------------------------------------------

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.cli import main
 from topd.errors import TOPDError
 from topd.study import command
 from topd.study.config import plan_of, read_plan
-from topd.study.run import known_record, problems, run_job, settings_of
-from topd.study.summary import crossed_interval, sign_flip_p, summarise
+from topd.study.run import known_record, run_job, settings_of
+from topd.study.summary import answers, crossed_interval, sign_flip_p, summarise
+from topd.study.tables import study_rows
+from topd.study.tasks import task_of
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -33,17 +35,31 @@ def plan(**other):
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(STUDIES.glob("embedded*.yaml")), ids=lambda file: file.stem)
-def test_the_studies_that_ship_are_whole(file):
-    found = read_plan(file)
+CORE = {"opd", "topd", "own tokens", "teacher's contexts, reverse KL", "opd, topd's time"}
+
+
+def test_the_study_that_ships_is_whole():
+    found = read_plan(STUDIES / "embedded.yaml")
     names = {arm.name for arm in found.arms}
-    assert names >= {
-        "opd", "low-D_OT capped", "high-D_OT capped", "random capped", "topd", "topd, rollout windows", "own tokens",
-        "same index", "random candidates", "false alarms", "teacher's contexts, reverse KL",
-        "teacher's contexts, cross-entropy", "opd, topd's time",
+    assert names >= CORE | {
+        "low-D_OT capped", "high-D_OT capped", "random capped", "topd, rollout windows", "same index",
+        "random candidates", "false alarms", "teacher's contexts, cross-entropy",
     }  # fmt: skip
     assert len(found.seeds) >= 10
     assert found.held_out >= 1000
+
+
+@pytest.mark.parametrize("student", ["stubborn", "wording"])
+def test_the_studies_of_other_students_have_the_core_arms(student):
+    found = read_plan(STUDIES / f"embedded-{student}.yaml")
+    assert found.student == f"embedded:student-{student}"
+    assert {arm.name for arm in found.arms} >= CORE
+    assert found.held_out >= 1000
+
+
+def test_the_study_of_a_real_pair_is_whole():
+    found = read_plan(STUDIES / "real-pair.yaml")
+    assert (found.benchmark, found.sampling["max_new_tokens"]) == ("math500", 2048)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +75,11 @@ def test_the_studies_that_ship_are_whole(file):
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"seeds": 3}, "different whole numbers"),
         ({"optons": {}}, "unknown: optons"),
+        ({"benchmark": "math500"}, "goes with `data`"),
+        ({"data": "p.jsonl"}, "needs `benchmark`"),
+        ({"data": "p.jsonl", "benchmark": "b", "arms": {"opd": {"choices": [{}]}}}, "`tune_benchmark` must name"),
+        ({"data": "p.jsonl", "benchmark": "b", "rule": "maths"}, "rule must be"),
+        ({"data": "p.jsonl", "benchmark": "b", "sampling": {"temp": 1}}, "'temp' is unknown"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(other, says):
@@ -95,15 +116,34 @@ def test_the_sign_test_is_exact():
     assert sign_flip_p(many) == pytest.approx(wilcoxon(many).pvalue, abs=0.1)
 
 
-def test_the_interval_covers_the_mean_of_seeds_and_problems():
-    """Differences made of a seed's, a problem's and their own part: it holds the mean as often as it says."""
+def coverage(studies, seeds, *, of_seeds, of_problems, of_rest, problems=150):
+    """How often the interval holds the mean of differences made of a seed's, a problem's and their own part."""
     rng = np.random.default_rng(1)
     hits = 0
-    for trial in range(200):
-        table = 0.2 + rng.normal(0, 0.1, (10, 1)) + rng.normal(0, 0.5, (1, 80)) + rng.normal(0, 1.0, (10, 80))
-        low, high = crossed_interval(table, seed=trial, samples=400)
+    for _ in range(studies):
+        parts = [(of_seeds, (seeds, 1)), (of_problems, (1, problems)), (of_rest, (seeds, problems))]
+        low, high = crossed_interval(0.2 + sum(rng.normal(0, spread, shape) for spread, shape in parts))
         hits += low <= 0.2 <= high
-    assert 0.88 <= hits / 200 <= 0.99
+    return hits / studies
+
+
+def test_the_interval_covers_the_mean_of_seeds_and_problems():
+    assert 0.91 <= coverage(400, 10, of_seeds=0.02, of_problems=0.1, of_rest=0.3) <= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize(("of_seeds", "of_problems"), [(0.02, 0.1), (0.01, 0.05), (0.05, 0.0), (0.0, 0.3), (0.0, 0.0)])
+def test_coverage_of_the_interval_in_2000_studies(seeds, of_seeds, of_problems):
+    found = coverage(2000, seeds, of_seeds=of_seeds, of_problems=of_problems, of_rest=0.3)
+    print(f"{seeds} seeds, spread of seeds {of_seeds}, of problems {of_problems}: {found:.1%}")
+    assert 0.93 <= found <= (0.975 if of_seeds or of_problems else 0.99)
+
+
+def test_the_interval_of_one_seed_is_students():
+    table = np.array([[0.0, 1.0, 1.0, 0.0, 1.0]])
+    assert crossed_interval(table) == pytest.approx(ttest_1samp(table[0], 0).confidence_interval(0.95))
+    assert crossed_interval(np.ones((1, 4))) == crossed_interval(np.ones((3, 4))) == (1.0, 1.0)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -111,7 +151,8 @@ def test_the_interval_covers_the_mean_of_seeds_and_problems():
 
 def test_tuning_problems_are_none_of_the_held_out_ones():
     some = replace(plan(), held_out=300, tune_problems=200)
-    final, tuning = ({p.prompt for p in problems(some, held_out)} for held_out in (True, False))
+    task = task_of(some)
+    final, tuning = ({problem.prompt for problem in found} for found in (task.held_out(), task.tuning()))
     assert (len(final), len(tuning)) == (300, 200)
     assert not final & tuning
 
@@ -130,6 +171,89 @@ def test_a_run_keeps_every_answer_and_is_known_afterwards(tmp_path):
     assert known_record(some, replace(job, options={})) is None
     job.file.write_text('{"torn')
     assert known_record(some, job) is None
+
+
+# --- data of the user's ----------------------------------------------------------------------------------------------
+
+
+def files_of(task, folder):
+    """The embedded task's problems, as a user's files."""
+    asked = {
+        "train": task.prompts(8, seed=3),
+        "held_out": [{"prompt": problem.prompt, "answer": problem.answer} for problem in task.held_out()],
+        "tuning": [{"prompt": problem.prompt, "answer": problem.answer} for problem in task.tuning()],
+    }
+    for name, rows in asked.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "data": str(folder / "train.jsonl"),
+        "benchmark": f"embedded={folder / 'held_out.jsonl'}",
+        "tune_benchmark": f"embedded={folder / 'tuning.jsonl'}",
+    }
+
+
+def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):
+    embedded = plan(held_out=40)
+    own = plan(held_out=40, **files_of(task_of(embedded), tmp_path))
+    job = command._final(own, own.arms[0], 0, {}, tmp_path)
+    record = run_job(own, job)
+    assert len(record["right"]["sampled"]) == 40
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2, 3, 4]
+    assert known_record(own, job) == record
+    assert known_record(embedded, job) is None
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from topd.demo.pair import resolve_model
+
+    folder = resolve_model(own.student)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tasks = [task_of(each) for each in (own, embedded)]
+    answers = [task.right(model, tokenizer, task.held_out(), sampled=False) for task in tasks]
+    assert answers[0] == answers[1]
+    assert 0 < sum(answers[0]) < 40
+
+
+def test_each_seed_has_another_order_of_all_own_prompts(tmp_path):
+    task = task_of(plan(**files_of(task_of(plan()), tmp_path)))
+    rows = [row["prompt"] for row in task.rows]
+    first, second = ([row["prompt"] for row in task.prompts(8, seed)] for seed in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(rows)
+    assert len(task.prompts(11, 0)) == 11
+
+
+@pytest.mark.parametrize(("name", "says"), [("train", "problems of the benchmarks"), ("tuning", "held out too")])
+def test_problems_that_are_in_two_places_are_refused(tmp_path, name, says):
+    files = files_of(task_of(plan()), tmp_path)
+    held_out = (tmp_path / "held_out.jsonl").read_text().splitlines()[0]
+    with (tmp_path / f"{name}.jsonl").open("a") as file:
+        file.write(held_out + "\n")
+    with pytest.raises(TOPDError, match=f"1 prompts of .*{says}"):
+        task_of(plan(**files | {"data": files["data"]}) if name == "train" else plan(tune_problems=99, **files))
+
+
+def test_the_instruction_of_a_benchmark_does_not_hide_a_problem_that_is_trained_on(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": [{"role": "user", "content": "What is 1+1?"}]}\n')
+    (tmp_path / "asked.jsonl").write_text('{"problem": "What is 1+1?", "answer": "2"}\n')
+    with pytest.raises(TOPDError, match="such as 'What is 1"):
+        task_of(plan(data=str(tmp_path / "train.jsonl"), benchmark=str(tmp_path / "asked.jsonl")))
+
+
+def test_every_worker_takes_a_gpu_of_its_own(monkeypatch):
+    from multiprocessing import get_context
+
+    free = get_context("spawn").SimpleQueue()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    command._take_gpu(free)
+    assert "CUDA_VISIBLE_DEVICES" not in command.os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert command._gpus() == ["3", "5"]
+    for gpu in command._gpus():
+        free.put(gpu)
+    for gpu in ("3", "5"):
+        command._take_gpu(free)
+        assert command.os.environ["CUDA_VISIBLE_DEVICES"] == gpu
 
 
 @pytest.fixture
@@ -163,11 +287,37 @@ ARMS = {
 def test_each_arm_is_tuned_runs_with_its_best_and_gets_the_time_it_should(runs, tmp_path):
     result = command.run_study(plan(arms=ARMS), tmp_path)
     assert result["tuned"] == {"opd": {"learning_rate": 0.5}, "topd": {"learning_rate": 0.9}}
+    assert result["tuning"]["topd"] == [
+        {"choice": {"learning_rate": 0.9}, "accuracy": pytest.approx(5 / 6)},
+        {"choice": {"learning_rate": 0.4}, "accuracy": pytest.approx(2 / 6)},
+    ]
+    assert "longer" not in result["tuning"]
     assert [run[2] for run in runs].count(False) == 4
     assert ("longer", 0, True, 6) in runs  # 4 steps x 3 s / 2 s
     assert result["arms"]["topd"]["greedy"]["beside_opd"]["mean"] == pytest.approx(2 / 6)
     assert result["arms"]["longer"]["greedy"]["beside_opd"]["mean"] == 0.0  # with opd's learning rate
-    assert json.loads((tmp_path / "study.json").read_text())["arms"] == result["arms"]
+    assert result["arms"]["topd"]["right"] == {seed: dict.fromkeys(("sampled", "greedy"), "111110") for seed in "01"}
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert (written["version"], written["arms"], written["tuning"]) == (2, result["arms"], result["tuning"])
+
+
+def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):
+    result = command.run_study(plan(arms=ARMS), tmp_path)
+    file = tmp_path / "study.json"
+    assert answers(result, "greedy")["topd"][1] == [1, 1, 1, 1, 1, 0]
+    rows = {row[0]: row for row in study_rows(result, "greedy", "topd")}
+    assert rows["opd"][2:5] == ["-33.3 (-87.5 to +20.9)", "1", "0/2"]
+    assert rows["topd"][2:5] == ["", "", "2 seeds"]
+    capsys.readouterr()
+    assert main(["study", "--show", str(file), "--against", "topd"]) == 0
+    shown = capsys.readouterr().out
+    assert "minus topd" in shown
+    assert "-33.3 (-87.5 to +20.9)" in shown
+    assert main(["study", "--show", str(file), "--against", "tpd"]) == 2
+    assert "no arm 'tpd'" in capsys.readouterr().err
+    file.write_text('{"version": 1, "arms": {}}')
+    assert main(["study", "--show", str(file)]) == 2
+    assert "no study.json of version 2" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):

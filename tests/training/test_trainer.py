@@ -84,7 +84,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
     assert all(f"`{name}`" in text for name in (*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES)))
 
 
-def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path):
+def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path, capsys):
     trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS) + 2, max_overhead=1e-6, candidate_count=6)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -94,6 +94,9 @@ def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path):
     assert candidates[3] <= 3
     assert candidates[len(ROUNDS) :] == [1.0, 1.0]  # the tightest budget leaves one
     assert steps[-1]["budget/predicted_overhead"] > 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("topd: max_overhead")]
+    assert len(told) == 1
+    assert "cannot be met: even one candidate a rollout is predicted to cost" in told[0]
 
 
 def test_metrics_say_what_the_audit_records_say(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm
 from topd.evaluation.power import power_of
-from topd.evaluation.results import Results, read_results
+from topd.evaluation.results import Results, benchmarks_in, read_results
+from topd.paper import MEAN
 
 COMPARISON = "comparison.json"
-MEAN = "mean"
-"""The column of the mean over benchmarks."""
 PAPER_GAIN = 0.044
 """TOPD over OPD in the paper's Table 1: 52.2 - 47.8 points, 4 of 90 problems."""
 
@@ -24,12 +23,16 @@ def evaluation_folders(given: Sequence[Path]) -> list[Path]:
     """The models' folders among and in the given ones."""
     found: list[Path] = []
     for folder in given:
-        inside = [folder] if list(folder.glob("*.settings.json")) else []
-        inside = inside or sorted(child for child in folder.glob("*") if list(child.glob("*.settings.json")))
+        inside = evaluations_in(folder)
         if not inside:
             raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
         found += [each for each in inside if each not in found]
     return found
+
+
+def evaluations_in(folder: Path) -> list[Path]:
+    """The folder itself if it is a model's, else the models' folders in it."""
+    return [folder] if benchmarks_in(folder) else sorted(child for child in folder.glob("*") if benchmarks_in(child))
 
 
 def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dict[str, Any]:
@@ -43,7 +46,22 @@ def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dic
     Raises:
         TOPDError: two folders have the same label, or other problems under the same name.
     """
-    models = labelled(folders)
+    told = comparison(dict(zip(labels(folders), map(read_results, folders), strict=True)), gain)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / COMPARISON).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return told
+
+
+def comparison(models: Mapping[str, dict[str, Results]], gain: float = PAPER_GAIN) -> dict[str, Any]:
+    """Each model's accuracy by benchmark and their mean, and each beside the first.
+
+    Args:
+        models: by label, what `read_results` found.
+        gain: for the power of each comparison, in units of accuracy.
+
+    Raises:
+        TOPDError: other problems under the same name.
+    """
     columns = list(dict.fromkeys(name for results in models.values() for name in results))
     rows = {label: _row(results, columns) for label, results in models.items()}
     first, *others = models
@@ -54,26 +72,23 @@ def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dic
     ]
     for comparison, adjusted in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
         comparison["p_holm"] = adjusted
-    told = {
+    return {
         "version": 1, "columns": columns, "models": rows, "first": first, "comparisons": comparisons,
         "notes": [note for other in others for note in _other_settings(models[first], models[other], first, other)],
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / COMPARISON).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return told
 
 
-def labelled(folders: Sequence[Path]) -> dict[str, dict[str, Results]]:
-    """Results by the folder's name, with the parent's where two are the same."""
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Each folder's name, with the parent's where two are the same."""
     names = [folder.resolve().name for folder in folders]
-    labels = [
+    found = [
         name if names.count(name) == 1 else f"{folder.resolve().parent.name}/{name}"
         for name, folder in zip(names, folders, strict=True)
     ]
-    twice = [label for label in labels if labels.count(label) > 1]
+    twice = [label for label in found if found.count(label) > 1]
     if twice:
         raise TOPDError(f"More than one folder is called {twice[0]}. Rename one: the table needs to tell them apart.")
-    return {label: read_results(folder) for label, folder in zip(labels, folders, strict=True)}
+    return found
 
 
 def _row(results: dict[str, Results], columns: list[str]) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class Engine(Protocol):
         ...
 
 
+def as_chat(prompt: Any, chat: bool) -> Any:
+    """With `chat`, text as the user's turn; messages as they are."""
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+
+
 def prompt_ids(prompt: Any, tokenizer: Any, sampling: Sampling) -> list[int]:
     """Token ids: messages go through the chat template, text is taken as it is.
 

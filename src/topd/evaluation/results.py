@@ -11,13 +11,12 @@ import numpy as np
 
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_interval, majority_value, pass_at_k, sampling_error
-from topd.evaluation.benchmarks import BENCHMARKS
-from topd.evaluation.run import samples_file, settings_file
 from topd.evaluation.statistics import Floats
+from topd.paper import TABLE_1
 from topd.resumable import lines_of
 
 RESULT = "eval.json"
-_SETTINGS = ".settings.json"
+SETTINGS, SAMPLES = ".settings.json", ".samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,29 @@ class Results:
         return [problem["id"] for problem in self.settings["problems"]]
 
 
+def benchmarks_in(folder: Path) -> list[str]:
+    """Names of the benchmarks of which a model's folder has samples."""
+    names = (file.name.removesuffix(SAMPLES) for file in folder.glob(f"*{SAMPLES}"))
+    return sorted(name for name in names if (folder / f"{name}{SETTINGS}").is_file())
+
+
 def read_results(folder: Path) -> dict[str, Results]:
-    """Benchmark -> results: the known ones first, in the order of their table.
+    """Benchmark -> results: the paper's first, in its order.
 
     Raises:
         TOPDError: the folder has no samples, or those of a benchmark are too few to give each problem one.
     """
-    found = sorted(file.name.removesuffix(_SETTINGS) for file in folder.glob(f"*{_SETTINGS}"))
+    found = benchmarks_in(folder)
     if not found:
         raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
-    known = [name for name in BENCHMARKS if name in found]
-    return {name: _read(folder, name) for name in [*known, *(name for name in found if name not in known)]}
+    papers = [name for name in TABLE_1["+ OPD"] if name in found]
+    return {name: _read(folder, name) for name in [*papers, *(name for name in found if name not in papers)]}
 
 
 def _read(folder: Path, name: str) -> Results:
-    settings = json.loads(settings_file(folder, name).read_text(encoding="utf-8"))
+    settings = json.loads((folder / f"{name}{SETTINGS}").read_text(encoding="utf-8"))
     by_problem: dict[str, dict[int, Any]] = {problem["id"]: {} for problem in settings["problems"]}
-    file = samples_file(folder, name)
+    file = folder / f"{name}{SAMPLES}"
     for line in lines_of(file):
         try:
             record = json.loads(line)

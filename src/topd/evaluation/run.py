@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
 from topd.evaluation.equivalence import check_installed
-from topd.evaluation.responses import Engine, Request, Response, Sampling
+from topd.evaluation.responses import Engine, Request, Response, Sampling, as_chat
+from topd.evaluation.results import SAMPLES, SETTINGS
 from topd.resumable import earlier_records, write_options
 from topd.version import __version__
 
@@ -56,11 +57,11 @@ def versions() -> dict[str, str]:
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}.samples.jsonl"
+    return folder / f"{benchmark}{SAMPLES}"
 
 
 def settings_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}.settings.json"
+    return folder / f"{benchmark}{SETTINGS}"
 
 
 def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, console: Console) -> None:
@@ -72,7 +73,7 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     name, problems = run.problem_set.name, run.problem_set.problems
     file = samples_file(folder, name)
     requests = [
-        Request(sample * SAMPLE_STRIDE + place, _prompt(problem.prompt, run.chat))
+        Request(sample * SAMPLE_STRIDE + place, as_chat(problem.prompt, run.chat))
         for sample in range(samples)
         for place, problem in enumerate(problems)
     ]
@@ -99,10 +100,6 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
         for batch in _with_progress(run, engine, missing, len(requests), console):
             lines.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch))
             lines.flush()
-
-
-def _prompt(prompt: Any, chat: bool) -> Any:
-    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
 
 
 def _with_progress(

@@ -9,15 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from topd.evaluation.compare import MEAN
-
-PAPER = {
-    "Qwen3-4B, warm start": {"aime24": 46.7, "aime25": 40.0, "hmmt25": 30.0, MEAN: 38.9},
-    "+ OPD": {"aime24": 60.0, "aime25": 46.7, "hmmt25": 36.7, MEAN: 47.8},
-    "+ TOPD": {"aime24": 63.3, "aime25": 53.3, "hmmt25": 40.0, MEAN: 52.2},
-}
-"""The paper's Table 1: points, 30 problems each, pass@1 averaged over five runs, no intervals given."""
-
+from topd.paper import MEAN, TABLE_1
 
 LEGEND = (
     "±: what another draw of samples on these problems would change (standard error). cut: responses that the length "
@@ -60,7 +52,7 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
         cells = (f"{100 * row[name]['mean']:.1f}\n{_interval(row[name])}" if name in row else "" for name in columns)
         table.add_row(label, *cells)
     parts: list[Any] = ["", "[bold]% right, 95 % intervals over problems[/bold]", table]
-    if set(columns) & (PAPER["+ OPD"].keys() - {MEAN}):
+    if set(columns) & (TABLE_1["+ OPD"].keys() - {MEAN}):
         parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", _paper_table(columns)]
     if comparison["comparisons"]:
         first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
@@ -71,8 +63,8 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
 
 def _paper_table(columns: list[str]) -> Table:
     table = _table()
-    _add_columns(table, [name for name in columns if name in PAPER["+ OPD"]])
-    for label, row in PAPER.items():
+    _add_columns(table, [name for name in columns if name in TABLE_1["+ OPD"]])
+    for label, row in TABLE_1.items():
         table.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
     return table
 

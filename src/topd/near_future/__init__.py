@@ -4,9 +4,8 @@ from topd.near_future.branches import Branches, hidden_with_branches
 from topd.near_future.distilled_model import DistilledModel, fixed
 from topd.near_future.local_model import LocalModel
 from topd.near_future.matching import near_future_transport
-from topd.near_future.remote_server import Limits, RemoteServer
 from topd.near_future.remote_teacher import RemoteTeacher
-from topd.near_future.remote_windows import RemoteWindows, connect
+from topd.near_future.remote_windows import RemoteWindows, connect, served_as
 from topd.near_future.routed_teacher import RoutedTeacher
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
@@ -17,10 +16,8 @@ __all__ = [
     "Branches",
     "ContinuesPrefixes",
     "DistilledModel",
-    "Limits",
     "LocalModel",
     "Reading",
-    "RemoteServer",
     "RemoteTeacher",
     "RemoteWindows",
     "Rollouts",
@@ -31,5 +28,6 @@ __all__ = [
     "hidden_with_branches",
     "near_future_transport",
     "rollout_windows",
+    "served_as",
     "supports_branches",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.algorithm import KnownTokens
-from topd.errors import TeacherServerError, TOPDError
+from topd.errors import ServerError, TOPDError
 from topd.near_future.remote_windows import RemoteWindows
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.windows import Rollouts, Windows
@@ -41,7 +41,7 @@ class RemoteTeacher:
         """[rollout, position, 2, known + 1] `KnownTokens` of each response token, packed; nothing where it is masked.
 
         Raises:
-            TeacherServerError: see `RemoteServer.post`; or the server gives no log-probabilities of prompts.
+            ServerError: see `OpenAIServer.post`; or the server gives no log-probabilities of prompts.
         """
         real = rollouts.response_mask.bool()
         prompts = [rollouts.prefix(row, int(real[row].sum())).tolist() for row in range(len(rollouts))]
@@ -70,7 +70,7 @@ class RemoteTeacher:
         """(token, log-probability) at each response position, the sampled token first."""
         given = answer["choices"][0].get("prompt_logprobs")
         if given is None or len(given) != len(prompt):
-            raise TeacherServerError(
+            raise ServerError(
                 f"The teacher's server at {self.windows.server.url} gives no log-probabilities of the prompt's tokens. "
                 "Token losses from a server need vLLM (prompt_logprobs); or give the teacher's weights as well."
             )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topd.errors import TeacherServerError, TokenizerMismatchError
-from topd.near_future.remote_server import RemoteServer
+from topd.errors import ServerError, TokenizerMismatchError
 from topd.near_future.shared_prefix import until_eos
 from topd.near_future.windows import Windows
+from topd.openai_server import OpenAIServer
 
 PREFIXES_A_REQUEST = 8
 KNOWN_TEXTS = (
@@ -36,7 +36,7 @@ class RemoteWindows:
 
     def __init__(
         self,
-        server: RemoteServer,
+        server: OpenAIServer,
         model: str,
         eos_token_ids: Sequence[int],
         temperature: float = 0.0,
@@ -50,7 +50,7 @@ class RemoteWindows:
         """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first.
 
         Raises:
-            TeacherServerError: see `RemoteServer.post`; or the answer is not in token ids, or is to another prompt.
+            ServerError: see `OpenAIServer.post`; or the answer is not in token ids, or is to another prompt.
         """
         device = prefixes[0].device if prefixes else None
         tokens = torch.zeros(len(prefixes), length, dtype=torch.long)
@@ -93,15 +93,15 @@ class RemoteWindows:
             raise self._unfit(f"returns {len(new)} tokens where {length} were asked for")
         return list(new)
 
-    def _unfit(self, what: str) -> TeacherServerError:
-        return TeacherServerError(
+    def _unfit(self, what: str) -> ServerError:
+        return ServerError(
             f"The teacher's server at {self.server.url} {what}. Windows need token ids in and out, untouched: vLLM "
             "from 0.10.2 (return_token_ids), or an SGLang that has return_token_ids."
         )
 
 
 def connect(
-    server: RemoteServer,
+    server: OpenAIServer,
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Sequence[int],
     model: str | None = None,
@@ -117,24 +117,30 @@ def connect(
         temperature: of the windows; 0 decodes greedily.
 
     Raises:
-        TeacherServerError: no such model, several to choose from, or answers without token ids.
+        ServerError: no such model, several to choose from, or answers without token ids.
         TokenizerMismatchError: the server cuts text into other tokens than the student's tokenizer.
     """
-    served = {entry["id"]: entry for entry in server.get("/v1/models")["data"]}
-    if len(served) != 1 if model is None else model not in served:
-        wanted = f"does not serve {model!r}" if model is not None else "serves several models"
-        raise TeacherServerError(
-            f"The teacher's server at {server.url} {wanted}, but: {', '.join(sorted(served))}. Name the teacher as the "
-            "server does, in teacher_server_model, or serve it under that name (--served-model-name)."
-        )
-    name = model if model is not None else next(iter(served))
+    name, context = served_as(server, model)
     check_tokenizer(server, name, tokenizer)
-    windows = RemoteWindows(server, name, eos_token_ids, temperature, served[name].get("max_model_len"))
+    windows = RemoteWindows(server, name, eos_token_ids, temperature, context)
     windows.continue_([torch.tensor(windows.eos_token_ids[:1])], 1)
     return windows
 
 
-def check_tokenizer(server: RemoteServer, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def served_as(server: OpenAIServer, model: str | None) -> tuple[str, int | None]:
+    """The teacher's name on the server, and its context if the server says. Raises `ServerError`: see `connect`."""
+    served = server.models()
+    if len(served) != 1 if model is None else model not in served:
+        wanted = f"does not serve {model!r}" if model is not None else "serves several models"
+        raise ServerError(
+            f"The teacher's server at {server.url} {wanted}, but: {', '.join(sorted(served))}. Name the teacher as the "
+            "server does, in teacher_server_model, or serve it under that name (--served-model-name)."
+        )
+    name = model if model is not None else next(iter(served))
+    return name, served[name].get("max_model_len")
+
+
+def check_tokenizer(server: OpenAIServer, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `TokenizerMismatchError` unless the server cuts known texts into the same token ids."""
     for text in (*KNOWN_TEXTS, "".join(tokenizer.all_special_tokens)):
         body = {"model": model, "prompt": text, "add_special_tokens": False}

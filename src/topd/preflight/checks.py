@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from topd.errors import TOPDError
-from topd.preflight import machine, memory, prompts, quality, templates, tokens
+from topd.preflight import machine, memory, prompts, quality, server, templates, tokens
 from topd.preflight.finding import Finding
 from topd.preflight.setup import Setup
 
@@ -31,7 +31,10 @@ QUICK: dict[str, Check] = {
 
 def quick_findings(setup: Setup) -> list[Finding]:
     """What can be said without weights."""
-    return [_finding(name, partial(check, setup)) for name, check in QUICK.items()]
+    checks = dict(QUICK)
+    if setup.config.teacher_window_server is not None:
+        checks[server.NAME] = server.server
+    return [_finding(name, partial(check, setup)) for name, check in checks.items()]
 
 
 def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> list[Finding]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from topd.report.analysis_sections import correct_section, probe_section
 from topd.report.distances import distance_figures
+from topd.report.evaluation import evaluation_section, load_evaluations
 from topd.report.figures import curve_figures
 from topd.report.reading import number
 from topd.report.records import MAX_CANDIDATES, Arm
@@ -59,16 +60,19 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
     points = [point for arm in arms for point in arm.points]
     shown = choose_rollouts([*arms, *probed], limit)
     cards = [card for item in shown for card in item.cards.values()]
+    notes = [note for run in runs for note in run.notes]
+    models = load_evaluations([folder for run in runs for folder in run.evaluations], notes)
     return environment.get_template("template.html").render(
         title=" and ".join(run.name for run in runs),
         lede=lede(arms),
-        notes=[note for run in runs for note in run.notes],
+        notes=notes,
         facts=[fact for run in runs for fact in facts(run)],
         scores=[Scores.of(run, several) for run in runs if Scores.of(run, several).any],
         curves=curve_figures(arms),
         distances=distance_figures(points),
         probes=[probe_section(run.probe, i, of(run, several)) for i, run in enumerate(runs) if run.probe],
         corrections=[correct_section(run.correct, i, of(run, several)) for i, run in enumerate(runs) if run.correct],
+        evaluation=evaluation_section(models) if models else None,
         studies=[study_section(run.study, i, of(run, several)) for i, run in enumerate(runs) if run.study],
         levels=LEVELS,
         shown=shown,

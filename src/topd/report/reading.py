@@ -63,16 +63,16 @@ def read_lines(path: Path, shown_as: str, notes: list[str], convert: Callable[[d
         notes.append(f"{lines_were} left out of {shown_as}: not a complete JSON record.")
 
 
-def check_version(record: Mapping[str, Any], path: Path) -> None:
-    """Refuse what a newer version wrote: it would be misread.
+def check_version(record: Mapping[str, Any], path: Path, newest: int = RECORD_VERSION) -> None:
+    """Refuse what a newer version wrote: it would be misread. `newest`: that is understood, with all before it.
 
     Raises:
         ReportError: with what to install.
     """
     version = record.get("version", RECORD_VERSION)
-    if version != RECORD_VERSION:
+    if version not in range(RECORD_VERSION, newest + 1):
         raise ReportError(
-            f"{path} has record version {version!r}; this version of topd reads version {RECORD_VERSION}. "
+            f"{path} has record version {version!r}; this version of topd reads version {newest}. "
             "Install the version of topd that wrote it, or a newer one."
         )
 

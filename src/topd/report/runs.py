@@ -1,26 +1,27 @@
 """What a run left behind, all of it. Nothing here needs a model.
 
 A run is a trainer output folder (an arm); or a folder with `results.json` and such arms beneath it; or what `topd
-study` wrote; or what `topd probe` or `topd correct` wrote, alone or in the subfolders `probe` and `correct`. Every file
-and every key may be missing: what is not there is not shown. What cannot be read is counted in `notes`. Only records
-written by a newer version are refused, because they would be misread.
+study` or `topd eval` wrote; or what `topd probe` or `topd correct` wrote, alone or in the subfolders `probe` and
+`correct`. Every file and every key may be missing: what is not there is not shown. What cannot be read is counted in
+`notes`. Only records written by a newer version are refused, because they would be misread.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topd.evaluation.compare import COMPARISON, evaluations_in
 from topd.report.analyses import CorrectRecords, ProbeRecords, load_correct, load_probe
-from topd.report.reading import ReportError, check_version, clean, mappings, read_object
+from topd.report.reading import ReportError, check_version, clean, mapping, mappings, read_object
 from topd.report.records import MAX_CANDIDATES, Arm, is_arm, load_arm
 from topd.report.study import load_study
 
 
 @dataclass
 class Run:
-    """All records of a run. `notes` say, in sentences, what could not be read."""
+    """All records of a run. `notes` say, in sentences, what could not be read; `evaluations` are models' folders."""
 
     name: str
     arms: list[Arm]
@@ -29,6 +30,7 @@ class Run:
     probe: ProbeRecords | None = None
     correct: CorrectRecords | None = None
     study: dict[str, Any] | None = None
+    evaluations: list[Path] = field(default_factory=list)
 
 
 def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
@@ -54,16 +56,24 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
         folders = [folder]
     probe, correct = load_probe(folder, notes, keep), load_correct(folder, notes)
     study = load_study(folder, notes)
-    if not (folders or results or probe or correct or study):
+    evaluations = _evaluations(folder, notes)
+    if not (folders or results or probe or correct or study or evaluations):
         raise ReportError(
             f"{folder} holds no records of a run: expected results.json, trainer_state.json, audit.jsonl, study.json, "
-            "probe.json or correct.json. Give the output folder of a run, and set audit_steps to record rollouts."
+            "probe.json, correct.json or what topd eval wrote. Give the output folder of a run, and set audit_steps to "
+            "record rollouts."
         )
     arms = [load_arm(path, notes, keep) for path in folders]
     missing = [name for name in named if name not in {arm.name for arm in arms}]
     if missing:
         notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
-    return Run(clean(folder.resolve().name), arms, results, notes, probe, correct, study)
+    return Run(clean(folder.resolve().name), arms, results, notes, probe, correct, study, evaluations)
+
+
+def _evaluations(folder: Path, notes: list[str]) -> list[Path]:
+    """The models' folders in a folder, in the order of its comparison, if there is one."""
+    order = list(mapping(read_object(folder / COMPARISON, notes).get("models")))
+    return sorted(evaluations_in(folder), key=lambda path: order.index(path.name) if path.name in order else len(order))
 
 
 def load_runs(folders: list[Path], *, keep: int = MAX_CANDIDATES) -> list[Run]:

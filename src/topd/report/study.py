@@ -1,51 +1,79 @@
-"""A study on the page: accuracy by arm, differences from OPD over paired seeds, learning curves."""
+"""A study on the page: accuracy by arm, differences from OPD over paired seeds, learning curves, tuning, seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
-from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Figure, drawing, legend
+from topd.report.study_figures import difference_figure, learning_curves
+from topd.report.svg import Figure
 
-AXES = (
-    ("step", "steps", "step"),
-    ("tokens", "tokens", "tokens read and generated"),
-    ("seconds", "seconds", "seconds of training"),
-)
-STYLES = [(INK, "--"), (BLUE, "-"), (GREEN, "-."), (VERMILION, ":"), (PURPLE, "-"), (ORANGE, "--"), (SKY, "-.")]
+STUDY_VERSION = 2
+"""The newest `study.json` that is understood."""
+WAYS = {"greedy": "Greedy", "sampled": "Sampled, temperature 1"}
 
 
 @dataclass(frozen=True)
 class StudyLine:
-    """One arm: accuracy and difference from OPD, in percent and points, with 95 % intervals; p after Holm."""
+    """One arm: accuracy and difference from OPD, in percent and points, with 95 % intervals; p, and p after Holm."""
 
     name: str
     accuracy: str
     difference: str
     p: str
+    p_holm: str
     ahead: str
-    options: str
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting that tuning tried: in words, percent right on the tuning problems, whether it was chosen."""
+
+    words: str
+    accuracy: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """What an arm's runs took, and its tuning.
+
+    Attributes:
+        steps, seconds: means over seeds.
+        ratio: seconds to OPD's.
+        tuned: the chosen setting in words.
+        edges: which of its values are the lowest or highest that were tried.
+    """
+
+    name: str
+    steps: str
+    seconds: str
+    ratio: str
+    tuned: str
+    edges: str
+    tried: list[Tried]
 
 
 @dataclass(frozen=True)
 class StudySection:
-    """`tables`: by way of decoding, a line an arm."""
+    """`tables`: by way of decoding, a line an arm. `tuned`: whether anything was."""
 
     title: str
     lede: str
     tables: list[tuple[str, list[StudyLine]]]
-    figures: list[Figure]
+    costs: list[ArmCost]
+    tuned: bool
+    difference: Figure | None
+    curves: list[Figure]
 
 
 def load_study(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     """`study.json` of a folder; None if there is none."""
     result = read_object(folder / "study.json", notes)
-    check_version(result, folder / "study.json")
+    check_version(result, folder / "study.json", STUDY_VERSION)
     return result or None
 
 
@@ -54,32 +82,40 @@ def study_section(result: Mapping[str, Any], index: int = 0, of: str = "") -> St
     arms = {clean(name): mapping(arm) for name, arm in mapping(result.get("arms")).items()}
     plan = mapping(result.get("plan"))
     tuned = {clean(name): mapping(options) for name, options in mapping(result.get("tuned")).items()}
+    tuning = {clean(name): mappings(scores) for name, scores in mapping(result.get("tuning")).items()}
     lede = f"{clean(plan.get('student', ''))} beside {clean(plan.get('teacher', ''))}: {len(arms)} arms, each with the "
-    lede += f"same seeds, prompts and {number(plan.get('steps')) or 0:.0f} optimizer steps, "
-    lede += f"{number(plan.get('held_out')) or 0:,.0f} held-out problems."
+    lede += f"same seeds, prompts and {number(plan.get('steps')) or 0:.0f} optimizer steps (unless the table says "
+    lede += f"otherwise), {number(plan.get('held_out')) or 0:,.0f} held-out problems."
     if tuned:
         lede += " Each arm was tuned with as many runs as every other, on other problems."
     return StudySection(
         f"Study{of}",
         lede,
-        [(words, [_line(name, mapping(arm.get(how)), tuned.get(name, {})) for name, arm in arms.items()])
-         for how, words in (("greedy", "Greedy"), ("sampled", "Sampled, temperature 1"))],
-        [figure for axis in AXES if (figure := _curves(arms, *axis, index))],
-    )  # fmt: skip
+        [(words, [_line(name, mapping(arm.get(how))) for name, arm in arms.items()]) for how, words in WAYS.items()],
+        [_cost(name, arms, tuned.get(name, {}), tuning.get(name, [])) for name in arms],
+        bool(tuned),
+        difference_figure(arms, index),
+        learning_curves(arms, index),
+    )
 
 
-def _line(name: str, found: Mapping[str, Any], tuned: Mapping[str, Any]) -> StudyLine:
+def _line(name: str, found: Mapping[str, Any]) -> StudyLine:
     accuracy, beside = mapping(found.get("accuracy")), mapping(found.get("beside_opd"))
-    p, seeds = number(beside.get("p_holm")), found.get("seeds") or ()
+    seeds = found.get("seeds") or ()
     ahead = f"{number(beside.get('ahead')) or 0:.0f} of {len(beside.get('seeds') or ())}" if beside else ""
     return StudyLine(
         name,
         _span(accuracy, signed=False),
         _span(beside, signed=True) if beside else "",
-        "" if p is None else f"{p:.2g}",
+        _p(beside.get("p")),
+        _p(beside.get("p_holm")),
         ahead or f"{len(seeds)} seeds",
-        ", ".join(f"{clean(option)} {clean(value)}" for option, value in tuned.items()),
     )
+
+
+def _p(value: Any) -> str:
+    p = number(value)
+    return "" if p is None else f"{p:.2g}"
 
 
 def _span(values: Mapping[str, Any], signed: bool) -> str:
@@ -90,26 +126,41 @@ def _span(values: Mapping[str, Any], signed: bool) -> str:
     return f"{100 * mean:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})".replace("-", "−")
 
 
-def _curves(arms: Mapping[str, Mapping[str, Any]], key: str, name: str, unit: str, index: int) -> Figure | None:
-    lines = {}
-    for arm, found in arms.items():
-        seeds = [_points(curve, key) for curve in mapping(found.get("curve")).values()]
-        shortest = min(map(len, seeds), default=0)
-        if shortest > 1:
-            lines[arm] = np.array([points[:shortest] for points in seeds]).mean(0).T
-    if not lines:
-        return None
-    described = "; ".join(f"{arm} {line[1][0]:.3g} to {line[1][-1]:.3g}" for arm, line in lines.items())
-    with drawing(f"study-{name}-{index}", f"Accuracy by {unit}: {described}.", height=3.4) as figure:
-        for (colour, style), (arm, (x, y)) in zip(STYLES * len(lines), lines.items(), strict=False):
-            figure.axes[0].plot(x, y, style, color=colour, label=arm[:28])
-        figure.axes[0].set_xlabel(unit)
-        figure.axes[0].set_ylabel("share right, greedy")
-        legend(figure)
-    caption = "Means over seeds. The problems are in no training set, and nothing is chosen by them."
-    return Figure(f"Learning curves by {unit}", figure.svg, caption)
+def _cost(
+    name: str, arms: Mapping[str, Mapping[str, Any]], tuned: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]
+) -> ArmCost:
+    seconds, opd = (_mean(mapping(arms.get(one)).get("seconds_training")) for one in (name, "opd"))
+    steps = _mean(arms[name].get("steps"))
+    tried = []
+    for each in scores:
+        accuracy, choice = number(each.get("accuracy")), mapping(each.get("choice"))
+        tried.append(Tried(_words(choice), "–" if accuracy is None else f"{100 * accuracy:.1f}", choice == tuned))
+    return ArmCost(
+        name,
+        "–" if steps is None else f"{steps:,.0f}",
+        "–" if seconds is None else f"{seconds:,.1f}",
+        "–" if seconds is None or not opd else f"{seconds / opd:.2f} ×",
+        _words(tuned),
+        edges(tuned, [mapping(each.get("choice")) for each in scores]),
+        tried,
+    )
 
 
-def _points(curve: Any, key: str) -> list[tuple[float, float]]:
-    found = [(number(point.get(key)), number(point.get("accuracy"))) for point in mappings(curve)]
-    return [(x, y) for x, y in found if x is not None and y is not None]
+def edges(chosen: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> str:
+    """Which numbers of the chosen setting are the lowest or highest of those that were tried: more may do better."""
+    found = []
+    for option, raw in chosen.items():
+        value = number(raw)
+        values = {other for choice in choices if (other := number(choice.get(option))) is not None}
+        if value is not None and len(values) > 1 and value in (min(values), max(values)):
+            found.append(f"{clean(option)}: {'lowest' if value == min(values) else 'highest'}")
+    return ", ".join(found)
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{clean(option)} {clean(value)}" for option, value in options.items())
+
+
+def _mean(by_seed: Any) -> float | None:
+    values = [value for each in mapping(by_seed).values() if (value := number(each)) is not None]
+    return sum(values) / len(values) if values else None

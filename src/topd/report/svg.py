@@ -67,11 +67,15 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A finished figure: `svg` carries its own text alternative, `caption` says what, in which unit, estimated how."""
+    """A finished figure: `svg` carries its own text alternative, `caption` says what, in which unit, estimated how.
+
+    `wide`: it takes the whole width of the page, and can be moved sideways on a narrow one.
+    """
 
     title: str
     svg: str
     caption: str
+    wide: bool = False
 
 
 class Drawing:
@@ -82,19 +86,21 @@ class Drawing:
 
 
 @contextmanager
-def drawing(name: str, alt: str, *, panels: int = 1, height: float = 2.7) -> Iterator[Drawing]:
+def drawing(
+    name: str, alt: str, *, panels: int = 1, rows: int = 1, height: float = 2.7, width: float = 4.6
+) -> Iterator[Drawing]:
     """Draw on `axes`; when the block ends, `svg` holds the figure.
 
     Args:
         name: unique on the page; all ids in the figure start with it.
         alt: what the figure shows, for those who cannot see it.
-        panels: number of axes side by side that share their scale.
-        height: inches, at a width of 4.6.
+        panels, rows: number of axes side by side and below each other; all share their scale.
+        height, width: inches.
     """
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
-        canvas = Canvas(figsize=(4.6, height), layout="constrained")
-        grid = canvas.subplots(1, panels, sharey=True, sharex=True, squeeze=False)
-        result = Drawing(canvas, list(grid[0]))
+        canvas = Canvas(figsize=(width, height), layout="constrained")
+        grid = canvas.subplots(rows, panels, sharey=True, sharex=True, squeeze=False)
+        result = Drawing(canvas, list(grid.flat))
         yield result
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from topd.errors import TOPDError
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import Job, job_of, known_record, run_job
 from topd.study.summary import summarise
+from topd.study.tables import VERSION, print_tables
+from topd.study.tasks import task_of
 
 RESULT = "study.json"
 MOST_TIMES = 4
@@ -30,24 +32,25 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     """Run what is missing, write `study.json` after every run, print the table; return what was written.
 
     Raises:
-        TOPDError: a run failed; the others are kept, and the next start goes on.
+        TOPDError: the data cannot be used; or a run failed: the others are kept, and the next start goes on.
     """
     console = Console()
-    tuned = _tune(plan, out, workers, console)
+    task_of(plan)  # it says what is wrong with the data before anything runs
+    tuning = _tune(plan, out, workers, console)
+    tuned = {name: best(scores) for name, scores in tuning.items()}
     plain = [arm for arm in plan.arms if arm.time_of is None]
     jobs = [_final(plan, arm, seed, tuned, out) for seed in plan.seeds for arm in plain]
-    records = _run_all(plan, jobs, workers, console, lambda found: _write(plan, tuned, found, out))
+    records = _run_all(plan, jobs, workers, console, lambda found: _write(plan, tuning, found, out))
     timed = [_timed(plan, arm, seed, tuned, records, out) for seed in plan.seeds for arm in plan.arms if arm.time_of]
-    records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuned, records | found, out))
-    result = _write(plan, tuned, records, out)
-    for how in ("greedy", "sampled"):
-        Console(width=max(112, console.width)).print(study_table(result, how))
+    records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuning, records | found, out))
+    result = _write(plan, tuning, records, out)
+    print_tables(result)
     console.print(f"{out / RESULT} holds every figure, {out / 'runs'} every answer.")
     return result
 
 
-def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[str, dict[str, Any]]:
-    """By arm, the choice with the best sampled accuracy on the tuning problems, over the tuning seeds."""
+def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """By arm, each choice with its sampled accuracy on the tuning problems, the mean over tuning seeds."""
     jobs = {}
     for arm in plan.arms:
         for index, choice in enumerate(arm.choices):
@@ -58,18 +61,24 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
         return {}
     console.print(f"Tuning: {len(jobs)} runs, the same number for each arm, on problems that are not held out.")
     records = _run_all(plan, list(jobs.values()), workers, console, lambda found: None)
-    chosen: dict[str, dict[str, Any]] = {}
-    for arm in plan.arms:
-        scores = [
-            sum(_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds) / len(plan.tune_seeds)
-            for index in range(len(arm.choices))
+    tuning: dict[str, list[dict[str, Any]]] = {}
+    for arm in (arm for arm in plan.arms if arm.choices):
+        of_seeds = [[_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds]
+                    for index in range(len(arm.choices))]  # fmt: skip
+        scores: list[dict[str, Any]] = [
+            {"choice": choice, "accuracy": sum(some) / len(some)}
+            for choice, some in zip(arm.choices, of_seeds, strict=True)
         ]
-        if scores:
-            best = max(range(len(scores)), key=scores.__getitem__)
-            chosen[arm.name] = arm.choices[best]
-            tried = ", ".join(f"{_words(c)}: {score:.1%}" for c, score in zip(arm.choices, scores, strict=True))
-            console.print(f"  {arm.name}: {_words(arm.choices[best])}  ({tried})")
-    return chosen
+        tuning[arm.name] = scores
+        tried = ", ".join(f"{_words(each['choice'])}: {each['accuracy']:.1%}" for each in scores)
+        console.print(f"  {arm.name}: {_words(best(scores))}  ({tried})")
+    return tuning
+
+
+def best(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The choice with the highest accuracy, the first of equal ones."""
+    found: dict[str, Any] = max(scores, key=lambda each: each["accuracy"])["choice"]
+    return found
 
 
 def _accuracy(record: dict[str, Any]) -> float:
@@ -124,10 +133,27 @@ def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[
             yield job, _guarded(plan, job)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch can hang
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    free = context.SimpleQueue()
+    for gpu in islice(cycle(_gpus()), workers):  # nothing if there are none
+        free.put(gpu)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_gpu, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _take_gpu(free: Any) -> None:
+    """A worker's first act, before it imports torch: one GPU is its own, if there are any."""
+    if not free.empty():
+        os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
 
 
 def _guarded(plan: StudyPlan, job: Job) -> Any:
@@ -138,8 +164,8 @@ def _guarded(plan: StudyPlan, job: Job) -> Any:
         return RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
 
 
-def _write(plan: StudyPlan, tuned: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
-    """`study.json` from the records so far."""
+def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
+    """`study.json` from the records so far. Answers are a string a seed and way: "0110", in the problems' order."""
     by_run = {(r["settings"]["arm"], r["settings"]["seed"]): r for r in records.values()}
     names = [arm.name for arm in plan.arms if any(name == arm.name for name, _ in by_run)]
     right = {
@@ -148,13 +174,17 @@ def _write(plan: StudyPlan, tuned: dict[str, Any], records: dict[Path, dict[str,
     }
     found = {how: summarise(values) for how, values in right.items()}
     result = {
-        "version": 1,
+        "version": VERSION,
         "plan": asdict(plan),
-        "tuned": tuned,
+        "tuning": tuning,
+        "tuned": {name: best(scores) for name, scores in tuning.items()},
         "arms": {
             name: {how: found[how][name] for how in found}
             | {
-                "right": {str(seed): {how: right[how][name][seed] for how in right} for seed in right["greedy"][name]},
+                "right": {
+                    str(seed): {how: "".join(str(int(each)) for each in right[how][name][seed]) for how in right}
+                    for seed in right["greedy"][name]
+                },
                 "curve": {str(seed): r["curve"] for (arm, seed), r in by_run.items() if arm == name},
                 "seconds_training": {str(s): r["seconds_training"] for (arm, s), r in by_run.items() if arm == name},
                 "steps": {str(s): r["settings"]["arm_steps"] for (arm, s), r in by_run.items() if arm == name},
@@ -169,29 +199,6 @@ def _write(plan: StudyPlan, tuned: dict[str, Any], records: dict[Path, dict[str,
     draft.write_text(json.dumps(result) + "\n", encoding="utf-8")
     draft.replace(out / RESULT)
     return result
-
-
-def study_table(result: dict[str, Any], how: str) -> Table:
-    """A row an arm: accuracy with interval, difference from OPD with interval and corrected p, seeds ahead, seconds."""
-    problems = result["plan"]["held_out"]
-    title = f"{how}, {problems} held-out problems, 95 % intervals over seeds and problems"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "accuracy", "minus opd, points", "p (Holm)", "ahead", "s"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, arm in result["arms"].items():
-        accuracy, beside = arm[how]["accuracy"], arm[how].get("beside_opd")
-        seconds = list(arm["seconds_training"].values())
-        table.add_row(
-            name,
-            f"{accuracy['mean']:.1%} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
-            f"{100 * beside['mean']:+.1f} ({100 * beside['low']:+.1f} to {100 * beside['high']:+.1f})"
-            if beside
-            else "",
-            f"{beside['p_holm']:.2g}" if beside else "",
-            f"{beside['ahead']}/{len(beside['seeds'])}" if beside else f"{len(arm[how]['seeds'])} seeds",
-            f"{sum(seconds) / len(seconds):.0f}",
-        )
-    return table
 
 
 def slug(name: str) -> str:

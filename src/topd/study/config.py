@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from topd.errors import TOPDError
 
 REFERENCE = "opd"
 """The arm that every other one is compared with."""
+OWN_DATA = ("data", "benchmark", "tune_benchmark", "rule", "sampling")
+"""What only a study on data of the user's has."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class StudyPlan:
         curve_every, curve_problems: how often, and how many problems, for the learning curves.
         tune_seeds, tune_problems: of tuning; its problems are neither trained on nor among the held-out ones.
         options: of `TOPDConfig`, common to all arms.
+        data: prompts to train on, as `topd train` takes them; without it, the embedded task is trained on and asked.
+        benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as `topd eval` takes them.
+        rule: of a benchmark that is not known by name: how answers are compared.
+        sampling: with `data`: of one sample a problem (`topd.evaluation.responses.Sampling`).
     """
 
     student: str
@@ -54,10 +60,16 @@ class StudyPlan:
     tune_seeds: tuple[int, ...] = (100,)
     tune_problems: int = 500
     options: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    benchmark: str | None = None
+    tune_benchmark: str | None = None
+    rule: Literal["math", "integer"] = "math"
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What two records must share to be compared: everything but how many seeds and which arms there are."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "arms")}
+        left_out = {"seeds", "arms"} | (set(OWN_DATA) if self.data is None else set())
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def read_plan(path: Path) -> StudyPlan:
@@ -127,8 +139,31 @@ def _check(plan: StudyPlan) -> None:
             raise ValueError(
                 f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
             )
+    _check_own_data(plan)
     if len({len(arm.choices) for arm in plan.arms if arm.time_of is None}) > 1:
         raise ValueError("the arms have different numbers of choices: tuning must cost each arm the same.")
     for arm in plan.arms:
         if arm.time_of is not None and (arm.time_of not in names or arm.time_of == arm.name):
             raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} is no other arm.")
+
+
+def _check_own_data(plan: StudyPlan) -> None:
+    from topd.evaluation.responses import Sampling
+
+    if plan.data is None:
+        given = [
+            name for name in OWN_DATA if name in ("benchmark", "tune_benchmark", "sampling") and getattr(plan, name)
+        ]
+        if given:
+            raise ValueError(f"{given[0]} goes with `data`, the prompts to train on; without it the task is embedded.")
+        return
+    if plan.benchmark is None:
+        raise ValueError("data needs `benchmark`: the held-out problems, such as math500 or a file with answers.")
+    if plan.tune_benchmark is None and any(arm.choices for arm in plan.arms):
+        raise ValueError("the arms have choices: `tune_benchmark` must name problems for tuning that are not held out.")
+    if plan.rule not in ("math", "integer"):
+        raise ValueError(f"rule must be math or integer; got {plan.rule!r}.")
+    known = [each.name for each in fields(Sampling)]
+    unknown = sorted(set(plan.sampling) - set(known)) if isinstance(plan.sampling, dict) else [plan.sampling]
+    if unknown:
+        raise ValueError(f"sampling: {unknown[0]!r} is unknown. Known: {', '.join(known)}.")

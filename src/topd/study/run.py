@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.study.config import ArmPlan, StudyPlan
+from topd.study.tasks import Task, task_of
 
 
 @dataclass(frozen=True)
@@ -60,38 +61,38 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
-    from topd.demo.accuracy import correct_answers
     from topd.demo.pair import resolve_model
-    from topd.demo.task import make_problems
     from topd.quiet import quieten
     from topd.training import TOPDTrainer
 
     quieten()
     torch.set_num_threads(1)
     started = time.perf_counter()
+    task = task_of(plan)
     scratch = Path(tempfile.mkdtemp(prefix="topd-study-"))
     try:
         config = config_of(plan, job, scratch)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        prompts = make_problems(job.steps * batch, seed=job.seed, held_out=False)
         folder = resolve_model(plan.student)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        student, teacher = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
+        config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL takes them for names only
+        safe = {"dtype": torch.float32, "use_safetensors": True}
         trainer = TOPDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            teacher_model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.teacher), dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(folder, **safe | student),
+            teacher_model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.teacher), **safe | teacher),
             args=config,
-            train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in prompts]),
+            train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)),
             processing_class=tokenizer,
         )
-        curve = Curve(plan, tokenizer, asks=job.held_out)
+        curve = Curve(plan, task, tokenizer, asks=job.held_out)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(curve.callback)
         trainer.train()
-        asked = problems(plan, job.held_out)
-        torch.manual_seed(0)
-        right = {"sampled": correct_answers(trainer.model, tokenizer, asked, temperature=1.0)}
+        asked = task.held_out() if job.held_out else task.tuning()
+        right = {"sampled": task.right(trainer.model, tokenizer, asked, sampled=True)}
         if job.held_out:
-            right["greedy"] = correct_answers(trainer.model, tokenizer, asked)
+            right["greedy"] = task.right(trainer.model, tokenizer, asked, sampled=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     record = {
@@ -107,21 +108,6 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(draft, job.file)
     return record
-
-
-def problems(plan: StudyPlan, held_out: bool) -> list[Any]:
-    """The embedded task's problems for the end of a run. No model was ever trained on any of them.
-
-    Those for tuning are none of the held-out ones.
-    """
-    from topd.demo.task import make_problems
-
-    final = make_problems(plan.held_out, seed=1_000_000, held_out=True)
-    if held_out:
-        return final
-    asked = {problem.prompt for problem in final}
-    others = make_problems(plan.held_out + plan.tune_problems, seed=2_000_000, held_out=True)
-    return [problem for problem in others if problem.prompt not in asked][: plan.tune_problems]
 
 
 def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
@@ -144,16 +130,14 @@ class Curve:
     Seconds are the processor's, of one thread, where there is no GPU: what else the machine does is not counted.
     """
 
-    def __init__(self, plan: StudyPlan, tokenizer: Any, asks: bool = True) -> None:
+    def __init__(self, plan: StudyPlan, task: Task, tokenizer: Any, asks: bool = True) -> None:
         import torch
         from transformers import TrainerCallback
 
-        from topd.demo.task import make_problems
-
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
-        self.tokenizer, self.every = tokenizer, plan.curve_every
-        self.problems = make_problems(plan.curve_problems, seed=3_000_000, held_out=True) if asks else []
+        self.task, self.tokenizer, self.every = task, tokenizer, plan.curve_every
+        self.problems = task.curve() if asks else []
         self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         outer = self
 

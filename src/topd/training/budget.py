@@ -113,7 +113,7 @@ class CandidateBudget:
 
 
 def budget_message(budget: CandidateBudget, tokens_per_rollout: float) -> str:
-    """What was decided, for the log."""
+    """What was decided, for the user."""
     assert budget.model is not None
     assert budget.per_rollout is not None
     overhead = budget.model.overhead(budget.per_rollout / tokens_per_rollout)

@@ -8,22 +8,38 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
-from topd.near_future import Limits, RemoteServer, RemoteWindows, connect
+from topd.near_future import RemoteWindows, connect, served_as
+from topd.openai_server import Limits, OpenAIServer
 from topd.training.config import TOPDConfig
 
+REMEDY = (
+    "Mend or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
+    "teacher_server_patience and teacher_server_timeout say how long it is waited for."
+)
 
-def teacher_server(
-    options: TOPDConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], has_weights: bool
-) -> RemoteWindows | None:
-    """Connect to the server, or None where none is named or needed.
+
+def teacher_server(options: TOPDConfig, has_weights: bool, patience: float | None = None) -> OpenAIServer | None:
+    """The server, reached and with the teacher on it, or None where none is named or needed. Needs no models.
+
+    Args:
+        patience: seconds, instead of the option.
 
     Raises:
-        TOPDError: neither weights nor a server; options that need the teacher's weights; see also `connect`.
+        ServerError: there is no such server, or it does not serve the teacher.
     """
     if options.teacher_window_server is None or (has_weights and not options.looks_ahead):
         return None
-    limits = Limits(options.teacher_server_timeout, options.teacher_server_patience, options.teacher_server_concurrency)
-    server = RemoteServer(options.teacher_window_server, limits)
+    patience = options.teacher_server_patience if patience is None else patience
+    limits = Limits(options.teacher_server_timeout, patience, options.teacher_server_concurrency)
+    server = OpenAIServer(options.teacher_window_server, limits, "The teacher's server", REMEDY)
+    served_as(server, options.teacher_server_model)
+    return server
+
+
+def teacher_windows(
+    server: OpenAIServer, options: TOPDConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> RemoteWindows:
+    """Windows as the options describe them. Raises `TOPDError`: see `connect`."""
     return connect(server, tokenizer, eos_token_ids, options.teacher_server_model, options.window_temperature)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
-from topd.errors import TeacherServerError
+from topd.errors import ServerError
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -30,7 +31,7 @@ from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
-from topd.training.teacher_server import check_without_weights, contexts, teacher_server
+from topd.training.teacher_server import check_without_weights, contexts, teacher_server, teacher_windows
 from topd.training.tokenizers import check_context, check_tokenizers
 
 logger = get_logger(__name__)
@@ -60,7 +61,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
-        TeacherServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
+        ServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
         TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
     """
@@ -91,6 +92,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if teacher_model is None:
             check_without_weights(args)
+        server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         student, teacher, changed = prepared_models(model, teacher_model, args)
         super().__init__(student, teacher, args, *rest, **kwargs)
@@ -106,7 +108,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             )
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
-        self._server = teacher_server(args, self._tokenizer, self.eos_token_ids, teacher_model is not None)
+        self._server = teacher_windows(server, args, self._tokenizer, self.eos_token_ids) if server else None
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
         self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
@@ -304,8 +306,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             return
         tokens, rollouts, candidates = mean[len(STAGES) :]
         self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
-        if was_measuring:
-            logger.info(budget_message(budget, tokens / rollouts))
+        if was_measuring and self.accelerator.is_main_process:
+            tqdm.write(f"topd: {budget_message(budget, tokens / rollouts)}")  # above the progress bar
 
     def _own_state(self) -> dict[str, Any]:
         return {"budget": asdict(self._budget)} if self._budget else {}
@@ -320,7 +322,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             save_options(self.args)
         try:
             return super().train(*args, **kwargs)
-        except TeacherServerError:  # it is asked between two optimizer steps, so all steps so far are whole
+        except ServerError:  # it is asked between two optimizer steps, so all steps so far are whole
             if self.state.global_step and self.accelerator.num_processes == 1:  # other processes would not save with it
                 self._save_checkpoint(self.model, None)
             raise

@@ -1,0 +1,73 @@
+"""Fills the tables of docs/results.md from studies/results/*.json: python docs/results_page.py
+
+A table stands between `<!-- table: STUDY KIND ... -->` and `<!-- end -->`:
+`STUDY greedy|sampled ARM` (every arm beside ARM), `STUDY tuning`, `STUDY curve ARM; ARM; ...`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from topd.study.tables import read_study, study_rows
+
+PAGE = Path(__file__).with_name("results.md")
+STUDIES = Path(__file__).parents[1] / "studies" / "results"
+PLACE = re.compile(r"(<!-- table: (\S+) (\w+)(?: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def results_page(text: str) -> str:
+    """The page with every table as its study says."""
+    return PLACE.sub(lambda place: place[1] + _table(place[2], place[3], place[4]) + place[5], text)
+
+
+def _table(study: str, kind: str, more: str | None) -> str:
+    result = read_study(STUDIES / f"{study}.json")
+    if kind == "tuning":
+        return _tuning(result)
+    if kind == "curve":
+        return _curve(result, str(more).split("; "))
+    arm = more or "opd"
+    head = [kind, "accuracy", f"minus {arm}, points", "p (Holm)", "seeds ahead", "processor seconds"]
+    return markdown(head, study_rows(result, kind, arm))
+
+
+def _tuning(result: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, scores in result["tuning"].items():
+        best = max(scores, key=lambda each: each["accuracy"])
+        tried = ", ".join(f"{100 * each['accuracy']:.1f}" for each in scores)
+        rows.append([arm, _words(best["choice"]), tried])
+    return markdown(["arm", "chosen", "sampled accuracy of each choice, %"], rows)
+
+
+def _words(choice: Mapping[str, Any]) -> str:
+    short = {"learning_rate": "lr", "guidance_weight": "lambda"}
+    return ", ".join(f"{short.get(name, name)} {value:g}" for name, value in choice.items())
+
+
+def _curve(result: Mapping[str, Any], arms: Sequence[str]) -> str:
+    """Means over seeds: greedy accuracy by step, and tokens and seconds at the last one."""
+    curves = {arm: list(result["arms"][arm]["curve"].values()) for arm in arms}
+    steps = [int(point["step"]) for point in curves[arms[0]][0]]
+    rows = []
+    for arm, points in curves.items():
+        cells = [
+            f"{fmean(seed[at]['accuracy'] for seed in points):.1%}" if all(len(seed) > at for seed in points) else ""
+            for at in range(len(steps))
+        ]
+        last = [points_of_seed[len(steps) - 1] for points_of_seed in points]
+        tokens, seconds = (fmean(point[name] for point in last) for name in ("tokens", "seconds"))
+        rows.append([arm, *cells, f"{tokens:,.0f}", f"{seconds:.0f}"])
+    return markdown(["step", *map(str, steps), f"tokens by step {steps[-1]}", "processor seconds"], rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(results_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,90 @@
+"""A study's tables: each arm beside OPD, or beside any other arm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from topd.errors import TOPDError
+from topd.study.config import REFERENCE
+from topd.study.summary import answers, beside, summarise
+
+VERSION = 2
+"""Of `study.json`."""
+WAYS = ("greedy", "sampled")
+
+
+def read_study(file: Path) -> dict[str, Any]:
+    """What a `study.json` holds.
+
+    Raises:
+        TOPDError: it cannot be read, or is none.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TOPDError(
+            f"{file} cannot be read: {error}. Name the study.json that `topd study` has written."
+        ) from error
+    if not isinstance(result, dict) or result.get("version") != VERSION or "arms" not in result:
+        raise TOPDError(f"{file} is no study.json of version {VERSION}. Run the study again: what is there is kept.")
+    return result
+
+
+def print_tables(result: dict[str, Any], against: str = REFERENCE) -> None:
+    """Both tables, greedy and sampled.
+
+    Raises:
+        TOPDError: there is no such arm.
+    """
+    if against not in result["arms"]:
+        raise TOPDError(f"There is no arm {against!r} in this study; there are: {', '.join(result['arms'])}.")
+    for how in WAYS:
+        console = Console()
+        Console(width=max(112, console.width)).print(study_table(result, how, against))
+
+
+def study_table(result: Mapping[str, Any], how: str, against: str = REFERENCE) -> Table:
+    """The table for a terminal."""
+    problems = result["plan"]["held_out"]
+    title = f"{how}, {problems} held-out problems, 95 % intervals over seeds and problems"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in study_rows(result, how, against):
+        table.add_row(*row)
+    return table
+
+
+def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) -> list[list[str]]:
+    """A row an arm: name, accuracy with interval, difference with interval, corrected p, seeds ahead, seconds."""
+    if against == REFERENCE:
+        found = {name: arm[how] for name, arm in result["arms"].items()}
+    else:
+        found = summarise(answers(result, how), against)
+    rows = []
+    for name, arm in found.items():
+        accuracy, difference = arm["accuracy"], arm.get(beside(against))
+        seconds = list(result["arms"][name]["seconds_training"].values())
+        rows.append(
+            [
+                name,
+                f"{accuracy['mean']:.1%} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
+                in_points(difference) if difference else "",
+                f"{difference['p_holm']:.2g}" if difference else "",
+                f"{difference['ahead']}/{len(difference['seeds'])}" if difference else f"{len(arm['seeds'])} seeds",
+                f"{sum(seconds) / len(seconds):.0f}",
+            ]
+        )
+    return rows
+
+
+def in_points(difference: Mapping[str, float]) -> str:
+    """A difference of accuracies with its interval, in percentage points."""
+    return f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"

@@ -1,0 +1,148 @@
+"""What a study trains on and asks: the embedded task, or data and a benchmark of the user's."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from topd.errors import TOPDError
+from topd.study.config import StudyPlan
+
+
+class Task(Protocol):
+    """Prompts for training, problems for the end of a run, and whether a model's answers are right."""
+
+    def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """Rows with `prompt`, another draw for each seed; no problem of the other three lists is among them."""
+        ...
+
+    def held_out(self) -> list[Any]: ...
+
+    def tuning(self) -> list[Any]:
+        """None of them is held out."""
+        ...
+
+    def curve(self) -> list[Any]: ...
+
+    def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
+        """Whether each problem is answered right, greedily or by one sample that does not depend on the batch."""
+        ...
+
+
+def task_of(plan: StudyPlan) -> Task:
+    """The task that the plan names.
+
+    Raises:
+        TOPDError: data that cannot be read, or training prompts that are asked too.
+    """
+    return EmbeddedTask(plan) if plan.data is None else OwnTask(plan)
+
+
+class EmbeddedTask:
+    """Arithmetic in words. No model was ever trained on any of the problems."""
+
+    def __init__(self, plan: StudyPlan) -> None:
+        self.plan = plan
+
+    def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
+        from topd.demo.task import make_problems
+
+        return [{"prompt": problem.prompt} for problem in make_problems(count, seed=seed, held_out=False)]
+
+    def held_out(self) -> list[Any]:
+        from topd.demo.task import make_problems
+
+        return make_problems(self.plan.held_out, seed=1_000_000, held_out=True)
+
+    def tuning(self) -> list[Any]:
+        from topd.demo.task import make_problems
+
+        asked = {problem.prompt for problem in self.held_out()}
+        others = make_problems(self.plan.held_out + self.plan.tune_problems, seed=2_000_000, held_out=True)
+        return [problem for problem in others if problem.prompt not in asked][: self.plan.tune_problems]
+
+    def curve(self) -> list[Any]:
+        from topd.demo.task import make_problems
+
+        return make_problems(self.plan.curve_problems, seed=3_000_000, held_out=True)
+
+    def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
+        import torch
+
+        from topd.demo.accuracy import correct_answers
+
+        torch.manual_seed(0)
+        return correct_answers(model, tokenizer, problems, temperature=float(sampled))
+
+
+class OwnTask:
+    """Prompts of a file or the Hub; problems of any benchmark of `topd eval`, answered and judged as it does.
+
+    The learning curve asks the first of the held-out problems.
+    """
+
+    def __init__(self, plan: StudyPlan) -> None:
+        from topd.data import load_prompts
+        from topd.evaluation.benchmarks import load_benchmark
+
+        self.plan = plan
+        self.rows = [{"prompt": row["prompt"]} for row in load_prompts(str(plan.data))]
+        self.held = load_benchmark(str(plan.benchmark), limit=plan.held_out, rule=plan.rule)
+        self.tuned = plan.tune_benchmark and load_benchmark(
+            plan.tune_benchmark, limit=plan.tune_problems, rule=plan.rule
+        )
+        tuning = {question(problem.prompt) for problem in self.tuning()}
+        held_out = {question(problem.prompt) for problem in self.held.problems}
+        trained = {question(row["prompt"]) for row in self.rows}
+        for common, where in (
+            (trained & (held_out | tuning), f"{plan.data} are problems of the benchmarks"),
+            (held_out & tuning, f"{plan.tune_benchmark} are held out too"),
+        ):
+            if common:
+                raise TOPDError(f"{len(common)} prompts of {where}, such as {min(common)[:80]!r}. Take them out.")
+
+    def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """All rows in the seed's order, again in another order where they do not suffice."""
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        drawn: list[int] = []
+        while len(drawn) < count:
+            drawn += rng.permutation(len(self.rows)).tolist()
+        return [self.rows[place] for place in drawn[:count]]
+
+    def held_out(self) -> list[Any]:
+        return list(self.held.problems)
+
+    def tuning(self) -> list[Any]:
+        return list(self.tuned.problems) if self.tuned else []
+
+    def curve(self) -> list[Any]:
+        return list(self.held.problems[: self.plan.curve_problems])
+
+    def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
+        from topd.evaluation.answers import verdict
+        from topd.evaluation.local_engine import LocalEngine
+        from topd.evaluation.responses import Request, Sampling, as_chat
+
+        sampling = Sampling(**{"max_new_tokens": self.held.max_new_tokens} | self.plan.sampling)
+        if not sampled:
+            sampling = Sampling(**vars(sampling) | {"temperature": 0.0})
+        chat = tokenizer.chat_template is not None
+        requests = [Request(place, as_chat(problem.prompt, chat)) for place, problem in enumerate(problems)]
+        engine = LocalEngine(model, tokenizer, together=64)
+        engine.check(requests, sampling)
+        was_training = model.training
+        model.eval()
+        answers = {number: response for batch in engine.respond(requests, sampling) for number, response in batch}
+        model.train(was_training)
+        return [
+            verdict(answers[place].text, problem.answer, self.held.rule).right for place, problem in enumerate(problems)
+        ]
+
+
+def question(prompt: Any) -> str:
+    """What a prompt (text or messages) asks, without the instruction that a benchmark adds."""
+    from topd.evaluation.benchmarks import BOXED
+
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return str(text).removesuffix(BOXED.format(problem="")).strip()

@@ -1,0 +1,83 @@
+"""A wrong server is told within seconds, before any weights are loaded, by every command that takes one."""
+
+import json
+import time
+
+import pytest
+from fake_openai import fake_server
+from near_future.fake_server import serving
+from tiny import TOKENIZER, tiny_config, tiny_model
+
+from topd.cli import main
+from topd.errors import ServerError
+from topd.training import TOPDTrainer
+
+NOBODY = "http://127.0.0.1:1"
+RECIPE = ["--config", "recipes/embedded.yaml"]
+ALONE = ["--model_name_or_path", "embedded:student-standard", "--teacher_model_name_or_path", ""]
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def loaded(*_, **__):
+        pytest.fail("weights are loaded")
+
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", loaded)
+
+
+@pytest.mark.parametrize("patience", [0.5, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", *RECIPE],
+        ["train", *RECIPE, "--preflight", "false"],
+        ["train", *RECIPE, *ALONE],
+        ["eval", "--limit", "4", "--model", "someone"],
+        ["generate", "--teacher", "someone", "--data", "embedded", "--limit", "4"],
+    ],
+)
+def test_a_wrong_address_is_told_in_seconds(command, patience, no_weights, tmp_path, capsys, monkeypatch):
+    if patience:
+        monkeypatch.setattr("topd.openai_server.FIRST_CONTACT", patience)
+    if command[0] == "train":
+        options = ["--teacher_window_server", NOBODY, "--output_dir", str(tmp_path)]
+    else:
+        options = ["--server", NOBODY, "--out", str(tmp_path / "out.jsonl")]
+    began = time.monotonic()
+    assert main([*command, *options]) == 2
+    error = capsys.readouterr().err
+    assert time.monotonic() - began < 20  # 5 s, and a busy machine
+    assert f"server at {NOBODY} cannot be reached" in error
+    assert "Connection refused" in error
+    assert "mend the address" in error
+    assert "Traceback" not in error
+
+
+def test_a_wrong_name_is_told_before_weights_are_loaded(no_weights, tmp_path, capsys):
+    with fake_server() as server:
+        args = tiny_config(tmp_path, teacher_window_server=server.url, teacher_server_model="another")
+        with pytest.raises(ServerError, match="does not serve 'another', but: the-teacher"):
+            TOPDTrainer("embedded:student-standard", args=args)
+        assert main(["eval", "--model", "another", "--server", server.url, "--out", str(tmp_path)]) == 2
+    assert "It serves: the-teacher" in capsys.readouterr().err
+
+
+def server_row(capsys, url, *options):
+    status = main(["check", *RECIPE, "--quick", "--json", "--teacher_window_server", url, *options])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    return status, next(finding for finding in findings if finding["check"] == "teacher's server")
+
+
+def test_check_has_a_row_for_the_server(capsys, monkeypatch):
+    monkeypatch.setattr("topd.openai_server.FIRST_CONTACT", 0.5)
+    status, row = server_row(capsys, NOBODY)
+    assert (status, row["verdict"]) == (2, "error")
+    assert "cannot be reached" in row["found"]
+    assert row["remedy"].startswith("Start it first")
+    with serving(tiny_model(1), TOKENIZER) as fake:
+        status, row = server_row(capsys, fake.url)
+        assert (status, row["verdict"]) == (0, "ok")
+        assert "serves 'teacher' with a context of 4,096" in row["found"]
+        fake.text_only = True
+        assert "returns text only" in server_row(capsys, fake.url)[1]["found"]
+        assert server_row(capsys, fake.url, "--method", "opd")[1]["found"] == "method=opd asks it for nothing"
