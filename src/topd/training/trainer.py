@@ -322,6 +322,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             self._budget = self._budget.restored(state["budget"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. `resume_from_checkpoint=True` goes on from the newest whole checkpoint (docs/survival.md)."""
         if self.accelerator.is_main_process:
             save_options(self.args)
         try:
