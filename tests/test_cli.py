@@ -8,6 +8,7 @@ import time
 import pytest
 
 from topd.cli import main
+from topd.errors import TOPDError
 from topd.training.command import parse
 from topd.version import __version__
 
@@ -80,11 +81,28 @@ def test_train_saves_resumes_and_reports(tmp_path, capsys):
         "--save_steps", "1",
         "--per_device_train_batch_size", "4", "--max_completion_length", "24", "--window_length", "4",
         "--audit_steps", "1",
-        "--disable_tqdm", "true",
     ]  # fmt: skip
     assert main([*common, "--max_steps", "2"]) == 0
+    told = capsys.readouterr()
+    assert "2/2  loss " in told.out
+    assert "tokens of a response" in told.out
+    assert f"topd report {out}" in told.out
+    assert "{'loss'" not in told.out
+    assert told.err == ""
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
     assert main([*common, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
     assert json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     assert (out / "model.safetensors").is_file()
     assert main(["report", str(out)]) == 0
     assert "what is" in (out / "report.html").read_text()
+
+
+def test_several_trackers_and_words_that_belong_to_no_option():
+    recipe = ["--config", "recipes/embedded.yaml"]
+    several = parse([*recipe, "--report_to", "tensorboard", "wandb", "--seed", "3"])[1]
+    assert (several.report_to, several.seed) == (["tensorboard", "wandb"], 3)
+    assert parse([*recipe, "--report_to", "trackio"])[1].report_to == ["trackio"]
+    assert parse(recipe)[1].report_to == []
+    with pytest.raises(TOPDError, match=r"one value: \['two'\].*several values go into the YAML file, as a list"):
+        parse([*recipe, "--run_name", "one", "two"])

@@ -134,7 +134,7 @@ def before_training(data: Any, config: Any, model: Any, dataset: Any) -> None:
         raise TOPDError(f"{errors_in_words(list(findings))}\n--preflight false trains nevertheless.")
     if config.should_log:
         for finding in findings:
-            if finding.verdict == "warning":
+            if finding.verdict == "warning" and finding.check != "precision":  # the trainer says that itself
                 print(f"topd: {finding.check}: {finding.found}. {finding.remedy}", file=sys.stderr)
 
 

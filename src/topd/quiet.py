@@ -7,10 +7,19 @@ import warnings
 
 
 def quieten() -> None:
-    """Errors still come through."""
+    """Errors still come through, and the bars of downloads."""
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quieten_bars()
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def quieten_bars() -> None:
+    """Warnings still come through (not those of what will change in libraries), and the bars of downloads."""
+    import transformers
+    from huggingface_hub.utils import enable_progress_bars
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()

@@ -111,6 +111,29 @@ def test_every_way_to_train_is_the_same_in_two_processes_of_fsdp2(tmp_path):
     assert all(result["teacher_held"] == pytest.approx(0.5, abs=0.02) for result in results.values())
 
 
+SEVERAL = {"several_teachers": {"a": [1, 96], "b": [2, 32]}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_several_teachers_are_the_same_in_two_processes(tmp_path, kind):
+    """Also where a process has rows of one teacher only (two rows each), and where teachers are read from disk."""
+    folders = {name: str(tmp_path / name) for name in "ab"}
+    for seed, folder in enumerate(folders.values(), 1):
+        tiny_model(seed, 96).save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    cases = {
+        "regenerated": REGENERATED | SEVERAL,
+        "teacher_contexts": ROLLOUT | SEVERAL | {"guidance_context": "teacher"},
+        "opd": {"method": "opd", "opd_loss": "one_pass"} | SEVERAL,
+        "accumulated": ROLLOUT | SEVERAL | {"batch_size": 2, "gradient_accumulation_steps": 2},
+        "loaded": ROLLOUT | {"several_teachers": folders},
+    }
+    results = compare(kind, tmp_path, cases)
+    held = 0.5 if kind == "fsdp2" else 1.0
+    assert all(result["teacher_held"] == pytest.approx(held, abs=0.02) for result in results.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_process_without_candidates_holds_nobody_up(tmp_path, kind):

@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import gather_object
-from tiny import prompts, tiny_trainer
+from tiny import prompts, tiny_model, tiny_trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from topd.training import TOPDTrainer, step
 from topd.training.choices import choose_candidates
+from topd.training.several_teachers import MOPDTrainer
 
 GREEDY = {"do_sample": False, "temperature": 1.0}  # the same rollouts, however prompts are dealt out
 
@@ -35,6 +36,15 @@ class Counting(TOPDTrainer):
         super()._record(future, guided, rollouts)
 
 
+class CountingSeveral(Counting, MOPDTrainer):
+    pass
+
+
+def several_teachers(given: dict[str, Any]) -> dict[str, Any]:
+    """Teachers by name: folders as they are; of [seed, width] tiny models."""
+    return {name: each if isinstance(each, str) else tiny_model(*each) for name, each in given.items()}
+
+
 def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Train; return the log, the weights, and what each process had."""
     options = dict(options)
@@ -43,13 +53,19 @@ def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]
     models = {role: options.pop(role) for role in ("student", "teacher") if role in options}
     if options.pop("none_in_last_process", False):
         step.choose_candidates = none_in_last_process
+    dataset, kind = prompts(options.pop("prompts", 64)), Counting
+    if several := options.pop("several_teachers", None):
+        names = [*several]
+        kind, models["teacher"] = CountingSeveral, several_teachers(several)
+        dataset = dataset.add_column("teacher", [names[i % len(names)] for i in range(len(dataset))])
     trainer = tiny_trainer(
-        folder / name, Counting, dataset=prompts(options.pop("prompts", 64)), **models,
+        folder / name, kind, dataset=dataset, **models,
         **{"optim": "sgd", "learning_rate": 0.03, "generation_kwargs": GREEDY} | options,
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(folder / name / "saved"))
-    teacher = list(trainer.teacher_model.parameters())
+    teachers = trainer._teachers if several else [trainer.teacher_model]
+    teacher = [parameter for model in teachers for parameter in model.parameters()]
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in teacher)
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],

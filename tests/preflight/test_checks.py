@@ -14,6 +14,7 @@ from topd.preflight import machine, memory, prompts, quality, templates, tokens
 from topd.preflight.checks import QUICK, quick_findings
 from topd.preflight.finding import Finding, worst
 from topd.preflight.setup import Setup
+from topd.training.precision import HALF_A_STEP, WEIGHT
 
 RECIPE = ["--config", "recipes/embedded.yaml"]
 
@@ -215,8 +216,8 @@ def test_sharded_training_keeps_float32_weights(monkeypatch):
 
 def test_rounding_does_eat_it():
     """The bound of the check, on usual weights: below it nearly none moves, well above it nearly all do."""
-    weights = (machine.WEIGHT * torch.randn(20_000)).bfloat16()
-    bound = machine.WEIGHT * 2**-9
+    weights = (WEIGHT * torch.randn(20_000)).bfloat16()
+    bound = WEIGHT * HALF_A_STEP["bfloat16"]
 
     def moved(step):
         return float(((weights - step) != weights).float().mean())

@@ -8,6 +8,7 @@ from datasets import Dataset
 from tiny import prompts, tiny_config, tiny_model, tiny_trainer
 
 from topd.cli import main
+from topd.errors import TOPDError
 from topd.training.several_teachers import MOPDTrainer
 
 
@@ -52,9 +53,24 @@ def test_the_names_decide(tmp_path):
     assert torch.isfinite(mixed[1]).all()
 
 
-def test_a_name_without_a_teacher_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"names c; the teachers are: a, b"):
-        trained(tmp_path, teacher=teachers(), dataset=routed("abc"))
+def test_a_name_without_a_teacher_is_said_before_any_step(tmp_path):
+    with pytest.raises(TOPDError, match=r"names c; the teachers are: a, b"):
+        tiny_trainer(tmp_path, MOPDTrainer, teacher=teachers(), dataset=routed("abc"))
+    with pytest.raises(TOPDError, match=r"has no column 'teacher'.*Its columns are: prompt"):
+        tiny_trainer(tmp_path, MOPDTrainer, teacher=teachers(), dataset=prompts(4))
+
+
+def test_in_a_stream_a_name_without_a_teacher_is_said_when_it_comes(tmp_path):
+    stream = routed("abc").to_iterable_dataset()
+    with pytest.raises(TOPDError, match=r"names c; the teachers are: a, b"):
+        trained(tmp_path, teacher=teachers(), dataset=stream)
+
+
+def test_removing_unused_columns_leaves_the_teacher_s_name(tmp_path):
+    kept = trained(tmp_path, teacher=teachers(), dataset=routed("ab"))
+    dataset = routed("ab").add_column("note", ["unused"] * 16)
+    removed = trained(tmp_path, teacher=teachers(), dataset=dataset, remove_unused_columns=True)
+    assert torch.equal(kept[1], removed[1])
 
 
 @pytest.mark.parametrize(
@@ -63,12 +79,33 @@ def test_a_name_without_a_teacher_is_said(tmp_path):
         ({"method": "opd"}, "one_pass"),
         ({"embedding": "teacher_hidden"}, "embedding=student"),
         ({"max_overhead": 0.5}, "one teacher so far"),
-        ({"teacher_window_server": "http://localhost:8001"}, "one teacher so far"),
+        ({"teacher_window_server": "http://127.0.0.1:1"}, "give the weights of all of them"),
     ],
 )
 def test_what_works_with_one_teacher_only_is_said(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        MOPDTrainer(tiny_model(0), teachers(), tiny_config(tmp_path, **options))
+    with pytest.raises(TOPDError, match=message):
+        MOPDTrainer(tiny_model(0), teachers(), tiny_config(tmp_path, **options), routed("ab"))
+
+
+def test_an_evaluation_set_is_refused_wherever_it_is_given(tmp_path):
+    args = tiny_config(tmp_path)
+    with pytest.raises(TOPDError, match="eval_dataset"):
+        MOPDTrainer(tiny_model(0), teachers(), args, routed("ab"), routed("ab"))
+    with pytest.raises(TOPDError, match="eval_dataset"):
+        MOPDTrainer(tiny_model(0), teachers(), args, train_dataset=routed("ab"), eval_dataset=routed("ab"))
+
+
+def test_the_trainer_with_one_teacher_does_not_ignore_the_option(tmp_path):
+    from topd.training import TOPDTrainer
+
+    args = tiny_config(tmp_path, teachers={"a": "embedded:teacher"})
+    with pytest.raises(TOPDError, match="needs MOPDTrainer"):
+        TOPDTrainer(tiny_model(0), tiny_model(1), args, prompts(4))
+
+
+def test_no_teacher_at_all_is_said(tmp_path):
+    with pytest.raises(TOPDError, match="at least one teacher"):
+        MOPDTrainer(tiny_model(0), {}, tiny_config(tmp_path), routed("ab"))
 
 
 def test_the_command_takes_teachers_from_a_recipe_and_names_from_the_data(tmp_path, capsys):
@@ -87,6 +124,9 @@ def test_the_command_takes_teachers_from_a_recipe_and_names_from_the_data(tmp_pa
     capsys.readouterr()
     assert main([*common, "--data", "embedded"]) == 2
     assert "no column teacher" in capsys.readouterr().err
+    data.write_text('{"prompt": "what is 1+2?", "teacher": "c"}\n' * 4)
+    assert main([*common, "--data", str(data), "--output_dir", str(tmp_path / "other")]) == 2
+    assert "names c; the teachers are: a, b" in capsys.readouterr().err
     data.write_text('{"prompt": "what is 1+2?"}\n')
     assert main([*common, "--data", str(data)]) == 2
     assert "the teacher is None; write text" in capsys.readouterr().err

@@ -8,32 +8,20 @@ from pathlib import Path
 from topd.preflight.finding import Finding, ok
 from topd.preflight.memory import in_words, shape, sharded, stored_dtype
 from topd.preflight.setup import Setup
-
-WEIGHT = 0.02
-"""Size of a usual weight."""
+from topd.training.precision import REMEDY, lost_in_rounding
 
 
 def precision(setup: Setup) -> Finding:
-    """Do the optimizer's steps survive the rounding of the student's weights?
-
-    A weight of 0.02 in bfloat16 is 0.00012 from the next one: an update of less than half of that is rounded away, and
-    AdamW moves a weight by about the learning rate.
-    """
+    """Do the optimizer's steps survive the rounding of the student's weights?"""
     config = setup.config
     stored = {model.role: stored_dtype(model, setup.dtypes[model.role]) for model in setup.pair}
     computed = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "as stored"
     found = f"weights {stored['student']} (student), {stored['teacher']} (teacher); computed {computed}"
     if config.bf16 and sharded() and stored["student"] != "float32":
         return ok("precision", f"{found}; sharded training keeps float32 weights of the student")
-    least = WEIGHT * {"bfloat16": 2**-9, "float16": 2**-12}.get(stored["student"], 2**-25)
-    if config.learning_rate < least and not setup.adapters:
-        return Finding(
-            "precision", "warning",
-            f"{found}. A learning rate of {config.learning_rate:g} is lost in rounding: weights near {WEIGHT} need "
-            f"{least:.0e} to move at all",
-            "--dtype float32 --bf16 true keeps the student's weights in float32 and computes in bfloat16; "
-            '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\' keeps the teacher small.',
-        )  # fmt: skip
+    lost = lost_in_rounding(stored["student"], config.learning_rate)
+    if lost is not None and not setup.adapters:
+        return Finding("precision", "warning", f"{found}. {lost}", REMEDY)
     return ok("precision", found)
 
 

@@ -65,11 +65,11 @@ def _curves(arms: Arms, key: str, name: str, unit: str, index: int) -> Figure | 
         panels=columns, rows=rows, height=0.7 + 1.5 * rows + 0.7 * (len(panels) < 3), width=_WIDTH,
     ) as figure:  # fmt: skip
         for arm, axes in zip(panels, figure.axes, strict=False):
+            _draw(axes, curves[arm], BLUE, "-")
             if arm != _REFERENCE and _REFERENCE in curves:
                 _draw(axes, curves[_REFERENCE], INK, "--")
-            _draw(axes, curves[arm], BLUE, "-")
             axes.set_title(arm if len(arm) <= 30 else f"{arm[:29]}…", loc="left", fontsize=9)
-        _label(figure, len(panels), columns, unit)
+        _label(figure, len(panels), columns, unit, whole=key == "step")
     caption = "Solid: the arm; dashed: OPD. Means over seeds, each seed thin. The problems are in no training set, and "
     caption += "nothing is chosen by them."
     return Figure(f"Learning curves by {name}", figure.svg, caption, wide=True)
@@ -82,13 +82,13 @@ def _draw(axes: Axes, seeds: list[NDArray[np.float64]], colour: str, style: str)
     axes.plot(*np.mean(seeds, axis=0), style, color=colour)
 
 
-def _label(figure: Drawing, count: int, columns: int, unit: str) -> None:
+def _label(figure: Drawing, count: int, columns: int, unit: str, whole: bool) -> None:
     """Scales at the left and below the last panel of each column; empty panels disappear."""
     for place, axes in enumerate(figure.axes):
         axes.set_visible(place < count)
         lowest = place + columns >= count
         axes.tick_params(axis="x", labelbottom=lowest)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=whole))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.canvas.supxlabel(unit, fontsize=9, color=INK)
     figure.canvas.supylabel("share right, greedy", fontsize=9, color=INK)

@@ -79,10 +79,15 @@ def _step(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def checkpoints(run_folder: Path) -> list[Path]:
+    """All of a run, whole or not, by step."""
+    return sorted(run_folder.glob("checkpoint-*"), key=_step)
+
+
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
     """The last whole checkpoint, or None; and a line about each later one that is damaged."""
     passed_over: list[str] = []
-    for path in sorted(run_folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for path in reversed(checkpoints(run_folder)):
         if _step(path) < 0 or not path.is_dir():
             continue
         found = damage(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.errors import ResumeError, TOPDError
+from topd.quiet import quieten_bars
 from topd.training.options import parse_options
 
 
@@ -48,6 +49,7 @@ def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
     Args:
         before: checks on what `parse` returned and the prompts, before any weights are loaded; it raises.
     """
+    quieten_bars()
     data, config, model = parse(argv)
     with unforeseen(Path(config.output_dir)):
         _run(data, config, model, before)
@@ -78,7 +80,9 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
     from topd.data import read_text
     from topd.demo.pair import resolve_model
     from topd.training.checkpoints import saving
+    from topd.training.console import speak
     from topd.training.several_teachers import COLUMN, MOPDTrainer
+    from topd.training.summary import print_summary
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
@@ -107,10 +111,13 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
+    speak(trainer)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
         trainer.save_model(config.output_dir)
-    trainer.accelerator.print(f"Model saved in {config.output_dir}.")
+        trainer.save_state()  # for topd report
+    if trainer.is_world_process_zero():
+        print_summary(trainer.state.log_history, Path(config.output_dir), trainer.state.global_step)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
     trainer.end()
@@ -168,6 +175,10 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         return load(*first, **kwargs)
     except TOPDError:
         raise
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # of a tracker; transformers' own words say how
+            raise
+        raise TOPDError(f"{error} Or leave it out of --report_to.") from error
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise TOPDError(

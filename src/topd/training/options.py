@@ -11,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from topd.errors import TOPDError
 
+SEVERAL = ("report_to",)
+"""Options of text or a list of it, which take several values on the command line."""
+
 
 def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
     """Options from `--config FILE.yaml` and the command line, which wins. Unknown options are named, with near ones.
@@ -30,6 +33,9 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
         raise TOPDError(f"{message[:300]}. `{program} --help` lists all options.")
 
     parser.error = refuse  # argparse would print them all and exit
+    for action in parser._actions:
+        if action.dest in SEVERAL:
+            action.nargs = "+"
     arguments = list(argv)
     spellings = (spelling for action in parser._actions for spelling in action.option_strings)
     known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
@@ -44,6 +50,11 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
     except TOPDError:
         raise
     except (ValueError, TypeError) as error:
+        if left := re.search(r"not used by the HfArgumentParser: (.*)", str(error)):
+            raise TOPDError(
+                f"These words follow an option that takes one value: {left[1]:.200}. Put spaces in quotation marks; "
+                "several values go into the YAML file, as a list."
+            ) from error
         raise TOPDError(str(error)) from error
     except Exception as error:  # whatever a library makes of odd values
         raise TOPDError(

@@ -34,13 +34,13 @@ def prepared_models(student: Any, teacher: Any, args: TOPDConfig) -> tuple[Any, 
     theirs = head_rows(teacher, args.trust_remote_code, args.teacher_model_revision)
     if ours > theirs:
         if isinstance(student, str):
-            student = _loaded(student, args, _dict(args.model_init_kwargs))
+            student = load(student, args, _dict(args.model_init_kwargs))
             args.model_init_kwargs = None  # TRL takes them for names only
         cut_head(student, theirs)
     elif theirs > ours:
         if isinstance(teacher, str):
             options = {"dtype": None, "revision": args.teacher_model_revision} | _dict(args.teacher_model_init_kwargs)
-            teacher = _loaded(teacher, args, options)
+            teacher = load(teacher, args, options)
             args.teacher_model_init_kwargs = None
         cut_head(teacher, ours)
     return student, teacher, heads_in_words(ours, theirs) if ours != theirs else None
@@ -65,8 +65,8 @@ def cut_head(model: Any, rows: int) -> None:
     model.resize_token_embeddings(rows)
 
 
-def _loaded(name: str, args: TOPDConfig, options: dict[str, Any]) -> Any:
-    """As TRL loads it."""
+def load(name: str, args: TOPDConfig, options: dict[str, Any]) -> Any:
+    """As TRL loads it: in several processes, each on its own device."""
     options = {"trust_remote_code": args.trust_remote_code} | options
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None

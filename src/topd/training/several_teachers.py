@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
-from trl.trainer.utils import create_model_from_path
 
+from topd.errors import DataError, TOPDError
 from topd.near_future import DistilledModel, RoutedTeacher
 from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
-from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words
+from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words, load
+from topd.training.sharding import held_whole, shard_teacher
 from topd.training.tokenizers import check_tokenizers
 from topd.training.trainer import TOPDTrainer
 
@@ -27,16 +30,17 @@ class _TellsTeachers(DistillationTrainer):
     _numbers: dict[str, int]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        names = [row.get(COLUMN) for row in inputs]
-        unknown = sorted({str(name) for name in names if name not in self._numbers})
-        if unknown:
-            raise ValueError(
-                f"The dataset's column {COLUMN!r} names {', '.join(unknown)}; the teachers are: "
-                f"{', '.join(self._numbers)}."
-            )
+        names = [str(row.get(COLUMN)) for row in inputs]
+        check_names(names, list(self._numbers))
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        numbers = [self._numbers[str(name)] for name in names]
+        numbers = [self._numbers[name] for name in names]
         return batch | {TEACHER: torch.tensor(numbers, device=batch["completion_ids"].device)}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if COLUMN not in columns:
+            columns.append(COLUMN)
 
 
 class MOPDTrainer(TOPDTrainer, _TellsTeachers):
@@ -50,26 +54,24 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
         args: with `opd_loss="one_pass"` where the method is `opd`.
 
     Raises:
-        ValueError: for what does not work with several teachers: see the messages.
+        TOPDError: for what does not work with several teachers, and where the dataset names others: see the messages.
     """
 
+    _several_teachers = True
+
     def __init__(
-        self, model: Any, teacher_model: Mapping[str, Any], args: TOPDConfig, *rest: Any, **kwargs: Any
-    ) -> None:
-        if not (args.looks_ahead or args.opd_in_one_pass):
-            raise ValueError("Several teachers need opd_loss=one_pass with method=opd: TRL's loss has one teacher.")
-        if args.embedding.startswith("teacher"):
-            raise ValueError("Several teachers need embedding=student or student_hidden: windows meet in one space.")
-        if kwargs.get("eval_dataset") is not None or args.max_overhead or args.teacher_window_server:
-            raise ValueError(
-                "eval_dataset, max_overhead and teacher_window_server work with one teacher so far: leave them out."
-            )
-        names = list(teacher_model)
-        super().__init__(model, teacher_model[names[0]], args, *rest, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("Several teachers work in one process or under DDP so far, not with FSDP or DeepSpeed.")
-        self._numbers = {name: number for number, name in enumerate(names)}
-        self._teachers = [self.teacher_model, *(self._prepared(teacher_model[name]) for name in names[1:])]
+        self, model: Any, teacher_model: Mapping[str, Any], args: TOPDConfig, train_dataset: Any = None,
+        eval_dataset: Any = None, *rest: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        teachers = {str(name): teacher for name, teacher in teacher_model.items()}
+        check_options(args, teachers, eval_dataset)
+        check_routing(train_dataset, list(teachers))
+        first, *others = teachers.values()
+        super().__init__(model, first, args, train_dataset, None, *rest, **kwargs)
+        if self.is_deepspeed_enabled:
+            raise TOPDError("Several teachers work in one process, under DDP and FSDP2 so far, not with DeepSpeed.")
+        self._numbers = {name: number for number, name in enumerate(teachers)}
+        self._teachers = [self.teacher_model, *(self._prepared(teacher) for teacher in others)]
         self._routed: RoutedTeacher | None = None
 
     def _prepared(self, teacher: Any) -> Any:
@@ -77,17 +79,78 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             trust = self.args.trust_remote_code
             check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
             given: Any = self.args.teacher_model_init_kwargs or {}
-            teacher = create_model_from_path(teacher, **(SAFE | {"trust_remote_code": trust} | given))
+            teacher = load(teacher, self.args, SAFE | given)
         ours, theirs = head_rows(self.model), head_rows(teacher)
         if theirs < ours:
-            raise ValueError(
+            raise TOPDError(
                 f"{heads_in_words(ours, theirs)} With several teachers, name first the one with fewest rows."
             )
         if theirs > ours:
             cut_head(teacher, ours)
+        if self.is_fsdp_enabled:
+            return shard_teacher(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _teacher(self) -> DistilledModel:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
         return self._routed
+
+    # Each process asks the teachers that its own rows name, so they are held whole whenever they are asked: parts that
+    # are gathered layer by layer would need all processes in step.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self._teachers_whole():
+            return super()._generate_and_score_completions(inputs)
+
+    def _stop_on(self, what: str) -> None:
+        with self._teachers_whole():
+            super()._stop_on(what)
+
+    @contextmanager
+    def _models_whole(self) -> Iterator[None]:
+        with held_whole(self.model_wrapped, self.accelerator):
+            yield
+
+    @contextmanager
+    def _teachers_whole(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for teacher in self._teachers:
+                stack.enter_context(held_whole(teacher, self.accelerator))
+            yield
+
+
+def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: Any) -> None:
+    """Raise `TOPDError` for what works with one teacher only."""
+    if not teachers:
+        raise TOPDError("MOPDTrainer needs at least one teacher: {name: model}.")
+    if args.teacher_window_server:
+        raise TOPDError("teacher_window_server works with one teacher so far: give the weights of all of them instead.")
+    if eval_dataset is not None or args.max_overhead:
+        raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
+    if not (args.looks_ahead or args.opd_in_one_pass):
+        raise TOPDError("Several teachers need opd_loss=one_pass with method=opd: TRL's loss has one teacher.")
+    if args.embedding.startswith("teacher"):
+        raise TOPDError("Several teachers need embedding=student or student_hidden: windows meet in one space.")
+
+
+def check_routing(dataset: Any, teachers: Sequence[str]) -> None:
+    """Raise `DataError` unless every row of the dataset names a teacher. Of a stream only the columns are looked at."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    if COLUMN not in columns:
+        raise DataError(
+            f"The dataset has no column {COLUMN!r}, which names each row's teacher. Its columns are: "
+            f"{', '.join(columns)}."
+        )
+    if isinstance(dataset, Dataset):
+        check_names([str(name) for name in dataset.unique(COLUMN)], teachers)
+
+
+def check_names(names: Sequence[str], teachers: Sequence[str]) -> None:
+    unknown = sorted({name for name in names if name not in teachers})
+    if unknown:
+        raise DataError(
+            f"The dataset's column {COLUMN!r} names {', '.join(unknown[:10])}; the teachers are: {', '.join(teachers)}."
+        )

@@ -34,6 +34,8 @@ def held_whole(model: Any, accelerator: Accelerator) -> Iterator[None]:
 def unsharded(model: Any) -> Iterator[None]:
     """Gather what FSDP2 has sharded, once, and keep it through all forward passes in this block. Else do nothing."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if parts:
+        model._get_fsdp_state()._lazy_init()  # as before a first forward pass, which may not come: see the end
     resharding = {part: _reshards_after_forward(part) for part in parts if part is not model}  # the root never does
     for part in resharding:
         part.set_reshard_after_forward(False, recurse=False)

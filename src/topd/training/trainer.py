@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
-from topd.errors import ServerError
+from topd.errors import ServerError, TOPDError
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -26,6 +26,7 @@ from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
+from topd.training.precision import WarnsOfRounding
 from topd.training.prepared import prepared_models
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
@@ -83,6 +84,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     args: TOPDConfig
     model: Any
     teacher_model: Any
+    _several_teachers = False
 
     def __init__(
         self, model: Any, teacher_model: Any = None, args: TOPDConfig | None = None, *rest: Any, **kwargs: Any
@@ -90,6 +92,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = TOPDConfig(f"{Path(name).name}-TOPD")
+        if args.teachers and not self._several_teachers:
+            raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         if teacher_model is None:
             check_without_weights(args)
         server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
@@ -115,6 +119,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
         self._guidance_loss, self._unseen = 0.0, 0.0
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
+        self.add_callback(WarnsOfRounding())
 
     # Rollouts, then the near future
 

@@ -1,0 +1,53 @@
+"""Do the optimizer's steps survive the rounding of the student's weights?"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+WEIGHT = 0.02
+"""Size of a usual weight."""
+HALF_A_STEP = {"bfloat16": 2**-9, "float16": 2**-12, "float32": 2**-25}
+"""What is rounded away, as a share of a weight."""
+REMEDY = (
+    "--dtype float32 --bf16 true keeps the student's weights in float32 and computes in bfloat16; "
+    '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\' keeps the teacher small. Or train adapters (--use_peft '
+    "true), or take a larger learning rate."
+)
+
+
+def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
+    """What is lost of steps of this size, in words; None if they survive.
+
+    A weight of 0.02 in bfloat16 is 0.00012 from the next one: an update of less than half of that is rounded away, and
+    AdamW moves a weight by about the learning rate.
+    """
+    least = WEIGHT * HALF_A_STEP.get(dtype, 2**-25)
+    if learning_rate >= least:
+        return None
+    return (
+        f"A learning rate of {learning_rate:g} is lost in rounding: {dtype} weights near {WEIGHT} need {least:.0e} to "
+        "move at all"
+    )
+
+
+class WarnsOfRounding(TrainerCallback):
+    """Says once, as training begins, that steps will be lost: by the weights that are trained, as they are by then.
+
+    (FSDP2 has float32 ones by then, adapters are float32 on any base.)
+    """
+
+    _done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._done or not state.is_world_process_zero:
+            return
+        self._done = True
+        for dtype in {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}:
+            lost = lost_in_rounding(str(dtype).removeprefix("torch."), args.learning_rate)
+            if lost is not None:
+                logger.warning(f"{lost}. {REMEDY}")

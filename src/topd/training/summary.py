@@ -1,0 +1,99 @@
+"""What `topd train` says at its end: how the run went, where its time went, and where everything is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from topd.training.audit import AUDIT_FILE
+from topd.training.checkpoints import checkpoints
+from topd.training.console import in_words
+from topd.training.stages import STAGES
+
+ROWS = (
+    ("loss", "loss, nats", "{:.4f}"),
+    ("token_loss/mean", "token loss, nats", "{:.4f}"),
+    ("eval_loss", "evaluation loss, nats", "{:.4f}"),
+    ("false_alarm_share", "false alarms among candidates", "{:.1%}"),
+    ("forks/per_rollout", "forks a rollout", "{:.2f}"),
+    ("completions/mean_length", "tokens of a response", "{:.1f}"),
+    ("step_time", "seconds a step", "{:.2f}"),
+)
+
+Log = Sequence[dict[str, Any]]
+
+
+def print_summary(log: Log, folder: Path, steps: int, console: Console | None = None) -> None:
+    """Print all of it. `log`: the trainer's log history."""
+    console = console or Console()
+    seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    for table in (metrics_table(log, steps, seconds), stages_table(log)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    console.print()
+    for line in places(folder):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def metrics_table(log: Log, steps: int, seconds: float | None) -> Table:
+    """First and last value of each metric, and its mean over all logs."""
+    took = "" if seconds is None else f" in {in_words(seconds)}"
+    table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
+    for key, words, form in ROWS:
+        if values := values_of(log, key):
+            table.add_row(words, *map(form.format, (values[0], values[-1], sum(values) / len(values))))
+    return table
+
+
+def stages_table(log: Log) -> Table | None:
+    """Mean seconds of each stage and its share of their sum; None where none was measured."""
+    means = {name: sum(values) / len(values) for name in STAGES if (values := values_of(log, f"seconds/{name}"))}
+    whole = sum(means.values())
+    if not whole:
+        return None
+    table = _table("where the time goes", ("", "seconds a step", "share"))
+    for name, mean in means.items():
+        table.add_row(name, f"{mean:.3f}", f"{mean / whole:.0%}")
+    return table
+
+
+def places(folder: Path) -> list[str]:
+    """Where the model, checkpoints and records are, and what shows them."""
+    steps = [path.name.rpartition("-")[2] for path in checkpoints(folder)]
+    audit = folder / AUDIT_FILE
+    lines = [f"Model: {folder}"]
+    if steps:
+        told = steps if len(steps) <= 6 else [*steps[:2], "...", steps[-1]]
+        lines.append(f"Checkpoints: {folder}/checkpoint-N, after steps {', '.join(told)}")
+    if audit.is_file():
+        count = len(audit.read_bytes().splitlines())
+        lines.append(f"Audit: {audit}, {count} rollouts with their candidates")
+    else:
+        lines.append("Audit: none (--audit_steps 10 records rollouts with their forks)")
+    return [*lines, f"The page of this run: topd report {shlex.quote(str(folder))}"]
+
+
+def values_of(log: Log, key: str) -> list[float]:
+    """What was logged under a name, in order."""
+    return [float(entry[key]) for entry in log if key in entry]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(
+        title=f"[bold]{title}[/bold]",
+        title_style="",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    return table

@@ -1,0 +1,72 @@
+"""Low-precision weights and small learning rates: how many weights move, and that it is said once."""
+
+import pytest
+import torch
+from tiny import TOKENIZER, tiny_trainer
+from transformers import AutoModelForCausalLM
+
+from topd.cli import main
+from topd.demo.pair import pair_folder
+
+LOST = "is lost in rounding"
+
+
+def embedded(role, dtype):
+    return AutoModelForCausalLM.from_pretrained(pair_folder(role), dtype=dtype)
+
+
+def moved(tmp_path, dtype):
+    """The share of the embedded student's weights that ten steps of AdamW at the paper's learning rate move."""
+    model = embedded("student-standard", dtype)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer = tiny_trainer(
+        tmp_path, student=model, teacher=embedded("teacher", dtype), max_steps=10, learning_rate=2e-6,
+        lr_scheduler_type="constant", max_completion_length=24,
+    )  # fmt: skip
+    trainer.train()
+    changed = [(old != new).sum() for old, new in zip(before, model.parameters(), strict=True)]
+    return float(sum(changed)) / sum(parameter.numel() for parameter in before)
+
+
+def test_bfloat16_weights_hardly_move_and_that_is_said_once(tmp_path, caplog, capsys):
+    share = moved(tmp_path, torch.bfloat16)
+    with capsys.disabled():
+        print(f" [bfloat16 weights, learning rate 2e-6, ten steps: {share:.1%} moved]", end="")
+    assert 0 < share < 0.05
+    assert caplog.text.count(LOST) == 1
+    assert "--dtype float32 --bf16 true" in caplog.text
+    assert "--use_peft true" in caplog.text
+
+
+def test_float32_weights_all_move_and_nothing_is_said(tmp_path, caplog, capsys):
+    share = moved(tmp_path, torch.float32)
+    with capsys.disabled():
+        print(f" [float32 weights, learning rate 2e-6, ten steps: {share:.1%} moved]", end="")
+    assert share > 0.99
+    assert LOST not in caplog.text
+
+
+def test_adapters_on_bfloat16_weights_are_float32(tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    models = {role: embedded(name, torch.bfloat16) for role, name in
+              (("student", "student-standard"), ("teacher", "teacher"))}  # fmt: skip
+    trainer = tiny_trainer(
+        tmp_path, **models, learning_rate=1e-5, max_steps=1, tokenizer=TOKENIZER,
+        trainer_options={"peft_config": adapters},
+    )  # fmt: skip
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert LOST not in caplog.text
+
+
+@pytest.mark.parametrize("preflight", ["true", "false"])
+def test_the_command_says_it_once(tmp_path, caplog, capsys, preflight):
+    command = [
+        "train", "--config", "recipes/embedded.yaml", "--max_steps", "2", "--per_device_train_batch_size", "2",
+        "--max_completion_length", "6", "--window_length", "3", "--dtype", "bfloat16", "--learning_rate", "2e-6",
+        "--preflight", preflight, "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err + caplog.text).count(LOST) == 1
