@@ -45,12 +45,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
     every step equals `DistillationTrainer`'s, bit for bit.
 
     ```python
-    from topd import TOPDConfig, TOPDTrainer
-
     trainer = TOPDTrainer(
-        model="Qwen/Qwen3-0.6B",
-        teacher_model="Qwen/Qwen3-1.7B",
-        args=TOPDConfig("runs/mine"),
+        model="Qwen/Qwen3-0.6B", teacher_model="Qwen/Qwen3-1.7B", args=TOPDConfig("runs/mine"),
         train_dataset=dataset,  # a column "prompt": text or messages
     )
     trainer.train()
@@ -322,7 +318,6 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             self._budget = self._budget.restored(state["budget"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's. `resume_from_checkpoint=True` goes on from the newest whole checkpoint (docs/survival.md)."""
         if self.accelerator.is_main_process:
             save_options(self.args)
         try:
