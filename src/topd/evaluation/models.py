@@ -9,7 +9,15 @@ from pathlib import Path
 from topd.demo.pair import resolve_model
 from topd.errors import TOPDError
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer.json", "chat_template.jinja")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
 _ENDS = 1 << 20
 """Bytes at each end of a file that are read: another training run changes them, and large files stay quick."""
 

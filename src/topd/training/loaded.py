@@ -1,0 +1,90 @@
+"""Models by name, for commands that run them: whole ones, and LoRA adapters merged into their base."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from topd.demo.pair import resolve_model
+from topd.errors import TOPDError
+from topd.training.command import loading
+from topd.training.prepared import SAFE
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def loaded_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """Model, in evaluation mode on the best device, and tokenizer; from safetensors only, running no code of its own.
+
+    Args:
+        name: embedded one, Hub name, folder, or folder of an adapter (peft).
+        dtype: of the weights; of an adapter's base, into which it is merged.
+
+    Raises:
+        TOPDError: something cannot be loaded.
+    """
+    folder = resolve_model(name)
+    base = resolve_model(base_of(folder)) if is_adapter(folder) else folder
+    has_tokenizer = base == folder or (Path(folder) / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = loading(
+            "tokenizer", folder if has_tokenizer else base, AutoTokenizer.from_pretrained, trust_remote_code=False
+        )
+        model = loading(
+            "models", base, AutoModelForCausalLM.from_pretrained, base, dtype=dtype, trust_remote_code=False, **SAFE
+        )
+    except TOPDError as error:
+        if base == folder:
+            raise
+        raise TOPDError(
+            f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Write where it is into "
+            f"base_model_name_or_path of {ADAPTER_CONFIG}."
+        ) from error
+    if base != folder:
+        model = merged(model, folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def is_adapter(folder: str) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def base_of(folder: str) -> str:
+    """The model that an adapter belongs to, after checks that need no weights."""
+    if importlib.util.find_spec("peft") is None:
+        raise TOPDError(f"{folder} holds an adapter, which needs peft: pip install 'topd[peft]'.")
+    if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
+        raise TOPDError(
+            f"{folder} holds an adapter without {ADAPTER_WEIGHTS}; nothing else is read. Save it again with peft's "
+            "save_pretrained."
+        )
+    try:
+        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise TOPDError(
+            f"{folder}/{ADAPTER_CONFIG} does not say which base_model_name_or_path it belongs to; write it."
+        )
+    return base
+
+
+def merged(model: Any, folder: str) -> Any:
+    """The base with the adapter's weights added to its own."""
+    from peft import PeftModel
+
+    try:
+        with_adapter: Any = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError) as error:  # other shapes, another kind of layer
+        reason = " ".join(str(error).split())[:200]
+        raise TOPDError(
+            f"The adapter in {folder} does not fit its base {model.config._name_or_path}: {reason}"
+        ) from error
+    if not hasattr(with_adapter, "merge_and_unload"):
+        raise TOPDError(f"The adapter in {folder} cannot be merged into its base; LoRA adapters can.")
+    return with_adapter.merge_and_unload().requires_grad_(True)  # as any other model: peft has frozen the base
