@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from topd.evaluation.accuracy import holm
 from topd.study.config import REFERENCE
@@ -85,8 +86,6 @@ def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
     times, and covers 96 to 100 % where this covers 94 to 97 (98 to 99 where neither seeds nor problems differ). With
     one seed only problems are random: the interval then says nothing about other seeds.
     """
-    from scipy.stats import t
-
     rows, columns = table.shape
     mean = float(table.mean())
     if columns == 1 or (rows == 1 and np.ptp(table) == 0):
@@ -101,7 +100,7 @@ def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
         total = max(of_seeds + of_problems - of_rest, of_rest)
         parts = of_seeds**2 / (rows - 1) + of_problems**2 / (columns - 1) + of_rest**2 / ((rows - 1) * (columns - 1))
         freedom = max(1.0, total**2 / parts) if parts else 1.0
-    half = float(t.ppf(0.5 + level / 2, freedom)) * float(total / (rows * columns)) ** 0.5
+    half = float(stdtrit(freedom, 0.5 + level / 2)) * float(total / (rows * columns)) ** 0.5
     return mean - half, mean + half
 
 
