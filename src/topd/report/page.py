@@ -63,7 +63,7 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
     notes = [note for run in runs for note in run.notes]
     models = load_evaluations([folder for run in runs for folder in run.evaluations], notes)
     return environment.get_template("template.html").render(
-        title=" and ".join(run.name for run in runs),
+        title=listed([run.name for run in runs]),
         lede=lede(arms),
         notes=notes,
         facts=[fact for run in runs for fact in facts(run)],
@@ -93,6 +93,11 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
 def of(run: Run, several: bool) -> str:
     """What a heading adds where there are several runs."""
     return f": {run.name}" if several else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def slug(title: str) -> str:

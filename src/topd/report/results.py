@@ -145,7 +145,7 @@ def score(value: Any) -> Score | None:
 
 def signed(value: float) -> str:
     """One decimal, always with a sign."""
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # never -0.0
 
 
 def _interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:

@@ -69,7 +69,7 @@ def _curves(arms: Arms, key: str, name: str, unit: str, index: int) -> Figure | 
             if arm != _REFERENCE and _REFERENCE in curves:
                 _draw(axes, curves[_REFERENCE], INK, "--")
             axes.set_title(arm if len(arm) <= 30 else f"{arm[:29]}…", loc="left", fontsize=9)
-        _label(figure, len(panels), columns, unit, whole=key == "step")
+        _label(figure, len(panels), columns, key, unit)
     caption = "Solid: the arm; dashed: OPD. Means over seeds, each seed thin. The problems are in no training set, and "
     caption += "nothing is chosen by them."
     return Figure(f"Learning curves by {name}", figure.svg, caption, wide=True)
@@ -82,14 +82,15 @@ def _draw(axes: Axes, seeds: list[NDArray[np.float64]], colour: str, style: str)
     axes.plot(*np.mean(seeds, axis=0), style, color=colour)
 
 
-def _label(figure: Drawing, count: int, columns: int, unit: str, whole: bool) -> None:
+def _label(figure: Drawing, count: int, columns: int, key: str, unit: str) -> None:
     """Scales at the left and below the last panel of each column; empty panels disappear."""
     for place, axes in enumerate(figure.axes):
         axes.set_visible(place < count)
         lowest = place + columns >= count
         axes.tick_params(axis="x", labelbottom=lowest)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=whole))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=key == "step"))
+        if key == "tokens":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.canvas.supxlabel(unit, fontsize=9, color=INK)
     figure.canvas.supylabel("share right, greedy", fontsize=9, color=INK)
 
