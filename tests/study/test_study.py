@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.cli import main
+from topd.demo.pair import resolve_model
 from topd.errors import TOPDError
 from topd.study import command
 from topd.study.config import plan_of, read_plan
-from topd.study.run import known_record, run_job, settings_of
+from topd.study.run import Curve, known_record, run_job, settings_of
 from topd.study.summary import answers, crossed_interval, sign_flip_p, summarise
 from topd.study.tables import study_rows
 from topd.study.tasks import task_of
@@ -204,14 +207,44 @@ def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from topd.demo.pair import resolve_model
-
     folder = resolve_model(own.student)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tasks = [task_of(each) for each in (own, embedded)]
     answers = [task.right(model, tokenizer, task.held_out(), sampled=False) for task in tasks]
     assert answers[0] == answers[1]
     assert 0 < sum(answers[0]) < 40
+
+
+def test_learning_curves_are_judged_by_the_task(tmp_path):
+    class Asked:
+        def curve(self):
+            return ["a", "b", "c", "d"]
+
+        def right(self, model, tokenizer, problems, *, sampled):
+            return [problem == "c" and not sampled for problem in problems]
+
+    curve = Curve(plan(), Asked(), None)
+    curve.answer(SimpleNamespace(global_step=3), None)
+    assert curve.points == [{"step": 3, "seconds": 0.0, "accuracy": 0.25}]
+
+
+def test_asking_greedily_leaves_the_random_numbers_of_training_alone():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model("embedded:student-standard")
+    task = task_of(plan())
+    before = torch.get_rng_state()
+    task.right(
+        AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), task.curve(), sampled=False
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tuning_problems_are_judged_by_the_rule_of_their_own_benchmark(tmp_path):
+    files = files_of(task_of(plan()), tmp_path)
+    task = task_of(plan(**files | {"tune_benchmark": str(tmp_path / "tuning.jsonl")}))
+    rules = [{task.rules[problem.id] for problem in problems} for problems in (task.held_out(), task.tuning())]
+    assert rules == [{"embedded"}, {"math"}]
 
 
 def test_each_seed_has_another_order_of_all_own_prompts(tmp_path):
