@@ -105,6 +105,8 @@ class OwnTask:
         ):
             if common:
                 raise TOPDError(f"{len(common)} prompts of {where}, such as {min(common)[:80]!r}. Take them out.")
+        if (count := len(self.held.problems)) < plan.held_out:
+            raise TOPDError(f"{plan.benchmark} has fewer problems than {plan.held_out}: write held_out: {count}.")
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
         """All rows in the seed's order, again in another order where they do not suffice."""
