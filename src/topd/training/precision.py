@@ -26,7 +26,7 @@ def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
     A weight of 0.02 in bfloat16 is 0.00012 from the next one: an update of less than half of that is rounded away, and
     AdamW moves a weight by about the learning rate.
     """
-    least = WEIGHT * HALF_A_STEP.get(dtype, 2**-25)
+    least = WEIGHT * HALF_A_STEP.get(dtype, HALF_A_STEP["float32"])
     if learning_rate >= least:
         return None
     return (

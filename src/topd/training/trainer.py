@@ -115,7 +115,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
         self._guidance_loss, self._unseen = 0.0, 0.0
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
-        self.add_callback(WarnsOfRounding())
+        if not self.is_deepspeed_enabled:  # it keeps float32 weights of its own
+            self.add_callback(WarnsOfRounding())
 
     # Rollouts, then the near future
 
