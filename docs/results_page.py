@@ -38,15 +38,17 @@ def _table(study: str, kind: str, more: str | None) -> str:
 def _tuning(result: Mapping[str, Any]) -> str:
     rows = []
     for arm, scores in result["tuning"].items():
-        best = max(scores, key=lambda each: each["accuracy"])
         tried = ", ".join(f"{100 * each['accuracy']:.1f}" for each in scores)
-        rows.append([arm, _words(best["choice"]), tried])
+        rows.append([arm, _words(result["tuned"][arm]), tried])
     return markdown(["arm", "chosen", "sampled accuracy of each choice, %"], rows)
 
 
 def _words(choice: Mapping[str, Any]) -> str:
     short = {"learning_rate": "lr", "guidance_weight": "lambda"}
-    return ", ".join(f"{short.get(name, name)} {value:g}" for name, value in choice.items())
+    return ", ".join(
+        f"{short.get(name, name)} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+        for name, value in choice.items()
+    )
 
 
 def _curve(result: Mapping[str, Any], arms: Sequence[str]) -> str:
