@@ -64,6 +64,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     from topd.demo.pair import resolve_model
     from topd.quiet import quieten
     from topd.training import TOPDTrainer
+    from topd.training.tokenizers import check_tokenizers
 
     quieten()
     torch.set_num_threads(1)
@@ -75,6 +76,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         folder = resolve_model(plan.student)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(resolve_model(plan.teacher)))
         student, teacher = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
         config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL takes them for names only
         safe = {"dtype": torch.float32, "use_safetensors": True}
