@@ -29,6 +29,13 @@ def test_a_study_is_shown_arm_by_arm(page: Page) -> None:
         assert expected in page.text, expected
 
 
+def test_how_it_was_sampled_is_told(page: Page, tmp_path: Path) -> None:
+    assert "Sampled, temperature 1:" in page.text
+    for sampling, told in (({"temperature": 0.6}, "Sampled, temperature 0.6:"), ({}, "Sampled:")):
+        plan = {"steps": 30, "held_out": 500, "data": "mine.jsonl", "sampling": sampling}
+        assert told in page_of(write_study(tmp_path, [], plan=plan)).text
+
+
 def test_its_figures_are_a_forest_and_curves_by_steps_tokens_and_seconds(page: Page) -> None:
     labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
     assert [label.split(":")[0] for label in labels] == [

@@ -16,8 +16,9 @@ from topd.evaluation.results import SETTINGS, Results, benchmarks_in, read_resul
 from topd.paper import MEAN, TABLE_1
 from topd.report.forest import Estimate, forest
 from topd.report.reading import check_version, clean, number, read_object
-from topd.report.results import Score, score, signed
+from topd.report.results import Score, score
 from topd.report.svg import Figure
+from topd.report.words import signed, span
 
 SHARED = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "tokens at most", "engine": "engine"}
 """Settings that the page names, where all samples share them."""
@@ -145,15 +146,11 @@ def _samples(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['problems']:,} × {row['samples']}",
         f"{100 * row['accuracy']['mean']:.1f}",
         "–" if error is None else f"{100 * error:.1f}",
-        _span(row["pass_at"][str(row["samples"])]),
-        _span(row["majority"]),
+        span(row["pass_at"][str(row["samples"])]),
+        span(row["majority"]),
         *(f"{row[key]:,}" for key in ("truncated", "unparsed", "truncated_and_unparsed")),
         f"{row['tokens_mean']:,.0f}",
     )
-
-
-def _span(value: Mapping[str, float]) -> str:
-    return f"{100 * value['mean']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
 
 
 def _figure(compared: Sequence[Mapping[str, Any]], first: str, columns: Sequence[str]) -> Figure:

@@ -19,10 +19,11 @@ from topd.report.evaluation import evaluation_section, load_evaluations
 from topd.report.figures import curve_figures
 from topd.report.reading import number
 from topd.report.records import MAX_CANDIDATES, Arm
-from topd.report.results import NAMES, Scores, signed
+from topd.report.results import NAMES, Scores
 from topd.report.rollouts import LEVELS, choose_rollouts
 from topd.report.runs import Run, load_runs
 from topd.report.study import study_section
+from topd.report.words import signed
 
 _HERE = Path(__file__).parent
 MOST_TOKENS = 30

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from topd.paper import MEAN, PROBE, TABLE_1
 from topd.report.reading import mapping, mappings, number
 from topd.report.runs import Run
+from topd.report.words import plain, signed
 
 _STUDENT, _OPD, _TOPD = (row[MEAN] for row in TABLE_1.values())
 PAPER_SCORES = {"student": _STUDENT, "opd": _OPD, "opd-capped": 48.2, "topd": _TOPD}
@@ -82,7 +83,7 @@ def headlines(results: Mapping[str, Any]) -> list[Headline]:
     difference = mapping(mapping(results.get("difference")).get("greedy"))
     if (mean := number(difference.get("mean"))) is not None:
         p = number(difference.get("p"))
-        detail = _interval(difference, signed=True) + ("" if p is None else f", p = {p:.2g}")
+        detail = _interval(difference, signed) + ("" if p is None else f", p = {p:.2g}")
         gain = PAPER_SCORES["topd"] - PAPER_SCORES["opd"]
         found.append(
             Headline(
@@ -143,14 +144,8 @@ def score(value: Any) -> Score | None:
     return None if mean is None else Score(100 * mean)
 
 
-def signed(value: float) -> str:
-    """One decimal, always with a sign."""
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # never -0.0
-
-
-def _interval(entry: Mapping[str, Any], *, signed: bool = False) -> str:
+def _interval(entry: Mapping[str, Any], form: Callable[[float], str] = plain) -> str:
     low, high = number(entry.get("low")), number(entry.get("high"))
     if low is None or high is None:
         return ""
-    sign = "+" if signed else ""
-    return f"95 % interval {100 * low:{sign}.1f} to {100 * high:{sign}.1f}".replace("-", "−")
+    return f"95 % interval {form(100 * low)} to {form(100 * high)}"

@@ -10,10 +10,10 @@ from typing import Any
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
 from topd.report.study_figures import difference_figure, learning_curves
 from topd.report.svg import Figure
+from topd.report.words import signed, span
 
 STUDY_VERSION = 2
 """The newest `study.json` that is understood."""
-WAYS = {"greedy": "Greedy", "sampled": "Sampled, temperature 1"}
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,22 @@ def study_section(result: Mapping[str, Any], index: int = 0, of: str = "") -> St
     return StudySection(
         f"Study{of}",
         lede,
-        [(words, [_line(name, mapping(arm.get(how))) for name, arm in arms.items()]) for how, words in WAYS.items()],
+        [
+            (words, [_line(name, mapping(arm.get(how))) for name, arm in arms.items()])
+            for how, words in _ways(plan).items()
+        ],
         [_cost(name, arms, tuned.get(name, {}), tuning.get(name, [])) for name in arms],
         bool(tuned),
         difference_figure(arms, index),
         learning_curves(arms, index),
     )
+
+
+def _ways(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Title of the table of each way of decoding. The embedded task is sampled at temperature 1."""
+    temperature = mapping(plan.get("sampling")).get("temperature") if plan.get("data") else 1
+    known = "" if temperature is None else f", temperature {clean(temperature)}"
+    return {"greedy": "Greedy", "sampled": f"Sampled{known}"}
 
 
 def _line(name: str, found: Mapping[str, Any]) -> StudyLine:
@@ -105,8 +115,8 @@ def _line(name: str, found: Mapping[str, Any]) -> StudyLine:
     ahead = f"{number(beside.get('ahead')) or 0:.0f} of {len(beside.get('seeds') or ())}" if beside else ""
     return StudyLine(
         name,
-        _span(accuracy, signed=False),
-        _span(beside, signed=True) if beside else "",
+        span(accuracy),
+        span(beside, signed) if beside else "",
         _p(beside.get("p")),
         _p(beside.get("p_holm")),
         ahead or f"{len(seeds)} seeds",
@@ -116,14 +126,6 @@ def _line(name: str, found: Mapping[str, Any]) -> StudyLine:
 def _p(value: Any) -> str:
     p = number(value)
     return "" if p is None else f"{p:.2g}"
-
-
-def _span(values: Mapping[str, Any], signed: bool) -> str:
-    mean, low, high = (number(values.get(name)) for name in ("mean", "low", "high"))
-    if mean is None or low is None or high is None:
-        return "–"
-    sign = "+" if signed else ""
-    return f"{100 * mean:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})".replace("-", "−")
 
 
 def _cost(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from topd.report.forest import Estimate, forest
 from topd.report.reading import mapping, mappings, number
 from topd.report.svg import BLUE, INK, Drawing, Figure, drawing
+from topd.report.words import signed
 
 Arms = Mapping[str, Mapping[str, Any]]
 Curves = dict[str, list[NDArray[np.float64]]]
@@ -38,8 +39,8 @@ def difference_figure(arms: Arms, index: int = 0) -> Figure | None:
                 rows.setdefault(name, {})[how] = (found[0], found[1], found[2])
     if not rows:
         return None
-    described = "; ".join(f"{name}, {how} {found[how][0]:+.1f}" for name, found in rows.items() for how in found)
-    alt = f"Points more than OPD: {described}.".replace("-", "−")
+    described = "; ".join(f"{name}, {how} {signed(found[how][0])}" for name, found in rows.items() for how in found)
+    alt = f"Points more than OPD: {described}."
     svg = forest(f"study-forest-{index}", alt, rows, "points more than OPD", width=_WIDTH)
     caption = "Same seeds, prompts and problems; 95 % intervals over seeds and problems. "
     caption += "Filled: the interval leaves out 0."
