@@ -2,12 +2,14 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
+import httpx2
 import pytest
 from fake_openai import fake_server
 
 from topd.errors import ServerError
-from topd.openai_server import FIRST_WAIT, Limits, OpenAIServer
+from topd.openai_server import FIRST_WAIT, LONGEST_WAIT, Limits, OpenAIServer
 
 PATH, BODY = "/v1/completions", {"prompt": "a b c", "max_tokens": 4}
 
@@ -34,6 +36,17 @@ def test_waits_are_doubled_and_shortened_at_random():
     assert len(waits) == 4
     assert all(FIRST_WAIT * 2**k / 2 <= wait <= FIRST_WAIT * 2**k for k, wait in enumerate(waits))
     assert len({wait / FIRST_WAIT / 2**k for k, wait in enumerate(waits)}) == 4
+
+
+def test_waits_stop_growing_however_often_it_fails():
+    client = OpenAIServer("http://127.0.0.1:1", Limits(patience=1000))
+    client._reached = True
+    outcomes = iter([503] * 1100 + [200])  # doubled so often, a wait would be more than a float holds
+    client._client = SimpleNamespace(request=lambda *_, **__: httpx2.Response(next(outcomes), json={}))
+    stop = NotWaiting()
+    assert client._request("POST", PATH, BODY, stop) == {}
+    assert len(stop.waits) == 1100
+    assert LONGEST_WAIT / 2 <= stop.waits[-1] <= LONGEST_WAIT
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1/v1", "http://no-such-host.invalid:80"])

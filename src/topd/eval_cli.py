@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,9 @@ def _compare(folders: list[Path], options: argparse.Namespace, console: Any) -> 
     console.print(comparison_tables(compare(evaluation_folders(folders), options.out, options.gain / 100)))
     console.print(f"{options.out / COMPARISON} holds the figures.", soft_wrap=True)
     shown = [options.out] if set(folders) <= set(options.out.iterdir()) else folders
-    compared = f" --compare {' '.join(map(str, shown[1:]))}" if len(shown) > 1 else ""
-    console.print(f"As a page: topd report {shown[0]}{compared}", soft_wrap=True)
+    first, *others = map(str, shown)
+    command = shlex.join(["topd", "report", first, *(["--compare", *others] if others else [])])
+    console.print(f"As a page: {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 import threading
@@ -134,7 +133,8 @@ class OpenAIServer:
         client, began = self._client, time.monotonic()
         seconds = self.limits.timeout if method == "POST" else min(ASKING, self.limits.timeout)
         timeout = httpx2.Timeout(seconds, connect=min(CONNECTING, seconds))
-        for attempt in itertools.count():
+        longest = FIRST_WAIT
+        while True:
             try:
                 response = client.request(method, path, json=body, timeout=timeout)
             except httpx2.TransportError as error:
@@ -148,9 +148,8 @@ class OpenAIServer:
             if left <= 0 or stop.is_set():
                 raise self._given_up(path, problem)
             self._say(f"{self._named} fails ({problem}); trying for {left:.0f} s more.")
-            longest = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)
             stop.wait(min(left, longest * self._jitter.uniform(0.5, 1.0)))
-        raise AssertionError("unreachable")
+            longest = min(LONGEST_WAIT, 2 * longest)
 
     def _seconds_left(self, began: float) -> float:
         """Until it is given up, after a failure."""

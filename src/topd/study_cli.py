@@ -18,7 +18,7 @@ def add_study(commands: Any) -> None:
     study.add_argument("--against", default="opd", metavar="ARM", help="with --show: the arm to compare with (opd)")
     study.add_argument("--out", type=Path, help="folder; start again to go on (default: runs/NAME of the config)")
     study.add_argument("--seeds", type=int, help="only the first so many seeds")
-    study.add_argument("--arms", nargs="+", help="only these arms (and opd)")
+    study.add_argument("--arms", nargs="+", help="only these arms (and opd, and those whose time they get)")
     study.add_argument("--workers", type=int, default=1, help="runs at a time, each in a process with one thread")
     study.set_defaults(run=run_study_command)
 
@@ -45,5 +45,6 @@ def run_study_command(options: argparse.Namespace) -> None:
         unknown = [name for name in options.arms if name not in known]
         if unknown:
             raise TOPDError(f"There is no arm {unknown[0]!r} in {options.config}; there are: {', '.join(known)}.")
-        plan = replace(plan, arms=tuple(arm for arm in plan.arms if arm.name in {REFERENCE, *options.arms}))
+        wanted = {REFERENCE, *options.arms, *(arm.time_of for arm in plan.arms if arm.name in options.arms)}
+        plan = replace(plan, arms=tuple(arm for arm in plan.arms if arm.name in wanted))
     run_study(plan, options.out or Path("runs") / options.config.stem, options.workers)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.cli import main
+from topd.demo.pair import resolve_model
 from topd.errors import TOPDError
 from topd.study import command
 from topd.study.config import plan_of, read_plan
-from topd.study.run import known_record, run_job, settings_of
+from topd.study.run import Curve, known_record, run_job, settings_of
 from topd.study.summary import answers, crossed_interval, sign_flip_p, summarise
 from topd.study.tables import study_rows
 from topd.study.tasks import task_of
@@ -69,6 +74,11 @@ def test_the_study_of_a_real_pair_is_whole():
         ({"arms": {"opd": {"learning_rat": 1}}}, "learning_rat is no option"),
         ({"arms": {"opd": {}, "b": {"choices": [{}]}}}, "different numbers of choices"),
         ({"arms": {"opd": {}, "b": {"time_of": "c"}}}, "is no other arm"),
+        ({"arms": {"opd": {}, "b": {"time_of": "c"}, "c": {"time_of": "opd"}}}, "no other arm with steps of its own"),
+        ({"arms": {"opd": {"time_of": "b"}, "b": {}}}, "has no time_of"),
+        ({"arms": {"opd": {}, "b": {"time_of": "opd", "choices": [{}]}}}, "leave out choices"),
+        ({"options": None}, "options must be"),
+        ({"data": "p.jsonl", "benchmark": "b", "sampling": 0.6}, "sampling must be"),
         ({"arms": {"opd": {"choices": [3]}}}, "list of option mappings"),
         ({"arms": {"opd": [1]}}, "not a mapping"),
         ({"steps": 0}, "steps must be"),
@@ -87,11 +97,16 @@ def test_what_cannot_be_compared_is_refused(other, says):
         plan(**other)
 
 
-@pytest.mark.parametrize("text", ["arms: [", "- 1", "", "arms: {opd: {}}"])
+@pytest.mark.parametrize("text", ["arms: [", "- 1", ""])
 def test_a_broken_file_ends_in_a_message(tmp_path, capsys, text):
     (tmp_path / "s.yaml").write_text(text)
     assert main(["study", "--config", str(tmp_path / "s.yaml")]) == 2
     assert "s.yaml" in capsys.readouterr().err
+
+
+def test_what_a_study_must_say_is_named():
+    with pytest.raises(ValueError, match="missing: seeds, steps, teacher"):
+        plan_of({"student": "s", "arms": {"opd": {}}})
 
 
 # --- the summary -----------------------------------------------------------------------------------------------------
@@ -204,14 +219,44 @@ def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from topd.demo.pair import resolve_model
-
     folder = resolve_model(own.student)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tasks = [task_of(each) for each in (own, embedded)]
     answers = [task.right(model, tokenizer, task.held_out(), sampled=False) for task in tasks]
     assert answers[0] == answers[1]
     assert 0 < sum(answers[0]) < 40
+
+
+def test_learning_curves_are_judged_by_the_task(tmp_path):
+    class Asked:
+        def curve(self):
+            return ["a", "b", "c", "d"]
+
+        def right(self, model, tokenizer, problems, *, sampled):
+            return [problem == "c" and not sampled for problem in problems]
+
+    curve = Curve(plan(), Asked(), None)
+    curve.answer(SimpleNamespace(global_step=3), None)
+    assert curve.points == [{"step": 3, "seconds": 0.0, "accuracy": 0.25}]
+
+
+def test_asking_greedily_leaves_the_random_numbers_of_training_alone():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model("embedded:student-standard")
+    task = task_of(plan())
+    before = torch.get_rng_state()
+    task.right(
+        AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), task.curve(), sampled=False
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tuning_problems_are_judged_by_the_rule_of_their_own_benchmark(tmp_path):
+    files = files_of(task_of(plan()), tmp_path)
+    task = task_of(plan(**files | {"tune_benchmark": str(tmp_path / "tuning.jsonl")}))
+    rules = [{task.rules[problem.id] for problem in problems} for problems in (task.held_out(), task.tuning())]
+    assert rules == [{"embedded"}, {"math"}]
 
 
 def test_each_seed_has_another_order_of_all_own_prompts(tmp_path):
@@ -231,6 +276,12 @@ def test_problems_that_are_in_two_places_are_refused(tmp_path, name, says):
         file.write(held_out + "\n")
     with pytest.raises(TOPDError, match=f"1 prompts of .*{says}"):
         task_of(plan(**files | {"data": files["data"]}) if name == "train" else plan(tune_problems=99, **files))
+
+
+def test_a_benchmark_with_fewer_problems_than_the_tables_would_say_is_refused(tmp_path):
+    files = files_of(task_of(plan()), tmp_path)
+    with pytest.raises(TOPDError, match="fewer problems than 7: write held_out: 6"):
+        task_of(plan(held_out=7, **files))
 
 
 def test_the_instruction_of_a_benchmark_does_not_hide_a_problem_that_is_trained_on(tmp_path):
@@ -337,14 +388,42 @@ def test_a_run_that_fails_does_not_take_the_others_along(runs, tmp_path):
     assert [run[:2] for run in runs] == [("opd", 0), ("other", 0), ("opd", 1), ("other", 1)]
 
 
+def test_a_worker_that_is_killed_is_told_and_what_was_done_is_kept(runs, tmp_path, monkeypatch):
+    class Killed:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, run, some, job):
+            future = Future()
+            if job.seed:
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result(run(some, job))
+            return future
+
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Killed)
+    with pytest.raises(TOPDError, match=r"(?s)2 runs failed.*opd, seed 1: a worker was killed"):
+        command.run_study(plan(), tmp_path, workers=2)
+    assert json.loads((tmp_path / "study.json").read_text())["arms"]["topd"]["greedy"]["seeds"] == [0]
+
+
 def test_arms_and_seeds_can_be_chosen(runs, tmp_path, capsys):
     import yaml
 
     arms = {"opd": {"method": "opd"}, "topd": {"method": "topd"}, "other": {"method": "topd"}}
+    arms["longer"] = {"method": "opd", "time_of": "topd"}
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump({"student": "a", "teacher": "b", "seeds": [5, 6], "steps": 1, "arms": arms}))
     chosen = ["study", "--config", str(file), "--out", str(tmp_path / "out")]
     assert main([*chosen, "--arms", "topd", "--seeds", "1"]) == 0
     assert [run[:2] for run in runs] == [("opd", 5), ("topd", 5)]
+    assert main([*chosen, "--arms", "longer", "--seeds", "1"]) == 0  # with the arm whose time it gets
+    assert [run[:2] for run in runs[2:]] == [("longer", 5)]
     assert main([*chosen, "--arms", "tpd"]) == 2
     assert "no arm 'tpd'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from topd.errors import ServerError, TOPDError
+from topd.errors import ServerError
 from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling
 from topd.openai_server import Limits, OpenAIServer
 
@@ -66,6 +66,7 @@ class ServerEngine:
             tokens = int(answer["usage"]["completion_tokens"])
             return Response(text or "", choice["finish_reason"] != "stop", tokens)
         except (KeyError, IndexError, TypeError) as error:
-            raise TOPDError(
-                f"{self.server.url} answered in a form that is not OpenAI's: {str(answer)[:200]}."
+            raise ServerError(
+                f"{self.server.url} answered in a form that is not OpenAI's: {str(answer)[:200]}. Is it an "
+                "OpenAI-compatible server?"
             ) from error

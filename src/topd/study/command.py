@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import cycle, islice
@@ -26,6 +27,7 @@ from topd.study.tasks import task_of
 RESULT = "study.json"
 MOST_TIMES = 4
 """An arm that gets another one's time takes at most so many times the study's steps."""
+DIED = "a worker was killed, and all others with it; memory may not suffice for so many --workers"
 
 
 def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_gpu, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            died = isinstance(future.exception(), BrokenProcessPool)
+            yield futures[future], RuntimeError(DIED) if died else future.result()
 
 
 def _gpus() -> list[str]:

@@ -98,6 +98,9 @@ def plan_of(found: Any) -> StudyPlan:
     unknown = sorted(set(map(str, found)) - known)
     if unknown:
         raise ValueError(f"unknown: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    missing = sorted({"student", "teacher", "seeds", "steps"} - set(found))
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)}.")
     arms = tuple(_arm(str(name), options or {}) for name, options in found["arms"].items())
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     plan = StudyPlan(**values | {"arms": arms})
@@ -130,6 +133,9 @@ def _check(plan: StudyPlan) -> None:
             isinstance(seed, int) for seed in seeds
         ):  # fmt: skip
             raise ValueError(f"{name} must be a list of different whole numbers.")
+    for name in ("options", "sampling"):
+        if not isinstance(getattr(plan, name), dict):
+            raise ValueError(f"{name} must be `name: value` lines; got {getattr(plan, name)!r}.")
     known = {each.name for each in fields(TOPDConfig)}
     for where, options in [("options", plan.options)] + [
         (f"arm {arm.name}", choice) for arm in plan.arms for choice in (arm.options, *arm.choices)
@@ -142,18 +148,21 @@ def _check(plan: StudyPlan) -> None:
     _check_own_data(plan)
     if len({len(arm.choices) for arm in plan.arms if arm.time_of is None}) > 1:
         raise ValueError("the arms have different numbers of choices: tuning must cost each arm the same.")
+    plain = [arm.name for arm in plan.arms if arm.time_of is None]
+    if REFERENCE not in plain:
+        raise ValueError(f"arm {REFERENCE}: it is what the others are compared with, and has no time_of.")
     for arm in plan.arms:
-        if arm.time_of is not None and (arm.time_of not in names or arm.time_of == arm.name):
-            raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} is no other arm.")
+        if arm.time_of is not None and arm.time_of not in plain:
+            raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} is no other arm with steps of its own.")
+        if arm.time_of is not None and arm.choices:
+            raise ValueError(f"arm {arm.name}: with time_of it takes what {REFERENCE} was tuned to; leave out choices.")
 
 
 def _check_own_data(plan: StudyPlan) -> None:
     from topd.evaluation.responses import Sampling
 
     if plan.data is None:
-        given = [
-            name for name in OWN_DATA if name in ("benchmark", "tune_benchmark", "sampling") and getattr(plan, name)
-        ]
+        given = [name for name in ("benchmark", "tune_benchmark", "sampling") if getattr(plan, name)]
         if given:
             raise ValueError(f"{given[0]} goes with `data`, the prompts to train on; without it the task is embedded.")
         return
@@ -164,6 +173,6 @@ def _check_own_data(plan: StudyPlan) -> None:
     if plan.rule not in ("math", "integer"):
         raise ValueError(f"rule must be math or integer; got {plan.rule!r}.")
     known = [each.name for each in fields(Sampling)]
-    unknown = sorted(set(plan.sampling) - set(known)) if isinstance(plan.sampling, dict) else [plan.sampling]
+    unknown = sorted(set(plan.sampling) - set(known))
     if unknown:
         raise ValueError(f"sampling: {unknown[0]!r} is unknown. Known: {', '.join(known)}.")

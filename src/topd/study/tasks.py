@@ -24,7 +24,10 @@ class Task(Protocol):
     def curve(self) -> list[Any]: ...
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
-        """Whether each problem is answered right, greedily or by one sample that does not depend on the batch."""
+        """Whether each problem is answered right, greedily or by one sample, the same each time.
+
+        Greedily, it leaves torch's random numbers alone: learning curves ask in the middle of training.
+        """
         ...
 
 
@@ -70,7 +73,8 @@ class EmbeddedTask:
 
         from topd.demo.accuracy import correct_answers
 
-        torch.manual_seed(0)
+        if sampled:
+            torch.manual_seed(0)
         return correct_answers(model, tokenizer, problems, temperature=float(sampled))
 
 
@@ -90,6 +94,8 @@ class OwnTask:
         self.tuned = plan.tune_benchmark and load_benchmark(
             plan.tune_benchmark, limit=plan.tune_problems, rule=plan.rule
         )
+        sets = [self.held, self.tuned] if self.tuned else [self.held]
+        self.rules = {problem.id: each.rule for each in sets for problem in each.problems}
         tuning = {question(problem.prompt) for problem in self.tuning()}
         held_out = {question(problem.prompt) for problem in self.held.problems}
         trained = {question(row["prompt"]) for row in self.rows}
@@ -99,6 +105,8 @@ class OwnTask:
         ):
             if common:
                 raise TOPDError(f"{len(common)} prompts of {where}, such as {min(common)[:80]!r}. Take them out.")
+        if (count := len(self.held.problems)) < plan.held_out:
+            raise TOPDError(f"{plan.benchmark} has fewer problems than {plan.held_out}: write held_out: {count}.")
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
         """All rows in the seed's order, again in another order where they do not suffice."""
@@ -136,7 +144,8 @@ class OwnTask:
         answers = {number: response for batch in engine.respond(requests, sampling) for number, response in batch}
         model.train(was_training)
         return [
-            verdict(answers[place].text, problem.answer, self.held.rule).right for place, problem in enumerate(problems)
+            verdict(answers[place].text, problem.answer, self.rules[problem.id]).right
+            for place, problem in enumerate(problems)
         ]
 
 
