@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,35 @@ def test_equal_mathematics_is_right(box: str, answer: str) -> None:
 @pytest.mark.parametrize(("box", "answer"), [("(4,3)", "(3,4)"), ("0.33", r"\frac13"), ("2", "3"), (r"\pi", "3.14")])
 def test_other_mathematics_is_wrong(box: str, answer: str) -> None:
     assert verdict(rf"\boxed{{{box}}}", answer, "math") == Verdict(box, False, True)
+
+
+HARD = Path(__file__).with_name("hard_answers.tsv")
+MISJUDGED = {
+    (r"\frac{1}{3}", "0.3333333333"): "right",  # compared to six digits
+    (r"\frac{1}{3}", r"0.\overline{3}"): "wrong",
+    (r"\sin 30^\circ", r"\frac{1}{2}"): "wrong",  # a degree sign is dropped
+    (r"\frac12", r"\cos 60^\circ"): "wrong",
+    ("-i", r"\frac{1}{i}"): "wrong",
+}
+"""What math-verify is known to get wrong of the hard cases."""
+
+
+def test_how_often_hard_answers_are_misjudged() -> None:
+    """Fractions, surds, intervals, units, several answers and ways of writing, each right or wrong by hand."""
+    cases = list(csv.DictReader(HARD.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    found = {}
+    for case in cases:
+        right = verdict(rf"so \boxed{{{case['given']}}}.", case["wanted"], "math").right
+        if right != (case["right"] == "yes"):
+            found[case["wanted"], case["given"]] = "right" if right else "wrong"
+    truly = sum(case["right"] == "yes" for case in cases)
+    false = list(found.values())
+    print(
+        f"{len(cases)} hard cases: {len(found)} misjudged ({len(found) / len(cases):.1%}); {false.count('right')} of "
+        f"{len(cases) - truly} wrong answers pass, {false.count('wrong')} of {truly} right ones do not"
+    )
+    assert len(cases) >= 200
+    assert found == MISJUDGED
 
 
 def test_no_box_is_unparsed() -> None:

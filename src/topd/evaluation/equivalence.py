@@ -108,11 +108,13 @@ def _compare(wanted: str, given: str) -> bool | None:
     try:
         expected, found = (
             parse(rf"\boxed{{{text}}}", boxed, parsing_timeout=SOFT_SECONDS, raise_on_error=True)
-            for text in (wanted, given)
+            for text in (wanted, given.rstrip(". "))  # the sentence's end
         )
         if not found:
             return None
-        return bool(verify(expected, found, timeout_seconds=SOFT_SECONDS, raise_on_error=True))
+        # An interval may be written as an inequality, whichever of both the benchmark has.
+        options = {"timeout_seconds": SOFT_SECONDS, "raise_on_error": True, "allow_set_relation_comp": True}
+        return bool(verify(expected, found, **options))
     except (TimeoutException, MemoryError):
         return None
     except Exception:  # sympy may raise anything at two things that cannot be compared: they differ
