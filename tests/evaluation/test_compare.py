@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ def test_majority_and_counts_by_hand(tmp_path: Path) -> None:
 def test_the_command_compares_folders(
     three: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = [str(tmp_path / label) for label in three]
+    place = tmp_path / "two words"
+    place.mkdir()
+    folders = [str((tmp_path / label).rename(place / label)) for label in three]
     assert main(["eval", "--compare", *folders, "--out", str(tmp_path / "out"), "--gain", "10"]) == 0
-    assert "needed: problems for a gain of 10.0 points" in " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert "needed: problems for a gain of 10.0 points" in " ".join(out.split())
+    _, _, command = out.strip().rpartition("As a page: ")
+    assert shlex.split(command) == ["topd", "report", folders[0], "--compare", *folders[1:]]
