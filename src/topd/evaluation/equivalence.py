@@ -112,9 +112,11 @@ def _compare(wanted: str, given: str) -> bool | None:
         )
         if not found:
             return None
-        # An interval may be written as an inequality, whichever of both the benchmark has.
-        options = {"timeout_seconds": SOFT_SECONDS, "raise_on_error": True, "allow_set_relation_comp": True}
-        return bool(verify(expected, found, **options))
+        same = verify(
+            expected, found, timeout_seconds=SOFT_SECONDS, raise_on_error=True,
+            allow_set_relation_comp=True,  # an interval may be written as an inequality, whichever the benchmark has
+        )  # fmt: skip
+        return bool(same)
     except (TimeoutException, MemoryError):
         return None
     except Exception:  # sympy may raise anything at two things that cannot be compared: they differ
