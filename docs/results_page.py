@@ -16,7 +16,7 @@ from topd.study.tables import read_study, study_rows
 
 PAGE = Path(__file__).with_name("results.md")
 STUDIES = Path(__file__).parents[1] / "studies" / "results"
-PLACE = re.compile(r"(<!-- table: (\S+) (\w+)(?: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table: (\S+) (\w+)(?: ([^\n>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def results_page(text: str) -> str:

@@ -88,10 +88,25 @@ def test_options_in_yaml_are_parsed(page, tmp_path):
         documents.assert_parses(["train", "--config", str(file), *extra])
 
 
-def test_the_table_of_options_is_what_the_options_are():
-    spec = importlib.util.spec_from_file_location("options_page", ROOT / "docs" / "options_page.py")
+def script_of(name):
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_tables_of_results_are_what_the_studies_say():
+    script = script_of("results_page")
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == len(script.PLACE.findall(text)) >= 6
+    assert script.results_page(text) == text, "run python docs/results_page.py"
+    other = text.replace("| topd |", "| topd, changed |", 1)
+    assert script.results_page(other) == text
+
+
+def test_the_table_of_options_is_what_the_options_are():
+    script = script_of("options_page")
     assert script.PAGE.read_text(encoding="utf-8") == script.options_page(), "run python docs/options_page.py"
 
 
