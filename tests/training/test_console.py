@@ -26,9 +26,12 @@ def shown(main: bool = True) -> tuple[LogLines, SimpleNamespace, io.StringIO]:
     return LogLines(Console(file=text, width=60)), state, text
 
 
+STEPS, EPOCHS = SimpleNamespace(logging_strategy="steps"), SimpleNamespace(logging_strategy="epoch")
+
+
 def test_a_log_is_one_line_whatever_the_width() -> None:
     lines, state, text = shown()
-    lines.on_train_begin(None, state, None)
+    lines.on_train_begin(STEPS, state, None)
     state.global_step = 20
     lines.on_log(None, state, None, logs=LOG[0])
     lines.on_log(None, state, None, logs=LOG[-1])
@@ -44,11 +47,23 @@ def test_the_time_that_is_left_counts_the_steps_of_this_start(monkeypatch: pytes
     monkeypatch.setattr("topd.training.console.time.monotonic", lambda: next(clock))
     lines, state, text = shown()
     state.global_step = 10
-    lines.on_train_begin(None, state, None)
+    lines.on_train_begin(STEPS, state, None)
     state.global_step = 13
     lines.on_log(None, state, None, logs={"loss": 1.0})
     assert "20 steps, going on after step 10; a line every 1." in text.getvalue()
     assert text.getvalue().endswith("1 min 10 s left\n")  # 30 s for 3 steps, 7 to go
+
+
+def test_a_line_an_epoch_is_not_called_a_line_every_so_many_steps() -> None:
+    lines, state, text = shown()
+    lines.on_train_begin(EPOCHS, state, None)
+    assert text.getvalue() == "20 steps.\n"
+
+
+def test_a_resumed_run_says_which_steps_took_the_time(tmp_path: Path) -> None:
+    text = io.StringIO()
+    print_summary(LOG, tmp_path, 20, 12, Console(file=text, width=80))
+    assert "20 steps, of which 8 in 3 min 20 s" in " ".join(text.getvalue().split())
 
 
 def test_only_the_main_process_speaks_and_an_evaluation_has_its_own_line() -> None:
@@ -67,7 +82,7 @@ def test_durations(seconds: float, words: str) -> None:
 
 def test_the_summary_says_how_it_went_and_where_the_time_went(tmp_path: Path) -> None:
     text = io.StringIO()
-    print_summary(LOG, tmp_path, 2, Console(file=text, width=80))
+    print_summary(LOG, tmp_path, 2, console=Console(file=text, width=80))
     said = " ".join(text.getvalue().split())
     for expected in (
         "2 steps in 3 min 20 s", "loss, nats 0.5000 0.2500 0.3750", "token loss, nats 0.4000 0.2000 0.3000",

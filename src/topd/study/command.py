@@ -130,13 +130,14 @@ def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, e
 
 
 def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[Job, Any]]:
-    if workers == 1 or len(jobs) < 2:
+    gpus = _gpus()
+    if len(gpus) < 2 and (workers == 1 or len(jobs) < 2):  # a process that sees several GPUs would spread a model
         for job in jobs:
             yield job, _guarded(plan, job)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch can hang
     free = context.SimpleQueue()
-    for gpu in islice(cycle(_gpus()), workers):  # nothing if there are none
+    for gpu in islice(cycle(gpus), workers):  # nothing if there are none
         free.put(gpu)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_gpu, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}

@@ -111,13 +111,13 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
-    speak(trainer)
+    lines = speak(trainer)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
         trainer.save_model(config.output_dir)
         trainer.save_state()  # for topd report
     if trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, Path(config.output_dir), trainer.state.global_step)
+        print_summary(trainer.state.log_history, Path(config.output_dir), trainer.state.global_step, lines.first)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
     trainer.end()

@@ -22,11 +22,13 @@ FIELDS = (
 """Metrics of a line, in their order; those that were not logged are left out."""
 
 
-def speak(trainer: Any) -> None:
-    """From now on the trainer's log comes as lines."""
+def speak(trainer: Any) -> LogLines:
+    """From now on the trainer's log comes as lines, from what is returned."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(LogLines(Console()))
+    lines = LogLines(Console())
+    trainer.add_callback(lines)
+    return lines
 
 
 class LogLines(TrainerCallback):
@@ -39,7 +41,8 @@ class LogLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
         goes_on = f", going on after step {self.first}" if self.first else ""
-        self._print(state, f"{state.max_steps} steps{goes_on}; a line every {state.logging_steps:g}.")
+        every = f"; a line every {state.logging_steps:g}" if args.logging_strategy == "steps" else ""
+        self._print(state, f"{state.max_steps} steps{goes_on}{every}.")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         parts = described(logs or {})

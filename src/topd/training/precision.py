@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 WEIGHT = 0.02
 """Size of a usual weight."""
 HALF_A_STEP = {"bfloat16": 2**-9, "float16": 2**-12, "float32": 2**-25}
-"""What is rounded away, as a share of a weight."""
+"""What is rounded away for certain, as a share of a weight."""
 REMEDY = (
     "--dtype float32 --bf16 true keeps the student's weights in float32 and computes in bfloat16; "
     '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\' keeps the teacher small. Or train adapters (--use_peft '
@@ -23,8 +23,8 @@ REMEDY = (
 def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
     """What is lost of steps of this size, in words; None if they survive.
 
-    A weight of 0.02 in bfloat16 is 0.00012 from the next one: an update of less than half of that is rounded away, and
-    AdamW moves a weight by about the learning rate.
+    Two neighbours in bfloat16 are 1/256 to 1/128 of themselves apart: an update of less than 1/512 of a weight is
+    rounded away for certain, and AdamW moves a weight by about the learning rate.
     """
     least = WEIGHT * HALF_A_STEP.get(dtype, HALF_A_STEP["float32"])
     if learning_rate >= least:

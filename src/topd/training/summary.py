@@ -29,11 +29,11 @@ ROWS = (
 Log = Sequence[dict[str, Any]]
 
 
-def print_summary(log: Log, folder: Path, steps: int, console: Console | None = None) -> None:
-    """Print all of it. `log`: the trainer's log history."""
+def print_summary(log: Log, folder: Path, steps: int, resumed: int = 0, console: Console | None = None) -> None:
+    """Print all of it. `log`: the trainer's log history; `resumed`: the step after which this start went on."""
     console = console or Console()
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
-    for table in (metrics_table(log, steps, seconds), stages_table(log)):
+    for table in (metrics_table(log, steps, seconds, resumed), stages_table(log)):
         if table is not None:
             console.print()
             console.print(table)
@@ -42,9 +42,10 @@ def print_summary(log: Log, folder: Path, steps: int, console: Console | None = 
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def metrics_table(log: Log, steps: int, seconds: float | None) -> Table:
-    """First and last value of each metric, and its mean over all logs."""
-    took = "" if seconds is None else f" in {in_words(seconds)}"
+def metrics_table(log: Log, steps: int, seconds: float | None, resumed: int = 0) -> Table:
+    """First and last value of each metric, and its mean over all logs, those before a resume too."""
+    which = f", of which {steps - resumed}" if resumed else ""
+    took = "" if seconds is None else f"{which} in {in_words(seconds)}"
     table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
     for key, words, form in ROWS:
         if values := values_of(log, key):
