@@ -74,6 +74,15 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, number, fault):
     )
 
 
+@pytest.fixture
+def interruptible():
+    """As from a terminal: a shell's background jobs ignore SIGINT, and so does Python in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_that_saves_nothing_is_simply_interrupted(tmp_path):
     class Press(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

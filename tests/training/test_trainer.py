@@ -37,6 +37,7 @@ VARIANTS = [
     {"guidance_reduction": "sum", "candidate_count": 3, "candidate_spacing": 2},
     {"candidate_threshold": 2.0, "fork_threshold": 0.5, "window_temperature": 1.0},
     {"beta": 0.0, "window_length": 1},
+    {"preset": "paper"},
 ]
 
 
