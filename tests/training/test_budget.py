@@ -51,3 +51,14 @@ def test_a_fall_in_time_with_more_candidates_is_noise_and_limits_nothing():
     odd = CostModel(sampling=1e-3, plain=5e-4, fixed=1e-5, each=-1e-4)
     assert measured(0.10, true=odd)[0].at_most() == 20
     assert measured(0.10, true=CostModel(1e-3, 5e-4, 1e-3, 0.0))[0].at_most() == 1
+
+
+@pytest.mark.parametrize(("fixed", "left"), [(10.0, 1), (-10.0, 8)])
+def test_candidates_that_seem_to_cost_nothing_do_not_stop_a_run(fixed, left):
+    """Noise can make the steps with all candidates the faster ones."""
+    budget = CandidateBudget(max_overhead=0.1)
+    for kind in ROUNDS:
+        candidates = {"plain": 0.0, "half": 4.0}.get(kind, 8.0)
+        rest = 20.0 if kind == "plain" else 20.0 + fixed - 0.1 * candidates
+        budget.record({"rollout": 10.0, "loss": rest}, tokens=100.0, rollouts=1.0, candidates=candidates)
+    assert budget.per_rollout == left

@@ -91,8 +91,8 @@ class CandidateBudget:
         if len(self._measured) == len(ROUNDS):
             self.model = self._fit()
             share = self.model.candidates_per_token(self.max_overhead)
-            affordable = int(min(share * tokens / rollouts, self._usual))
-            self.per_rollout = max(1, affordable)
+            affordable = min(share * tokens / rollouts, self._usual)  # infinite, if candidates seem to cost nothing
+            self.per_rollout = int(max(1, affordable))
 
     def restored(self, state: dict[str, Any]) -> CandidateBudget:
         """What `asdict` of an earlier one said, if it had the same limit: a resumed run does not measure again."""
