@@ -1,0 +1,41 @@
+"""`python -m ladder`: make a level's pair and data. `python -m ladder --level small` runs on two CPU cores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ladder.levels import LEVELS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when made; 2 without reasoning-gym."""
+    parser = argparse.ArgumentParser(prog="python -m ladder", description=__doc__)
+    parser.add_argument("--level", choices=LEVELS, default="small")
+    parser.add_argument("--out", type=Path, help="default: runs/ladder/LEVEL")
+    parser.add_argument("--only", choices=("data", "teacher", "student"), help="make only this, for two at a time")
+    options = parser.parse_args(arguments)
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError:
+        print(
+            "The ladder's problems are reasoning-gym's: pip install -c constraints.txt -e '.[ladder]'", file=sys.stderr
+        )
+        return 2
+    from ladder.build import build_tokenizer, train, write_data
+
+    level, out = LEVELS[options.level], options.out or Path("runs/ladder") / options.level
+    if options.only in (None, "data"):
+        write_data(level, out)
+    for name in ("teacher", "student"):
+        if options.only in (None, name):
+            record = train(name, level, build_tokenizer(level), out)
+            (out / name / "build.json").write_text(json.dumps(record | {"tasks": level.tasks}, indent=1) + "\n")
+    print(f"{out} is ready: topd study --config studies/ladder-{options.level}.yaml")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
