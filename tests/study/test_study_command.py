@@ -1,0 +1,155 @@
+"""A study as a whole: it tunes, goes on, compares, and survives what fails. Training is replaced."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+from small_studies import plan
+
+from topd.cli import main
+from topd.errors import TOPDError
+from topd.study import command
+from topd.study.run import settings_of
+from topd.study.summary import answers
+from topd.study.tables import study_rows
+
+
+def test_every_worker_takes_a_gpu_of_its_own(monkeypatch):
+    from multiprocessing import get_context
+
+    free = get_context("spawn").SimpleQueue()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    command._take_gpu(free)
+    assert "CUDA_VISIBLE_DEVICES" not in command.os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert command._gpus() == ["3", "5"]
+    for gpu in command._gpus():
+        free.put(gpu)
+    for gpu in ("3", "5"):
+        command._take_gpu(free)
+        assert command.os.environ["CUDA_VISIBLE_DEVICES"] == gpu
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Training is replaced: an arm's answers follow from its options."""
+    done = []
+
+    def run(some, job):
+        if job.options.get("learning_rate") == 13:
+            raise RuntimeError("bad luck")
+        done.append((job.arm, job.seed, job.held_out, job.steps))
+        good = int(6 * job.options.get("learning_rate", 0.5))
+        answers = [1] * good + [0] * (6 - good)
+        record = {"version": 1, "settings": settings_of(some, job), "right": {"greedy": answers, "sampled": answers},
+                  "curve": [], "seconds_training": 3.0 if job.arm == "topd" else 2.0, "seconds": 4.0}  # fmt: skip
+        job.file.parent.mkdir(parents=True, exist_ok=True)
+        job.file.write_text(json.dumps(record))
+        return record
+
+    monkeypatch.setattr(command, "run_job", run)
+    return done
+
+
+ARMS = {
+    "opd": {"method": "opd", "choices": [{"learning_rate": 0.2}, {"learning_rate": 0.5}]},
+    "topd": {"method": "topd", "choices": [{"learning_rate": 0.9}, {"learning_rate": 0.4}]},
+    "longer": {"method": "opd", "time_of": "topd"},
+}
+
+
+def test_each_arm_is_tuned_runs_with_its_best_and_gets_the_time_it_should(runs, tmp_path):
+    result = command.run_study(plan(arms=ARMS), tmp_path)
+    assert result["tuned"] == {"opd": {"learning_rate": 0.5}, "topd": {"learning_rate": 0.9}}
+    assert result["tuning"]["topd"] == [
+        {"choice": {"learning_rate": 0.9}, "accuracy": pytest.approx(5 / 6)},
+        {"choice": {"learning_rate": 0.4}, "accuracy": pytest.approx(2 / 6)},
+    ]
+    assert "longer" not in result["tuning"]
+    assert [run[2] for run in runs].count(False) == 4
+    assert ("longer", 0, True, 6) in runs  # 4 steps x 3 s / 2 s
+    assert result["arms"]["topd"]["greedy"]["beside_opd"]["mean"] == pytest.approx(2 / 6)
+    assert result["arms"]["longer"]["greedy"]["beside_opd"]["mean"] == 0.0  # with opd's learning rate
+    assert result["arms"]["topd"]["right"] == {seed: dict.fromkeys(("sampled", "greedy"), "111110") for seed in "01"}
+    written = json.loads((tmp_path / "study.json").read_text())
+    assert (written["version"], written["arms"], written["tuning"]) == (2, result["arms"], result["tuning"])
+
+
+def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):
+    result = command.run_study(plan(arms=ARMS), tmp_path)
+    file = tmp_path / "study.json"
+    assert answers(result, "greedy")["topd"][1] == [1, 1, 1, 1, 1, 0]
+    rows = {row[0]: row for row in study_rows(result, "greedy", "topd")}
+    assert rows["opd"][2:5] == ["-33.3 (-87.5 to +20.9)", "1", "0/2"]
+    assert rows["topd"][2:5] == ["", "", "2 seeds"]
+    capsys.readouterr()
+    assert main(["study", "--show", str(file), "--against", "topd"]) == 0
+    shown = capsys.readouterr().out
+    assert "minus topd" in shown
+    assert "-33.3 (-87.5 to +20.9)" in shown
+    assert main(["study", "--show", str(file), "--against", "tpd"]) == 2
+    assert "no arm 'tpd'" in capsys.readouterr().err
+    file.write_text('{"version": 1, "arms": {}}')
+    assert main(["study", "--show", str(file)]) == 2
+    assert "no study.json of version 2" in capsys.readouterr().err
+
+
+def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):
+    command.run_study(plan(arms=ARMS), tmp_path)
+    first = list(runs)
+    (tmp_path / "runs" / "topd" / "1.json").unlink()
+    command.run_study(plan(arms=ARMS), tmp_path)
+    assert runs == [*first, ("topd", 1, True, 4)]
+    command.run_study(plan(arms=ARMS, seeds=[0, 1, 2]), tmp_path)
+    assert {run[1] for run in runs[len(first) + 1 :]} == {2}
+
+
+def test_a_run_that_fails_does_not_take_the_others_along(runs, tmp_path):
+    arms = {"opd": {"method": "opd"}, "topd": {"learning_rate": 13}, "other": {"method": "topd"}}
+    with pytest.raises(TOPDError, match=r"2 runs failed.*\n  topd, seed 0: RuntimeError: bad luck"):
+        command.run_study(plan(arms=arms), tmp_path)
+    assert [run[:2] for run in runs] == [("opd", 0), ("other", 0), ("opd", 1), ("other", 1)]
+
+
+def test_a_worker_that_is_killed_is_told_and_what_was_done_is_kept(runs, tmp_path, monkeypatch):
+    class Killed:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, run, some, job):
+            future = Future()
+            if job.seed:
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result(run(some, job))
+            return future
+
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Killed)
+    with pytest.raises(TOPDError, match=r"(?s)2 runs failed.*opd, seed 1: a worker was killed"):
+        command.run_study(plan(), tmp_path, workers=2)
+    assert json.loads((tmp_path / "study.json").read_text())["arms"]["topd"]["greedy"]["seeds"] == [0]
+
+
+def test_arms_and_seeds_can_be_chosen(runs, tmp_path, capsys):
+    import yaml
+
+    arms = {"opd": {"method": "opd"}, "topd": {"method": "topd"}, "other": {"method": "topd"}}
+    arms["longer"] = {"method": "opd", "time_of": "topd"}
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump({"student": "a", "teacher": "b", "seeds": [5, 6], "steps": 1, "arms": arms}))
+    chosen = ["study", "--config", str(file), "--out", str(tmp_path / "out")]
+    assert main([*chosen, "--arms", "topd", "--seeds", "1"]) == 0
+    assert [run[:2] for run in runs] == [("opd", 5), ("topd", 5)]
+    assert main([*chosen, "--arms", "longer", "--seeds", "1"]) == 0  # with the arm whose time it gets
+    assert [run[:2] for run in runs[2:]] == [("longer", 5)]
+    assert main([*chosen, "--arms", "tpd"]) == 2
+    assert "no arm 'tpd'" in capsys.readouterr().err

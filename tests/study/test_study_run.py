@@ -1,0 +1,62 @@
+"""One run of a study: its record, its learning curve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+from small_studies import files_of, plan
+
+from topd.demo.pair import resolve_model
+from topd.study import command
+from topd.study.run import Curve, known_record, run_job
+from topd.study.tasks import task_of
+
+
+def test_a_run_keeps_every_answer_and_is_known_afterwards(tmp_path):
+    some = plan(steps=2)
+    job = command._final(some, some.arms[1], 0, {"topd": {"guidance_weight": 0.5}}, tmp_path)
+    record = run_job(some, job)
+    assert len(record["right"]["greedy"]) == len(record["right"]["sampled"]) == 6
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2]
+    tokens = [point["tokens"] for point in record["curve"]]
+    assert tokens[0] == 0 < tokens[1] < tokens[2]
+    assert record["seconds_training"] <= record["seconds"]
+    assert known_record(some, job) == record
+    assert known_record(replace(some, held_out=7), job) is None
+    assert known_record(some, replace(job, options={})) is None
+    job.file.write_text('{"torn')
+    assert known_record(some, job) is None
+
+
+def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):
+    embedded = plan(held_out=40)
+    own = plan(held_out=40, **files_of(task_of(embedded), tmp_path))
+    job = command._final(own, own.arms[0], 0, {}, tmp_path)
+    record = run_job(own, job)
+    assert len(record["right"]["sampled"]) == 40
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2, 3, 4]
+    assert known_record(own, job) == record
+    assert known_record(embedded, job) is None
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model(own.student)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tasks = [task_of(each) for each in (own, embedded)]
+    answers = [task.right(model, tokenizer, task.held_out(), sampled=False) for task in tasks]
+    assert answers[0] == answers[1]
+    assert 0 < sum(answers[0]) < 40
+
+
+def test_learning_curves_are_judged_by_the_task(tmp_path):
+    class Asked:
+        def curve(self):
+            return ["a", "b", "c", "d"]
+
+        def right(self, model, tokenizer, problems, *, sampled):
+            return [problem == "c" and not sampled for problem in problems]
+
+    curve = Curve(plan(), Asked(), None)
+    curve.answer(SimpleNamespace(global_step=3), None)
+    assert curve.points == [{"step": 3, "seconds": 0.0, "accuracy": 0.25}]
