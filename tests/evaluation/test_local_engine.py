@@ -92,6 +92,9 @@ def test_a_response_that_cannot_fit_is_refused_beforehand(engine: LocalEngine) -
     engine.check(REQUESTS, SAMPLING)
     with pytest.raises(ContextError, match="Give at most --max-new-tokens"):
         engine.check(REQUESTS, Sampling(max_new_tokens=limit))
+    long = Request(0, "what is 1" + "+1" * limit + "?")
+    with pytest.raises(ContextError, match="Leave that prompt out"):
+        engine.check([long], SAMPLING)
 
 
 def test_messages_need_a_chat_template() -> None:

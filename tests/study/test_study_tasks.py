@@ -9,7 +9,7 @@ import torch
 from small_studies import files_of, plan
 
 from topd.demo.pair import resolve_model
-from topd.errors import TOPDError
+from topd.errors import ContextError, TOPDError
 from topd.study.tasks import task_of
 
 
@@ -70,3 +70,15 @@ def test_the_instruction_of_a_benchmark_does_not_hide_a_problem_that_is_trained_
     (tmp_path / "asked.jsonl").write_text('{"problem": "What is 1+1?", "answer": "2"}\n')
     with pytest.raises(TOPDError, match="such as 'What is 1"):
         task_of(plan(data=str(tmp_path / "train.jsonl"), benchmark=str(tmp_path / "asked.jsonl")))
+
+
+def test_a_response_that_does_not_fit_names_the_studys_own_option(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    task = task_of(plan(**files_of(task_of(plan()), tmp_path), sampling={"max_new_tokens": 999}))
+    folder = resolve_model("embedded:student-standard")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(
+        ContextError, match=r"with sampling.max_new_tokens 999 .* at most sampling.max_new_tokens 2\d\d"
+    ):
+        task.right(model, tokenizer, task.held_out(), sampled=True)

@@ -20,17 +20,18 @@ class LocalEngine:
     Args:
         model: any causal language model of transformers, in evaluation mode.
         together: prompts that are decoded together.
+        limited_by: what the user calls the limit on new tokens, for messages.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, together: int = 32) -> None:
-        self.model, self.tokenizer, self.together = model, tokenizer, together
+    def __init__(self, model: Any, tokenizer: Any, together: int = 32, limited_by: str = "--max-new-tokens") -> None:
+        self.model, self.tokenizer, self.together, self.limited_by = model, tokenizer, together, limited_by
         configured = model.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
         self.eos = [token for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """The longest prompt and its response fit the context."""
-        check_context(requests, sampling, self.tokenizer, self.model.config)
+        check_context(requests, sampling, self.tokenizer, self.model.config, self.limited_by)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
         """See `Engine`; in the order of the requests."""
@@ -91,12 +92,16 @@ class OwnRandomNumbers(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.clamp(max=scores.shape[1] - 1), 0.0)
 
 
-def check_context(requests: Sequence[Request], sampling: Sampling, tokenizer: Any, config: Any) -> None:
+def check_context(
+    requests: Sequence[Request], sampling: Sampling, tokenizer: Any, config: Any, limited_by: str = "--max-new-tokens"
+) -> None:
     """Raise `ContextError` if the longest prompt and its response do not fit the model's context."""
     longest = max(len(prompt_ids(request.prompt, tokenizer, sampling)) for request in requests)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + sampling.max_new_tokens > limit:
+        room = limit - longest
+        remedy = f"Give at most {limited_by} {room}." if room > 0 else "Leave that prompt out, or shorten it."
         raise ContextError(
-            f"The longest prompt has {longest} tokens; with --max-new-tokens {sampling.max_new_tokens} that is more "
-            f"than the model's context of {limit}. Give at most --max-new-tokens {limit - longest}."
+            f"The longest prompt has {longest} tokens; with {limited_by} {sampling.max_new_tokens} that is more than "
+            f"the model's context of {limit}. {remedy}"
         )

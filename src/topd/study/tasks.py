@@ -137,7 +137,7 @@ class OwnTask:
             sampling = Sampling(**vars(sampling) | {"temperature": 0.0})
         chat = tokenizer.chat_template is not None
         requests = [Request(place, as_chat(problem.prompt, chat)) for place, problem in enumerate(problems)]
-        engine = LocalEngine(model, tokenizer, together=64)
+        engine = LocalEngine(model, tokenizer, together=64, limited_by="sampling.max_new_tokens")
         engine.check(requests, sampling)
         was_training = model.training
         model.eval()
