@@ -135,6 +135,13 @@ def test_several_teachers_are_the_same_in_two_processes(tmp_path, kind):
 
 
 @pytest.mark.slow
+def test_a_name_without_a_teacher_that_one_process_meets_in_a_stream_ends_both(tmp_path):
+    case = ROLLOUT | SEVERAL | {"stream": True, "prompts": 8, "names": "abababac", "refused": True}
+    said = two_processes("ddp", tmp_path / "ddp", {"stream": case})["stream"]["said"]
+    assert [message.startswith("The dataset's column 'teacher' names c") for message in said] == [True, True]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_process_without_candidates_holds_nobody_up(tmp_path, kind):
     cases = {

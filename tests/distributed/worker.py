@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import gather_object
@@ -21,6 +22,7 @@ from tiny import prompts, tiny_model, tiny_trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from topd.errors import TOPDError
 from topd.training import TOPDTrainer, step
 from topd.training.choices import choose_candidates
 from topd.training.several_teachers import MOPDTrainer
@@ -55,13 +57,19 @@ def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]
         step.choose_candidates = none_in_last_process
     dataset, kind = prompts(options.pop("prompts", 64)), Counting
     if several := options.pop("several_teachers", None):
-        names = [*several]
+        names = [*(options.pop("names", several))]
         kind, models["teacher"] = CountingSeveral, several_teachers(several)
         dataset = dataset.add_column("teacher", [names[i % len(names)] for i in range(len(dataset))])
+    refused = options.pop("refused", False)
+    dataset = dataset.to_iterable_dataset() if options.pop("stream", False) else dataset
     trainer = tiny_trainer(
         folder / name, kind, dataset=dataset, **models,
         **{"optim": "sgd", "learning_rate": 0.03, "generation_kwargs": GREEDY} | options,
     )  # fmt: skip
+    if refused:
+        with pytest.raises(TOPDError) as refusal:
+            trainer.train()
+        return {"said": gather_object([str(refusal.value)])}
     trainer.train()
     trainer.save_model(str(folder / name / "saved"))
     teachers = trainer._teachers if several else [trainer.teacher_model]

@@ -9,6 +9,7 @@ from tiny import prompts, tiny_config, tiny_model, tiny_trainer
 
 from topd.cli import main
 from topd.errors import TOPDError
+from topd.training import several_teachers
 from topd.training.several_teachers import MOPDTrainer
 
 
@@ -64,6 +65,12 @@ def test_in_a_stream_a_name_without_a_teacher_is_said_when_it_comes(tmp_path):
     stream = routed("abc").to_iterable_dataset()
     with pytest.raises(TOPDError, match=r"names c; the teachers are: a, b"):
         trained(tmp_path, teacher=teachers(), dataset=stream)
+
+
+def test_a_name_without_a_teacher_that_another_process_meets_ends_this_one_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(several_teachers, "gather_object", lambda names: [*names, "c"])
+    with pytest.raises(TOPDError, match=r"names c; the teachers are: a, b"):
+        trained(tmp_path, teacher=teachers(), dataset=routed("ab").to_iterable_dataset())
 
 
 def test_removing_unused_columns_leaves_the_teacher_s_name(tmp_path):

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DistillationTrainer
@@ -31,7 +32,7 @@ class _TellsTeachers(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         names = [str(row.get(COLUMN)) for row in inputs]
-        check_names(names, list(self._numbers))
+        check_names(gather_object(names), list(self._numbers))  # of all processes: in a stream one may meet it alone
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         numbers = [self._numbers[name] for name in names]
         return batch | {TEACHER: torch.tensor(numbers, device=batch["completion_ids"].device)}
