@@ -31,6 +31,10 @@ def check_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--student", help="folder, Hub name, or embedded one; as --model_name_or_path of topd train")
     parser.add_argument("--teacher", help="the same; as --teacher_model_name_or_path")
+    parser.add_argument(
+        "--server-alone", action="store_true",
+        help="the run has no weights of the teacher: --teacher names what --teacher_window_server serves",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="leave out what needs the models' weights")
     parser.add_argument("--samples", type=int, default=16, help="rollouts to look at (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of these rollouts (default: %(default)s)")
@@ -54,13 +58,18 @@ def run_check(argv: Sequence[str]) -> int:
     from topd.quiet import quieten
 
     quieten()
-    setups = setups_of(*parsed(others))
+    data, config, model = parsed(others)
+    if own.server_alone and config.teacher_window_server is None:
+        raise TOPDError("--server-alone says that the teacher is on a server: --teacher_window_server URL.")
+    setups = setups_of(data, config, model, teacher_here=not own.server_alone)
     if not setups:
-        raise TOPDError("The teacher is on a server alone. Name the model that it serves: --teacher NAME.")
+        raise TOPDError(
+            "The teacher is on a server alone. Name the model that it serves: --teacher NAME --server-alone."
+        )
     findings = []
     for name, setup in setups.items():
         found = quick_findings(setup)
-        if not own.quick and worst(found) != "error":
+        if not (own.quick or own.server_alone) and worst(found) != "error":
             student, teacher = _models(setup)
             limit = min(own.max_new_tokens, setup.config.max_completion_length or own.max_new_tokens)
             found += findings_on_models(setup, student, teacher, own.samples, limit)
@@ -80,12 +89,13 @@ def parsed(argv: list[str]) -> tuple[Any, Any, Any]:
     return parse(argv)
 
 
-def setups_of(data: Any, config: Any, model: Any, dataset: Any = None) -> dict[str, Setup]:
+def setups_of(data: Any, config: Any, model: Any, dataset: Any = None, teacher_here: bool = True) -> dict[str, Setup]:
     """Everything about a run that can be known without weights: by the teacher's name in the data, "" for an only one.
 
     Args:
         data, config, model: as `topd.training.command.parse` returns them.
         dataset: the prompts, if they are loaded.
+        teacher_here: whether its weights are; see `Setup`.
 
     Raises:
         TOPDError: something cannot be read.
@@ -114,6 +124,7 @@ def setups_of(data: Any, config: Any, model: Any, dataset: Any = None) -> dict[s
             data.data,
             {role: dtype or "auto" for role, dtype in dtypes.items()},
             adapters=model.use_peft,
+            teacher_here=teacher_here,
         )
         for key, teacher in teachers.items()
     }

@@ -1,6 +1,7 @@
 """A wrong server is told within seconds, before any weights are loaded, by every command that takes one."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from near_future.fake_server import serving
 from tiny import TOKENIZER, tiny_config, tiny_model
 
 from topd.cli import main
+from topd.demo.pair import pair_folder
 from topd.errors import ServerError
 from topd.training import TOPDTrainer
 
@@ -81,3 +83,22 @@ def test_check_has_a_row_for_the_server(capsys, monkeypatch):
         fake.text_only = True
         assert "returns text only" in server_row(capsys, fake.url)[1]["found"]
         assert server_row(capsys, fake.url, "--method", "opd")[1]["found"] == "method=opd asks it for nothing"
+
+
+def test_check_knows_a_server_that_is_the_whole_teacher(capsys, tmp_path):
+    """Without weights plain OPD asks it too, some options cannot be, and no weights are looked for."""
+    alone = ["--server-alone", "--method", "opd"]
+    with serving(tiny_model(1), TOKENIZER) as fake:
+        assert "serves 'teacher'" in server_row(capsys, fake.url, *alone)[1]["found"]
+        status, row = server_row(capsys, fake.url, "--server-alone", "--embedding", "teacher_hidden")
+        assert (status, row["verdict"]) == (2, "error")
+        assert "cannot have embedding=teacher_hidden" in row["found"]
+        shutil.copytree(pair_folder("teacher"), tmp_path / "teacher")
+        (tmp_path / "teacher" / "model.safetensors").unlink()
+        command = ["check", *RECIPE, *alone, "--json", "--teacher", str(tmp_path / "teacher")]
+        assert main([*command, "--teacher_window_server", fake.url]) == 0
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "--server-alone says that the teacher is on a server" in capsys.readouterr().err
+        assert main(["check", *ALONE, "--teacher_window_server", fake.url]) == 2
+        assert "--teacher NAME --server-alone" in capsys.readouterr().err

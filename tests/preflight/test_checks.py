@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -289,6 +290,15 @@ def test_what_the_remedies_advise_does_help(embedded, options, part, less):
 
     before, after = size(embedded), size(setup_for("embedded:student-standard", "embedded:teacher", *options))
     assert (after < before) == less
+
+
+def test_a_teacher_on_a_server_alone_takes_no_memory_here(embedded):
+    alone = replace(embedded, teacher_here=False)
+    shapes = [memory.shape(model, embedded.dtypes[model.role]) for model in embedded.pair]
+    here, elsewhere = (memory.needs(setup, *shapes) for setup in (embedded, alone))
+    assert here["always"]["teacher"] > elsewhere["always"]["teacher"] == 0
+    assert here["always"]["student"] == elsewhere["always"]["student"]
+    assert here["looking ahead"]["windows"] > elsewhere["looking ahead"]["windows"] > 0
 
 
 def test_disk(embedded, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ Llama blocks (within 20 %); fragmentation, the libraries themselves and other pr
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -99,6 +99,8 @@ def stored_dtype(model: Described, dtype: str) -> str:
 def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, float]]:
     """Bytes by phase and part; see the module."""
     config = setup.config
+    if not setup.teacher_here:
+        teacher = replace(teacher, parameters=0, layers=0, hidden=0)
     rollouts = config.per_device_train_batch_size
     at_once = rollouts * config.gradient_accumulation_steps  # sampled and looked at together
     prompt = max(map(len, setup.sample.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from topd.preflight.finding import Finding, ok
 from topd.preflight.setup import Setup
-from topd.training.teacher_server import teacher_server, teacher_windows
+from topd.training.teacher_server import check_without_weights, teacher_server, teacher_windows
 
 NAME = "teacher's server"
 PATIENCE = 10.0
@@ -12,12 +12,14 @@ PATIENCE = 10.0
 
 
 def server(setup: Setup) -> Finding:
-    """It is there, serves the teacher, cuts text as the student does, and answers in token ids.
+    """It is there, serves the teacher, cuts text as the student does, and answers in token ids; it may be alone.
 
     Raises:
         TOPDError: one of these is not so.
     """
-    found = teacher_server(setup.config, has_weights=True, patience=PATIENCE)
+    if not setup.teacher_here:
+        check_without_weights(setup.config)
+    found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
     if found is None:
         return ok(NAME, f"method={setup.config.method} asks it for nothing")
     windows = teacher_windows(found, setup.config, setup.student.tokenizer, setup.student.end_tokens)

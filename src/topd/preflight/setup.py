@@ -60,6 +60,7 @@ class Setup:
         config: the options of `topd train`.
         dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
         adapters: whether only adapters are trained (PEFT).
+        teacher_here: whether the teacher's weights are; else it only says what `teacher_window_server` serves.
     """
 
     student: Described
@@ -70,6 +71,7 @@ class Setup:
     data: str
     dtypes: Mapping[str, str]
     adapters: bool = False
+    teacher_here: bool = True
 
     @property
     def pair(self) -> tuple[Described, Described]:
