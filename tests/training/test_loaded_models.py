@@ -52,6 +52,17 @@ def test_the_adapter_s_own_tokenizer_comes_first(adapter):
     assert loaded_model(str(folder))[1].chat_template == "of the adapter"
 
 
+def test_a_broken_tokenizer_of_the_adapter_is_not_said_to_be_its_base_s(adapter):
+    folder, _ = adapter
+    TOKENIZER.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(TOPDError, match=rf"Cannot load the tokenizer of {folder}: .* is the adapter's own") as refusal:
+        loaded_model(str(folder))
+    assert "cannot be loaded" not in str(refusal.value)
+    (folder / "tokenizer_config.json").unlink()  # as the message says
+    assert loaded_model(str(folder))[1].get_vocab() == TOKENIZER.get_vocab()
+
+
 def test_the_base_may_be_named_as_anywhere_else(adapter):
     folder, _ = adapter
     say(folder, "embedded:student-standard")

@@ -29,25 +29,44 @@ def loaded_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
         TOPDError: something cannot be loaded.
     """
     folder = resolve_model(name)
-    base = resolve_model(base_of(folder)) if is_adapter(folder) else folder
-    has_tokenizer = base == folder or (Path(folder) / "tokenizer_config.json").is_file()
+    if is_adapter(folder):
+        tokenizer, model = _adapter(folder, dtype)
+    else:
+        tokenizer, model = _tokenizer(folder), _model(folder, dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
+    """Tokenizer, its own or else its base's, and the base with the adapter merged into it."""
+    base, tokenizer = resolve_model(base_of(folder)), None
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = _tokenizer(folder)
+        except TOPDError as error:
+            raise TOPDError(
+                f"{error} This one is the adapter's own: without a tokenizer_config.json there, that of its base "
+                f"{base} is taken."
+            ) from error
     try:
-        tokenizer = loading(
-            "tokenizer", folder if has_tokenizer else base, AutoTokenizer.from_pretrained, trust_remote_code=False
-        )
-        model = loading(
-            "models", base, AutoModelForCausalLM.from_pretrained, base, dtype=dtype, trust_remote_code=False, **SAFE
-        )
+        if tokenizer is None:
+            tokenizer = _tokenizer(base)
+        model = _model(base, dtype)
     except TOPDError as error:
-        if base == folder:
-            raise
         raise TOPDError(
             f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Write where it is into "
             f"base_model_name_or_path of {ADAPTER_CONFIG}."
         ) from error
-    if base != folder:
-        model = merged(model, folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return tokenizer, merged(model, folder)
+
+
+def _tokenizer(name: str) -> Any:
+    return loading("tokenizer", name, AutoTokenizer.from_pretrained, trust_remote_code=False)
+
+
+def _model(name: str, dtype: str) -> Any:
+    return loading(
+        "models", name, AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=False, **SAFE
+    )
 
 
 def is_adapter(folder: str) -> bool:
