@@ -52,19 +52,25 @@ def _words(choice: Mapping[str, Any]) -> str:
 
 
 def _curve(result: Mapping[str, Any], arms: Sequence[str]) -> str:
-    """Means over seeds: greedy accuracy by step, and tokens and seconds at the last one."""
-    curves = {arm: list(result["arms"][arm]["curve"].values()) for arm in arms}
-    steps = [int(point["step"]) for point in curves[arms[0]][0]]
+    """Means over seeds: greedy accuracy by the first arm's steps, and tokens and seconds at the last one.
+
+    What not every seed of an arm has is left empty.
+    """
+    curves = {
+        arm: [{int(point["step"]): point for point in seed} for seed in result["arms"][arm]["curve"].values()]
+        for arm in arms
+    }
+    steps = sorted(set().union(*curves[arms[0]]))
     rows = []
-    for arm, points in curves.items():
-        cells = [
-            f"{fmean(seed[at]['accuracy'] for seed in points):.1%}" if all(len(seed) > at for seed in points) else ""
-            for at in range(len(steps))
-        ]
-        last = [points_of_seed[len(steps) - 1] for points_of_seed in points]
-        tokens, seconds = (fmean(point[name] for point in last) for name in ("tokens", "seconds"))
-        rows.append([arm, *cells, f"{tokens:,.0f}", f"{seconds:.0f}"])
+    for arm, seeds in curves.items():
+        cells = [("accuracy", step, "{:.1%}") for step in steps]
+        cells += [("tokens", steps[-1], "{:,.0f}"), ("seconds", steps[-1], "{:.0f}")]
+        rows.append([arm, *(_mean(seeds, *cell) for cell in cells)])
     return markdown(["step", *map(str, steps), f"tokens by step {steps[-1]}", "processor seconds"], rows)
+
+
+def _mean(seeds: Sequence[Mapping[int, Any]], name: str, step: int, form: str) -> str:
+    return form.format(fmean(seed[step][name] for seed in seeds)) if all(step in seed for seed in seeds) else ""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -105,6 +105,16 @@ def test_the_tables_of_results_are_what_the_studies_say():
     assert script.results_page(other) == text
 
 
+def test_a_curve_that_one_seed_has_not_finished_leaves_its_cells_empty():
+    script = script_of("results_page")
+    points = [{"step": step, "accuracy": 0.25 * step, "tokens": 10 * step, "seconds": step} for step in range(3)]
+    arms = {"a": {"curve": {"0": points[:2], "1": points}}, "b": {"curve": {"0": points}}}
+    assert script._curve({"arms": arms}, ["a", "b"]).splitlines() == [
+        "| step | 0 | 1 | 2 | tokens by step 2 | processor seconds |", "| --- | --- | --- | --- | --- | --- |",
+        "| a | 0.0% | 25.0% |  |  |  |", "| b | 0.0% | 25.0% | 50.0% | 20 | 2 |",
+    ]  # fmt: skip
+
+
 def test_the_table_of_options_is_what_the_options_are():
     script = script_of("options_page")
     assert script.PAGE.read_text(encoding="utf-8") == script.options_page(), "run python docs/options_page.py"
