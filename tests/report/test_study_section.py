@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from made_records import HOSTILE, write_study
 from read_page import Page, assert_harmless, page_of
 
+import topd
 from topd.report import ReportError
 from topd.report.study import edges
 
@@ -88,3 +90,9 @@ def test_a_study_without_most_keys(tmp_path: Path, found: dict[str, Any]) -> Non
 def test_a_newer_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"study\.json has record version 3; this version of topd reads version 2"):
         page_of(write_study(tmp_path, ["topd"], version=3))
+
+
+def test_the_version_of_a_study_is_written_in_one_place() -> None:
+    """Whoever writes `study.json` and whoever reads it say the same."""
+    files = Path(topd.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if re.search(r"(?m)^(STUDY_)?VERSION = ", file.read_text())] == ["version.py"]

@@ -11,9 +11,7 @@ from topd.report.reading import check_version, clean, mapping, mappings, number,
 from topd.report.study_figures import difference_figure, learning_curves
 from topd.report.svg import Figure
 from topd.report.words import signed, span
-
-STUDY_VERSION = 2
-"""The newest `study.json` that is understood."""
+from topd.version import STUDY_VERSION
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from topd.errors import TOPDError
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import Job, job_of, known_record, run_job
 from topd.study.summary import summarise
-from topd.study.tables import VERSION, print_tables
+from topd.study.tables import print_tables
 from topd.study.tasks import task_of
+from topd.version import STUDY_VERSION
 
 RESULT = "study.json"
 MOST_TIMES = 4
@@ -178,7 +179,7 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
     }
     found = {how: summarise(values) for how, values in right.items()}
     result = {
-        "version": VERSION,
+        "version": STUDY_VERSION,
         "plan": asdict(plan),
         "tuning": tuning,
         "tuned": {name: best(scores) for name, scores in tuning.items()},

@@ -14,9 +14,8 @@ from rich.table import Table
 from topd.errors import TOPDError
 from topd.study.config import REFERENCE
 from topd.study.summary import answers, beside, summarise
+from topd.version import STUDY_VERSION
 
-VERSION = 2
-"""Of `study.json`."""
 WAYS = ("greedy", "sampled")
 
 
@@ -32,8 +31,10 @@ def read_study(file: Path) -> dict[str, Any]:
         raise TOPDError(
             f"{file} cannot be read: {error}. Name the study.json that `topd study` has written."
         ) from error
-    if not isinstance(result, dict) or result.get("version") != VERSION or "arms" not in result:
-        raise TOPDError(f"{file} is no study.json of version {VERSION}. Run the study again: what is there is kept.")
+    if not isinstance(result, dict) or result.get("version") != STUDY_VERSION or "arms" not in result:
+        raise TOPDError(
+            f"{file} is no study.json of version {STUDY_VERSION}. Run the study again: what is there is kept."
+        )
     return result
 
 
