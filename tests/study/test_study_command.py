@@ -107,6 +107,16 @@ def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):
     assert {run[1] for run in runs[len(first) + 1 :]} == {2}
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_the_folder_of_an_adapter_is_refused_before_anything_runs(runs, tmp_path, role):
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(TOPDError, match=f"adapter of someone; the {role} must be a whole model"):
+        command.run_study(plan(**{role: str(tmp_path)}), tmp_path / "out")
+    assert runs == []
+
+
 def test_a_run_that_fails_does_not_take_the_others_along(runs, tmp_path):
     arms = {"opd": {"method": "opd"}, "topd": {"learning_rate": 13}, "other": {"method": "topd"}}
     with pytest.raises(TOPDError, match=r"2 runs failed.*\n  topd, seed 0: RuntimeError: bad luck"):

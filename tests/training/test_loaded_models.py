@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 
 import pytest
 import torch
@@ -93,6 +94,43 @@ def test_what_cannot_be_loaded_is_said(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else found(name, *rest))
     with pytest.raises(TOPDError, match=r"needs peft: pip install 'topd\[peft\]'"):
         loaded_model(str(folder))
+
+
+CHECK = ["check", "--quick", "--teacher", "embedded:teacher", "--student"]
+TRAIN, WARM_START = (["train", "--config", "recipes/embedded.yaml"],
+                     ["warmstart", "--config", "recipes/embedded-warmstart.yaml", "--data", "x"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "role"),
+    [
+        (CHECK, "student"),
+        (["check", "--quick", "--student", "embedded:student-standard", "--teacher"], "teacher"),
+        ([*TRAIN, "--model_name_or_path"], "student"),
+        ([*TRAIN, "--teacher_model_name_or_path"], "teacher"),
+        ([*WARM_START, "--model_name_or_path"], "student"),
+        ([*WARM_START, "--teacher_model_name_or_path"], "teacher"),
+    ],
+)
+def test_training_and_its_check_refuse_an_adapter_before_any_weights(adapter, capsys, command, role):
+    folder, _ = adapter
+    (folder / "adapter_model.safetensors").write_bytes(b"not read")
+    assert main([*command, str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert f"topd: {folder} holds an adapter of " in message
+    assert f"the {role} must be a whole model. Merge it once" in message
+    assert ("--use_peft true" in message) == (role == "student")
+
+
+def test_what_the_refusal_says_makes_a_model_that_is_taken(adapter, capsys):
+    folder, expected = adapter
+    assert main([*CHECK, str(folder)]) == 2
+    python, option, program = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert (python, option) == ("python", "-c")
+    exec(program)
+    whole = f"{folder}-merged"
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(whole)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert main([*CHECK, whole, "--max_completion_length", "96", "--window_length", "16", "--bf16", "false"]) == 0
 
 
 def test_the_commands_take_adapters(adapter, tmp_path, capsys):

@@ -35,9 +35,13 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     """Run what is missing, write `study.json` after every run, print the table; return what was written.
 
     Raises:
-        TOPDError: the data cannot be used; or a run failed: the others are kept, and the next start goes on.
+        TOPDError: a model or the data cannot be used; or a run failed: the others are kept, and the next start goes on.
     """
+    from topd.training.loaded import check_whole
+
     console = Console()
+    check_whole("student", plan.student)
+    check_whole("teacher", plan.teacher)
     task_of(plan)  # it says what is wrong with the data before anything runs
     tuning = _tune(plan, out, workers, console)
     tuned = {name: best(scores) for name, scores in tuning.items()}

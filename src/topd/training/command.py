@@ -133,6 +133,11 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
             "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
             "on a server alone: --teacher_window_server.)"
         )
+    from topd.training.loaded import check_whole
+
+    check_whole("student", model.model_name_or_path)
+    for teacher in teachers.values():
+        check_whole("teacher", teacher)
     return model.model_name_or_path, teachers
 
 

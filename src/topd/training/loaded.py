@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,28 @@ def _tokenizer(name: str) -> Any:
 def _model(name: str, dtype: str) -> Any:
     return loading(
         "models", name, AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=False, **SAFE
+    )
+
+
+def save_merged(adapter: str, out: str, dtype: str = "auto") -> None:
+    """Write an adapter merged into its base, and its tokenizer: a whole model, as training takes it."""
+    for each in loaded_model(adapter, dtype):
+        each.save_pretrained(out)
+
+
+def check_whole(role: str, name: str) -> None:
+    """Raise `TOPDError` where a model to train, or its teacher, is the folder of an adapter alone. Loads no weights."""
+    folder = Path(name)
+    if not is_adapter(name) or (folder / "config.json").is_file():  # with both, transformers reads a whole model
+        return
+    whole = f"{folder}-merged"
+    program = (
+        f"from topd.training.loaded import save_merged; save_merged({json.dumps(str(folder))}, {json.dumps(whole)})"
+    )
+    adapters = " (with --use_peft true, to train a new adapter on it)" if role == "student" else ""
+    raise TOPDError(
+        f"{folder} holds an adapter of {base_of(name)}; the {role} must be a whole model. Merge it once, then name "
+        f"{whole}{adapters}:\n  python -c {shlex.quote(program)}"
     )
 
 

@@ -48,6 +48,7 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
     from topd.demo.pair import resolve_model
     from topd.training.checkpoints import saving
     from topd.training.command import loading, resume_from
+    from topd.training.loaded import check_whole
     from topd.training.prepared import SAFE
     from topd.warmstart.trainer import WarmStartTrainer
 
@@ -57,6 +58,9 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
             "needed with --kd_ratio 0), --data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes "
             "solutions."
         )
+    check_whole("student", model.model_name_or_path)
+    if config.distils:
+        check_whole("teacher", config.teacher_model_name_or_path)
     resume = resume_from(config)
     student_name = resolve_model(model.model_name_or_path)
     teacher_name = resolve_model(config.teacher_model_name_or_path) if config.distils else None
