@@ -20,6 +20,7 @@ from topd.demo.task import (
     extract_answer,
     is_correct,
     make_problems,
+    read_problem,
     write_solution,
 )
 from topd.demo.tokenizer import build_tokenizer
@@ -50,6 +51,13 @@ def test_the_teacher_s_way_ends_in_python_s_answer_and_text_survives_the_tokeniz
     ids = tokenizer(problem.prompt + text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == problem.prompt + text
+
+
+@given(problems)
+def test_a_problem_is_read_from_its_prompt(problem):
+    assert read_problem(problem.prompt) == problem
+    for other in ("what is 1+1?", "what is 12+3×4?", "what is 1+2×3", "what is 1/2+3?", f"{problem.prompt} "):
+        assert read_problem(other) is None
 
 
 def test_train_and_held_out_problems_are_disjoint_and_come_from_the_seed():

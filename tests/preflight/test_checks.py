@@ -11,6 +11,7 @@ from bad_pairs import change, conversations, copy_of, other_end, other_splitting
 from bad_pairs import short_context as short_context_pair
 
 from topd.check_cli import parsed, setups_of
+from topd.demo.task import make_problems
 from topd.preflight import machine, memory, prompts, quality, templates, tokens
 from topd.preflight.checks import QUICK, quick_findings
 from topd.preflight.finding import Finding, worst
@@ -355,10 +356,29 @@ def test_answers_of_other_data_are_judged_by_mathematics(models, tmp_path):
     data.write_text('{"prompt": "what is 1+1?", "answer": 2}\n{"prompt": "what is 1+2?"}\n')
     setup = setup_for("embedded:student-standard", "embedded:teacher", "--data", data)
     finding = quality.teacher_knows_more(setup, *models, 2, 20)
-    assert "of 1: teacher 0" in finding.found
+    assert "of 1: teacher 0, student 0 (the last \\boxed{} of each, as mathematics)" in finding.found
     data.write_text('{"prompt": "what is 1+1?"}\n')
     setup = setup_for("embedded:student-standard", "embedded:teacher", "--data", data)
     assert quality.teacher_knows_more(setup, *models, 2, 20).verdict == "ok"
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_the_embedded_task_s_problems_in_a_file_are_judged_by_its_own_rule(models, tmp_path, messages):
+    problems, data = make_problems(8, 5, held_out=True), tmp_path / "data.jsonl"
+
+    def finding(answers):
+        rows = [
+            {"prompt": [{"role": "user", "content": each.prompt}] if messages else each.prompt, "answer": answer}
+            for each, answer in zip(problems, answers, strict=True)
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": rows[0]["prompt"]}]))
+        setup = setup_for("embedded:student-standard", "embedded:teacher", "--data", data)
+        return quality.teacher_knows_more(setup, *models, 8, 96)
+
+    found = finding([each.answer for each in problems]).found
+    assert re.search(r"of 8: teacher [78], .*as in the embedded task", found), found
+    ordinary = [str(eval(each.expression.replace("×", "*"))) for each in problems]  # not modulo 100
+    assert "as mathematics" in finding(ordinary).found
 
 
 def test_worst():

@@ -138,6 +138,15 @@ def write_solution(problem: Problem, style: Style, rng: random.Random) -> str:
     return f"{text}{phrase('closer')}{numbers[0]}"
 
 
+_PROMPT = re.compile(r"what is ([1-9](?:[+×-][1-9]){2,4})\?")
+
+
+def read_problem(prompt: str) -> Problem | None:
+    """The problem that a prompt asks; None if it is none of this task's."""
+    match = _PROMPT.fullmatch(prompt)
+    return Problem(tuple(map(int, match[1][::2])), tuple(match[1][1::2])) if match else None
+
+
 _ANSWER = re.compile(r"(?:answer is|result is|makes the answer) (\d{1,2})\s*$")
 
 

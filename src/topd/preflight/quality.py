@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from topd.algorithm import score_tokens
+from topd.demo.task import read_problem
 from topd.evaluation.answers import Rule, verdict
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts
@@ -16,6 +17,11 @@ from topd.preflight.setup import Setup
 
 LARGE_KL = 3.0
 """Mean token loss (nats) above which pairs rarely are what they were meant to be. Our choice."""
+READ: dict[Rule, str] = {
+    "embedded": "the last words of each, as in the embedded task",
+    "math": "the last \\boxed{} of each, as mathematics",
+}
+"""What is judged, by rule."""
 
 
 def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
@@ -69,7 +75,7 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
     rows = [row for row in spread(setup, count) if setup.answers[row] is not None]
     if not rows:
         return ok("teacher", "the prompts have no answers to judge by")
-    rule: Rule = "embedded" if setup.data == "embedded" else "math"
+    rule = rule_of(setup)
     if rule == "math" and importlib.util.find_spec("math_verify") is None:
         return Finding(
             "teacher", "warning", "answers are not judged: the package math-verify is missing",
@@ -83,7 +89,9 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
         right[role] = sum(
             verdict(text, str(setup.answers[row]), rule).right for text, row in zip(texts, rows, strict=True)
         )
-    found = f"greedy answers right, of {len(rows)}: teacher {right['teacher']}, student {right['student']}"
+    found = (
+        f"greedy answers right, of {len(rows)}: teacher {right['teacher']}, student {right['student']} ({READ[rule]})"
+    )
     if right["teacher"] < right["student"]:
         return Finding(
             "teacher", "warning", found, "The student may have little to learn here: check with more samples."
@@ -94,3 +102,12 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
             f"Nothing is right within {max_new_tokens} tokens: check the answers' format, or raise --max-new-tokens.",
         )  # fmt: skip
     return ok("teacher", found)
+
+
+def rule_of(setup: Setup) -> Rule:
+    """How answers are judged: by the embedded task's rule where every answer is that of such a problem, modulo 100."""
+    for prompt, answer in zip(setup.prompts, setup.answers, strict=True):
+        problem = read_problem(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        if answer is not None and (problem is None or problem.answer != str(answer)):
+            return "math"
+    return "embedded"
