@@ -62,7 +62,7 @@ def test_a_line_an_epoch_is_not_called_a_line_every_so_many_steps() -> None:
 
 def test_a_resumed_run_says_which_steps_took_the_time(tmp_path: Path) -> None:
     text = io.StringIO()
-    print_summary(LOG, tmp_path, 20, 12, Console(file=text, width=80))
+    print_summary(LOG, [], 20, 12, Console(file=text, width=80))
     assert "20 steps, of which 8 in 3 min 20 s" in " ".join(text.getvalue().split())
 
 
@@ -82,12 +82,12 @@ def test_durations(seconds: float, words: str) -> None:
 
 def test_the_summary_says_how_it_went_and_where_the_time_went(tmp_path: Path) -> None:
     text = io.StringIO()
-    print_summary(LOG, tmp_path, 2, console=Console(file=text, width=80))
+    print_summary(LOG, places(tmp_path), 2, console=Console(file=text, width=80))
     said = " ".join(text.getvalue().split())
     for expected in (
         "2 steps in 3 min 20 s", "loss, nats 0.5000 0.2500 0.3750", "token loss, nats 0.4000 0.2000 0.3000",
         "false alarms among candidates 25.0% 50.0% 37.5%", "forks a rollout 2.00", "rollout 0.900 75%",
-        "windows 0.300 25%",
+        "windows 0.300 25%", "Model: ",
     ):  # fmt: skip
         assert expected in said, expected
     assert "evaluation loss" not in said

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import TOKENIZER, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from topd.cli import main
 from topd.demo.pair import pair_folder
+from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
 LOST = "is lost in rounding"
 
@@ -58,6 +60,18 @@ def test_adapters_on_bfloat16_weights_are_float32(tmp_path, caplog):
     trainer.train()
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert LOST not in caplog.text
+
+
+def test_the_warm_start_says_it_too(tmp_path, caplog):
+    rows = [{"prompt": "what is 1+2×3?", "completion": " so the answer is 7"}] * 8
+    args = WarmStartConfig(
+        str(tmp_path), kd_ratio=0, learning_rate=2e-6, max_steps=1, use_cpu=True, bf16=False, report_to=[],
+        save_strategy="no",
+    )  # fmt: skip
+    for dtype, times in ((torch.float32, 0), (torch.bfloat16, 1)):
+        student = embedded("student-standard", dtype)
+        WarmStartTrainer(student, args=args, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER).train()
+        assert caplog.text.count(LOST) == times
 
 
 @pytest.mark.parametrize("preflight", ["true", "false"])

@@ -1,6 +1,7 @@
 """`topd warmstart`, and the paper's two stages one after the other."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,23 @@ def test_the_model_is_one_that_topd_train_takes(solutions, tmp_path, capsys):
                  str(tmp_path / "topd"), "--max_steps", "1", "--per_device_train_batch_size", "4",
                  "--max_completion_length", "24", "--window_length", "4"]) == 0  # fmt: skip
     assert (tmp_path / "topd" / "model.safetensors").is_file()
+
+
+def test_it_speaks_as_topd_train_does(solutions, tmp_path, capsys):
+    """A line a log and tables at the end: no dictionaries of the libraries, no audit, which it does not have."""
+    out = tmp_path / "my run"
+    assert warmstart(out, solutions, "--save_strategy", "steps", "--save_steps", "2") == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert lines[0] == "2 steps; a line every 1."
+    number = r" +\d+\.\d{4}"
+    assert re.match(rf"1/2  loss{number}  forward KL{number}  cross-entropy{number}  lr \S+  .* left$", lines[1])
+    assert re.search(rf"cross-entropy, nats{number}{number}{number}", said)
+    assert lines[-3:] == [
+        f"Model: {out}", f"Checkpoints: {out}/checkpoint-N, after steps 2",
+        f"Go on: topd train --model_name_or_path '{out}'",
+    ]  # fmt: skip
+    assert not {"{", "}", "Audit", "report"} & set(re.findall(r"[{}]|\w+", said))
 
 
 def test_it_goes_on_from_a_checkpoint_to_the_same_weights(solutions, tmp_path):

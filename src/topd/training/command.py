@@ -82,7 +82,7 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
     from topd.training.checkpoints import saving
     from topd.training.console import speak
     from topd.training.several_teachers import COLUMN, MOPDTrainer
-    from topd.training.summary import print_summary
+    from topd.training.summary import places, print_summary
     from topd.training.tokenizers import check_tokenizers
     from topd.training.trainer import TOPDTrainer
 
@@ -117,7 +117,8 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
         trainer.save_model(config.output_dir)
         trainer.save_state()  # for topd report
     if trainer.is_world_process_zero():
-        print_summary(trainer.state.log_history, Path(config.output_dir), trainer.state.global_step, lines.first)
+        where = places(Path(config.output_dir))
+        print_summary(trainer.state.log_history, where, trainer.state.global_step, lines.first)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
     trainer.end()

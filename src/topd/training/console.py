@@ -1,4 +1,4 @@
-"""What `topd train` shows while it trains: a line a log, in place of the libraries' bar and dictionary."""
+"""What `topd train` and `topd warmstart` show: a line a log, in place of the libraries' bar and dictionary."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ FIELDS = (
     ("loss", "loss {:7.4f}"),
     ("eval_loss", "evaluation loss {:.4f}"),
     ("token_loss/mean", "token loss {:7.4f}"),
+    ("forward_kl", "forward KL {:7.4f}"),
+    ("cross_entropy", "cross-entropy {:7.4f}"),
     ("false_alarm_share", "false alarms {:4.0%}"),
     ("forks/per_rollout", "forks {:4.1f}"),
     ("completions/mean_length", "{:5.0f} tokens"),

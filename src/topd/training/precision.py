@@ -35,6 +35,12 @@ def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
     )
 
 
+def watch_rounding(trainer: Any) -> None:
+    """Let a trainer warn of steps that will be lost. DeepSpeed keeps float32 weights of its own: nothing is lost."""
+    if not trainer.is_deepspeed_enabled:
+        trainer.add_callback(WarnsOfRounding())
+
+
 class WarnsOfRounding(TrainerCallback):
     """Says once, as training begins, that steps will be lost: by the weights that are trained, as they are by then.
 

@@ -1,4 +1,4 @@
-"""What `topd train` says at its end: how the run went, where its time went, and where everything is."""
+"""What `topd train` and `topd warmstart` say at their end: how it went, where the time went, where everything is."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from topd.training.stages import STAGES
 ROWS = (
     ("loss", "loss, nats", "{:.4f}"),
     ("token_loss/mean", "token loss, nats", "{:.4f}"),
+    ("forward_kl", "forward KL, nats", "{:.4f}"),
+    ("cross_entropy", "cross-entropy, nats", "{:.4f}"),
     ("eval_loss", "evaluation loss, nats", "{:.4f}"),
     ("false_alarm_share", "false alarms among candidates", "{:.1%}"),
     ("forks/per_rollout", "forks a rollout", "{:.2f}"),
@@ -29,8 +31,14 @@ ROWS = (
 Log = Sequence[dict[str, Any]]
 
 
-def print_summary(log: Log, folder: Path, steps: int, resumed: int = 0, console: Console | None = None) -> None:
-    """Print all of it. `log`: the trainer's log history; `resumed`: the step after which this start went on."""
+def print_summary(log: Log, where: Sequence[str], steps: int, resumed: int = 0, console: Console | None = None) -> None:
+    """Print all of it.
+
+    Args:
+        log: the trainer's log history.
+        where: lines that say where everything is.
+        resumed: the step after which this start went on.
+    """
     console = console or Console()
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     for table in (metrics_table(log, steps, seconds, resumed), stages_table(log)):
@@ -38,7 +46,7 @@ def print_summary(log: Log, folder: Path, steps: int, resumed: int = 0, console:
             console.print()
             console.print(table)
     console.print()
-    for line in places(folder):
+    for line in where:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -65,14 +73,17 @@ def stages_table(log: Log) -> Table | None:
     return table
 
 
-def places(folder: Path) -> list[str]:
-    """Where the model, checkpoints and records are, and what shows them."""
+def weights(folder: Path) -> list[str]:
+    """Where the model and its checkpoints are."""
     steps = [path.name.rpartition("-")[2] for path in checkpoints(folder)]
-    audit = folder / AUDIT_FILE
-    lines = [f"Model: {folder}"]
-    if steps:
-        told = steps if len(steps) <= 6 else [*steps[:2], "...", steps[-1]]
-        lines.append(f"Checkpoints: {folder}/checkpoint-N, after steps {', '.join(told)}")
+    told = steps if len(steps) <= 6 else [*steps[:2], "...", steps[-1]]
+    saved = [f"Checkpoints: {folder}/checkpoint-N, after steps {', '.join(told)}"] if steps else []
+    return [f"Model: {folder}", *saved]
+
+
+def places(folder: Path) -> list[str]:
+    """Where the model, checkpoints and records of `topd train` are, and what shows them."""
+    audit, lines = folder / AUDIT_FILE, weights(folder)
     if audit.is_file():
         count = len(audit.read_bytes().splitlines())
         lines.append(f"Audit: {audit}, {count} rollouts with their candidates")

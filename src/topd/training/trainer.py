@@ -26,7 +26,7 @@ from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
-from topd.training.precision import WarnsOfRounding
+from topd.training.precision import watch_rounding
 from topd.training.prepared import prepared_models
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
@@ -115,8 +115,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
         self._guidance_loss, self._unseen = 0.0, 0.0
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
-        if not self.is_deepspeed_enabled:  # it keeps float32 weights of its own
-            self.add_callback(WarnsOfRounding())
+        watch_rounding(self)
 
     # Rollouts, then the near future
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topd.errors import TOPDError
+from topd.quiet import quieten_bars
 from topd.training.command import unforeseen
 
 
@@ -36,6 +38,7 @@ class SolutionArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
+    quieten_bars()
     data, config, model = parse(argv)
     with unforeseen(Path(config.output_dir)):
         _run(data, config, model)
@@ -48,8 +51,10 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
     from topd.demo.pair import resolve_model
     from topd.training.checkpoints import saving
     from topd.training.command import loading, resume_from
+    from topd.training.console import speak
     from topd.training.loaded import check_whole
     from topd.training.prepared import SAFE
+    from topd.training.summary import print_summary, weights
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
@@ -78,9 +83,13 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
         eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
+    lines, folder = speak(trainer), Path(config.output_dir)
     trainer.train(resume_from_checkpoint=resume)
-    with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
-        save(trainer, Path(config.output_dir))
+    with saving(f"The trained model in {folder}", folder):
+        save(trainer, folder)
+    if trainer.is_world_process_zero():
+        where = [*weights(folder), f"Go on: topd train --model_name_or_path {shlex.quote(str(folder))}"]
+        print_summary(trainer.state.log_history, where, trainer.state.global_step, lines.first)
 
 
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
@@ -116,4 +125,3 @@ def save(trainer: Any, folder: Path) -> None:
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
-    trainer.accelerator.print(f"Model saved in {folder}; go on with topd train --model_name_or_path {folder}.")

@@ -16,6 +16,7 @@ from topd.errors import NonFiniteError
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.training.kernels import loss_on_device
 from topd.training.non_finite import StopOnNonFiniteGradient
+from topd.training.precision import watch_rounding
 from topd.training.prepared import SAFE, cut_head
 from topd.training.sharding import shard_teacher
 from topd.training.surviving import SurvivingTrainer
@@ -62,6 +63,7 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
             raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
+        watch_rounding(self)
         self.teacher_model: Any = None
         if args.distils:
             self._refuse_what_the_loss_cannot_do()
