@@ -207,11 +207,12 @@ def test_a_learning_rate_that_rounding_eats(options, verdict):
     assert (verdict == "ok") == (not finding.remedy)
 
 
-def test_sharded_training_keeps_float32_weights(monkeypatch):
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_keeps_float32_weights(monkeypatch, kind):
     setup = setup_for("embedded:student-standard", "embedded:teacher", "--dtype", "bfloat16", "--learning_rate", "2e-6")
     setup.config.bf16 = True
     assert machine.precision(setup).verdict == "warning"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     assert machine.precision(setup).verdict == "ok"
     assert "not counted" in memory.memory(setup).found
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+from preflight.bad_pairs import other_tokenizer
 from small_studies import files_of, plan
 
 from topd.demo.pair import resolve_model
+from topd.errors import TokenizerMismatchError
 from topd.study import command
 from topd.study.run import Curve, known_record, run_job
 from topd.study.tasks import task_of
@@ -27,6 +30,16 @@ def test_a_run_keeps_every_answer_and_is_known_afterwards(tmp_path):
     assert known_record(some, replace(job, options={})) is None
     job.file.write_text('{"torn')
     assert known_record(some, job) is None
+
+
+def test_tokenizers_that_differ_end_a_run_before_any_weights(tmp_path):
+    teacher = other_tokenizer(tmp_path / "teacher")
+    (teacher / "model.safetensors").unlink()
+    some = plan(teacher=str(teacher))
+    job = command._final(some, some.arms[0], 0, {}, tmp_path)
+    with pytest.raises(TokenizerMismatchError, match=r"'7' \(29 and 30\)"):
+        run_job(some, job)
+    assert not job.file.exists()
 
 
 def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):

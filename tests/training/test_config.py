@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from topd.training.config import PAPER_PRESET, TOPDConfig
+from topd.training.config import PAPER_PRESET, TOPDConfig, choices
 
 
 def config(tmp_path, **options):
@@ -14,11 +14,19 @@ def config(tmp_path, **options):
 
 
 def test_the_preset_is_the_paper_whatever_the_defaults(tmp_path, monkeypatch):
-    found = config(tmp_path, preset="paper")
+    defaults = {name: another(name, value) for name, value in PAPER_PRESET.items()}
+    for option in fields(TOPDConfig):
+        if option.name in defaults:
+            monkeypatch.setattr(option, "default", defaults[option.name])  # as if it had become our default
+    found = config(tmp_path, preset="paper", **defaults)
     assert {name: getattr(found, name) for name in PAPER_PRESET} == PAPER_PRESET
-    window = next(option for option in fields(TOPDConfig) if option.name == "student_window")
-    monkeypatch.setattr(window, "default", "rollout")  # as if it had become our default
-    assert config(tmp_path, preset="paper", student_window="rollout").student_window == "regenerated"
+
+
+def another(name, value):
+    """A value that the option may have too."""
+    if name in choices():
+        return next(each for each in choices()[name] if each != value)
+    return not value if isinstance(value, bool) else value + (1 if isinstance(value, int) else 0.25)
 
 
 def test_what_the_user_sets_wins(tmp_path):

@@ -1,5 +1,7 @@
 """Low-precision weights and small learning rates: how many weights move, and that it is said once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from topd.cli import main
 from topd.demo.pair import pair_folder
+from topd.training.precision import WarnsOfRounding, watch_rounding
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
 LOST = "is lost in rounding"
@@ -60,6 +63,13 @@ def test_adapters_on_bfloat16_weights_are_float32(tmp_path, caplog):
     trainer.train()
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert LOST not in caplog.text
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_under_deepspeed_which_keeps_float32_weights_nothing_is_said(deepspeed):
+    callbacks = []
+    watch_rounding(SimpleNamespace(is_deepspeed_enabled=deepspeed, add_callback=callbacks.append))
+    assert [type(each) for each in callbacks] == ([] if deepspeed else [WarnsOfRounding])
 
 
 def test_the_warm_start_says_it_too(tmp_path, caplog):
