@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 from small_studies import plan
@@ -22,15 +28,60 @@ def test_every_worker_takes_a_gpu_of_its_own(monkeypatch):
 
     free = get_context("spawn").SimpleQueue()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    command._take_gpu(free)
+    command._begin_worker(free)
     assert "CUDA_VISIBLE_DEVICES" not in command.os.environ
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert command._gpus() == ["3", "5"]
     for gpu in command._gpus():
         free.put(gpu)
     for gpu in ("3", "5"):
-        command._take_gpu(free)
+        command._begin_worker(free)
         assert command.os.environ["CUDA_VISIBLE_DEVICES"] == gpu
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing can be killed so here")
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    script = tmp_path / "study.py"
+    script.write_text(
+        """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from topd.study.command import _begin_worker
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    free = context.SimpleQueue()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin_worker, initargs=(free,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as study:
+        worker = int(study.stdout.readline())
+        assert running(worker)
+        study.kill()
+    for _ in range(300):
+        if not running(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker waits for work for ever")
+
+
+def running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")  # an orphan that has ended may wait to be reaped
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_is_not_there_is_told_before_anything_runs(runs, tmp_path, role):
+    with pytest.raises(TOPDError, match=r"Cannot load the tokenizer of runs/nowhere"):
+        command.run_study(plan(**{role: "runs/nowhere"}), tmp_path)
+    assert not runs
 
 
 @pytest.fixture
@@ -155,7 +206,17 @@ def test_arms_and_seeds_can_be_chosen(runs, tmp_path, capsys):
     arms = {"opd": {"method": "opd"}, "topd": {"method": "topd"}, "other": {"method": "topd"}}
     arms["longer"] = {"method": "opd", "time_of": "topd"}
     file = tmp_path / "s.yaml"
-    file.write_text(yaml.safe_dump({"student": "a", "teacher": "b", "seeds": [5, 6], "steps": 1, "arms": arms}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "student": "embedded:student-easy",
+                "teacher": "embedded:teacher",
+                "seeds": [5, 6],
+                "steps": 1,
+                "arms": arms,
+            }
+        )
+    )
     chosen = ["study", "--config", str(file), "--out", str(tmp_path / "out")]
     assert main([*chosen, "--arms", "topd", "--seeds", "1"]) == 0
     assert [run[:2] for run in runs] == [("opd", 5), ("topd", 5)]

@@ -13,13 +13,14 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from rich.console import Console
 
 from topd.errors import TOPDError
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
-from topd.study.run import Job, job_of, known_record, run_job
+from topd.study.run import Job, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise
 from topd.study.tables import print_tables
 from topd.study.tasks import task_of
@@ -37,12 +38,9 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     Raises:
         TOPDError: a model or the data cannot be used; or a run failed: the others are kept, and the next start goes on.
     """
-    from topd.training.loaded import check_whole
-
     console = Console()
-    check_whole("student", plan.student)
-    check_whole("teacher", plan.teacher)
-    task_of(plan)  # it says what is wrong with the data before anything runs
+    task_of(plan)  # these two say what is wrong with data and models before anything runs
+    pair_tokenizer(plan)
     tuning = _tune(plan, out, workers, console)
     tuned = {name: best(scores) for name, scores in tuning.items()}
     plain = [arm for arm in plan.arms if arm.time_of is None]
@@ -144,7 +142,7 @@ def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[
     free = context.SimpleQueue()
     for gpu in islice(cycle(gpus), workers):  # nothing if there are none
         free.put(gpu)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_gpu, initargs=(free,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}
         for future in as_completed(futures):
             died = isinstance(future.exception(), BrokenProcessPool)
@@ -159,10 +157,19 @@ def _gpus() -> list[str]:
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _take_gpu(free: Any) -> None:
-    """A worker's first act, before it imports torch: one GPU is its own, if there are any."""
+def _begin_worker(free: Any) -> None:
+    """A worker's first acts, before it imports torch: it ends with the study; one GPU is its own, if there are any."""
+    Thread(target=_end_with_study, daemon=True).start()
     if not free.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+
+
+def _end_with_study() -> None:
+    """A worker of a study that was killed would wait for work for ever, and hold its memory."""
+    study = multiprocessing.parent_process()
+    if study is not None:
+        study.join()
+        os._exit(1)
 
 
 def _guarded(plan: StudyPlan, job: Job) -> Any:

@@ -59,12 +59,11 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Train, answer, write the record aside and rename it; return it."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback
 
     from topd.demo.pair import resolve_model
     from topd.quiet import quieten
     from topd.training import TOPDTrainer
-    from topd.training.tokenizers import check_tokenizers
 
     quieten()
     torch.set_num_threads(1)
@@ -74,14 +73,12 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     try:
         config = config_of(plan, job, scratch)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        folder = resolve_model(plan.student)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(resolve_model(plan.teacher)))
+        tokenizer = pair_tokenizer(plan)
         student, teacher = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
         config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL takes them for names only
         safe = {"dtype": torch.float32, "use_safetensors": True}
         trainer = TOPDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, **safe | student),
+            model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.student), **safe | student),
             teacher_model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.teacher), **safe | teacher),
             args=config,
             train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)),
@@ -110,6 +107,29 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(draft, job.file)
     return record
+
+
+def pair_tokenizer(plan: StudyPlan) -> Any:
+    """The tokenizer that student and teacher share.
+
+    Raises:
+        TOPDError: one of them cannot be loaded, is an adapter, or they do not share it.
+    """
+    from transformers import AutoTokenizer
+
+    from topd.demo.pair import resolve_model
+    from topd.training.command import loading
+    from topd.training.loaded import check_whole
+    from topd.training.tokenizers import check_tokenizers
+
+    check_whole("student", plan.student)
+    check_whole("teacher", plan.teacher)
+    student, teacher = (
+        loading("tokenizer", resolve_model(name), AutoTokenizer.from_pretrained)
+        for name in (plan.student, plan.teacher)
+    )
+    check_tokenizers(student, teacher)
+    return student
 
 
 def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
