@@ -105,6 +105,28 @@ def test_the_study_of_a_level_asks_what_the_level_makes(level: str) -> None:
     assert plan.tune_problems <= LEVELS[level].tuning
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_study_runs_on_what_was_made(gym: None, tiny: Level, tmp_path: Path, level: str) -> None:
+    from topd.study.command import run_study
+
+    assert command.main(["--out", str(tmp_path)]) == 0
+    plan = read_plan(STUDIES / f"ladder-{level}.yaml")
+    files = {
+        name: str(tmp_path / Path(getattr(plan, name)).name) for name in ("student", "teacher", "data", "benchmark")
+    }
+    short = {"max_completion_length": 16, "per_device_train_batch_size": 4, "window_length": 4}
+    result = run_study(
+        replace(
+            plan, **files, tune_benchmark=None, seeds=(0,), steps=1, held_out=6, curve_problems=3,
+            sampling=plan.sampling | {"max_new_tokens": 16}, options=plan.options | short,
+            arms=tuple(replace(arm, choices=()) for arm in plan.arms[:2]),
+        ),
+        tmp_path / "study",
+    )  # fmt: skip
+    assert set(result["arms"]) == {"opd", "topd"}
+    assert all(len(arm["right"]["0"]["greedy"]) == 6 for arm in result["arms"].values())
+
+
 @pytest.mark.slow
 def test_the_same_with_the_real_problems(tiny: Level, tmp_path: Path) -> None:
     reasoning_gym = pytest.importorskip("reasoning_gym", reason="pip install -e '.[ladder]'")
