@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.made
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo quick test slow faults check bench ladder docs env clean
+.PHONY: demo quick test slow faults check bench docs env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
 	$(BIN)/topd demo
@@ -33,12 +33,6 @@ bench: env  ## time and memory beside public peers, writes runs/benchmarks.json 
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt liger-kernel
 	$(BIN)/python -m benchmarks --out runs/benchmarks.json
-
-# A C compiler is needed: reasoning-gym's pycosat comes as source.
-ladder: env  ## the pair and the study of docs/results.md on reasoning-gym's tasks (about two hours of two cores)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ladder]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m ladder --level small
-	$(BIN)/topd study --config studies/ladder-small.yaml --workers 2
 
 docs: env  ## the documentation site, in site/; a broken link fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
