@@ -129,6 +129,15 @@ def test_each_arm_is_tuned_runs_with_its_best_and_gets_the_time_it_should(runs, 
     assert (written["version"], written["arms"], written["tuning"]) == (2, result["arms"], result["tuning"])
 
 
+def test_it_says_where_an_arm_could_not_choose_what_opd_is_tuned_to(runs, tmp_path, capsys):
+    arms = ARMS | {"fair": {"method": "topd", "choices": [{"learning_rate": 0.5}, {"learning_rate": 0.4}]}}
+    other = {"method": "topd", "learning_rate": 0.4, "choices": [{"guidance_weight": 0.1}, {"guidance_weight": 0.2}]}
+    command.run_study(plan(arms=arms | {"of another option": other}), tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("could not choose") == 1
+    assert "topd could not choose learning_rate 0.5, which opd is tuned to: a difference" in said
+
+
 def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):
     result = command.run_study(plan(arms=ARMS), tmp_path)
     file = tmp_path / "study.json"

@@ -77,7 +77,20 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
         tuning[arm.name] = scores
         tried = ", ".join(f"{_words(each['choice'])}: {each['accuracy']:.1%}" for each in scores)
         console.print(f"  {arm.name}: {_words(best(scores))}  ({tried})")
+    for line in unequal(tuning):
+        console.print(f"  {line}", markup=False)
     return tuning
+
+
+def unequal(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What the reference was tuned to and another arm, which tunes it too, could not choose: a line for each."""
+    return [
+        f"{name} could not choose {_words({option: value})}, which {REFERENCE} is tuned to: a difference between them "
+        "may be that alone. Add it to the arm's choices."
+        for name, scores in tuning.items()
+        for option, value in (best(tuning[REFERENCE]) if REFERENCE in tuning else {}).items()
+        if value not in (values := {each["choice"].get(option) for each in scores}) and values != {None}
+    ]
 
 
 def best(scores: list[dict[str, Any]]) -> dict[str, Any]:
