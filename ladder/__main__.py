@@ -15,7 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ladder", description=__doc__)
     parser.add_argument("--level", choices=LEVELS, default="small")
     parser.add_argument("--out", type=Path, help="default: runs/ladder/LEVEL")
-    parser.add_argument("--only", choices=("data", "teacher", "student"), help="make only this, for two at a time")
+    parser.add_argument(
+        "--only", choices=("data", "teacher", "student"), help="make this alone, as to train both at once"
+    )
     options = parser.parse_args(arguments)
     try:
         import reasoning_gym  # noqa: F401
@@ -33,7 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only in (None, name):
             record = train(name, level, build_tokenizer(level), out)
             (out / name / "build.json").write_text(json.dumps(record | {"tasks": level.tasks}, indent=1) + "\n")
-    print(f"{out} is ready: topd study --config studies/ladder-{options.level}.yaml")
+    parts = ("prompts.jsonl", "teacher/build.json", "student/build.json")
+    missing = [part.split("/")[0] for part in parts if not (out / part).is_file()]
+    print(
+        f"Not there yet in {out}: {', '.join(missing)}."
+        if missing
+        else f"{out} is ready: topd study --config studies/ladder-{options.level}.yaml"
+    )
     return 0
 
 

@@ -61,6 +61,13 @@ def test_the_command_makes_what_a_study_needs(
     assert said.endswith(f"{tmp_path} is ready: topd study --config studies/ladder-small.yaml\n")
 
 
+def test_what_is_not_made_yet_is_told(
+    gym: None, tiny: Level, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--out", str(tmp_path), "--only", "data"]) == 0
+    assert capsys.readouterr().out == f"Not there yet in {tmp_path}: teacher, student.\n"
+
+
 def test_labels_are_the_solution_and_its_end(gym: None, tiny: Level) -> None:
     from ladder.build import EOS, build_tokenizer, rows
     from ladder.tasks import TEACHER, draw
