@@ -88,6 +88,37 @@ def test_same_tokens_as_generate_one_by_one(kind, padding):
             assert tokens[mask].tolist() == alone
 
 
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_windows_from_the_candidate_are_the_candidate_and_what_generate_adds_to_it(share_prefix, length):
+    model = model_of("llama")
+    rollouts = rollouts_of(model)
+    rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])), share_prefix=share_prefix)
+    reading = pair.read(rollouts)
+    greedy = greedy_of(model, reading)
+    windows = pair.continue_(rollouts, reading, greedy, rows, positions, length, from_candidate=True)
+    ended = 0
+    for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
+        prefix = rollouts.prefix(int(row), int(position) + 1)
+        expected = [int(prefix[-1])]
+        if expected != [EOS] and length > 1:
+            expected += generated(model, prefix, length - 1)
+        ended += expected == [EOS]
+        assert tokens[mask].tolist() == expected
+    assert ended  # a candidate may be the end of its response
+
+
+def test_sampled_windows_from_the_candidate_begin_with_it():
+    model = model_of("llama")
+    rollouts = rollouts_of(model)
+    rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS], temperature=1.0)))
+    reading = pair.read(rollouts)
+    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 4, from_candidate=True)
+    assert windows.tokens[:, 0].tolist() == rollouts.response_ids[rows, positions].tolist()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_whatever_the_attention_of_the_model(attention):
     model = model_of("llama")

@@ -142,7 +142,14 @@ class DistilledModel:
 
     @torch.no_grad()
     def continue_(
-        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
+        self,
+        rollouts: Rollouts,
+        reading: Reading,
+        greedy: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        length: int,
+        from_candidate: bool = False,
     ) -> Windows:
         """The model's own near future from each place in the rollouts, in evaluation mode.
 
@@ -153,11 +160,21 @@ class DistilledModel:
             rows: [window] the rollout of each window.
             positions: [window] the response position at which it starts.
             length: tokens of each window at most.
+            from_candidate: the windows begin with the rollout's own token; what follows is the model's.
         """
         with evaluating(self.model), self._source() as source:
             if reading.prefix is not None and isinstance(source, LocalModel):
-                return source.continue_over_prefix(rollouts, reading, greedy, rows, positions, length)
-            return source.continue_(rollouts.prefixes(rows, positions), length)
+                return source.continue_over_prefix(rollouts, reading, greedy, rows, positions, length, from_candidate)
+            if not from_candidate:
+                return source.continue_(rollouts.prefixes(rows, positions), length)
+            candidate = rollouts.response_ids[rows, positions][:, None]
+            present = torch.ones_like(candidate, dtype=torch.bool)
+            if length == 1:
+                return Windows(candidate, present)
+            after = source.continue_(rollouts.prefixes(rows, positions + 1), length - 1)
+            ended = torch.isin(candidate, torch.tensor(source.eos_token_ids, device=candidate.device))
+            mask = torch.cat([present, after.mask & ~ended], 1)
+            return Windows(torch.cat([candidate, after.tokens], 1) * mask, mask)
 
 
 def last_hidden_state(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ from transformers import GenerationConfig
 
 from topd.algorithm.head import at_least_float32
 from topd.near_future.model_parts import backbone_of, output_head
-from topd.near_future.shared_prefix import Reading, continue_over_prefix, follow_rollout, sampled_start, until_eos
+from topd.near_future.shared_prefix import (
+    Reading,
+    candidate_start,
+    continue_over_prefix,
+    follow_rollout,
+    sampled_start,
+    until_eos,
+)
 from topd.near_future.windows import Rollouts, Windows
 
 
@@ -56,7 +63,14 @@ class LocalModel:
 
     @torch.no_grad()
     def continue_over_prefix(
-        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
+        self,
+        rollouts: Rollouts,
+        reading: Reading,
+        greedy: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        length: int,
+        from_candidate: bool = False,
     ) -> Windows:
         """The same windows as `continue_` gives for the prefixes at (row, position), all branches decoded together.
 
@@ -67,6 +81,7 @@ class LocalModel:
             rows: [window] the rollout of each window.
             positions: [window] the response position at which it starts.
             length: tokens of each window at most.
+            from_candidate: the windows begin with the rollout's own token.
         """
         if len(rows) == 0:
             return Windows(rows.new_zeros(0, length), rows.new_zeros(0, length, dtype=torch.bool))
@@ -81,7 +96,9 @@ class LocalModel:
             chosen = (logits / self.temperature).softmax(-1).multinomial(1)
             return chosen.view(hidden.shape[:-1])
 
-        if self.temperature == 0:
+        if from_candidate:
+            start = candidate_start(rollouts, greedy if self.temperature == 0 else None, rows, positions, length)
+        elif self.temperature == 0:
             start = follow_rollout(rollouts, greedy, rows, positions, length)
         else:
             start = sampled_start(reading, next_token, rows, positions, length)

@@ -71,7 +71,7 @@ def follow_rollout(rollouts: Rollouts, greedy: Tensor, rows: Tensor, positions: 
     index = torch.arange(last, device=greedy.device)
     agrees = (greedy == rollouts.response_ids) & rollouts.response_mask.bool()
     leaves = torch.where(agrees, last, index).flip(1).cummin(1).values.flip(1)  # [rollout, position] at or after it
-    leaves = torch.minimum(leaves[rows, positions], rollouts.response_mask.sum(1)[rows])
+    leaves = torch.minimum(leaves[rows, positions.clamp(max=last - 1)], rollouts.response_mask.sum(1)[rows])
     path = (positions[:, None] + torch.arange(length, device=greedy.device)).clamp(max=last - 1)
     real = rollouts.response_mask.sum(1)[rows]
     known = torch.where(leaves < real, leaves - positions + 1, real - positions)
@@ -82,6 +82,21 @@ def sampled_start(reading: Reading, next_token: NextToken, rows: Tensor, positio
     """Windows of which only the first token is known: it is sampled from the state at its position."""
     first = next_token(reading.hidden[rows, positions])
     return Start(first[:, None].repeat(1, length), torch.ones_like(rows))
+
+
+def candidate_start(rollouts: Rollouts, greedy: Tensor | None, rows: Tensor, positions: Tensor, length: int) -> Start:
+    """Windows that begin with the candidate, the rollout's own token at each place.
+
+    Args:
+        greedy: [rollout, position] the model's most likely token at each position: the windows continue greedily. None:
+            only the candidate is known.
+        rows, positions: [window] where the windows start.
+    """
+    candidate = rollouts.response_ids[rows, positions]
+    if greedy is None or length == 1:
+        return Start(candidate[:, None].repeat(1, length), torch.ones_like(rows))
+    after = follow_rollout(rollouts, greedy, rows, positions + 1, length - 1)
+    return Start(torch.cat([candidate[:, None], after.tokens], 1), after.known + 1)
 
 
 def continue_over_prefix(
