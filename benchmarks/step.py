@@ -130,11 +130,11 @@ class Pair:
     def _train(self, rollouts: Rollouts, student: Any, teacher: Any, teacher_hidden: Tensor, weights: Tensor,
                guided: Any, options: TOPDConfig) -> float:  # fmt: skip
         self.student.train().zero_grad(set_to_none=True)
-        num_guided = guided.targets.guided.sum() if guided is not None else rollouts.loss_mask.sum()
+        num_forks = guided.targets.guided.any(-1).sum() if guided is not None else rollouts.loss_mask.sum()
         with self._stage("loss"):
             loss = topd_loss(
                 rollouts, student, teacher, teacher_hidden, weights, guided, options,
-                num_tokens=rollouts.loss_mask.sum(), num_guided=num_guided,
+                num_tokens=rollouts.loss_mask.sum(), num_forks=num_forks.clamp(min=1),
             ).loss  # fmt: skip
         with self._stage("backward"):
             loss.backward()

@@ -3,15 +3,15 @@
 OPD, on-policy distillation, samples rollouts from the student and pulls the student, token by token, towards the
 teacher. Its token loss is KL(student || teacher) over the vocabulary, at the student's own prefix. TOPD is OPD, and
 
-1. takes the highest token losses as candidates, and from the prefix before each lets teacher and student both go on;
+1. takes the highest token losses as candidates and compares how teacher and student continue the prefix before each;
 2. measures by optimal transport over token embeddings how far these two windows are apart;
-3. calls the lowest distances false alarms (other words, the same path), the rest forks (the futures really part);
+3. calls distances as low as those at low-loss tokens false alarms (other words, the same path), the rest forks;
 4. adds at forks a loss over the student's whole window, aligned by the transport plan: L = L_OPD + lambda L_traj.
 
 Naive on purpose: a loop wherever there are several of something, distributions over the whole vocabulary, every window
 as a sequence of its own behind its prefix. `TOPDTrainer` does the same work at scale and is tested against this file.
 
-    python examples/topd_in_one_file.py --method topd        # the embedded pair, on a CPU, in a minute or two
+    python examples/topd_in_one_file.py --method topd        # the embedded pair, on a CPU, in a few minutes
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
-from scipy.optimize import linear_sum_assignment, linprog
+from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import cosine_similarity, one_hot, pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,10 +27,10 @@ from topd.demo.pair import pair_folder
 from topd.demo.task import is_correct, make_problems
 
 WINDOW_LENGTH = 50  # K, tokens of a window (the paper)
+STUDENT_WINDOW = "rollout"  # its own next tokens, or "candidate", or "regenerated": the paper's text fits all three
 CANDIDATE_SHARE = 0.0225  # of a rollout's positions (the paper has 218 of 9,688; that it is a share is our choice)
-FALSE_ALARM_SHARE = 0.30  # of the batch's candidates (the paper, section 5.1)
 GUIDANCE_WEIGHT = 0.03  # lambda (the paper does not give it)
-RESPONSE_LENGTH = 96  # tokens, more than any solution of the embedded task has
+RESPONSE_LENGTH = 224  # tokens, more than any solution of the embedded task has
 
 
 class Rollout(NamedTuple):
@@ -41,11 +41,11 @@ class Rollout(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Two near futures of the prefix x_<t. Both start AT t: they replace the candidate, and what followed it."""
+    """Two near futures of the prefix x_<t. Both start AT t, the place of the candidate."""
 
     prefix: torch.Tensor  # [prefix position] the prompt and the response before t
-    ours: torch.Tensor  # [student position] what the student continues with: K tokens, or fewer if the text ends
-    theirs: torch.Tensor  # [teacher position] what the teacher continues with
+    ours: torch.Tensor  # [student position] the student's: K tokens, or fewer if the text ends
+    theirs: torch.Tensor  # [teacher position] the teacher's
 
 
 def log_probs(model, prefix, tokens):
@@ -78,20 +78,43 @@ def token_loss(student, teacher, rollout):
 
 
 def candidates(loss):
-    """The positions with the highest token loss: a share of them, and at least one."""
-    count = max(1, int(CANDIDATE_SHARE * len(loss) + 0.5))
-    return loss.argsort(descending=True, stable=True)[:count].tolist()
+    """How many positions of a rollout are candidates: a share, and at least one."""
+    return max(1, int(CANDIDATE_SHARE * len(loss) + 0.5))
 
 
 def look_ahead(student, teacher, rollouts):
-    """The windows of teacher and student at every candidate of every rollout."""
-    prefixes = []
+    """The windows of teacher and student at the candidates, and at as many positions of lowest loss."""
+    high, low = [], []
     for rollout in rollouts:
         with torch.no_grad():
             loss = token_loss(student, teacher, rollout)
-        prefixes += [torch.cat([rollout.prompt, rollout.response[:t]]) for t in sorted(candidates(loss))]
-    ours, theirs = (continue_(model, prefixes, WINDOW_LENGTH) for model in (student, teacher))
+        count = candidates(loss)
+        high += [(rollout, t) for t in sorted(loss.argsort(descending=True, stable=True)[:count].tolist())]
+        low += [(rollout, t) for t in sorted(loss.argsort(stable=True)[:count].tolist())]
+    return windows_at(student, teacher, high), windows_at(student, teacher, low)
+
+
+def windows_at(student, teacher, places):
+    """Both near futures at each (rollout, position)."""
+    prefixes = [torch.cat([rollout.prompt, rollout.response[:t]]) for rollout, t in places]
+    theirs = continue_(teacher, prefixes, WINDOW_LENGTH)
+    if STUDENT_WINDOW == "rollout":
+        ours = [rollout.response[t : t + WINDOW_LENGTH] for rollout, t in places]
+    elif STUDENT_WINDOW == "regenerated":
+        ours = continue_(student, prefixes, WINDOW_LENGTH)
+    else:
+        firsts = [rollout.response[t : t + 1] for rollout, t in places]
+        after = continue_(student, [torch.cat(pair) for pair in zip(prefixes, firsts, strict=True)], WINDOW_LENGTH - 1)
+        eos = student.config.eos_token_id
+        ours = [first if first == eos else torch.cat([first, rest]) for first, rest in zip(firsts, after, strict=True)]
     return [Window(*window) for window in zip(prefixes, ours, theirs, strict=True)]
+
+
+def at_equal_length(window, eos):
+    """Both windows as they are compared: if the text ended, end-of-text is repeated up to K; else the longer is cut."""
+    both = [pad(w, (0, WINDOW_LENGTH - len(w)), value=eos) if w[-1] == eos else w for w in (window.ours, window.theirs)]
+    length = min(map(len, both))
+    return [tokens[:length] for tokens in both]
 
 
 def ground_cost(ours, theirs, embeddings):
@@ -103,47 +126,46 @@ def ground_cost(ours, theirs, embeddings):
 def transport(ours, theirs, embeddings):
     """The cheapest plan gamma [student position, teacher position] to move `ours` onto `theirs`, and its cost, D_OT."""
     cost = ground_cost(ours, theirs, embeddings).numpy()
-    n, m = cost.shape
-    moved = (numpy.arange(n)[:, None] ** 0.5 - numpy.arange(m) ** 0.5) ** 2 / max(n, m)
+    n = len(cost)  # every token weighs 1/n, so some best plan is a permutation
+    moved = (numpy.arange(n)[:, None] ** 0.5 - numpy.arange(n) ** 0.5) ** 2 / n
     settled = cost + 1e-8 * numpy.ptp(cost) * moved  # of equally cheap plans, the one that moves tokens least far
-    if n == m:  # then some best plan is a permutation
-        plan = numpy.zeros((n, m))
-        plan[linear_sum_assignment(settled)] = 1 / n
-    else:  # the linear programme itself: every token weighs the same, so rows sum to 1/n and columns to 1/m
-        marginals = numpy.vstack([numpy.kron(numpy.eye(n), numpy.ones(m)), numpy.kron(numpy.ones(n), numpy.eye(m))])
-        best = linprog(1e6 * settled.ravel(), A_eq=marginals, b_eq=[1 / n] * n + [1 / m] * m)  # beyond its tolerance
-        plan = best.x.reshape(n, m)
+    plan = numpy.zeros((n, n))
+    plan[linear_sum_assignment(settled)] = 1 / n
     return torch.tensor(plan), round(float((plan * cost).sum()), 6)  # rounded, so that equal distances stay equal
 
 
-def forks(distances):
-    """Which windows really part: those further apart than the lowest share of them, the false alarms."""
-    false_alarms = sorted(distances)[: int(FALSE_ALARM_SHARE * len(distances) + 0.5)]
-    return [distance > max(false_alarms, default=0.0) for distance in distances]
+def forks(distances, at_low_loss):
+    """Which windows really part: those further apart than three quarters of the low-loss ones (section 2.1)."""
+    typical = numpy.quantile(at_low_loss, 0.75)
+    return [distance > typical for distance in distances]
 
 
 # ------------------------------------------------------------------------- trajectory-level teacher signal injection
 
 
 def trajectory_loss(student, window, plan):
-    """[student position] KL(y_i || p_S(. | c_i)) in nats; c_i is the student's own context, y_i what gamma aligns."""
+    """[student position] KL(y_i || p_S(. | c_i)) in nats; c_i is the student's own context, y_i what gamma aligns.
+
+    Positions that gamma matches to the padding behind the teacher's end-of-text have no target and are left out.
+    """
     log_s = log_probs(student, window.prefix, window.ours)
-    share = plan / plan.sum(1, keepdim=True)  # the rows of a plan sum to 1/n; those of a target, to 1
-    target = share.to(log_s.dtype) @ one_hot(window.theirs, log_s.shape[-1]).to(log_s.dtype)
-    return (torch.xlogy(target, target) - target * log_s).sum(-1)
+    plan = plan[: len(window.ours), : len(window.theirs)]
+    guided = plan.sum(1) > 0
+    share = plan[guided] / plan[guided].sum(1, keepdim=True)  # the rows of a plan sum to 1/n; those of a target, to 1
+    target = share.to(log_s.dtype) @ one_hot(window.theirs[: plan.shape[1]], log_s.shape[-1]).to(log_s.dtype)
+    return (torch.xlogy(target, target) - target * log_s[: len(plan)][guided]).sum(-1)
 
 
-def topd_loss(student, teacher, rollouts, windows, guidance_weight=GUIDANCE_WEIGHT):
-    """L_OPD + lambda L_traj: means over the response tokens, and over the window tokens at forks. No windows: OPD."""
+def topd_loss(student, teacher, rollouts, windows, low_loss, guidance_weight=GUIDANCE_WEIGHT):
+    """L_OPD + lambda L_traj: means over the response tokens, and over each fork's window and forks. No windows: OPD."""
     opd = torch.cat([token_loss(student, teacher, rollout) for rollout in rollouts]).mean()
-    embeddings = student.get_input_embeddings().weight.detach()
-    plans, distances = [], []
-    for window in windows:
-        plan, distance = transport(window.ours, window.theirs, embeddings)
-        plans, distances = [*plans, plan], [*distances, distance]
-    found = zip(windows, plans, forks(distances), strict=True)
-    guided = [trajectory_loss(student, window, plan) for window, plan, fork in found if fork]
-    return opd + guidance_weight * torch.cat(guided).mean() if guided else opd
+    embeddings, eos = student.get_input_embeddings().weight.detach(), student.config.eos_token_id
+    found = [transport(*at_equal_length(window, eos), embeddings) for window in windows]
+    at_low_loss = [transport(*at_equal_length(window, eos), embeddings)[1] for window in low_loss]
+    is_fork = forks([distance for _, distance in found], at_low_loss) if windows else []
+    at_forks = [(window, plan) for window, (plan, _), fork in zip(windows, found, is_fork, strict=True) if fork]
+    guided = [loss for window, plan in at_forks if len(loss := trajectory_loss(student, window, plan))]
+    return opd + guidance_weight * torch.stack([loss.mean() for loss in guided]).mean() if guided else opd
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
@@ -159,7 +181,8 @@ def accuracy(model, tokenizer, problems):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=["opd", "topd"], default="topd")
-    parser.add_argument("--student", default="student-standard", help="or student-easy, student-hard")
+    parser.add_argument("--student", default="long-student", help="an embedded student")
+    parser.add_argument("--teacher", default="long-teacher", help="the embedded teacher of its level")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -167,22 +190,23 @@ def main():
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(pair_folder("teacher"))
-    teacher = AutoModelForCausalLM.from_pretrained(pair_folder("teacher")).eval()
+    level = "long" if args.student.startswith("long") else "short"
+    tokenizer = AutoTokenizer.from_pretrained(pair_folder(args.teacher))
+    teacher = AutoModelForCausalLM.from_pretrained(pair_folder(args.teacher)).eval()
     student = AutoModelForCausalLM.from_pretrained(pair_folder(args.student)).eval()  # the models have no dropout
-    held_out = make_problems(200, args.seed, held_out=True)
+    held_out = make_problems(200, args.seed, held_out=True, level=level)
     print(f"teacher {accuracy(teacher, tokenizer, held_out):.3f}")
     print(f"student {accuracy(student, tokenizer, held_out):.3f} before")
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    problems = make_problems(args.steps * args.batch, args.seed, held_out=False)
+    problems = make_problems(args.steps * args.batch, args.seed, held_out=False, level=level)
     for step in range(args.steps):
         batch = problems[step * args.batch : (step + 1) * args.batch]
         prompts = [tokenizer(problem.prompt, return_tensors="pt").input_ids[0] for problem in batch]
         responses = continue_(student, prompts, RESPONSE_LENGTH, sample=True)
         rollouts = [Rollout(*pair) for pair in zip(prompts, responses, strict=True)]
-        windows = look_ahead(student, teacher, rollouts) if args.method == "topd" else []
-        loss = topd_loss(student, teacher, rollouts, windows)
+        windows = look_ahead(student, teacher, rollouts) if args.method == "topd" else ([], [])
+        loss = topd_loss(student, teacher, rollouts, *windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

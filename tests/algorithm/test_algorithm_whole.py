@@ -9,6 +9,7 @@ from topd.algorithm import (
     Head,
     cap_weights,
     exact_transport,
+    false_alarm_threshold,
     gathered_log_probs,
     highest_loss,
     is_fork,
@@ -71,7 +72,7 @@ class NearFuture:
         self.contexts = torch.cat([start[:, None], self.ours[:, :-1]], dim=1)
         cost = token_cost(self.ours, self.theirs, EMBEDDINGS)
         self.transport = exact_transport(cost, self.ours_mask, self.theirs_mask)
-        self.fork = is_fork(self.transport.distance)
+        self.fork = is_fork(self.transport.distance, false_alarm_threshold(self.transport.distance))
 
 
 class Step:

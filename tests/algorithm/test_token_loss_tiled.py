@@ -246,7 +246,7 @@ def test_scores_of_a_masked_vocabulary_of_bf16_states_and_of_no_tokens_are_numbe
         assert_close(ours, theirs)
     assert {score.dtype for score in scores} == {torch.float32, torch.int64}
     empty = score_tokens(hidden[:0], Head(weight), teacher_hidden[:0], teacher, tokens[:0])
-    assert [score.shape for score in empty] == [(0,)] * 5
+    assert [score.shape for score in empty] == [(0,)] * 6
 
 
 def test_the_greedy_token_is_the_first_of_equal_ones() -> None:

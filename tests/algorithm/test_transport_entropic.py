@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from topd.algorithm import entropic_transport, exact_transport
 
-EPSILONS = st.sampled_from([0.1, 0.3, 1.0])
+EPSILONS = st.sampled_from([0.3, 0.6, 2.0])
 lengths = st.integers(1, 6)
 
 
@@ -28,9 +28,10 @@ def problem(rows: int, columns: int, seed: int, windows: int = 1) -> tuple[Tenso
 def test_the_plan_is_that_of_the_oracle_and_of_pot(rows: int, columns: int, seed: int, epsilon: float) -> None:
     case = problem(rows, columns, seed)
     plan = entropic_transport(*case, epsilon=epsilon, tolerance=1e-9, max_iterations=20_000).plan[0]
-    assert_close(plan, oracles.entropic_plan(case[0][0], epsilon, iterations=500), atol=1e-6, rtol=0)
+    absolute = epsilon * float(case[0].mean())
+    assert_close(plan, oracles.entropic_plan(case[0][0], absolute, iterations=20_000), atol=1e-6, rtol=0)
     witness = ot.sinkhorn(
-        numpy.full(rows, 1 / rows), numpy.full(columns, 1 / columns), case[0][0].numpy(), epsilon, stopThr=1e-10
+        numpy.full(rows, 1 / rows), numpy.full(columns, 1 / columns), case[0][0].numpy(), absolute, stopThr=1e-10
     )
     assert_close(plan, torch.from_numpy(witness), atol=1e-6, rtol=0)
 
@@ -43,15 +44,15 @@ def test_the_distance_is_at_least_the_exact_one_and_exceeds_it_by_the_entropy_at
     entropic = entropic_transport(*case, epsilon=epsilon, tolerance=1e-9, max_iterations=20_000).distance.item()
     excess = entropic - exact_transport(*case).distance.item()
     # <P, C> - epsilon H(P) <= <P*, C> - epsilon H(P*), H(P) <= log rows + log columns, H(P*) >= log max(rows, columns)
-    assert -1e-7 <= excess <= epsilon * math.log(min(rows, columns)) + 1e-7
+    assert -1e-7 <= excess <= epsilon * float(case[0].mean()) * math.log(min(rows, columns)) + 1e-7
 
 
 def test_two_tokens_worked_by_hand() -> None:
     # Swapping costs 1, staying 0. By symmetry the plan is [[x, 1/2 - x], [1/2 - x, x]], x / (1/2 - x) = e^(1 / eps);
-    # eps = 1 / log 3 makes that 3: x = 3/8, and the distance is 2 * 1/8 * 1. The exact distance is 0.
+    # the mean cost is 1/2, so 2 / log 3 times it makes that 3: x = 3/8, the distance is 2 * 1/8. The exact one is 0.
     _cost, student_mask, teacher_mask = problem(2, 2, 0)
     transport = entropic_transport(
-        1 - torch.eye(2, dtype=torch.float64)[None], student_mask, teacher_mask, epsilon=1 / math.log(3)
+        1 - torch.eye(2, dtype=torch.float64)[None], student_mask, teacher_mask, epsilon=2 / math.log(3)
     )
     assert_close(transport.plan.tolist(), [[[0.375, 0.125], [0.125, 0.375]]])
     assert_close(transport.distance.tolist(), [0.25])
@@ -66,6 +67,24 @@ def test_a_small_epsilon_comes_to_the_exact_plan_and_a_large_one_to_no_plan_at_a
     assert_close(sharp.plan, exact.plan, atol=1e-2, rtol=0)
     blurred = entropic_transport(*case, epsilon=1e5)
     assert_close(blurred.plan, torch.full_like(exact.plan, 1 / 15), atol=1e-5, rtol=0)
+
+
+def test_epsilon_means_the_same_whatever_the_unit_of_the_cost() -> None:
+    cost, student_mask, teacher_mask = problem(6, 4, seed=5, windows=3)
+    student_mask[0, 4:] = False
+    cost[0, 4:] = 1e6  # padding does not count
+    one, thousandfold = (
+        entropic_transport(cost * unit, student_mask, teacher_mask, epsilon=0.5) for unit in (1.0, 1000.0)
+    )
+    assert_close(one.plan, thousandfold.plan)
+    assert_close(1000 * one.distance, thousandfold.distance)
+
+
+def test_identical_windows_have_a_distance() -> None:
+    _, student_mask, teacher_mask = problem(3, 3, seed=3)
+    transport = entropic_transport(torch.zeros(1, 3, 3), student_mask, teacher_mask)
+    assert transport.converged.all()
+    assert transport.distance.tolist() == [0.0]
 
 
 def test_a_window_that_misses_the_tolerance_has_no_distance_and_says_so() -> None:

@@ -94,4 +94,4 @@ def test_every_metric_arrives(
     expected = {*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES), "loss"} & set(logged[0])
     assert len(expected) > 20
     for key in expected:
-        assert arrived[f"train/{key}"] == pytest.approx([entry[key] for entry in logged], rel=1e-5), key
+        assert arrived[f"train/{key}"] == pytest.approx([entry[key] for entry in logged if key in entry], rel=1e-5), key

@@ -23,12 +23,13 @@ VARIANTS = [
     {"method": "opd-capped", "cap_selection": "random"},
     {"method": "topd"},
     {"method": "opd", "opd_loss": "one_pass"},
-    {"student_window": "rollout"},
+    {"student_window": "regenerated"},
+    {"student_window": "candidate", "fork_rule": "batch_quantile"},
     {"guidance_context": "teacher"},
     {"guidance_context": "teacher", "teacher_context_loss": "forward_kl"},
-    {"guidance_context": "teacher", "teacher_context_loss": "cross_entropy", "student_window": "rollout"},
+    {"guidance_context": "teacher", "teacher_context_loss": "cross_entropy", "student_window": "regenerated"},
     {"guidance_target": "own"},
-    {"guidance_target": "same_index"},
+    {"guidance_target": "same_index", "candidate_ranking": "log_ratio"},
     {"guidance_at": "random", "cap_false_alarms": True},
     {"guidance_at": "false_alarms"},
     {"embedding": "teacher", "transport_solver": "entropic", "candidate_ranking": "teacher_nll"},
@@ -36,8 +37,8 @@ VARIANTS = [
     {"embedding": "teacher_hidden", "ground_cost": "sqeuclidean"},
     {"guidance_reduction": "sum", "candidate_count": 3, "candidate_spacing": 2},
     {"candidate_threshold": 2.0, "fork_threshold": 0.5, "window_temperature": 1.0},
-    {"beta": 0.0, "window_length": 1},
-    {"preset": "paper"},
+    {"beta": 0.0, "window_length": 1, "guidance_reduction": "per_token"},
+    {"fork_rule": "threshold", "fork_threshold": 0.3},
 ]
 
 
@@ -76,11 +77,11 @@ def test_topd_brings_the_token_loss_down(tmp_path):
 def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS) + 1, max_overhead=10.0)
     trainer.train()
-    logged = trainer.state.log_history[len(ROUNDS)]
+    logged = {name for entry in trainer.state.log_history for name in entry}  # some not at every step
     prefixes = {name.split("/")[0] for name in NEAR_FUTURE_METRICS}
     ours = {name for name in logged if name.split("/")[0] in prefixes}
     assert ours == set(NEAR_FUTURE_METRICS)
-    assert {f"seconds/{stage}" for stage in STAGES} <= set(logged)
+    assert {f"seconds/{stage}" for stage in STAGES} <= logged
     text = Path("docs/metrics.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in (*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES)))
 

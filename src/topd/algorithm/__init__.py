@@ -3,13 +3,14 @@
 from topd.algorithm.candidates import highest_loss
 from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss
 from topd.algorithm.downweighting import cap_weights, select_for_capping
-from topd.algorithm.forks import false_alarm_threshold, is_fork
+from topd.algorithm.forks import false_alarm_threshold, is_fork, low_loss_threshold
 from topd.algorithm.guidance import (
     Targets,
     likelihood_terms,
     make_targets,
     negative_entropy,
     own_token_share,
+    position_weights,
     rescale_rows,
     trajectory_loss,
 )
@@ -46,9 +47,11 @@ __all__ = [
     "known_token_kl",
     "known_token_loss",
     "likelihood_terms",
+    "low_loss_threshold",
     "make_targets",
     "negative_entropy",
     "own_token_share",
+    "position_weights",
     "rescale_rows",
     "score_known_tokens",
     "score_tokens",

@@ -6,41 +6,38 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topd.algorithm.forks import is_fork
+from topd.algorithm.forks import PAPER_FALSE_ALARM_SHARE, rank_order
 
 Selection = Literal["low", "high", "random"]
-"""Which candidates are capped. low: false alarms. high: equally many, at random among forks. random: among all."""
+"""Which candidates are capped. low: the lowest D_OT (the paper). Controls: high, as many with the highest; random."""
 
 
 def select_for_capping(
     distance: Float[Tensor, "candidate"],
     selection: Selection = "low",
-    *,
-    false_alarm_share: float = 0.30,
-    threshold: float | None = None,
+    share: float = PAPER_FALSE_ALARM_SHARE,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "candidate"]:
-    """Choose the candidates to cap; the controls choose as many as `low` does (fewer if there are fewer forks).
+    """Choose the candidates to cap, by rank: every selection has the same number, `share` of the distances, rounded.
 
     Args:
-        distance: D_OT of each candidate; those without one (NaN) are never chosen.
-        selection: low: false alarms (section 5.1). Controls: high, as many forks (the paper's other arm); random.
-        false_alarm_share: as in `is_fork`.
-        threshold: as in `is_fork`.
-        generator: of the controls' random choice.
+        distance: D_OT of each candidate of the batch; those without one (NaN) are never chosen.
+        selection: low: the bottom `share` (section 5.1). Controls: high, the top `share` (the paper's other arm);
+            random. Ties are broken in the same order by all, see `rank_order`.
+        share: paper: 0.30.
+        generator: of the random choice.
 
     Raises:
-        ValueError: if `false_alarm_share` is not in [0, 1).
+        ValueError: if `share` is not in [0, 1).
     """
-    known = distance.isfinite()
-    fork = is_fork(distance, false_alarm_share=false_alarm_share, threshold=threshold)
-    low = known & ~fork
-    if selection == "low":
-        return low
-    pool = (fork if selection == "high" else known).nonzero().squeeze(-1)
-    order = torch.randperm(len(pool), generator=generator).to(pool.device)
-    chosen = torch.zeros_like(known)
-    chosen[pool[order[: int(low.sum())]]] = True
+    if not 0 <= share < 1:
+        raise ValueError(f"false_alarm_share must be in [0, 1), got {share}.")
+    order = rank_order(distance)
+    count = int(share * len(order) + 0.5)
+    if selection == "random":
+        order = order[torch.randperm(len(order), generator=generator).to(order.device)]
+    chosen = torch.zeros_like(distance, dtype=torch.bool)
+    chosen[order[len(order) - count :] if selection == "high" else order[:count]] = True
     return chosen
 
 

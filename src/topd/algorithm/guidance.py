@@ -45,6 +45,9 @@ def make_targets(
 ) -> Targets:
     """Targets of the wanted kind. `same_index` guides as many positions as the shorter window has.
 
+    With an exact plan a transport target is one token (one-hot); with an entropic plan it is soft. A position that the
+    plan matches, for the most part, to padding behind the teacher's EOS has no target (our choice).
+
     Args:
         kind: transport, the paper (section 3); the others are controls.
         plan: of `exact_transport` or `entropic_transport`, at forks.
@@ -53,8 +56,10 @@ def make_targets(
         teacher_tokens: the teacher's windows.
         teacher_mask: the tokens that are there.
     """
+    real = student_mask[:, :, None] & teacher_mask[:, None, :]
     if kind == "transport":
-        return Targets(rescale_rows(plan), teacher_tokens)
+        share = torch.where(real, rescale_rows(plan), 0.0)  # the rest of a row is matched to padding behind EOS
+        return Targets(rescale_rows(share * (share.sum(-1, keepdim=True) >= 0.5)), teacher_tokens)
     tokens, present = (student_tokens, student_mask) if kind == "own" else (teacher_tokens, teacher_mask)
     same = torch.eye(student_mask.shape[1], present.shape[1], dtype=plan.dtype, device=plan.device)
     return Targets(same * student_mask[:, :, None] * present[:, None, :], tokens)
@@ -65,7 +70,8 @@ def rescale_rows(
 ) -> Float[Tensor, "fork student_position teacher_position"]:
     """Rows scaled to sum to 1, so that a target is a distribution (a plan's rows sum to 1/K). Empty rows stay 0.
 
-    Our choice: the paper's y_i = sum_j gamma_ij onehot(teacher token j) sums to 1/K.
+    The paper's y_i = sum_j gamma_ij onehot(teacher token j) sums to 1/K, so its sum over the window has the gradient of
+    the mean of KLs to these rescaled targets (see `position_weights`).
     """
     mass = plan.sum(-1, keepdim=True)
     return torch.where(mass > 0, plan / mass.clamp(min=torch.finfo(plan.dtype).tiny), 0.0)
@@ -95,15 +101,35 @@ def negative_entropy(targets: Targets) -> Float[Tensor, "fork student_position"]
     return (weight * probability.clamp(min=torch.finfo(weight.dtype).tiny).log()).sum(-1)
 
 
-def likelihood_terms(targets: Targets, row: Int[Tensor, "fork student_position"]) -> LikelihoodTerms:
+def position_weights(
+    targets: Targets, reduction: Literal["mean", "sum", "per_token"]
+) -> Float[Tensor, "fork student_position"]:
+    """What each position's KL counts in the sum over forks that L_traj is; 0 where nothing is guided.
+
+    mean: 1 over the fork's guided positions, so that every fork counts 1. The paper's sum over the window has targets
+    whose rows sum to 1/K: its gradient is that of this mean. sum and per_token: 1 each (K times the paper's).
+    """
+    guided = targets.guided.to(targets.weight.dtype)
+    return guided / guided.sum(-1, keepdim=True).clamp(min=1) if reduction == "mean" else guided
+
+
+def likelihood_terms(
+    targets: Targets,
+    row: Int[Tensor, "fork student_position"],
+    scale: Float[Tensor, "fork student_position"] | None = None,
+) -> LikelihoodTerms:
     """The trajectory loss without its entropy, -sum_j y_ij log p_S(token j), as (row, token, weight) terms.
 
     Args:
         targets: from `make_targets`.
         row: of the hidden states, at which each window position is predicted. Windows that overlap may share rows.
+        scale: what each position's loss is multiplied by; None: 1.
     """
     fork, position, column = targets.weight.nonzero(as_tuple=True)
-    return LikelihoodTerms(row[fork, position], targets.tokens[fork, column], targets.weight[fork, position, column])
+    weight = targets.weight[fork, position, column]
+    if scale is not None:
+        weight = weight * scale[fork, position]
+    return LikelihoodTerms(row[fork, position], targets.tokens[fork, column], weight)
 
 
 def own_token_share(

@@ -113,6 +113,5 @@ def score_known_tokens(
     ours = score_tokens(hidden, head, hidden, head, tokens)  # what concerns the student alone
     token_loss, _ = known_token_kl(gathered_log_probs(hidden, head, teacher.tokens), teacher, direction)
     likeliest = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
-    return TokenScores(
-        token_loss, -teacher.log_probs[:, 0].to(token_loss), ours.entropy, ours.student_greedy, likeliest
-    )
+    teacher_nll = -teacher.log_probs[:, 0].to(token_loss)
+    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, likeliest)

@@ -132,6 +132,7 @@ class TokenScores(NamedTuple):
     Attributes:
         kl: [position] the token loss (reverse KL unless asked otherwise).
         teacher_nll: [position] negative log-likelihood of the sampled token under the teacher.
+        student_nll: [position] the same under the student; teacher_nll - student_nll is k1, log p_S - log p_T.
         entropy: [position] of the student's distribution.
         student_greedy: [position] the student's most likely token; the first of equals.
         teacher_greedy: [position] the teacher's.
@@ -139,6 +140,7 @@ class TokenScores(NamedTuple):
 
     kl: Float[Tensor, "positions"]
     teacher_nll: Float[Tensor, "positions"]
+    student_nll: Float[Tensor, "positions"]
     entropy: Float[Tensor, "positions"]
     student_greedy: Int[Tensor, "positions"]
     teacher_greedy: Int[Tensor, "positions"]
@@ -170,7 +172,7 @@ def score_tokens(
     """
     check_vocabularies(student_head, teacher_head)
     tiles = Tiles(student_hidden, student_head, tile_elements)
-    kl, teacher_nll, entropy = student_hidden.new_zeros(3, len(tokens), dtype=tiles.student.dtype)
+    kl, teacher_nll, student_nll, entropy = student_hidden.new_zeros(4, len(tokens), dtype=tiles.student.dtype)
     student_greedy, teacher_greedy = tokens.new_zeros(2, len(tokens), dtype=torch.long)
     masked = may_mask(student_head, teacher_head)
     for rows in tiles.split(len(tokens)):
@@ -180,9 +182,10 @@ def score_tokens(
         log_softmax_(student)
         log_softmax_(teacher)
         teacher_nll[rows] = -teacher.gather(-1, tokens[rows, None]).squeeze(-1)
+        student_nll[rows] = -student.gather(-1, tokens[rows, None]).squeeze(-1)
         kl[rows] = divergence_(student, teacher, direction, masked)
         entropy[rows] = torch.special.entr(student, out=teacher).sum(-1)
-    return TokenScores(kl, teacher_nll, entropy, student_greedy, teacher_greedy)
+    return TokenScores(kl, teacher_nll, student_nll, entropy, student_greedy, teacher_greedy)
 
 
 def gathered_log_probs(

@@ -221,8 +221,11 @@ def entropic_transport(
 ) -> Transport:
     """Sinkhorn in float64 on the whole batch at once, on the device of the cost. Our choice; the paper has no solver.
 
-    The distance is <plan, cost>, without the entropy term; it exceeds the exact one (by some 0.02 at epsilon 0.05), so
-    a threshold must be calibrated for each epsilon. Iterates until the L1 error of the marginals is at most
+    The plan is soft: a student position may be matched to several teacher tokens, where the exact plan of two windows
+    of equal length is a permutation. The paper's "soft target" and "soft matching" fit this solver better.
+
+    The distance is <plan, cost>, without the entropy term; it exceeds the exact one, so a threshold must be calibrated
+    for each epsilon. Iterates until the L1 error of the marginals is at most
     `tolerance` in every window, or `max_iterations`; a window above `tolerance` is not converged, its distance NaN.
 
     Of ten iterations, the first is in the log domain, so that nothing underflows; the others scale the plan's rows and
@@ -232,13 +235,16 @@ def entropic_transport(
         cost: as in `exact_transport`.
         student_mask: the tokens that are there.
         teacher_mask: the same.
-        epsilon: strength of the entropy term, in units of the cost.
+        epsilon: strength of the entropy term, in units of each window's mean cost, so that it means the same for every
+            embedding and ground cost.
         max_iterations: after which windows that are not there yet are given up.
         tolerance: L1 distance of the marginals from uniform, at most.
     """
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
     finite = (cost.isfinite() | ~pair_mask).all(dim=(1, 2))
-    scaled = (-cost.detach().double() / epsilon).masked_fill(~finite[:, None, None], 0.0)
+    costs = cost.detach().double().masked_fill(~(pair_mask & finite[:, None, None]), 0.0)
+    mean = costs.sum((1, 2), keepdim=True) / pair_mask.sum((1, 2)).clamp(min=1)[:, None, None]
+    scaled = -costs / (epsilon * mean).clamp(min=torch.finfo(torch.float32).tiny)
     scaled = scaled.masked_fill(~pair_mask, -torch.inf)
     log_a, log_b = _log_uniform(student_mask), _log_uniform(teacher_mask)
     g, plan = torch.zeros_like(log_b), torch.zeros_like(scaled)

@@ -190,12 +190,12 @@ class Corrector:
         if guided is not None and options.guidance_context == "teacher":
             guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(row, guided.branches))
         optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
-        count = guided.targets.guided.sum() if guided is not None else row.loss_mask.sum()
+        count = guided.targets.guided.any(-1).sum() if guided is not None else row.loss_mask.sum()
         for _ in range(self.options.steps):
             optimizer.zero_grad()
             loss = topd_loss(
                 row, student, teacher, teacher_hidden, row.loss_mask.float(), guided, options,
-                num_tokens=row.loss_mask.sum(), num_guided=count.clamp(min=1),
+                num_tokens=row.loss_mask.sum(), num_forks=count.clamp(min=1),
             ).loss  # fmt: skip
             loss.backward()
             optimizer.step()
@@ -215,7 +215,7 @@ def as_future(fork: Fork, row: Rollouts, pair: tuple[DistilledModel, DistilledMo
     transport = near_future_transport(ours, fork.theirs, row, at, at, *pair)
     nothing = torch.zeros(row.response_ids.shape, device=at.device)
     return NearFuture(
-        nothing, nothing, nothing, at, at, ours, fork.theirs, True, transport, yes, yes, ~yes, nothing + 1
+        nothing, nothing, nothing, at, at, ours, fork.theirs, True, transport, 0.0, None, yes, yes, ~yes, nothing + 1
     )
 
 

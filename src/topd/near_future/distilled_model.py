@@ -65,6 +65,12 @@ class DistilledModel:
         """Bytes of keys and values that a kept prefix takes; 0 where none is kept."""
         return cache_bytes_per_token(self.model) if self.shares_prefix else 0
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Token ids that end a window."""
+        with self._source() as source:
+            return source.eos_token_ids
+
     def head(self) -> Head:
         """The output head, whole also where FSDP2 has sharded it."""
         return output_head(self.model, self.temperature)

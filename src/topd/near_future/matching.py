@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from topd.algorithm import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 from topd.algorithm.transport import GroundCost
 from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.remote_teacher import RemoteTeacher
-from topd.near_future.windows import Rollouts, Windows
+from topd.near_future.windows import Rollouts, Windows, comparable
 
 Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
 """Static input embeddings of a model, or its last hidden states over the windows."""
@@ -34,6 +35,8 @@ def near_future_transport(
 ) -> Transport:
     """Transport between the student's windows (rows) and the teacher's (columns). See `TOPDConfig` for the choices.
 
+    Windows that EOS ended are compared as if EOS were repeated up to K, see `comparable`.
+
     Args:
         ours: the student's windows, which start at (row, position) of the rollouts.
         theirs: the teacher's, at the same places.
@@ -44,15 +47,25 @@ def near_future_transport(
         teacher: the same.
         embedding: which of them; the student's input embeddings by default (our choice).
         cost: ground cost (our choice).
-        solver: our choice.
-        epsilon: of the entropic solver.
+        solver: exact (one-hot targets) or entropic (soft targets); our choice.
+        epsilon: of the entropic solver, in units of the window's mean cost.
     """
     model = student if embedding.startswith("student") else teacher
+    a, b = comparable(ours, theirs, student.eos_token_ids)
     if embedding.endswith("_hidden"):
         prefixes = rollouts.prefixes(rows, positions)
-        costs = ground_cost(model.states_of(prefixes, ours).float(), model.states_of(prefixes, theirs).float(), cost)
+        states = [_states(model, prefixes, windows) for windows in (ours, theirs)]
+        costs = ground_cost(states[0], states[1], cost)
     else:
-        costs = token_cost(ours.tokens, theirs.tokens, model.embeddings(), cost)
+        costs = token_cost(a.tokens, b.tokens, model.embeddings(), cost)
     if solver == "entropic":
-        return entropic_transport(costs, ours.mask, theirs.mask, epsilon=epsilon)
-    return exact_transport(costs, ours.mask, theirs.mask)
+        return entropic_transport(costs, a.mask, b.mask, epsilon=epsilon)
+    return exact_transport(costs, a.mask, b.mask)
+
+
+def _states(model: DistilledModel | RemoteTeacher, prefixes: list[Tensor], windows: Windows) -> Tensor:
+    """[window, window_position, width] last hidden states; behind a window's end, the state of its end."""
+    states = model.states_of(prefixes, windows).float()
+    last = (windows.mask.sum(1) - 1).clamp(min=0)
+    index = torch.minimum(torch.arange(states.shape[1], device=states.device), last[:, None])
+    return states.gather(1, index[:, :, None].expand_as(states))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,27 @@ class Windows:
 
     def __getitem__(self, which: Tensor) -> Windows:
         return Windows(self.tokens[which], self.mask[which])
+
+
+def comparable(ours: Windows, theirs: Windows, eos_token_ids: Sequence[int]) -> tuple[Windows, Windows]:
+    """Two windows of equal length at each place, as transport compares them: in the paper a window always has K tokens.
+
+    A window that EOS ended is padded with its EOS to the full length. One that stops for another reason (a rollout
+    ended by its length limit) is compared over as many tokens as it has. Our choice.
+    """
+    ours, theirs = padded_with_eos(ours, eos_token_ids), padded_with_eos(theirs, eos_token_ids)
+    both = ours.mask & theirs.mask
+    return Windows(ours.tokens, both), Windows(theirs.tokens, both)
+
+
+def padded_with_eos(windows: Windows, eos_token_ids: Sequence[int]) -> Windows:
+    """Repeat the EOS that ended a window up to the full length; other windows stay as they are."""
+    if windows.tokens.numel() == 0:
+        return windows
+    last = windows.tokens.gather(1, (windows.mask.sum(1, keepdim=True) - 1).clamp(min=0))
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=last.device)
+    ended = torch.isin(last, eos) & windows.mask.any(1, keepdim=True)
+    return Windows(torch.where(ended & ~windows.mask, last, windows.tokens), windows.mask | ended)
 
 
 def rollout_windows(rollouts: Rollouts, rows: Tensor, positions: Tensor, length: int) -> Windows:

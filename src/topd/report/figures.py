@@ -21,6 +21,7 @@ STAGES = (
     ("seconds/rollout", "rollout", SKY),
     ("seconds/scoring", "scoring", BLUE),
     ("seconds/windows", "windows", ORANGE),
+    ("seconds/calibration", "calibration", INK),
     ("seconds/transport", "transport", PURPLE),
     ("seconds/loss", "loss", GREEN),
     ("seconds/backward", "backward", VERMILION),

@@ -39,18 +39,20 @@ def audit_records(
         candidates = []
         for index in (future.rows == row).nonzero().squeeze(-1).tolist():
             position = int(future.positions[index])
+            ours, theirs = int(future.ours.mask[index].sum()), int(future.theirs.mask[index].sum())  # padding left out
             plan, distance = future.transport.plan[index], float(future.transport.distance[index])
             candidates.append({
                 "position": position,
                 "token": tokens[position],
                 "token_loss": _number(future.token_loss[row, position]),
                 "distance": _number(distance) if bool(future.transport.converged[index]) else None,
+                "threshold": _number(future.threshold),
                 "fork": bool(future.fork[index]),
                 "decision": "guided" if future.guided[index] else "capped" if future.capped[index] else "none",
                 "weight": _number(future.weights[row, position]),
                 "student_window": texts(future.ours.tokens[index][future.ours.mask[index]]),
                 "teacher_window": texts(future.theirs.tokens[index][future.theirs.mask[index]]),
-                "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist()],
+                "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist() if i < ours and j < theirs],
             })  # fmt: skip
         records.append(
             {

@@ -56,11 +56,13 @@ class CandidateBudget:
     """Turns `max_overhead` into a number of candidates a rollout, once the first steps have been measured."""
 
     max_overhead: float
+    calibration_every: int = 50
     model: CostModel | None = None
     per_rollout: int | None = None
     _measured: list[tuple[str, float, float, float]] = field(default_factory=list)
     _rollouts: float = 1.0
     _usual: int = 1
+    _calibration: float = 0.0
 
     @property
     def measuring(self) -> bool:
@@ -83,8 +85,9 @@ class CandidateBudget:
         if not self.measuring:
             return
         kind = ROUNDS[len(self._measured)]
-        sampling = seconds.get("rollout", 0.0)
-        rest = sum(seconds.values()) - sampling
+        sampling, calibration = seconds.get("rollout", 0.0), seconds.get("calibration", 0.0)
+        rest = sum(seconds.values()) - sampling - calibration
+        self._calibration += calibration / tokens
         self._measured.append((kind, sampling / tokens, rest / tokens, candidates / tokens))
         if kind in ("warm-up", "all"):
             self._usual = max(1, round(candidates / rollouts))
@@ -109,6 +112,7 @@ class CandidateBudget:
         looking = numpy.isin(kinds, ("all", "half"))
         design = numpy.stack([numpy.ones(looking.sum()), share[looking]], axis=1)
         (fixed, each), *_ = numpy.linalg.lstsq(design, rest[looking] - plain, rcond=None)
+        fixed += self._calibration / self.calibration_every  # what the fork threshold costs, spread over its steps
         return CostModel(float(numpy.median(sampling[1:])), plain, float(fixed), float(each))
 
 

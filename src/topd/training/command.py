@@ -22,7 +22,7 @@ class DataArguments:
         default="embedded",
         metadata={
             "help": "Training prompts: a JSONL, JSON, CSV or Parquet file with a column `prompt` (text or messages) "
-            "and optionally `answer`; the name of a Hub dataset; or `embedded`, the embedded task."
+            "and optionally `answer`; the name of a Hub dataset; or `embedded` or `embedded-long`, the embedded task."
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -131,7 +131,7 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     if not model.model_name_or_path or not (teachers or config.teacher_window_server):
         raise TOPDError(
             "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:student-standard and embedded:teacher), or --config recipes/embedded.yaml. (A teacher "
+            "name, or embedded:long-student and embedded:long-teacher), or --config recipes/embedded.yaml. (A teacher "
             "on a server alone: --teacher_window_server.)"
         )
     from topd.training.loaded import check_whole
@@ -154,9 +154,11 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
 
 def prompts(source: str, split: str, limit: int | None, responses: bool = False, also: Any = None) -> Any:
     """A dataset of prompts (and answers, given responses, columns as `also` reads them), or the embedded task's."""
-    if responses and source == "embedded":
+    from topd.demo.task import DATA
+
+    if responses and source in DATA:
         raise TOPDError("The embedded task has no given responses. Name a file that has: --data FILE.jsonl.")
-    if source == "embedded":
+    if source in DATA:
         from datasets import Dataset
 
         from topd.demo.task import make_problems
@@ -167,7 +169,7 @@ def prompts(source: str, split: str, limit: int | None, responses: bool = False,
             raise TOPDError(
                 f"The embedded task has no column {', '.join(also)}. Name a file that has: --data FILE.jsonl."
             )
-        problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False)
+        problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
         return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
     from topd.data import load_prompts
 
@@ -195,7 +197,7 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise TOPDError(
             f"Cannot load the {what} of {name}: {reason} Give a folder that holds one, or a Hub name (and be online); "
-            "embedded:student-standard and embedded:teacher are always there."
+            "embedded:long-student and embedded:long-teacher are always there."
         ) from error
 
 

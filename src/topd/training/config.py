@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import DistillationConfig
 
 from topd.algorithm.downweighting import Selection
+from topd.algorithm.forks import ForkRule
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.near_future.matching import Embedding, Solver
 
 Method = Literal["opd", "opd-capped", "topd"]
-
-
-PAPER_PRESET: dict[str, Any] = {
-    "method": "topd",
-    "window_length": 50,
-    "student_window": "regenerated",
-    "window_temperature": 0.0,
-    "candidate_ranking": "reverse_kl",
-    "candidate_share": 0.0225,
-    "candidate_spacing": 1,
-    "embedding": "student",
-    "ground_cost": "cosine",
-    "transport_solver": "exact",
-    "false_alarm_share": 0.30,
-    "guidance_target": "transport",
-    "guidance_at": "forks",
-    "guidance_context": "student",
-    "guidance_reduction": "mean",
-    "cap_false_alarms": False,
-    "cap_selection": "low",
-}
-"""The method as we read the paper (docs/paper_to_code.md), whatever the defaults of this project become."""
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -54,21 +33,17 @@ class TOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers"]
 
-    preset: Literal["none", "paper"] = _option(
-        "none",
-        "paper: every option of the method as we read the paper, whatever our defaults become. Options that you set to "
-        "something else than our default win. The paper gives no lambda: guidance_weight stays.",
-    )
     method: Method = _option(
         "topd",
         "opd: on-policy distillation, exactly TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
     )
     window_length: int = _option(50, "K, tokens of each window. Paper: 50.")
-    student_window: Literal["regenerated", "rollout"] = _option(
-        "regenerated",
-        "regenerated: the student continues each prefix anew (paper). rollout: the rollout's own next K tokens, "
-        "nothing to generate.",
+    student_window: Literal["rollout", "candidate", "regenerated"] = _option(
+        "rollout",
+        "rollout: the rollout's own next K tokens, nothing to generate. candidate: the candidate token, then the "
+        "student's greedy continuation. regenerated: the student continues the prefix anew, so the window may begin "
+        "with another token. The paper's text fits all three; the default is our choice.",
     )
     window_temperature: float = _option(
         0.0, "Decoding of windows; 0 is greedy. The paper does not give it; our choice."
@@ -80,16 +55,18 @@ class TOPDConfig(DistillationConfig):
         "Our choice.",
     )
 
-    candidate_ranking: Literal["reverse_kl", "teacher_nll"] = _option(
+    candidate_ranking: Literal["reverse_kl", "teacher_nll", "log_ratio"] = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
-        "token (axis of Fig. 6). The paper does not give it; our choice.",
+        "token (axis of Fig. 6); log_ratio, log p_S - log p_T of the sampled token (k1). The paper does not give it; "
+        "our choice.",
     )
     candidate_share: float | None = _option(
         0.0225,
-        "Highest share of a rollout's positions, at least one. The paper gives 218 of 9,688; the rule is our choice.",
+        "Share of a rollout's positions with the highest loss, at least one. The paper gives 218 of 9,688; the rule is "
+        "our choice.",
     )
-    candidate_count: int | None = _option(None, "Instead of a share: a fixed number of candidates a rollout.")
+    candidate_count: int | None = _option(None, "Instead of a share: a fixed number of candidates per rollout.")
     candidate_threshold: float | None = _option(
         None, "Instead of a share: every position with at least this loss (nats)."
     )
@@ -134,21 +111,40 @@ class TOPDConfig(DistillationConfig):
         "cosine", "cosine: 1 - cosine; or sqeuclidean. The paper does not give it; our choice."
     )
     transport_solver: Solver = _option(
-        "exact", "exact, or entropic (log-domain Sinkhorn). The paper does not give it; our choice."
+        "exact",
+        "exact: one-hot targets, since the plan of two equally long windows is a permutation. entropic: soft targets "
+        '(log-domain Sinkhorn), closer to the paper\'s words "soft target". The paper does not give it; our choice.',
     )
     entropic_epsilon: float = _option(
-        0.05, "Regularisation of the entropic solver, in units of the ground cost. Our choice."
+        0.05, "Regularisation of the entropic solver, in units of the window's mean ground cost. Our choice."
     )
 
+    fork_rule: ForkRule = _option(
+        "low_loss_quartile",
+        "Which candidates are forks. low_loss_quartile: those whose D_OT is above the upper quartile of D_OT at "
+        "low-loss positions (paper, section 2.1), estimated while training. batch_quantile: all but the bottom "
+        "false_alarm_share of the batch's candidates. threshold: those above fork_threshold.",
+    )
+    recalibration_steps: int = _option(
+        50,
+        "With low_loss_quartile: the threshold is estimated anew every so many optimizer steps, from up to 512 "
+        "low-loss positions over at most 8 steps. Our choice.",
+    )
     false_alarm_share: float = _option(
-        0.30, "The bottom share of the batch's candidates by D_OT are false alarms. Paper (section 5.1): 0.30."
+        0.30,
+        "Share of the candidates, those with the lowest D_OT, that opd-capped caps (paper, section 5.1: 0.30) and that "
+        "fork_rule=batch_quantile calls false alarms.",
     )
     fork_threshold: float | None = _option(
-        None, "Instead of a share: candidates above this D_OT are forks, such as the threshold that a probe reports."
+        None,
+        "D_OT above which candidates are forks, such as the threshold that topd probe reports; sets "
+        "fork_rule=threshold.",
     )
 
     guidance_weight: float = _option(
-        0.03, "lambda in L_OPD + lambda L_traj. The paper does not give it; provisional, our choice."
+        0.03,
+        "lambda in L_OPD + lambda L_traj. The paper does not give it; our choice. What it means depends on "
+        "guidance_reduction; guidance/grad_ratio logs how strong it is.",
     )
     guidance_target: TargetKind = _option(
         "transport", "transport: the paper. Controls: same_index (no alignment), own (the student's own tokens)."
@@ -165,14 +161,16 @@ class TOPDConfig(DistillationConfig):
         "reverse_kl",
         "In the teacher's contexts: reverse_kl, forward_kl (full vocabulary) or cross_entropy (its tokens).",
     )
-    guidance_reduction: Literal["mean", "sum"] = _option(
+    guidance_reduction: Literal["mean", "sum", "per_token"] = _option(
         "mean",
-        "mean over guided window positions, so that lambda means the same at any K (our choice); sum over each window, "
-        "mean over forks (the paper's sum).",
+        "mean: mean over each fork's window, mean over forks; the gradient of the paper's sum over the window, whose "
+        "targets sum to 1/K. sum: sum over each window, mean over forks (K times the paper's). per_token: sum over all "
+        "windows, divided by the batch's response tokens.",
     )
     cap_false_alarms: bool = _option(False, "Whether topd also caps false alarms. Paper (the formula): no.")
     cap_selection: Selection = _option(
-        "low", "Which candidates opd-capped caps: low (paper), or the controls high and random."
+        "low",
+        "Which candidates opd-capped caps: low (paper), or as many by rank: high, random. Controls.",
     )
 
     teachers: dict[str, str] | str | None = _option(
@@ -188,11 +186,10 @@ class TOPDConfig(DistillationConfig):
         for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        if self.preset == "paper":
-            ours = {option.name: option.default for option in fields(TOPDConfig)}
-            self.__dict__.update(
-                {name: value for name, value in PAPER_PRESET.items() if getattr(self, name) == ours[name]}
-            )
+        if self.fork_threshold is not None:
+            self.fork_rule = "threshold"
+        elif self.fork_rule == "threshold":
+            raise ValueError("fork_rule=threshold needs fork_threshold, a D_OT such as topd probe reports.")
         if self.candidate_count is not None or self.candidate_threshold is not None:
             self.candidate_share = None
         rules = {"candidate_count": self.candidate_count, "candidate_threshold": self.candidate_threshold}
@@ -206,7 +203,15 @@ class TOPDConfig(DistillationConfig):
         if self.candidate_share is not None and not 0 < self.candidate_share <= 1:
             raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
         least = {"audit_steps": 0} | dict.fromkeys(
-            ("window_length", "candidate_spacing", "audit_rollouts", "teacher_server_concurrency", "teacher_top_k"), 1
+            (
+                "window_length",
+                "candidate_spacing",
+                "audit_rollouts",
+                "recalibration_steps",
+                "teacher_server_concurrency",
+                "teacher_top_k",
+            ),
+            1,
         )
         for name, value in least.items():
             if getattr(self, name) < value:

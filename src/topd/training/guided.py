@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class Guided:
         weight: [rollout, branch, window_position, target_position]; rows sum to 1, or to 0 where not guided.
         tokens: [rollout, branch, target_position] that the columns of `weight` stand for.
         teacher_hidden: [rollout, branch, window_position, width] the teacher's states, where a KL needs them.
+        context: whose window the branches are.
     """
 
     branches: Branches
     weight: Tensor
     tokens: Tensor
     teacher_hidden: Tensor | None = None
+    context: Literal["student", "teacher"] = "student"
 
     @property
     def targets(self) -> Targets:
@@ -65,11 +67,12 @@ def guided_windows(future: NearFuture, rollouts: Rollouts, options: TOPDConfig) 
         Branches(spread(future.positions[chosen]), spread(windows.tokens), spread(windows.mask)),
         weight=spread(targets.weight),
         tokens=spread(targets.tokens),
+        context=options.guidance_context,
     )
 
 
 def own_share(guided: Guided) -> Tensor:
-    """[guided position] how much of each target is the student's own token."""
+    """[guided position] how much of each target is the student's own token; in the student's contexts."""
     targets = guided.targets
     return own_token_share(targets, guided.branches.tokens.flatten(0, 1))[targets.guided]
 

@@ -16,16 +16,20 @@ NEAR_FUTURE_METRICS = {
     "token_loss/q50": "median token loss (nats)",
     "token_loss/q90": "90 % quantile of the token loss (nats)",
     "token_loss/q99": "99 % quantile of the token loss (nats)",
-    "candidates/per_rollout": "candidates a rollout",
+    "candidates/per_rollout": "candidates per rollout",
     "distance/q25": "lower quartile of D_OT over candidates (units of the ground cost)",
     "distance/q50": "median of D_OT over candidates",
     "distance/q75": "upper quartile of D_OT over candidates",
-    "false_alarm_share": "share of candidates, with a distance, that are not forks (0..1)",
-    "forks/per_rollout": "forks a rollout",
+    "false_alarm_share": "share of candidates, with a distance, that are not forks (0..1); missing where none has one",
+    "forks/per_rollout": "forks per rollout",
+    "forks/threshold": "D_OT above which a candidate is a fork",
+    "forks/low_loss_q50": "with fork_rule=low_loss_quartile, when it is estimated: median D_OT at low-loss positions",
     "windows/tokens": "tokens in the windows that were generated, both models, all processes",
     "guidance/positions": "window positions with a target, all processes",
-    "guidance/own_token_share": "mean part of a target that is the student's own token at that position (0..1)",
-    "guidance/loss": "L_traj of the step, without lambda (nats a position; a fork with guidance_reduction=sum)",
+    "guidance/own_token_share": "mean part of a target that is the student's own token at that position (0..1); in the "
+    "student's contexts only",
+    "guidance/loss": "L_traj of the step, without lambda (nats)",
+    "guidance/grad_ratio": "|lambda grad L_traj| / |grad L_OPD| over the last trainable parameters, every 10 steps",
     "budget/predicted_overhead": "with max_overhead: predicted time over a step of plain OPD, as a share of it",
 }
 REMOTE_METRICS = {
@@ -37,7 +41,7 @@ REMOTE_METRICS = {
 def near_future_metrics(
     future: NearFuture, guided: Guided | None, rollouts: Rollouts, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """All but "guidance/loss", over the batches of all processes. `gather` may pad with NaN."""
+    """All but guidance/loss and guidance/grad_ratio, over the batches of all processes. `gather` may pad with NaN."""
     loss = _known(gather(future.token_loss[rollouts.loss_mask.bool()]))
     distance = _known(gather(future.transport.distance))
     n_rollouts, n_candidates, n_forks, generated = gather(
@@ -52,14 +56,19 @@ def near_future_metrics(
         **{f"token_loss/q{q}": _quantile(loss, q / 100) for q in (50, 90, 99)},
         "candidates/per_rollout": n_candidates / n_rollouts,
         **{f"distance/q{q}": _quantile(distance, q / 100) for q in (25, 50, 75)},
-        "false_alarm_share": 1 - n_forks / max(1, len(distance)),
         "forks/per_rollout": n_forks / n_rollouts,
+        "forks/threshold": torch.tensor(future.threshold),
         "windows/tokens": generated,
     }
+    if len(distance):
+        metrics["false_alarm_share"] = 1 - n_forks / len(distance)
+    if future.low_loss_distance is not None:
+        metrics["forks/low_loss_q50"] = _quantile(_known(gather(future.low_loss_distance)), 0.5)
     if guided is not None:
         share = _known(gather(own_share(guided)))
         metrics["guidance/positions"] = torch.tensor(float(len(share)))
-        metrics["guidance/own_token_share"] = share.mean()
+        if guided.context == "student":
+            metrics["guidance/own_token_share"] = share.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-STAGES = ("rollout", "scoring", "windows", "transport", "loss", "backward")
+STAGES = ("rollout", "scoring", "windows", "calibration", "transport", "loss", "backward")
 
 
 class Stopwatch:

@@ -18,17 +18,19 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topd.algorithm import (
-    Head,
+    DistillationLoss,
     LikelihoodTerms,
     TokenScores,
+    Transport,
     cap_weights,
     false_alarm_threshold,
     is_fork,
     likelihood_terms,
     negative_entropy,
+    position_weights,
     score_known_tokens,
     score_tokens,
 )
@@ -42,8 +44,10 @@ from topd.near_future import (
     rollout_windows,
 )
 from topd.near_future.remote_teacher import unpack
-from topd.training.choices import choose_candidates, choose_capped, choose_guided
-from topd.training.futures import NearFuture, Seen, joined
+from topd.training.choices import choose_candidates, choose_capped, choose_guided, choose_low_loss
+from topd.training.fork_threshold import LowLossQuartile
+from topd.training.futures import Look, NearFuture, WindowPairs, joined
+from topd.training.gradient_ratio import gradient_ratio
 from topd.training.guided import Guided, guided_rows
 from topd.training.kernels import loss_on_device
 
@@ -62,8 +66,11 @@ def look_ahead(
     options: TOPDConfig,
     stage: Stage,
     gather: Callable[[Tensor], Tensor] = lambda distance: distance,
+    process: int = 0,
     kept: Reading | None = None,
     at_most: int | None = None,
+    quartile: LowLossQuartile | None = None,
+    step: int = 0,
 ) -> NearFuture:
     """Divergence detection: candidates, windows, transport, forks.
 
@@ -72,40 +79,76 @@ def look_ahead(
         student: the model that wrote them.
         teacher: in this process or on a server.
         options: the method's choices.
-        stage: wraps "scoring", "windows" and "transport", to time them.
-        gather: joins distances of all processes.
+        stage: wraps "scoring", "windows", "calibration" and "transport", to time them.
+        gather: joins distances of all processes; what it pads with is NaN.
+        process: number of this process.
         kept: what the student kept from sampling these rollouts; without it, it reads them once more.
-        at_most: candidates a rollout, for a budget.
+        at_most: candidates per rollout, for a budget.
+        quartile: estimate of the fork threshold, where `fork_rule` is "low_loss_quartile"; updated in place.
+        step: optimizer steps so far, for `quartile`.
     """
-    seen = joined(
+    calibrates = quartile is not None and quartile.due(step)
+    look = joined(
         [
-            look_from(rollouts[wave], student, teacher, options, stage, None if kept is None else kept[wave], at_most)
+            look_from(
+                rollouts[wave], student, teacher, options, stage, None if kept is None else kept[wave], at_most,
+                calibrates,
+            )
             for wave in waves(rollouts, student, teacher, options, gather)
         ]
-    )
+    )  # fmt: skip
+    candidates = look.candidates
     with stage("transport"):
-        transport = near_future_transport(
-            seen.ours, seen.theirs, rollouts, seen.rows, seen.positions, student, teacher,
-            embedding=options.embedding, cost=options.ground_cost,
-            solver=options.transport_solver, epsilon=options.entropic_epsilon,
-        )  # fmt: skip
-        threshold = options.fork_threshold
-        if threshold is None:
-            threshold = false_alarm_threshold(gather(transport.distance), options.false_alarm_share)
-        fork = is_fork(transport.distance, threshold=threshold)
-        capped = choose_capped(transport.distance, threshold, options)
-        mask = rollouts.loss_mask.bool()
-        marked = torch.zeros_like(mask).index_put((seen.rows, seen.positions), capped)
+        transport = transport_of(candidates, rollouts, student, teacher, options)
+    low_loss_distance = None
+    if quartile is not None and look.low_loss is not None:
+        with stage("calibration"):
+            low_loss_distance = transport_of(look.low_loss, rollouts, student, teacher, options).distance
+            quartile.add(step, gather(low_loss_distance))
+    threshold = fork_threshold(transport.distance, options, quartile, gather)
+    fork = is_fork(transport.distance, threshold)
+    capped = choose_capped(transport.distance, fork, options, gather, process)
+    mask = rollouts.loss_mask.bool()
+    marked = torch.zeros_like(mask).index_put((candidates.rows, candidates.positions), capped)
 
     return NearFuture(
-        **vars(seen),
+        look.token_loss, look.entropy, look.teacher_hidden, **vars(candidates),
         ours_from_rollout=options.student_window == "rollout",
         transport=transport,
+        threshold=threshold,
+        low_loss_distance=low_loss_distance,
         fork=fork,
         guided=choose_guided(fork, transport, options),
         capped=capped,
-        weights=cap_weights(seen.token_loss, mask, marked),
-    )
+        weights=cap_weights(look.token_loss, mask, marked),
+    )  # fmt: skip
+
+
+def transport_of(
+    pairs: WindowPairs,
+    rollouts: Rollouts,
+    student: DistilledModel,
+    teacher: DistilledModel | RemoteTeacher,
+    options: TOPDConfig,
+) -> Transport:
+    """D_OT and plan between the two windows of each place."""
+    return near_future_transport(
+        pairs.ours, pairs.theirs, rollouts, pairs.rows, pairs.positions, student, teacher,
+        embedding=options.embedding, cost=options.ground_cost,
+        solver=options.transport_solver, epsilon=options.entropic_epsilon,
+    )  # fmt: skip
+
+
+def fork_threshold(
+    distance: Tensor, options: TOPDConfig, quartile: LowLossQuartile | None, gather: Callable[[Tensor], Tensor]
+) -> float:
+    """D_OT above which a candidate is a fork, by `fork_rule`."""
+    if options.fork_rule == "threshold":
+        assert options.fork_threshold is not None
+        return options.fork_threshold
+    if options.fork_rule == "batch_quantile" or quartile is None:
+        return false_alarm_threshold(gather(distance), options.false_alarm_share)
+    return quartile.value
 
 
 def look_from(
@@ -116,24 +159,48 @@ def look_from(
     stage: Stage,
     kept: Reading | None,
     at_most: int | None,
-) -> Seen:
-    """Score rollouts; from their high-loss positions, let both models go on from the student's prefix."""
+    low_loss: bool,
+) -> Look:
+    """Score rollouts; from their high-loss positions, let both models continue the student's prefix.
+
+    `low_loss`: from some low-loss positions too, for the fork threshold.
+    """
     mask = rollouts.loss_mask.bool()
     with stage("scoring"):
         theirs_read = teacher.read(rollouts)
-        ours_read = kept or student.read(rollouts, keep_prefix=options.student_window == "regenerated")
+        ours_read = kept or student.read(rollouts, keep_prefix=options.student_window != "rollout")
         scores = score(rollouts, ours_read.hidden, student, theirs_read.hidden, teacher, options)
-        ranking = scores.kl if options.candidate_ranking == "reverse_kl" else scores.teacher_nll
-        rows, positions = choose_candidates(ranking, mask, options, at_most).nonzero(as_tuple=True)
+        candidates = choose_candidates(ranking(scores, options), mask, options, at_most)
 
-    with stage("windows"):
+    def windows_at(places: Tensor) -> WindowPairs:
+        rows, positions = places.nonzero(as_tuple=True)
         length = options.window_length
         theirs = teacher.continue_(rollouts, theirs_read, scores.teacher_greedy, rows, positions, length)
         if options.student_window == "rollout":
             ours = rollout_windows(rollouts, rows, positions, length)
         else:
-            ours = student.continue_(rollouts, ours_read, scores.student_greedy, rows, positions, length)
-    return Seen(scores.kl, scores.entropy, theirs_read.hidden, rows, positions, ours, theirs)
+            ours = student.continue_(
+                rollouts, ours_read, scores.student_greedy, rows, positions, length,
+                from_candidate=options.student_window == "candidate",
+            )  # fmt: skip
+        return WindowPairs(rows, positions, ours, theirs)
+
+    with stage("windows"):
+        at_candidates = windows_at(candidates)
+    at_low_loss = None
+    if low_loss:
+        with stage("calibration"):
+            at_low_loss = windows_at(choose_low_loss(scores.kl, mask, candidates))
+    return Look(scores.kl, scores.entropy, theirs_read.hidden, at_candidates, at_low_loss)
+
+
+def ranking(scores: TokenScores, options: TOPDConfig) -> Tensor:
+    """[rollout, position] what makes a position high-loss (nats)."""
+    if options.candidate_ranking == "teacher_nll":
+        return scores.teacher_nll
+    if options.candidate_ranking == "log_ratio":
+        return scores.teacher_nll - scores.student_nll
+    return scores.kl
 
 
 @torch.no_grad()
@@ -164,12 +231,14 @@ class StepLoss(NamedTuple):
         trajectory: L_traj.
         nll: sum over response tokens of -log p_S(sampled token), whose mean estimates the entropy; of `opd_loss` only.
         unseen: [token] see `DistillationLoss`.
+        gradient_ratio: see `gradient_ratio`; None where it was not measured.
     """
 
     loss: Tensor
     trajectory: Tensor
     nll: Tensor
     unseen: Tensor | None
+    gradient_ratio: Tensor | None = None
 
 
 def direction_of(options: TOPDConfig) -> Direction:
@@ -207,7 +276,8 @@ def topd_loss(
     guided: Guided | None,
     options: TOPDConfig,
     num_tokens: Tensor,
-    num_guided: Tensor,
+    num_forks: Tensor,
+    measured: list[nn.Parameter] | None = None,
 ) -> StepLoss:
     """L_OPD + lambda L_traj.
 
@@ -220,42 +290,60 @@ def topd_loss(
         guided: windows to train on, or None.
         options: lambda and what else the method chooses.
         num_tokens: what L_OPD's sum is divided by: response tokens of the batch over which the optimizer steps.
-        num_guided: the same for L_traj: guided positions (or forks).
+        num_forks: what L_traj's sum over forks is divided by: guided forks of that batch.
+        measured: parameters over which `gradient_ratio` is estimated; None: it is not.
     """
     mask = rollouts.loss_mask.bool()
     on_rollout = options.student_window == "rollout" and options.guidance_context == "student"
     branches = guided.branches if guided is not None else None
     hidden, window_hidden = student.hidden_and_windows(rollouts, branches, from_rollout=on_rollout)
-    heads, theirs, token_weights = (student.head(), teacher.head()), teacher_hidden[mask], weights[mask] / num_tokens
-    direction, zero = direction_of(options), token_weights.new_zeros(())
+    theirs, token_weights = teacher_hidden[mask], weights[mask] / num_tokens
+    direction = direction_of(options)
 
-    if guided is None or guided.teacher_hidden is not None:
-        opd = loss_on_device(hidden[mask], heads[0], theirs, heads[1], token_weights, direction=direction)
-        if guided is None:
-            return StepLoss(opd.loss, zero, zero, opd.unseen)
-        traj = teacher_context_loss(window_hidden, heads, guided, options) / num_guided
-        return StepLoss(opd.loss + options.guidance_weight * traj, traj.detach(), zero, opd.unseen)
+    def opd_of(states: Tensor, terms: LikelihoodTerms | None = None) -> DistillationLoss:
+        own = states if terms is not None else states[: len(theirs)]
+        return loss_on_device(own, student.head(), theirs, teacher.head(), token_weights, terms, direction)
 
-    targets, scale = guided.targets, options.guidance_weight / num_guided
+    if guided is None:
+        opd = opd_of(hidden[mask])
+        return StepLoss(opd.loss, opd.loss.new_zeros(()), opd.loss.new_zeros(()), opd.unseen)
+
+    denominator = num_tokens if options.guidance_reduction == "per_token" else num_forks
+    scale = options.guidance_weight * position_weights(guided.targets, options.guidance_reduction) / denominator
     states, row = guided_rows(hidden, window_hidden, mask, guided, on_rollout)
-    terms = likelihood_terms(targets, row)  # L_traj = sum KL(y_i || p_S) = cross-entropy to y_i - entropy of y_i
-    scaled = terms._replace(weight=terms.weight * scale)
-    both = loss_on_device(states, heads[0], theirs, heads[1], token_weights, scaled, direction)
-    minus_entropy = negative_entropy(targets).sum()
-    traj = ((terms.weight * both.nll).sum() + minus_entropy) / num_guided
-    return StepLoss(both.loss + scale * minus_entropy, traj, zero, both.unseen)
+
+    def guidance_of(states: Tensor) -> Tensor:
+        if guided.teacher_hidden is not None:
+            return teacher_context_loss(states[len(theirs) :], student, teacher, guided, scale, options)
+        terms = likelihood_terms(guided.targets, row, scale)
+        nothing = teacher_hidden[:0, 0], teacher.head(), token_weights[:0]
+        return loss_on_device(states, student.head(), *nothing, terms).loss
+
+    if guided.teacher_hidden is None:  # both losses in one pass over the vocabulary
+        terms = likelihood_terms(guided.targets, row, scale)  # KL(y_i || p_S) = cross-entropy to y_i - entropy of y_i
+        both = opd_of(states, terms)
+        constant = (scale * negative_entropy(guided.targets)).sum()
+        loss, unseen = both.loss + constant, both.unseen
+        guidance = ((terms.weight * both.nll).sum() + constant).detach()
+    else:
+        opd, traj = opd_of(states), guidance_of(states)
+        loss, unseen, guidance = opd.loss + traj, opd.unseen, traj.detach()
+    ratio = None
+    if measured and bool(guided.targets.guided.any()):
+        ratio = gradient_ratio(states, measured, guidance_of, lambda states: opd_of(states).loss)
+    return StepLoss(loss, guidance / options.guidance_weight, loss.new_zeros(()), unseen, ratio)
 
 
 def teacher_context_loss(
-    window_hidden: Tensor, heads: tuple[Head, Head | None], guided: Guided, options: TOPDConfig
-) -> Tensor:
-    """Sum over guided positions of the full-vocabulary KL in the teacher's contexts (another reading of L_traj)."""
+    states: Tensor, student: DistilledModel, teacher: DistilledModel | RemoteTeacher, guided: Guided, scale: Tensor,
+    options: TOPDConfig,
+) -> Tensor:  # fmt: skip
+    """Weighted full-vocabulary KL at the guided positions in the teacher's contexts (another reading of L_traj)."""
     assert guided.teacher_hidden is not None
     positions = guided.targets.guided
-    ours, theirs = window_hidden.flatten(0, 1)[positions], guided.teacher_hidden.flatten(0, 1)[positions]
+    theirs = guided.teacher_hidden.flatten(0, 1)[positions]
     direction: Direction = "reverse" if options.teacher_context_loss == "reverse_kl" else "forward"
-    ones = torch.ones(len(ours), device=ours.device)
-    return loss_on_device(ours, heads[0], theirs, heads[1], ones, direction=direction).loss
+    return loss_on_device(states, student.head(), theirs, teacher.head(), scale[positions], direction=direction).loss
 
 
 def waves(
@@ -267,7 +355,7 @@ def waves(
 ) -> list[slice]:
     """As many rollouts at a time as both models' keys and values have room for; the same number in all processes."""
     per_token = teacher.cache_bytes_per_token + (
-        student.cache_bytes_per_token if options.student_window == "regenerated" else 0
+        student.cache_bytes_per_token if options.student_window != "rollout" else 0
     )
     length = float(rollouts.input_ids.shape[1])
     longest = gather(torch.tensor([length], device=rollouts.input_ids.device)).max().item()

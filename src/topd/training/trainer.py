@@ -21,7 +21,9 @@ from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_
 from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
+from topd.training.fork_threshold import LowLossQuartile
 from topd.training.futures import NearFuture
+from topd.training.gradient_ratio import EVERY, last_parameters
 from topd.training.guided import Guided, guided_windows
 from topd.training.metrics import near_future_metrics
 from topd.training.models import BothModels
@@ -111,9 +113,16 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         self._server = teacher_windows(server, args, self._tokenizer, self.eos_token_ids) if server else None
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
-        self._budget = CandidateBudget(args.max_overhead) if args.max_overhead and args.looks_ahead else None
+        self._budget = (
+            CandidateBudget(args.max_overhead, args.recalibration_steps)
+            if args.max_overhead and args.looks_ahead
+            else None
+        )
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
         self._guidance_loss, self._unseen = 0.0, 0.0
+        self._warned = False
+        by_low_loss = args.looks_ahead and args.fork_rule == "low_loss_quartile"
+        self._quartile = LowLossQuartile(args.recalibration_steps) if by_low_loss else None
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
         watch_rounding(self)
 
@@ -155,13 +164,15 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             return batch | self._for_opd(batch)
 
         rollouts, teacher = rollouts_of(batch), self._teacher()
-        kept = self._sampling.reading(rollouts, self._regenerates()) if self._sampling else None
+        kept = self._sampling.reading(rollouts, self._generates_own_windows()) if self._sampling else None
         self._sampling = None
         with self._models_whole(), self.compute_loss_context_manager():
             future = look_ahead(
-                rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged, kept=kept,
-                at_most=at_most,
+                rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged,
+                process=self.accelerator.process_index, kept=kept, at_most=at_most,
+                quartile=self._quartile, step=self.state.global_step,
             )  # fmt: skip
+        self._warn_without_distances(future)
         self._step_size = (*self._step_size[:2], float(len(future.rows)))
         self._stop_unless_finite(future.token_loss, rollouts)
         batch |= {"weights": future.weights, "entropy": future.entropy, "teacher_hidden": future.teacher_hidden}
@@ -172,9 +183,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             if self.args.guidance_context == "teacher" and self.args.teacher_context_loss != "cross_entropy":
                 with self._stage("scoring"), self.compute_loss_context_manager():
                     guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
-            guided_positions = guided.targets.guided
-            count = guided_positions.sum() if self.args.guidance_reduction == "mean" else guided_positions.any(-1).sum()
-            batch |= pack(guided) | {"num_guided": self.accelerator.gather(count).sum()}
+            num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum()
+            batch |= pack(guided) | {"num_forks": num_forks}
 
         self._record(future, guided, rollouts)
         return batch
@@ -186,8 +196,25 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         with self._stage("scoring"), self.compute_loss_context_manager():
             return {"teacher_hidden": self._teacher().hidden(rollouts_of(batch))}
 
-    def _regenerates(self) -> bool:
-        return self.args.student_window == "regenerated"
+    def _generates_own_windows(self) -> bool:
+        return self.args.student_window != "rollout"
+
+    def _measures_gradients(self) -> bool:
+        """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
+        return self.args.guides and self.model.training and self.state.global_step % EVERY == 0
+
+    def _warn_without_distances(self, future: NearFuture) -> None:
+        distances = self._gather_ragged(future.transport.distance)
+        if self._warned or len(distances) == 0 or bool(distances.isfinite().any()):
+            return
+        self._warned = True
+        hint = "raise entropic_epsilon or use transport_solver=exact" if self.args.transport_solver != "exact" else (
+            "check that both models' embeddings are finite and that windows are not empty"
+        )  # fmt: skip
+        logger.warning(
+            f"Step {self.state.global_step + 1}: no candidate has a transport distance, so nothing is a fork and the "
+            f"step is plain OPD; {hint}. This is reported once."
+        )
 
     def _gather_ragged(self, values: Tensor) -> Tensor:
         """Values of all processes, however many each has."""
@@ -213,9 +240,12 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             result = topd_loss(
                 rollouts, student, teacher, inputs["teacher_hidden"], inputs["weights"], unpack(inputs), self.args,
                 num_tokens=num_items_in_batch,
-                num_guided=inputs["num_guided"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
+                num_forks=inputs["num_forks"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
+                measured=last_parameters(student.backbone) if self._measures_gradients() else None,
             )  # fmt: skip
             inputs["guidance_loss"] = result.trajectory
+            if result.gradient_ratio is not None:
+                inputs["gradient_ratio"] = result.gradient_ratio
             entropy = inputs["entropy"][mask].sum()
         if result.unseen is not None:
             inputs["unseen"] = result.unseen.sum() / (num_items_in_batch if self.model.training else mask.sum())
@@ -231,6 +261,8 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             self._stop_unless_finite(loss.detach(), rollouts_of(inputs))
             if "guidance_loss" in inputs:
                 self._guidance_loss += float(self.accelerator.gather(inputs.pop("guidance_loss")).mean())
+            if "gradient_ratio" in inputs:
+                self._metrics["train"]["guidance/grad_ratio"].append(float(inputs.pop("gradient_ratio")))
             if "unseen" in inputs:
                 self._unseen += float(self.accelerator.gather(inputs.pop("unseen")).mean())
         return outputs
@@ -311,9 +343,12 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
             tqdm.write(f"topd: {budget_message(budget, tokens / rollouts)}")  # above the progress bar
 
     def _own_state(self) -> dict[str, Any]:
-        return {"budget": asdict(self._budget)} if self._budget else {}
+        parts = {"budget": self._budget, "quartile": self._quartile}
+        return {name: asdict(part) for name, part in parts.items() if part is not None}
 
     def _restore_own_state(self, state: dict[str, Any]) -> None:
+        if self._quartile and "quartile" in state:
+            self._quartile = LowLossQuartile(**state["quartile"] | {"every": self._quartile.every})
         if self._budget and "budget" in state:
             self._budget = self._budget.restored(state["budget"])
 
