@@ -11,9 +11,12 @@ from typing import Any
 
 from topd.errors import TOPDError
 
-EMBEDDED = {"student": "embedded:student-standard", "teacher": "embedded:teacher"}
-EMBEDDED_DEFAULTS = {"window_length": [16], "share": 0.06, "max_new_tokens": 64}
-"""Of the embedded task, whose responses have about 60 tokens; other pairs have the paper's K and share."""
+EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teacher"}
+EMBEDDED_DEFAULTS = {
+    "embedded-long": {"window_length": [32], "share": 0.0225, "max_new_tokens": 224},
+    "embedded": {"window_length": [16], "share": 0.06, "max_new_tokens": 64},
+}
+"""Of the embedded task, whose responses have about 145 or 60 tokens; other pairs have the paper's K and share."""
 DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
 
 
@@ -62,18 +65,18 @@ def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument("--teacher", help=f"the same (default: {EMBEDDED['teacher']})")
     parser.add_argument(
-        "--data", default="embedded",
+        "--data", default="embedded-long",
         help="prompts: file, folder or Hub dataset, as for topd train (default: the embedded task)",
     )  # fmt: skip
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=128, help="how many (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="rollouts measured together (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (default: 2048; embedded task: 64)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (default: 2048; embedded-long: 224)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default: %(default)s)")
     parser.add_argument(
-        "--window-length", type=int, nargs="+", help="K, the main one first (default: 50; embedded: 16)"
+        "--window-length", type=int, nargs="+", help="K, the main one first (default: 50; embedded-long: 32)"
     )
-    parser.add_argument("--share", type=float, help="of positions that are looked at (default: 0.0225; embedded: 0.06)")
+    parser.add_argument("--share", type=float, help="of positions that are looked at (default: 0.0225)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", help="of the models: auto, float32, bfloat16 (default: %(default)s)")
     parser.add_argument(
@@ -86,7 +89,7 @@ def _checked(options: argparse.Namespace) -> dict[str, str]:
     """Fill in what depends on the data, refuse what cannot be; the models' names by role."""
     if (options.student is None) != (options.teacher is None):
         raise TOPDError("Name both --student and --teacher, or neither (the embedded pair).")
-    for name, value in (EMBEDDED_DEFAULTS if options.data == "embedded" else DEFAULTS).items():
+    for name, value in EMBEDDED_DEFAULTS.get(options.data, DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     for name in ("rollouts", "batch", "max_new_tokens"):
@@ -199,8 +202,9 @@ def run_correct_command(options: argparse.Namespace) -> None:
 
 def is_right_on(data: str, rows: list[dict[str, Any]]) -> Callable[[int, str], bool] | None:
     """Whether a text ends with the answer of its prompt; known for the embedded task."""
-    if data != "embedded":
+    from topd.demo.task import DATA, is_correct
+
+    if data not in DATA:
         return None
-    from topd.demo.task import is_correct
 
     return lambda rollout, text: is_correct(text, rows[rollout]["answer"])

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from topd.preflight.setup import Setup
 
 EMBEDDED_RUN = {
-    "model_name_or_path": "embedded:student-standard", "teacher_model_name_or_path": "embedded:teacher",
-    "max_completion_length": "96", "window_length": "16", "learning_rate": "3e-4", "bf16": "false",
+    "model_name_or_path": "embedded:long-student", "teacher_model_name_or_path": "embedded:long-teacher",
+    "data": "embedded-long", "max_completion_length": "224", "window_length": "32",
+    "learning_rate": "3e-4", "bf16": "false",
 }  # fmt: skip
 """What is checked where nothing is named: whether this installation is whole."""
 

@@ -75,19 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a shorter run, at most two minutes")
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
     demo.add_argument("--steps", type=int, help="optimizer steps of each arm")
-    demo.add_argument(
-        "--difficulty",
-        choices=("easy", "standard", "hard", "wording", "stubborn"),
-        default="standard",
-        help="which embedded student",
-    )
     demo.set_defaults(run=_demo)
     builds = demo.add_subparsers(metavar="build", required=False)
-    build = builds.add_parser("build", help="train the embedded models anew (about 90 minutes on one core)")
+    build = builds.add_parser("build", help="train the embedded models anew (about two hours on one core)")
     build.add_argument("--out", type=Path, required=True, help="folder for the models")
-    build.add_argument(
-        "--only", choices=("teacher", "easy", "standard", "hard", "wording", "stubborn"), help="build only this one"
-    )
+    build.add_argument("--only", metavar="NAME", help="build only this one, such as long-student")
     build.set_defaults(run=_demo_build)
 
     add_probe(commands)
@@ -116,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> None:
     from topd.demo.run import run_demo
 
-    run_demo(options.out, quick=options.quick, seed=options.seed, steps=options.steps, difficulty=options.difficulty)
+    run_demo(options.out, quick=options.quick, seed=options.seed, steps=options.steps)
 
 
 def _demo_build(options: argparse.Namespace) -> None:

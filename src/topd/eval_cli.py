@@ -11,7 +11,7 @@ from typing import Any
 
 from topd.errors import TOPDError
 
-EMBEDDED_MODEL = "embedded:student-standard"
+EMBEDDED_MODEL = "embedded:long-student"
 
 
 def add_eval(commands: Any) -> None:
@@ -27,8 +27,8 @@ def add_eval(commands: Any) -> None:
     )  # fmt: skip
     what.add_argument(
         "--benchmark", nargs="+", action="extend", metavar="B",
-        help="aime24, aime25, hmmt25, math500, gsm8k, embedded, or a file or Hub dataset with `problem` and `answer`; "
-        "LABEL=FILE names it, aime24=FILE takes a known one from a file (default: embedded)",
+        help="aime24, aime25, hmmt25, math500, gsm8k, embedded, embedded-long, or a file or Hub dataset with "
+        "`problem` and `answer`; LABEL=FILE names it, aime24=FILE takes a known one from a file (default: embedded-long)",
     )  # fmt: skip
     what.add_argument("--split", default="test", help="of a Hub dataset of yours (default: %(default)s)")
     what.add_argument(
@@ -39,7 +39,9 @@ def add_eval(commands: Any) -> None:
     how.add_argument("--samples", type=int, default=5, help="of each problem (default: %(default)s)")
     how.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
     how.add_argument("--top-p", type=float, default=0.95, help="our choice for evaluation (default: %(default)s)")
-    how.add_argument("--max-new-tokens", type=int, help="of a response (default: 16384; embedded task: 96)")
+    how.add_argument(
+        "--max-new-tokens", type=int, help="of a response (default: 16384; embedded: 96, embedded-long: 224)"
+    )
     how.add_argument("--seed", type=int, default=0)
     how.add_argument(
         "--chat-template-kwargs", type=json.loads, metavar="JSON",
@@ -94,7 +96,7 @@ def run_eval(options: argparse.Namespace) -> None:
     models = labelled_models(options.model or [EMBEDDED_MODEL])
     sets = [
         load_benchmark(name, limit=options.limit, split=options.split, rule=options.rule)
-        for name in options.benchmark or ["embedded"]
+        for name in options.benchmark or ["embedded-long"]
     ]
     folders = [options.out / label for label in models]
     for (label, source), folder in zip(models.items(), folders, strict=True):

@@ -15,7 +15,9 @@ def add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="teacher solutions for prompts, for the warm start (stage 1)")
     generate.add_argument("--teacher", required=True, help="folder, Hub name, embedded one, or the server's model name")
     generate.add_argument(
-        "--data", required=True, help="prompts: file, folder or Hub dataset, as for topd train; or `embedded`"
+        "--data",
+        required=True,
+        help="prompts: file, folder or Hub dataset, as for topd train; or `embedded`, `embedded-long`",
     )
     generate.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     generate.add_argument("--limit", type=int, help="use only the first so many prompts")
@@ -27,7 +29,9 @@ def add_generate(commands: Any) -> None:
     generate.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6, the paper's)")
     generate.add_argument("--top-p", type=float, default=0.95, help="(default: 0.95, the paper's)")
     generate.add_argument(
-        "--max-new-tokens", type=int, help="of a response (default: 16384, the paper's; embedded task: 96)"
+        "--max-new-tokens",
+        type=int,
+        help="of a response (default: 16384, the paper's; embedded: 96, embedded-long: 224)",
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument(
@@ -75,7 +79,10 @@ def run_generate_command(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Fill in what depends on the data, refuse what cannot be."""
     if options.max_new_tokens is None:
-        options.max_new_tokens = 96 if options.data == "embedded" else 16384
+        from topd.evaluation.benchmarks import BENCHMARKS
+
+        known = BENCHMARKS.get(options.data)
+        options.max_new_tokens = known.max_new_tokens if known else 16384
     for name in ("samples", "max_new_tokens", "limit", "batch", "concurrency", "tensor_parallel"):
         value = getattr(options, name)
         if value is not None and value < 1:

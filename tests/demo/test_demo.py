@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from topd.demo.accuracy import correct_answers
+from topd.demo.build import RECIPES
 from topd.demo.pair import pair_folder
 from topd.demo.run import Size, run_demo
 from topd.demo.task import (
-    OPERATORS,
-    STUDENTS,
     TEACHER,
     Problem,
     Style,
@@ -21,20 +20,21 @@ from topd.demo.task import (
     is_correct,
     make_problems,
     read_problem,
+    sample_problem,
     write_solution,
 )
 from topd.demo.tokenizer import build_tokenizer
 from topd.errors import TOPDError
 
-problems = st.integers(2, 4).flatmap(
-    lambda n: st.builds(
-        Problem, st.tuples(*[st.integers(1, 9)] * (n + 1)), st.tuples(*[st.sampled_from(OPERATORS)] * n)
-    )
+LEVELS = ("short", "long")
+
+problems = st.builds(
+    lambda seed, level: sample_problem(random.Random(seed), level), st.integers(0, 2**20), st.sampled_from(LEVELS)
 )
 
 
 def test_the_paper_s_example():
-    problem = Problem((5, 2, 3), ("+", "×"))
+    problem = Problem("5+2×3")
     assert problem.prompt == "what is 5+2×3?"
     assert problem.answer == "11"
     left_to_right = Style(TEACHER.weights, left_to_right=1.0)
@@ -47,7 +47,7 @@ def test_the_teacher_s_way_ends_in_python_s_answer_and_text_survives_the_tokeniz
     expected = str(eval(problem.expression.replace("×", "*")) % 100)
     assert problem.answer == expected
     assert is_correct(text, expected)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(problem.level)
     ids = tokenizer(problem.prompt + text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == problem.prompt + text
@@ -56,8 +56,31 @@ def test_the_teacher_s_way_ends_in_python_s_answer_and_text_survives_the_tokeniz
 @given(problems)
 def test_a_problem_is_read_from_its_prompt(problem):
     assert read_problem(problem.prompt) == problem
-    for other in ("what is 1+1?", "what is 12+3×4?", "what is 1+2×3", "what is 1/2+3?", f"{problem.prompt} "):
+    for other in (
+        "what is 1+1?",
+        "what is 1+)2(+3?",
+        "what is (1+2+3?",
+        "what is 1+2()+3?",
+        "what is 12+3×4?",
+        "what is 1+2×3",
+        "what is 1/2+3?",
+        f"{problem.prompt} ",
+    ):
         assert read_problem(other) is None
+
+
+def test_brackets_are_evaluated_first_and_the_habit_ignores_precedence_inside_them():
+    problem = Problem("2×(9-4×2)+1-1+1")
+    assert problem.answer == "3"
+    habit = write_solution(problem, Style(TEACHER.weights, left_to_right=1.0), random.Random(0))
+    assert "9-4" in habit
+    assert extract_answer(habit) == str(2 * ((9 - 4) * 2) + 1)
+
+
+def test_the_levels_differ_in_length():
+    words = {level: [len(p.expression) for p in make_problems(200, 0, held_out=False, level=level)] for level in LEVELS}
+    assert max(words["short"]) < min(words["long"])
+    assert {p.level for p in make_problems(200, 0, held_out=False, level="long")} == {"long"}
 
 
 def test_train_and_held_out_problems_are_disjoint_and_come_from_the_seed():
@@ -72,25 +95,20 @@ def test_a_solution_without_a_conclusion_has_no_answer(text):
     assert extract_answer(text) is None
 
 
-def test_the_embedded_pair_loads_is_small_and_is_as_good_as_its_record_says():
-    total = 0
-    for role in ("teacher", *(f"student-{name}" for name in STUDENTS)):
-        folder = pair_folder(role)
-        total += sum(file.stat().st_size for file in folder.iterdir())
-        record = json.loads((folder / "build.json").read_text())
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.config.model_type == "qwen3"
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        held_out = make_problems(200, seed=0, held_out=True)
-        share = sum(correct_answers(model, tokenizer, held_out)) / 200
-        assert share == pytest.approx(record["greedy_accuracy_held_out_1000"], abs=0.11)
-        low, high = (0.95, 1.0) if role in ("teacher", "student-wording") else (0.4, 0.6)
-        assert low < record["greedy_accuracy_held_out_1000"] < high
-    assert total < 15_000_000
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_embedded_model_loads_is_small_and_is_as_good_as_its_record_says(name):
+    folder, recipe = pair_folder(name), RECIPES[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4_500_000
+    record = json.loads((folder / "build.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.model_type == "qwen3"
+    held_out = make_problems(200, seed=0, held_out=True, level=recipe.level)
+    share = sum(correct_answers(model, tokenizer, held_out)) / 200
+    assert share == pytest.approx(record["greedy_accuracy_held_out_1000"], abs=0.11)
 
 
 def test_an_unknown_embedded_model_is_named_with_the_known_ones():
-    with pytest.raises(TOPDError, match="Known: student-easy"):
+    with pytest.raises(TOPDError, match="Known: long-student"):
         pair_folder("student")
 
 

@@ -133,7 +133,7 @@ def test_other_settings_do_not_mix(
 
 
 def test_another_model_under_the_same_name_does_not_mix(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(evaluated, "--model", "student=embedded:student-hard") == 2
+    assert run(evaluated, "--model", "student=embedded:student-easy") == 2
     assert "other settings (fingerprint, model)" in capsys.readouterr().err
 
 
@@ -184,7 +184,7 @@ def test_without_math_verify_nothing_is_sampled(
         (["--temperature", "0"], "give --samples 1"),
         (["--top-p", "0"], "--top-p must be in"),
         (["--max-new-tokens", "4000"], "Give at most --max-new-tokens"),
-        (["--model", "a=embedded:teacher", "a=embedded:student-hard"], "would be called the same"),
+        (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "would be called the same"),
         (["--model", "nowhere/at/all"], "Cannot load the tokenizer"),
         (["--benchmark", "aime2"], "Known benchmarks are"),
         (["--compare", "nowhere"], "holds no evaluation"),

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from topd.demo.task import Problem, is_correct
+from topd.demo.task import Level, Problem, is_correct
 
-MAX_NEW_TOKENS = 96
-"""Longer than any worked solution of the task."""
+MAX_NEW_TOKENS: dict[Level, int] = {"short": 96, "long": 224}
+"""Longer than any worked solution of the level."""
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def answer_problems(
         output = model.generate(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max(MAX_NEW_TOKENS[problem.level] for problem in problems),
             pad_token_id=tokenizer.pad_token_id,
             **decoding,
         )

@@ -1,10 +1,8 @@
-"""`topd demo build`: train the embedded teacher and students from nothing, on worked solutions, with fixed seeds.
+"""`topd demo build`: train the embedded models from scratch, on worked solutions, with fixed seeds.
 
-Three students share one lineage: the easy one is trained from scratch, the standard one continues from it on data with
-a stronger left-to-right habit, and the hard one from the standard one. The wording one continues from the easy one
-with a weaker habit. The stubborn one is trained from scratch on the habit, so that it has hardly ever seen the other
-way: the trap of the paper, where one mended token is not enough. Each model is written with a `build.json` that says
-how it was made and how well it answers held-out problems.
+The long pair (`long-teacher`, `long-student`) is what the demo and the study use. It continues from short models: the
+teacher, and the easy student, from which the standard one continues too, with a stronger left-to-right habit. Each model
+is written with a `build.json` that states how it was made and how well it answers held-out problems.
 """
 
 from __future__ import annotations
@@ -20,30 +18,49 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from topd.demo.accuracy import greedy_accuracy
 from topd.demo.pair import pair_folder
-from topd.demo.task import STUDENTS, TEACHER, Style, make_problems, sample_problem, write_solution
-from topd.demo.tokenizer import build_tokenizer
+from topd.demo.task import (
+    LONG_STUDENT,
+    STUDENTS,
+    TEACHER,
+    Level,
+    Style,
+    make_problems,
+    sample_problem,
+    write_solution,
+)
+from topd.demo.tokenizer import MAX_LENGTH, build_tokenizer
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model of the pair is trained: AdamW (betas 0.9, 0.98), one-cycle cosine, cross-entropy on solutions."""
+    """How an embedded model is trained: AdamW (betas 0.9, 0.98), one-cycle cosine, cross-entropy on solutions.
 
+    Attributes:
+        style: of the solutions.
+        width, layers: of the model.
+        after: the embedded model that it continues from; empty: from scratch.
+        level: of the problems.
+    """
+
+    style: Style
     steps: int
     learning_rate: float
+    seed: int
+    width: int = 128
+    layers: int = 3
     batch: int = 96
-    seed: int = 0
     after: str = ""
-    """The student that it continues from; empty: from scratch."""
+    level: Level = "short"
 
 
-TEACHER_RECIPE = Recipe(steps=2400, learning_rate=2e-3, seed=1)
-STUDENT_RECIPES = {
-    "easy": Recipe(steps=2000, learning_rate=2e-3, seed=2),
-    "standard": Recipe(steps=400, learning_rate=5e-4, seed=3, after="easy"),
-    "hard": Recipe(steps=400, learning_rate=5e-4, seed=4, after="standard"),
-    "wording": Recipe(steps=400, learning_rate=5e-4, seed=5, after="easy"),
-    "stubborn": Recipe(steps=2000, learning_rate=2e-3, seed=6),
+RECIPES = {
+    "teacher": Recipe(TEACHER, 2400, 2e-3, seed=1, width=160, layers=4),
+    "student-easy": Recipe(STUDENTS["easy"], 2000, 2e-3, seed=2),
+    "student-standard": Recipe(STUDENTS["standard"], 400, 5e-4, seed=3, after="student-easy"),
+    "long-teacher": Recipe(TEACHER, 900, 1e-3, seed=7, batch=32, after="teacher", level="long"),
+    "long-student": Recipe(LONG_STUDENT, 600, 1e-3, seed=8, batch=32, after="student-easy", level="long"),
 }
+"""Each model's folder is its name; a model comes after the one that it continues from."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qwen3ForCausalLM:
@@ -57,7 +74,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qw
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=MAX_LENGTH["short"],
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -67,17 +84,17 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qw
 
 
 def solution_batch(
-    tokenizer: PreTrainedTokenizerFast, style: Style, rng: random.Random, size: int
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [size, length] of prompt + solution + EOS, right-padded, and labels with the prompt masked (-100)."""
+    """Token ids [batch, length] of prompt + solution + EOS, right-padded, and labels with the prompt masked (-100)."""
     rows: list[torch.Tensor] = []
     starts: list[int] = []
-    while len(rows) < size:
-        problem = sample_problem(rng)
+    while len(rows) < recipe.batch:
+        problem = sample_problem(rng, recipe.level)
         if problem.held_out:
             continue
         prompt = tokenizer(problem.prompt)["input_ids"]
-        solution = tokenizer(write_solution(problem, style, rng))["input_ids"]
+        solution = tokenizer(write_solution(problem, recipe.style, rng))["input_ids"]
         starts.append(len(prompt))
         rows.append(torch.tensor([*prompt, *solution, tokenizer.eos_token_id]))
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -89,7 +106,7 @@ def solution_batch(
 
 
 def train_on_solutions(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, style: Style, recipe: Recipe, log_every: int = 100
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log_every: int = 100
 ) -> float:
     """Train in place; return the last loss (nats a token)."""
     rng = random.Random(f"topd-build-{recipe.seed}")
@@ -100,7 +117,7 @@ def train_on_solutions(
     model.train()
     started, loss = time.perf_counter(), torch.tensor(0.0)
     for step in range(1, recipe.steps + 1):
-        ids, labels = solution_batch(tokenizer, style, rng, recipe.batch)
+        ids, labels = solution_batch(tokenizer, recipe, rng)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,10 +132,11 @@ def train_on_solutions(
 
 
 def save(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, style: Style, recipe: Recipe, loss: float, folder: Path
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, loss: float, folder: Path
 ) -> None:
     """Write weights (safetensors), tokenizer and `build.json`."""
-    accuracy = greedy_accuracy(model, tokenizer, make_problems(1000, seed=0, held_out=True))
+    problems = make_problems(1000, seed=0, held_out=True, level=recipe.level)
+    accuracy = greedy_accuracy(model, tokenizer, problems)
     print(f"{folder.name}: greedy accuracy {accuracy:.3f} on 1000 held-out problems", flush=True)
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
@@ -126,7 +144,6 @@ def save(
     record = {
         "parameters": model.num_parameters(),
         "recipe": asdict(recipe),
-        "style": asdict(style),
         "last_loss_nats": round(loss, 4),
         "greedy_accuracy_held_out_1000": accuracy,
         "torch": torch.__version__,
@@ -134,25 +151,29 @@ def save(
     (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def build(out: Path, only: str | None = None) -> None:
-    """Train the teacher and the students into `out/teacher` and `out/student-*` (about 90 minutes on one core).
+def starting_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> Qwen3ForCausalLM:
+    """What training starts from: a random model, or an earlier one from `out` or the package, fitted to the level."""
+    torch.manual_seed(recipe.seed)
+    if not recipe.after:
+        return new_model(tokenizer, recipe.width, recipe.layers)
+    made = out / recipe.after
+    folder = made if made.is_dir() else pair_folder(recipe.after)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = MAX_LENGTH[recipe.level]
+    return model
 
-    `only`: "teacher", or the name of a student; what it continues from is then taken from `out` or the package.
+
+def build(out: Path, only: str | None = None) -> None:
+    """Train the embedded models into folders of `out` (about two hours on one core).
+
+    `only`: the name of one model; what it continues from is then taken from `out` or the package.
     """
-    tokenizer = build_tokenizer()
-    if only in (None, "teacher"):
-        torch.manual_seed(TEACHER_RECIPE.seed)
-        teacher = new_model(tokenizer, width=160, layers=4)
-        loss = train_on_solutions(teacher, tokenizer, TEACHER, TEACHER_RECIPE)
-        save(teacher, tokenizer, TEACHER, TEACHER_RECIPE, loss, out / "teacher")
-    for name, recipe in STUDENT_RECIPES.items():
+    for name, recipe in RECIPES.items():
         if only not in (None, name):
             continue
-        torch.manual_seed(recipe.seed)
-        student = new_model(tokenizer, width=128, layers=3)
-        if recipe.after:
-            made = out / f"student-{recipe.after}"
-            start = made if made.is_dir() else pair_folder(made.name)
-            student = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
-        loss = train_on_solutions(student, tokenizer, STUDENTS[name], recipe)
-        save(student, tokenizer, STUDENTS[name], recipe, loss, out / f"student-{name}")
+        tokenizer = build_tokenizer(recipe.level)
+        model = starting_model(tokenizer, recipe, out)
+        loss = train_on_solutions(model, tokenizer, recipe)
+        save(model, tokenizer, recipe, loss, out / name)

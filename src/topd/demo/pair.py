@@ -1,4 +1,4 @@
-"""The embedded pair: a teacher and students of three difficulties that ship with the package."""
+"""The embedded pairs: a teacher and students of each level that ship with the package."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from topd.errors import TOPDError
 
 PREFIX = "embedded:"
-"""`embedded:teacher` or `embedded:student-standard` stands for a model's folder wherever a model is named."""
+"""`embedded:long-teacher` or `embedded:long-student` stands for a model's folder wherever a model is named."""
 
 _MODELS = Path(__file__).parent / "models"
 
 
 def pair_folder(role: str) -> Path:
-    """Folder of an embedded model: "teacher", "student-easy", "student-standard" or "student-hard"."""
+    """Folder of an embedded model, such as "long-teacher" or "long-student"."""
     folder = _MODELS / role
     if not (folder / "config.json").is_file():
         known = ", ".join(sorted(path.parent.name for path in _MODELS.glob("*/config.json"))) or "none"

@@ -50,32 +50,31 @@ class Size:
     held_out: int
     sampled: int
     probe_rollouts: int
-    batch: int = 48
+    batch: int = 32
 
 
-FULL = Size(steps=60, held_out=1000, sampled=4, probe_rollouts=128)
-QUICK = Size(steps=12, held_out=500, sampled=1, probe_rollouts=48)
+FULL = Size(steps=40, held_out=500, sampled=2, probe_rollouts=64)
+QUICK = Size(steps=6, held_out=150, sampled=1, probe_rollouts=16)
 
-CURVE_PROBLEMS = 200
-"""Held-out problems answered every sixth of the training, for the curve on the page."""
-WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 16, 0.06, 0.03
-"""The task's responses have about 60 tokens, the paper's 9,688: so windows are shorter and candidates denser."""
+STUDENT, TEACHER = "long-student", "long-teacher"
+CURVE_PROBLEMS = 100
+"""Held-out problems answered every quarter of the training, for the curve on the page."""
+WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 32, 0.0225, 0.03
+"""The task's responses have about 145 tokens, the paper's 9,688, so windows are shorter."""
 
 
-def run_demo(
-    out: Path, *, quick: bool = False, seed: int = 0, steps: int | None = None, difficulty: str = "standard"
-) -> dict[str, Any]:
+def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
     """Run both arms, print the table, write `results.json` and `report.html` into `out`; return the results."""
     quieten()
     torch.set_num_threads(1)  # models of a megabyte: a second thread costs more than it gives
     size = QUICK if quick else FULL
     steps = steps or size.steps
     started, console = time.perf_counter(), Console()
-    student_folder = pair_folder(f"student-{difficulty}")
+    student_folder = pair_folder(STUDENT)
     tokenizer = AutoTokenizer.from_pretrained(student_folder)
-    held_out = make_problems(size.held_out, seed=1_000_000 + seed, held_out=True)
+    held_out = make_problems(size.held_out, seed=1_000_000 + seed, held_out=True, level="long")
 
-    console.print(f"[bold]TOPD demo[/bold]  {difficulty} student, {steps} steps of {size.batch} rollouts, seed {seed}")
+    console.print(f"[bold]TOPD demo[/bold]  {STUDENT}, {steps} steps of {size.batch} rollouts, seed {seed}")
     before = _before(student_folder, tokenizer, held_out, out, size, console)
     correct, arms = {}, []
     for name in ARMS:
@@ -86,7 +85,6 @@ def run_demo(
 
     results = before | {
         "version": 1,
-        "difficulty": difficulty,
         "arms": arms,
         "difference": {
             how: asdict(paired_difference(correct["topd"][how], correct["opd"][how])) for how in ("greedy", "sampled")
@@ -108,7 +106,7 @@ def _before(
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of teacher and student, and a probe of the pair, before anything is trained."""
-    teacher, student = _load(pair_folder("teacher")), _load(student_folder)
+    teacher, student = _load(pair_folder(TEACHER)), _load(student_folder)
     with console.status("before training: answering held-out problems"):
         shown = {
             "teacher": {"greedy": _interval(_answers(teacher, tokenizer, held_out, 0, 0)["greedy"])["mean"]},
@@ -116,9 +114,9 @@ def _before(
         }
     console.print(f"teacher {shown['teacher']['greedy']:.1%}  student {shown['student']['greedy']:.1%} (greedy)")
     shutil.rmtree(out / "probe", ignore_errors=True)
-    prompts = make_problems(size.probe_rollouts, seed=7, held_out=False)
+    prompts = make_problems(size.probe_rollouts, seed=7, held_out=False, level="long")
     run = ProbeRun(
-        student_folder.name, "teacher", "embedded", size.probe_rollouts, size.batch, MAX_NEW_TOKENS, 1.0, False,
+        STUDENT, TEACHER, "embedded-long", size.probe_rollouts, size.batch, MAX_NEW_TOKENS["long"], 1.0, False,
         ProbeOptions(CANDIDATE_SHARE, (WINDOW_LENGTH,)),
     )  # fmt: skip
     found = run_probe(
@@ -141,11 +139,14 @@ def _train(
     """Distil one arm; return the student and its row of the results."""
     (out / "audit.jsonl").unlink(missing_ok=True)
     prompts = Dataset.from_list(
-        [{"prompt": problem.prompt} for problem in make_problems(steps * size.batch, seed=seed, held_out=False)]
+        [
+            {"prompt": problem.prompt}
+            for problem in make_problems(steps * size.batch, seed=seed, held_out=False, level="long")
+        ]
     )
     trainer = TOPDTrainer(
         model=_load(student_folder),
-        teacher_model=_load(pair_folder("teacher")),
+        teacher_model=_load(pair_folder(TEACHER)),
         args=arm_config(name, out, steps=steps, batch=size.batch, seed=seed),
         train_dataset=prompts,
         processing_class=tokenizer,
@@ -156,8 +157,8 @@ def _train(
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), console=console,
     ) as progress:  # fmt: skip
         trainer.add_callback(_ShowProgress(progress, name, steps))
-        curve = make_problems(CURVE_PROBLEMS, seed=5, held_out=True)
-        trainer.add_callback(_Accuracy(tokenizer, curve, every=max(1, steps // 6)))
+        curve = make_problems(CURVE_PROBLEMS, seed=5, held_out=True, level="long")
+        trainer.add_callback(_Accuracy(tokenizer, curve, every=max(1, steps // 4)))
         trainer.train()
     trainer.save_model(str(out))
     trainer.save_state()
@@ -176,11 +177,11 @@ def arm_config(name: Method, out: Path, *, steps: int, batch: int, seed: int) ->
         guidance_weight=GUIDANCE_WEIGHT,
         per_device_train_batch_size=batch,
         max_steps=steps,
-        learning_rate=3e-4,
+        learning_rate=5e-4,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         adam_beta2=0.98,
-        max_completion_length=MAX_NEW_TOKENS,
+        max_completion_length=MAX_NEW_TOKENS["long"],
         logging_steps=1,
         save_strategy="steps",
         save_steps=max(1, steps // 2),

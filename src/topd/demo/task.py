@@ -10,6 +10,9 @@ A solution reads::
 
     what is 5+2×3? first 2×3=6, leaving 5+6. then 5+6=11. so the answer is 11
 
+There are two levels. "short" has 2 to 4 operations and responses of about 60 tokens; "long" has 6 to 8 operations, one
+or two pairs of brackets and responses of about 145 tokens.
+
 Problems come from a seed. A problem belongs to the held-out part if a hash of its text says so, so train and held-out
 problems are disjoint by construction, whatever the seeds.
 """
@@ -20,9 +23,15 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 MODULUS = 100
 OPERATORS = ("+", "-", "×")
+
+Level = Literal["short", "long"]
+
+DATA: dict[str, Level] = {"embedded": "short", "embedded-long": "long"}
+"""Names under which every command takes the task's problems as data or as a benchmark."""
 
 PHRASES = {
     "opener": (" first ", " to begin ", " start with "),
@@ -64,34 +73,43 @@ TEACHER = Style(_TEACHER_WORDING)
 STUDENTS = {
     "easy": Style(_STUDENT_WORDING, left_to_right=0.70),
     "standard": Style(_STUDENT_WORDING, left_to_right=0.90),
-    "hard": Style(_STUDENT_WORDING, left_to_right=0.97),
-    "wording": Style(_STUDENT_WORDING, left_to_right=0.2),
-    "stubborn": Style(_STUDENT_WORDING, left_to_right=0.97),
 }
 """Student styles: the stronger the habit, the less often the right path is visited."""
+
+OTHER_WORDING = 0.15
+"""Share of the long student's phrases that are drawn from the short students' wording; the rest is the teacher's."""
+LONG_STUDENT = Style(
+    {
+        slot: tuple(
+            (1 - OTHER_WORDING) * teacher + OTHER_WORDING * student
+            for teacher, student in zip(_TEACHER_WORDING[slot], _STUDENT_WORDING[slot], strict=True)
+        )
+        for slot in PHRASES
+    },
+    left_to_right=0.85,
+)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`numbers[0] operators[0] numbers[1] ...`, evaluated with precedence, modulo 100."""
+    """An expression such as `5+(2-3)×4`, evaluated with precedence, modulo 100."""
 
-    numbers: tuple[int, ...]
-    operators: tuple[str, ...]
-
-    @property
-    def expression(self) -> str:
-        return write_expression(self.numbers, self.operators)
+    expression: str
 
     @property
     def prompt(self) -> str:
         return f"what is {self.expression}?"
 
     @property
+    def level(self) -> Level:
+        return "short" if sum(self.expression.count(operator) for operator in OPERATORS) <= 4 else "long"
+
+    @property
     def answer(self) -> str:
-        numbers, operators = list(self.numbers), list(self.operators)
-        while operators:
-            reduce_at(numbers, operators, next_operator(operators))
-        return str(numbers[0])
+        terms = split_terms(self.expression)
+        while len(terms) > 1:
+            evaluate_operator(terms, next_operator(terms))
+        return terms[0]
 
     @property
     def held_out(self) -> bool:
@@ -99,21 +117,30 @@ class Problem:
         return hashlib.sha256(self.expression.encode()).digest()[0] % 10 == 0
 
 
-def write_expression(numbers: tuple[int, ...] | list[int], operators: tuple[str, ...] | list[str]) -> str:
-    tail = "".join(f"{operator}{number}" for operator, number in zip(operators, numbers[1:], strict=True))
-    return f"{numbers[0]}{tail}"
+def split_terms(expression: str) -> list[str]:
+    """Numbers, operators and brackets of an expression, in order."""
+    return re.findall(r"\d+|[-+×()]", expression)
 
 
-def next_operator(operators: list[str]) -> int:
-    """Index of the operator that precedence evaluates next: the first "×", else the first."""
-    return operators.index("×") if "×" in operators else 0
+def next_operator(terms: list[str], *, left_to_right: bool = False) -> int:
+    """Index of the operator to evaluate next: in the first innermost brackets, the first "×", else the first.
+
+    `left_to_right`: the first, whatever it is.
+    """
+    end = terms.index(")") if ")" in terms else len(terms)
+    start = max((index for index in range(end) if terms[index] == "("), default=-1) + 1
+    inside = range(start, end)
+    times = [] if left_to_right else [index for index in inside if terms[index] == "×"]
+    return times[0] if times else next(index for index in inside if terms[index] in OPERATORS)
 
 
-def reduce_at(numbers: list[int], operators: list[str], index: int) -> int:
-    """Evaluate one operator in place; return the result."""
-    a, b, operator = numbers[index], numbers[index + 1], operators.pop(index)
-    result = {"+": a + b, "-": a - b, "×": a * b}[operator] % MODULUS
-    numbers[index : index + 2] = [result]
+def evaluate_operator(terms: list[str], index: int) -> str:
+    """Replace an operator and its two numbers by the result, and drop brackets around a lone number; return it."""
+    a, b = int(terms[index - 1]), int(terms[index + 1])
+    result = str({"+": a + b, "-": a - b, "×": a * b}[terms[index]] % MODULUS)
+    terms[index - 1 : index + 2] = [result]
+    if terms[index - 2 : index - 1] == ["("] and terms[index : index + 1] == [")"]:
+        terms[index - 2 : index + 1] = [result]
     return result
 
 
@@ -123,28 +150,32 @@ def write_solution(problem: Problem, style: Style, rng: random.Random) -> str:
     def phrase(slot: str) -> str:
         return rng.choices(PHRASES[slot], style.weights[slot])[0]
 
-    numbers, operators = list(problem.numbers), list(problem.operators)
+    terms = split_terms(problem.expression)
     text, slot = "", "opener"
-    while operators:
-        index = next_operator(operators)
-        if rng.random() < style.left_to_right:
-            index = 0
-        step = write_expression(numbers[index : index + 2], operators[index : index + 1])
-        result = reduce_at(numbers, operators, index)
-        text += f"{phrase(slot)}{step}{phrase('equals')}{result}"
-        if operators:
-            text += f"{phrase('rest')}{write_expression(numbers, operators)}"
+    while len(terms) > 1:
+        index = next_operator(terms, left_to_right=rng.random() < style.left_to_right)
+        step = "".join(terms[index - 1 : index + 2])
+        text += f"{phrase(slot)}{step}{phrase('equals')}{evaluate_operator(terms, index)}"
+        if len(terms) > 1:
+            text += f"{phrase('rest')}{''.join(terms)}"
         text, slot = text + ".", "connective"
-    return f"{text}{phrase('closer')}{numbers[0]}"
+    return f"{text}{phrase('closer')}{terms[0]}"
 
 
-_PROMPT = re.compile(r"what is ([1-9](?:[+×-][1-9]){2,4})\?")
+_PROMPT = re.compile(r"what is (\(*[1-9](?:\)*[+×-]\(*[1-9]){2,8}\)*)\?")
 
 
 def read_problem(prompt: str) -> Problem | None:
-    """The problem that a prompt asks; None if it is none of this task's."""
+    """The problem that a prompt asks; None if it is not one of this task's."""
     match = _PROMPT.fullmatch(prompt)
-    return Problem(tuple(map(int, match[1][::2])), tuple(match[1][1::2])) if match else None
+    if match is None or match[1].count("(") != match[1].count(")"):
+        return None
+    problem = Problem(match[1])
+    try:
+        int(problem.answer)
+    except (ValueError, IndexError, StopIteration):  # brackets that do not match
+        return None
+    return problem
 
 
 _ANSWER = re.compile(r"(?:answer is|result is|makes the answer) (\d{1,2})\s*$")
@@ -161,18 +192,42 @@ def is_correct(text: str, answer: str) -> bool:
     return extract_answer(text) == answer
 
 
-def sample_problem(rng: random.Random) -> Problem:
-    count = rng.choices((2, 3, 4), (0.2, 0.4, 0.4))[0]
-    numbers = tuple(rng.randint(1, 9) for _ in range(count + 1))
-    return Problem(numbers, tuple(rng.choice(OPERATORS) for _ in range(count)))
+def sample_problem(rng: random.Random, level: Level = "short") -> Problem:
+    if level == "short":
+        count = rng.choices((2, 3, 4), (0.2, 0.4, 0.4))[0]
+        terms = _flat_terms(rng, count)
+    else:
+        count = rng.randint(6, 8)
+        terms = _with_brackets(_flat_terms(rng, count), rng)
+    return Problem("".join(terms))
 
 
-def make_problems(n: int, seed: int, *, held_out: bool) -> list[Problem]:
+def _flat_terms(rng: random.Random, operations: int) -> list[str]:
+    numbers = [str(rng.randint(1, 9)) for _ in range(operations + 1)]
+    operators = [rng.choice(OPERATORS) for _ in range(operations)]
+    return [numbers[0], *(term for pair in zip(operators, numbers[1:], strict=True) for term in pair)]
+
+
+def _with_brackets(terms: list[str], rng: random.Random) -> list[str]:
+    """One pair of brackets around two or three numbers in each half, or in one of the halves."""
+    count = len(terms) // 2 + 1
+    halves = [(0, count // 2), (count // 2, count)]
+    if rng.random() < 0.5:
+        halves = [rng.choice(halves)]
+    for start, end in halves:
+        inside = rng.randint(2, min(3, end - start))
+        first = rng.randint(start, end - inside)
+        terms[2 * first] = "(" + terms[2 * first]
+        terms[2 * (first + inside - 1)] += ")"
+    return terms
+
+
+def make_problems(n: int, seed: int, *, held_out: bool, level: Level = "short") -> list[Problem]:
     """`n` different problems of the wanted part, the same for the same seed."""
-    rng = random.Random(f"topd-demo-{seed}")
+    rng = random.Random(f"topd-demo-{seed}" if level == "short" else f"topd-demo-{level}-{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < n:
-        problem = sample_problem(rng)
+        problem = sample_problem(rng, level)
         if problem.held_out == held_out:
             problems[problem.expression] = problem
     return list(problems.values())

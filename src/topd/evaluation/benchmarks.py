@@ -50,6 +50,7 @@ BENCHMARKS = {
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test", 500, "math", "MIT (MATH)"),
     "gsm8k": Benchmark("openai/gsm8k:main", "test", 1319, "math", "MIT"),
     "embedded": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 96),
+    "embedded-long": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 224),
 }
 EMBEDDED_SEED = 1_000_000
 """Of the held-out problems of the embedded task; those of `topd demo` with seed 0."""
@@ -90,8 +91,8 @@ def load_benchmark(name: str, *, limit: int | None = None, split: str = "test", 
     """
     label, source = _label_and_source(name)
     known = BENCHMARKS.get(label)
-    if label == "embedded" and source is None:
-        rows = _embedded(limit or BENCHMARKS["embedded"].size)
+    if known is not None and known.source is None and source is None:
+        rows = _embedded(label, limit or known.size)
     elif known is not None and source is None:
         rows = _rows(str(known.source), known.split, name)
         if len(rows) != known.size:
@@ -114,10 +115,10 @@ def _label_and_source(name: str) -> tuple[str, str | None]:
     return (match[1], match[2]) if match else (Path(name.replace(":", "-")).name.split(".")[0], name)
 
 
-def _embedded(count: int) -> list[dict[str, Any]]:
-    from topd.demo.task import make_problems
+def _embedded(label: str, count: int) -> list[dict[str, Any]]:
+    from topd.demo.task import DATA, make_problems
 
-    problems = make_problems(count, EMBEDDED_SEED, held_out=True)
+    problems = make_problems(count, EMBEDDED_SEED, held_out=True, level=DATA[label])
     return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
 
 

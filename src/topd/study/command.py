@@ -64,7 +64,7 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
                 jobs[arm.name, index, seed] = replace(job_of(plan, arm, seed, choice, file), held_out=False)
     if not jobs:
         return {}
-    console.print(f"Tuning: {len(jobs)} runs, the same number for each arm, on problems that are not held out.")
+    console.print(f"Tuning: {len(jobs)} runs, on problems that are not held out.")
     records = _run_all(plan, list(jobs.values()), workers, console, lambda found: None)
     tuning: dict[str, list[dict[str, Any]]] = {}
     for arm in (arm for arm in plan.arms if arm.choices):
@@ -105,7 +105,20 @@ def _accuracy(record: dict[str, Any]) -> float:
 
 
 def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out: Path, steps: int = 0) -> Job:
-    return job_of(plan, arm, seed, tuned.get(arm.name, {}), out / "runs" / slug(arm.name) / f"{seed}.json", steps)
+    return job_of(
+        plan,
+        arm,
+        seed,
+        _applying(tuned.get(arm.tuned_as or arm.name, {}), arm),
+        out / "runs" / slug(arm.name) / f"{seed}.json",
+        steps,
+    )
+
+
+def _applying(choice: dict[str, Any], arm: ArmPlan) -> dict[str, Any]:
+    """What of another arm's choice applies to this one: lambda only where the arm guides."""
+    guides = arm.options.get("method", "topd") == "topd"
+    return {name: value for name, value in choice.items() if guides or name != "guidance_weight"}
 
 
 def _timed(
@@ -215,6 +228,7 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
                     for seed in right["greedy"][name]
                 },
                 "curve": {str(seed): r["curve"] for (arm, seed), r in by_run.items() if arm == name},
+                "metrics": {str(seed): r.get("metrics", {}) for (arm, seed), r in by_run.items() if arm == name},
                 "seconds_training": {str(s): r["seconds_training"] for (arm, s), r in by_run.items() if arm == name},
                 "steps": {str(s): r["settings"]["arm_steps"] for (arm, s), r in by_run.items() if arm == name},
             }

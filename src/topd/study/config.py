@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +22,18 @@ class ArmPlan:
 
     Attributes:
         options: of `TOPDConfig`, on top of the study's.
-        choices: option sets that tuning chooses from; each arm of a study has equally many.
+        choices: option sets that tuning chooses from: its own, equally many in each arm, or the study's grid.
         time_of: instead of the study's steps, as many as take the time that this arm took with the same seed.
+        tuned_as: instead of own choices, what this arm was tuned to.
+        steps_factor: times the study's steps, a fixed number instead of `time_of`.
     """
 
     name: str
     options: dict[str, Any]
     choices: tuple[dict[str, Any], ...] = ()
     time_of: str | None = None
+    tuned_as: str | None = None
+    steps_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class StudyPlan:
         curve_every, curve_problems: how often, and how many problems, for the learning curves.
         tune_seeds, tune_problems: of tuning; its problems are neither trained on nor among the held-out ones.
         options: of `TOPDConfig`, common to all arms.
+        grid: values of `TOPDConfig` options; arms without `choices`, `time_of` and `tuned_as` choose from all
+            combinations. `guidance_weight` applies to method topd only: the other methods are its lambda of 0.
+        level: of the embedded task's problems, short or long.
         data: prompts to train on, as `topd train` takes them; without it, the embedded task is trained on and asked.
         benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as `topd eval` takes them.
         rule: of a benchmark that is not known by name: how answers are compared.
@@ -60,6 +68,8 @@ class StudyPlan:
     tune_seeds: tuple[int, ...] = (100,)
     tune_problems: int = 500
     options: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
+    level: Literal["short", "long"] = "short"
     data: str | None = None
     benchmark: str | None = None
     tune_benchmark: str | None = None
@@ -101,21 +111,35 @@ def plan_of(found: Any) -> StudyPlan:
     missing = sorted({"student", "teacher", "seeds", "steps"} - set(found))
     if missing:
         raise ValueError(f"missing: {', '.join(missing)}.")
-    arms = tuple(_arm(str(name), options or {}) for name, options in found["arms"].items())
+    grid = found.get("grid", {})
+    arms = tuple(_arm(str(name), options or {}, grid) for name, options in found["arms"].items())
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     plan = StudyPlan(**values | {"arms": arms})
     _check(plan)
     return plan
 
 
-def _arm(name: str, options: Any) -> ArmPlan:
+def _arm(name: str, options: Any, grid: Any) -> ArmPlan:
     if not isinstance(options, Mapping):
         raise ValueError(f"arm {name}: its options are not a mapping.")
     own = dict(options)
-    choices, time_of = own.pop("choices", []), own.pop("time_of", None)
+    choices, time_of, tuned_as = own.pop("choices", []), own.pop("time_of", None), own.pop("tuned_as", None)
+    factor = own.pop("steps_factor", 1.0)
+    if grid and not (choices or time_of or tuned_as):
+        choices = _combinations(name, grid, guided=own.get("method", "topd") == "topd")
     if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
         raise ValueError(f"arm {name}: choices must be a list of option mappings.")
-    return ArmPlan(name, own, tuple(dict(choice) for choice in choices), time_of)
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise ValueError(f"arm {name}: steps_factor must be a positive number; got {factor!r}.")
+    return ArmPlan(name, own, tuple(dict(choice) for choice in choices), time_of, tuned_as, float(factor))
+
+
+def _combinations(arm: str, grid: Any, guided: bool) -> list[dict[str, Any]]:
+    """All combinations of the grid's values."""
+    if not isinstance(grid, Mapping) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"arm {arm}: grid must map options to lists of values, such as learning_rate: [1e-4, 2e-4].")
+    names = [name for name in grid if guided or name != "guidance_weight"]
+    return [dict(zip(names, values, strict=True)) for values in product(*(grid[name] for name in names))]
 
 
 def _check(plan: StudyPlan) -> None:
@@ -146,8 +170,12 @@ def _check(plan: StudyPlan) -> None:
                 f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
             )
     _check_own_data(plan)
-    if len({len(arm.choices) for arm in plan.arms if arm.time_of is None}) > 1:
+    tuned = [arm for arm in plan.arms if arm.time_of is None and arm.tuned_as is None]
+    if not plan.grid and len({len(arm.choices) for arm in tuned}) > 1:
         raise ValueError("the arms have different numbers of choices: tuning must cost each arm the same.")
+    for arm in plan.arms:
+        if arm.tuned_as is not None and (arm.choices or arm.tuned_as not in [each.name for each in tuned]):
+            raise ValueError(f"arm {arm.name}: tuned_as must name an arm that is tuned, in place of choices.")
     plain = [arm.name for arm in plan.arms if arm.time_of is None]
     if REFERENCE not in plain:
         raise ValueError(f"arm {REFERENCE}: it is what the others are compared with, and has no time_of.")

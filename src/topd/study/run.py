@@ -36,7 +36,7 @@ class Job:
 
 def job_of(plan: StudyPlan, arm: ArmPlan, seed: int, options: dict[str, Any], file: Path, steps: int = 0) -> Job:
     """The job of an arm with these options on top of its own."""
-    return Job(arm.name, seed, arm.options | options, steps or plan.steps, file)
+    return Job(arm.name, seed, arm.options | options, steps or round(plan.steps * arm.steps_factor), file)
 
 
 def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
@@ -99,6 +99,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         "settings": settings_of(plan, job),
         "right": {how: [int(each) for each in answers] for how, answers in right.items()},
         "curve": curve.with_tokens(trainer.state.log_history),
+        "metrics": metrics_of(trainer.state.log_history),
         "seconds_training": curve.seconds,
         "seconds": time.perf_counter() - started,
     }
@@ -107,6 +108,22 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(draft, job.file)
     return record
+
+
+KEPT_METRICS = (
+    "loss", "token_loss/mean", "distance/q50", "false_alarm_share", "forks/per_rollout", "forks/threshold",
+    "guidance/own_token_share", "guidance/grad_ratio",
+)  # fmt: skip
+"""Metrics that a record keeps for each step."""
+
+
+def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By metric, its value at each step that has one."""
+    return {
+        name: {str(entry["step"]): float(f"{entry[name]:.4g}") for entry in log if name in entry}
+        for name in KEPT_METRICS
+        if any(name in entry for entry in log)
+    }
 
 
 def pair_tokenizer(plan: StudyPlan) -> Any:
