@@ -14,13 +14,13 @@ from topd.warmstart.command import SolutionArguments
 
 PAGE = Path(__file__).with_name("options.md")
 SECTIONS = {
-    "preset": "Method and windows",
+    "method": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD, and the cost beside it",
     "candidate_spacing": "Candidates",
     "teacher_window_server": "A teacher on a server",
     "embedding": "Transport",
-    "false_alarm_share": "Forks",
+    "fork_rule": "Forks",
     "guidance_weight": "Guidance",
     "cap_false_alarms": "Capping",
     "teachers": "Several teachers",

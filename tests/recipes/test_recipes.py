@@ -52,7 +52,7 @@ def test_the_paper_s_pair_has_the_paper_s_values():
     assert (first.warmup_steps, first.packing, 4 * accumulated) == (0.05, True, 128)
     assert (second.learning_rate, second.warmup_steps, second.max_grad_norm) == (2e-6, 0.05, 1.0)
     assert (second.temperature, second.top_p, second.max_completion_length, second.beta) == (1.0, 1.0, 8000, 1.0)
-    assert (second.window_length, second.candidate_share, second.student_window) == (50, 0.0225, "regenerated")
+    assert (second.window_length, second.candidate_share, second.student_window) == (50, 0.0225, "rollout")
     assert 2 * second.gradient_accumulation_steps * second.per_device_train_batch_size == 4
 
 
