@@ -9,28 +9,37 @@ from small_studies import plan
 
 from topd.cli import main
 from topd.study.config import plan_of, read_plan
+from topd.study.run import job_of
 
 STUDIES = Path(__file__).parents[2] / "studies"
-CORE = {"opd", "topd", "own tokens", "teacher's contexts, reverse KL", "opd, topd's time"}
 
 
 def test_the_study_that_ships_is_whole():
+    """Six seeds, three tuning seeds, one grid for all arms, and every arm that the claims need."""
     found = read_plan(STUDIES / "embedded.yaml")
-    names = {arm.name for arm in found.arms}
-    assert names >= CORE | {
-        "low-D_OT capped", "high-D_OT capped", "random capped", "topd, rollout windows", "same index",
-        "random candidates", "false alarms", "teacher's contexts, cross-entropy",
+    assert {arm.name for arm in found.arms} == {
+        "opd", "opd, 1.41 x the steps", "topd", "topd, candidate windows", "topd, regenerated windows",
+        "topd, soft targets", "own tokens", "random places", "low-D_OT capped", "high-D_OT capped", "random capped",
     }  # fmt: skip
-    assert len(found.seeds) >= 10
-    assert found.held_out >= 1000
+    assert (len(found.seeds), len(found.tune_seeds), found.grid["guidance_weight"]) == (6, 3, [0.01, 0.03, 0.1, 0.3])
 
 
-@pytest.mark.parametrize("student", ["stubborn", "wording"])
-def test_the_studies_of_other_students_have_the_core_arms(student):
-    found = read_plan(STUDIES / f"embedded-{student}.yaml")
-    assert found.student == f"embedded:student-{student}"
-    assert {arm.name for arm in found.arms} >= CORE
-    assert found.held_out >= 1000
+GRID = {"learning_rate": [0.1, 0.2], "guidance_weight": [0.3, 0.4]}
+
+
+def test_arms_choose_from_one_grid_whose_lambda_of_0_is_opd():
+    found = plan(grid=GRID, arms={"opd": {"method": "opd"}, "topd": {"method": "topd"}})
+    opd, topd = found.arms
+    assert opd.choices == ({"learning_rate": 0.1}, {"learning_rate": 0.2})
+    assert len(topd.choices) == 4
+    assert topd.choices[1] == {"learning_rate": 0.1, "guidance_weight": 0.4}
+
+
+def test_an_arm_may_take_what_another_one_was_tuned_to_and_other_steps():
+    arms = {"opd": {"method": "opd"}, "long": {"method": "opd", "tuned_as": "opd", "steps_factor": 1.5}}
+    found = plan(grid=GRID, arms=arms)
+    assert (found.arms[1].tuned_as, found.arms[1].choices) == ("opd", ())
+    assert job_of(found, found.arms[1], 0, {}, Path("x")).steps == 6  # of 4
 
 
 def test_the_study_of_a_real_pair_is_whole():
@@ -48,6 +57,10 @@ def test_the_study_of_a_real_pair_is_whole():
         ({"arms": {"opd": {}, "b": {"time_of": "c"}, "c": {"time_of": "opd"}}}, "no other arm with steps of its own"),
         ({"arms": {"opd": {"time_of": "b"}, "b": {}}}, "has no time_of"),
         ({"arms": {"opd": {}, "b": {"time_of": "opd", "choices": [{}]}}}, "leave out choices"),
+        ({"arms": {"opd": {}, "b": {"tuned_as": "c"}}}, "tuned_as must name an arm that is tuned"),
+        ({"arms": {"opd": {}, "b": {"tuned_as": "opd", "choices": [{}]}}}, "tuned_as must name an arm that is tuned"),
+        ({"arms": {"opd": {"steps_factor": 0}}}, "steps_factor must be a positive number"),
+        ({"grid": {"learning_rate": 0.1}}, "grid must map options to lists"),
         ({"options": None}, "options must be"),
         ({"data": "p.jsonl", "benchmark": "b", "sampling": 0.6}, "sampling must be"),
         ({"arms": {"opd": {"choices": [3]}}}, "list of option mappings"),
