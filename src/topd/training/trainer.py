@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
 from topd.errors import ServerError, TOPDError
+from topd.generation import own_settings_only
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -132,11 +133,11 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         return self.args.window_length if self.args.looks_ahead else 0
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; what the student computes while sampling is kept for looking ahead."""
+        """TRL's, by the options' settings alone; what the student computes is kept for looking ahead."""
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
-        with unsharded(student):
+        with unsharded(student), own_settings_only(student):
             if not self.args.looks_ahead or not self.model.training or has_dropout(student):
                 return super()._generate_single_turn(*args, **kwargs)
             self._sampling = SamplingStates()
