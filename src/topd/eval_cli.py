@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from topd.arguments import json_object
 from topd.errors import TOPDError
 
 EMBEDDED_MODEL = "embedded:student-standard"
@@ -42,7 +42,7 @@ def add_eval(commands: Any) -> None:
     how.add_argument("--max-new-tokens", type=int, help="of a response (default: 16384; embedded task: 96)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument(
-        "--chat-template-kwargs", type=json.loads, metavar="JSON",
+        "--chat-template-kwargs", type=json_object, metavar="JSON",
         help="such as '{\"enable_thinking\": false}', which is the paper's",
     )  # fmt: skip
     how.add_argument("--raw", action="store_true", help="prompts as plain text, without the chat template")

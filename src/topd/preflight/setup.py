@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from topd.demo.pair import resolve_model
 from topd.errors import DataError
 from topd.generation import end_token_ids
+from topd.prompting import prompt_ids
 from topd.training.command import loading
 from topd.training.config import TOPDConfig
-from topd.training.tokenizers import prompt_ids
 
 SAMPLE = 256
 """Prompts that are tokenized to learn their lengths."""

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
 from topd.errors import ServerError, TOPDError
-from topd.generation import own_settings_only
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -29,6 +28,7 @@ from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
 from topd.training.precision import watch_rounding
 from topd.training.prepared import prepared_models
+from topd.training.rollouts import OwnRollouts
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
@@ -39,7 +39,7 @@ from topd.training.tokenizers import check_context, check_tokenizers
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
+class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -133,11 +133,11 @@ class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
         return self.args.window_length if self.args.looks_ahead else 0
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, by the options' settings alone; what the student computes is kept for looking ahead."""
+        """TRL's; what the student computes while sampling is kept for looking ahead."""
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
-        with unsharded(student), own_settings_only(student):
+        with unsharded(student):
             if not self.args.looks_ahead or not self.model.training or has_dropout(student):
                 return super()._generate_single_turn(*args, **kwargs)
             self._sampling = SamplingStates()
