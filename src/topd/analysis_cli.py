@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from topd.arguments import FromRecipe, json_object
 from topd.errors import TOPDError
 
 EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teacher"}
@@ -40,10 +41,11 @@ def run_probe_command(options: argparse.Namespace) -> None:
     """Check, load, probe."""
     from topd.analysis.probe import ProbeOptions
     from topd.analysis.probe_command import ProbeRun, run_probe
+    from topd.generation import end_token_ids
 
     names = _checked(options)
     student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
-    rows = token_ids(options.data, options.split, options.rollouts, tokenizer, options.given_responses)
+    rows = token_ids(options, tokenizer, end_token_ids(student.generation_config, tokenizer), options.given_responses)
     if options.given_responses:
         options.rollouts = len(rows)
         for row in rows:
@@ -54,12 +56,21 @@ def run_probe_command(options: argparse.Namespace) -> None:
         options.temperature, options.given_responses,
         ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
                      options.seed),
+        options.chat_template_kwargs,
     )  # fmt: skip
     run_probe(run, student, teacher, tokenizer, rows, options.out)
 
 
 def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     """What both analyses take: a pair, prompts, rollouts, windows."""
+    parser.add_argument(
+        "--config", action=FromRecipe, metavar="FILE",
+        help="YAML file of topd train: its pair, data, chat template options, windows; options after it win",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat-template-kwargs", type=json_object, default={}, metavar="JSON",
+        help="for prompts that are messages, such as '{\"enable_thinking\": false}'; as in the run that is to come",
+    )  # fmt: skip
     parser.add_argument(
         "--student", help=f"folder (of a LoRA adapter too), Hub name, or embedded one (default: {EMBEDDED['student']})"
     )
@@ -134,17 +145,19 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     return models[0], models[1], tokenizers[0]
 
 
-def token_ids(data: str, split: str, limit: int, tokenizer: Any, responses: bool = False) -> list[dict[str, Any]]:
-    """Prompts as token ids; messages go through the chat template. Given responses get the end of sequence."""
+def token_ids(
+    options: argparse.Namespace, tokenizer: Any, ends: list[int], responses: bool = False
+) -> list[dict[str, Any]]:
+    """Prompts as token ids; messages go through the chat template. Given responses get their end token."""
+    from topd.prompting import closing_id, prompt_ids, solution_ids
     from topd.training.command import prompts
-    from topd.training.tokenizers import prompt_ids
 
-    rows = []
-    for row in prompts(data, split, limit, responses):
-        rows.append({"prompt_ids": prompt_ids(tokenizer, row["prompt"], {}), "answer": row.get("answer")})
+    rows, template = [], options.chat_template_kwargs
+    for row in prompts(options.data, options.split, options.rollouts, responses):
+        rows.append({"prompt_ids": prompt_ids(tokenizer, row["prompt"], template), "answer": row.get("answer")})
         if responses:
-            said = tokenizer(row["response"].removesuffix(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
-            rows[-1]["response_ids"] = [*said, tokenizer.eos_token_id]
+            closing = closing_id(tokenizer, ends, template, not isinstance(row["prompt"], str))
+            rows[-1]["response_ids"] = solution_ids(tokenizer, row["prompt"], row["response"], template, closing)[1]
     return rows
 
 
@@ -167,6 +180,7 @@ def run_correct_command(options: argparse.Namespace) -> None:
 
     from topd.analysis.correct import ARMS, CorrectOptions, Corrector, find_forks
     from topd.analysis.correct_command import CorrectRun, run_correct
+    from topd.generation import end_token_ids
     from topd.near_future.sampling import local_pair, sample_rollouts
 
     names = _checked(options)
@@ -179,7 +193,7 @@ def run_correct_command(options: argparse.Namespace) -> None:
         options.window_length[0], options.share, steps=options.steps, learning_rate=options.learning_rate,
         guidance_weight=options.guidance_weight, arms=arms, seed=options.seed,
     )  # fmt: skip
-    rows = token_ids(options.data, options.split, options.rollouts, tokenizer)
+    rows = token_ids(options, tokenizer, end_token_ids(student.generation_config, tokenizer))
     _check_length(rows, tokenizer, options, student, teacher)
     pair = local_pair(student, teacher, tokenizer, micro_batch=options.batch)
     forks = []
@@ -195,8 +209,9 @@ def run_correct_command(options: argparse.Namespace) -> None:
         options.max_new_tokens,
     )  # fmt: skip
     run = CorrectRun(
-        names["student"], names["teacher"], options.data, options.rollouts, options.max_new_tokens, settings
-    )
+        names["student"], names["teacher"], options.data, options.rollouts, options.max_new_tokens, settings,
+        options.chat_template_kwargs,
+    )  # fmt: skip
     run_correct(run, corrector, forks, tokenizer.decode, options.out)
 
 

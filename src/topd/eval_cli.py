@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from topd.arguments import json_object
 from topd.errors import TOPDError
 
 EMBEDDED_MODEL = "embedded:long-student"
@@ -28,7 +28,8 @@ def add_eval(commands: Any) -> None:
     what.add_argument(
         "--benchmark", nargs="+", action="extend", metavar="B",
         help="aime24, aime25, hmmt25, math500, gsm8k, embedded, embedded-long, or a file or Hub dataset with "
-        "`problem` and `answer`; LABEL=FILE names it, aime24=FILE takes a known one from a file (default: embedded-long)",
+        "`problem` and `answer`; LABEL=FILE names it, aime24=FILE takes a known one from a file (default: "
+        "embedded-long)",
     )  # fmt: skip
     what.add_argument("--split", default="test", help="of a Hub dataset of yours (default: %(default)s)")
     what.add_argument(
@@ -44,7 +45,7 @@ def add_eval(commands: Any) -> None:
     )
     how.add_argument("--seed", type=int, default=0)
     how.add_argument(
-        "--chat-template-kwargs", type=json.loads, metavar="JSON",
+        "--chat-template-kwargs", type=json_object, metavar="JSON",
         help="such as '{\"enable_thinking\": false}', which is the paper's",
     )  # fmt: skip
     how.add_argument("--raw", action="store_true", help="prompts as plain text, without the chat template")

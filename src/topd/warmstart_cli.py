@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from topd.arguments import json_object
 from topd.errors import TOPDError
 
 
@@ -39,7 +39,7 @@ def add_generate(commands: Any) -> None:
         help="keep only responses with the right answer, by this rule (default: keep all, as the paper)",
     )  # fmt: skip
     generate.add_argument(
-        "--chat-template-kwargs", type=_json_object, metavar="JSON",
+        "--chat-template-kwargs", type=json_object, metavar="JSON",
         help="for prompts that are messages, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
     generate.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="in this process")
@@ -93,10 +93,3 @@ def _check(options: argparse.Namespace) -> None:
         raise TOPDError("Greedy responses (--temperature 0) are all the same: leave --samples at 1.")
     if options.out.suffix not in (".jsonl", ".parquet"):
         raise TOPDError(f"--out {options.out}: give a name that ends in .jsonl or .parquet.")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value

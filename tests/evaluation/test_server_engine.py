@@ -44,6 +44,8 @@ def test_the_request_carries_the_settings_and_a_seed_of_its_own():
     first, second = server.seen
     assert first["path"] == "/v1/completions"
     assert (first["temperature"], first["top_p"], first["top_k"], first["max_tokens"]) == (0.7, 0.9, -1, 2)
+    neutral = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    assert {name: first[name] for name in neutral} == neutral  # else the server takes the model's own
     assert first["model"] == "the-teacher"
     assert abs(first["seed"] - second["seed"]) == 1
 

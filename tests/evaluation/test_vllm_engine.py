@@ -68,6 +68,8 @@ def test_prompts_go_as_token_ids_each_with_its_own_seed() -> None:
     prompts, params = made.llm.asked[0]
     assert [prompt["prompt_token_ids"] for prompt in prompts] == [ids, ids]
     assert (params[0]["temperature"], params[0]["top_p"], params[0]["max_tokens"]) == (0.6, 0.9, 16)
+    neutral = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    assert {name: params[0][name] for name in neutral} == neutral
     seeds = [one["seed"] for _, batch in made.llm.asked for one in batch]
     assert len(set(seeds)) == 3
 

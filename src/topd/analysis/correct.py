@@ -17,6 +17,7 @@ from torch import Tensor
 
 from topd.algorithm import highest_loss, is_fork
 from topd.algorithm.forks import false_alarm_threshold
+from topd.generation import end_token_ids, padding_id
 from topd.near_future import (
     DistilledModel,
     LocalModel,
@@ -159,7 +160,8 @@ class Corrector:
     def outcome(self, fork: Fork) -> Outcome:
         """Where the student goes from the fork's prefix now."""
         ours, teacher = self.pair
-        source = LocalModel(self.student, self.tokenizer.pad_token_id, [self.tokenizer.eos_token_id])
+        ends = end_token_ids(self.student.generation_config, self.tokenizer)
+        source = LocalModel(self.student, padding_id(self.tokenizer), ends)
         longest = max(self.options.window_length, self.max_new_tokens if self.is_right else 0)
         whole = source.continue_([fork.prefix], longest)
         window = Windows(whole.tokens[:, : self.options.window_length], whole.mask[:, : self.options.window_length])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class CorrectRun:
     rollouts: int
     max_new_tokens: int
     options: CorrectOptions
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def run_correct(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class ProbeRun:
         max_new_tokens, temperature: of the rollouts.
         given: the responses come with the prompts, and nothing is sampled.
         options: what is measured at them.
+        chat_template_kwargs: for prompts that are messages.
     """
 
     student: str
@@ -47,6 +48,7 @@ class ProbeRun:
     temperature: float
     given: bool
     options: ProbeOptions
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def run_probe(

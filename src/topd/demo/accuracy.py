@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from topd.demo.task import Level, Problem, is_correct
+from topd.generation import end_token_ids, own_settings_only, padding_id
 
 MAX_NEW_TOKENS: dict[Level, int] = {"short": 96, "long": 224}
 """Longer than any worked solution of the level."""
@@ -26,18 +27,20 @@ def answer_problems(
     was_training = model.training
     model.eval()
     order = sorted(range(len(problems)), key=lambda index: len(problems[index].prompt))
-    texts = [""] * len(problems)
+    texts, ends = [""] * len(problems), end_token_ids(model.generation_config, tokenizer)
     decoding = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         inputs = tokenizer([problems[i].prompt for i in chosen], return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=max(MAX_NEW_TOKENS[problem.level] for problem in problems),
-            pad_token_id=tokenizer.pad_token_id,
-            **decoding,
-        )
+        with own_settings_only(model):
+            output = model.generate(
+                input_ids=inputs["input_ids"].to(model.device),
+                attention_mask=inputs["attention_mask"].to(model.device),
+                max_new_tokens=max(MAX_NEW_TOKENS[problem.level] for problem in problems),
+                pad_token_id=padding_id(tokenizer),
+                eos_token_id=ends,
+                **decoding,
+            )
         solutions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(chosen, solutions, strict=True):
             texts[index] = text

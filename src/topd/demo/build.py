@@ -1,8 +1,8 @@
 """`topd demo build`: train the embedded models from scratch, on worked solutions, with fixed seeds.
 
 The long pair (`long-teacher`, `long-student`) is what the demo and the study use. It continues from short models: the
-teacher, and the easy student, from which the standard one continues too, with a stronger left-to-right habit. Each model
-is written with a `build.json` that states how it was made and how well it answers held-out problems.
+teacher, and the easy student, from which the standard one continues too, with a stronger left-to-right habit. Each
+model is written with a `build.json` that states how it was made and how well it answers held-out problems.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ Rule = Literal["math", "integer", "embedded"]
 
 * "math": the content of the last `\\boxed{}`, by mathematical equality (math-verify); boxes joined by a comma, "and" or
   "or" count as one list.
-* "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999).
+* "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999): `073`, `73.0`,
+  `\\textbf{73}`, `73 \\text{ cm}`, and what follows the equals sign in `m+n = 73`.
 * "embedded": the embedded task's closing sentence.
 """
 
@@ -26,8 +27,8 @@ class Verdict:
     Attributes:
         extracted: the answer as written, None if there is none.
         right: whether it is the wanted one.
-        parsed: whether it could be read and compared. False: no box, or one that is no number (rule "integer"), no
-            LaTeX, or too hard to compare in time (rule "math"). `right` is then False.
+        parsed: whether it could be read and compared. False: no box, a last box that is never closed, one that is no
+            number (rule "integer"), no LaTeX, or too hard to compare in time (rule "math"). `right` is then False.
     """
 
     extracted: str | None
@@ -67,12 +68,19 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
 
 _BRACE = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
-_DECORATION = re.compile(r"\\[,;:! ]\s*|\^\{?\\circ\}?|\\degree|\\(?:text|mathrm|mathbf)(?=\{)|[${}]|\.$")
+_FONT = r"\\(?:text|math)(?:bf|it|rm|sf|tt)?|\\(?:boldsymbol|bm|displaystyle|bf|rm|it)"
+_UNIT = re.compile(r"(?<=[0-9}])\s*(?:\\[,;:! ]\s*)*\\(?:text|mathrm)\{[^{}0-9]*\}(?:\^\{?[0-9]\}?)?[\s$.]*$")
+_DECORATION = re.compile(rf"\\[,;:! ]\s*|\^\{{?\\circ\}}?|\\degree|(?:{_FONT})(?![a-zA-Z])|[${{}}]")
 _WHOLE = re.compile(r"[+-]?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5})")
+_NO_FRACTION = re.compile(r"\.0*\s*$")
+_SEVERAL = re.compile(r",(?![0-9]{3})|;|\b(?:and|or)\b")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last closed `\\boxed{}`, stripped; of several joined by a comma, "and" or "or", all of them."""
+    """Content of the last `\\boxed{}`, stripped; of several joined by a comma, "and" or "or", all of them.
+
+    None if the last one is never closed: the response was cut inside its answer, and an earlier box is not that answer.
+    """
     contents: list[str] = []
     after = 0
     for start, end in reversed(_boxes(text)):
@@ -84,21 +92,30 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:
-    """Start and closing brace of all boxes that are closed, not empty, and hold no other box."""
+    """Start and closing brace of all boxes that are closed, not empty, and hold no other box; none, if the last box to
+    begin is never closed."""
     boxes: list[tuple[int, int]] = []
     opened: list[re.Match[str] | None] = []  # None: a brace of something else
+    last = None
     for match in _BRACE.finditer(text):
         if match["box"] or match[0] == "{":
+            last = match if match["box"] else last
             opened.append(match if match["box"] else None)
         elif match[0] == "}" and opened:
             box = opened.pop()
             holds_a_box = bool(box and boxes and boxes[-1][0] > box.start())
             if box and not holds_a_box and text[box.end() : match.start()].strip():
                 boxes.append((box.start(), match.start()))
-    return boxes
+    return [] if last is not None and last in opened else boxes
 
 
 def _whole_number(text: str) -> int | None:
-    """The whole number that a box holds; degree signs, thousands separators and leading zeros do not matter."""
-    bare = _DECORATION.sub("", text.strip()).strip()
+    """The whole number that a box holds, after the last equals sign if it has one.
+
+    Fonts, units, degree signs, thousands separators, leading zeros and zero decimals do not matter.
+    """
+    *before, number = text.split("=")
+    if any(_SEVERAL.search(_DECORATION.sub("", side)) for side in before):  # a = 73, b = 4
+        return None
+    bare = _NO_FRACTION.sub("", _DECORATION.sub("", _UNIT.sub("", number.strip())).strip())
     return int(bare.replace(",", "")) if _WHOLE.fullmatch(bare) else None

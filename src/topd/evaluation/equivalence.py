@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from functools import lru_cache
+from typing import Any
 
 from topd.errors import TOPDError
 
@@ -123,12 +124,39 @@ def _compare(wanted: str, given: str) -> bool | None:
         return False
 
 
+def _tell_tiny_numbers_apart() -> None:
+    """In the child: make math-verify compare numbers below 0.001 by their ratio.
+
+    It compares by the difference, to six or fifteen digits after the point: 1/2004! is 1/2006! then, and 0.0000001 is
+    0.0000002.
+    """
+    from math_verify import grader
+
+    equal = grader.sympy_numeric_eq
+
+    def with_ratio(a: Any, b: Any, *settings: Any) -> bool:
+        return bool(equal(a, b, *settings)) and not _tiny_and_apart(a, b)
+
+    grader.sympy_numeric_eq = with_ratio
+
+
+def _tiny_and_apart(a: Any, b: Any) -> bool:
+    """Whether both are numbers below 0.001 that differ by more than a millionth of the larger one."""
+    try:
+        values = [number.doit().evalf(15) for number in (a, b)]
+        if not all(value.is_comparable or value.is_zero for value in values):  # no number, or 0 that is not seen to be
+            return False
+        largest = max(map(abs, values))
+        return bool(largest < 1e-3 and abs(values[0] - values[1]) > 1e-6 * largest)
+    except (AttributeError, TypeError, ValueError):  # a matrix, a set
+        return False
+
+
 def _serve() -> None:
     """The child: a line in, a line out, until the parent closes the pipe or is gone."""
     import resource
 
-    import math_verify  # noqa: F401
-
+    _tell_tiny_numbers_apart()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)

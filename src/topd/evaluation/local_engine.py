@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from topd.errors import ContextError
 from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
+from topd.generation import end_token_ids, own_settings_only, padding_id
 
 
 class LocalEngine:
@@ -25,9 +26,7 @@ class LocalEngine:
 
     def __init__(self, model: Any, tokenizer: Any, together: int = 32, limited_by: str = "--max-new-tokens") -> None:
         self.model, self.tokenizer, self.together, self.limited_by = model, tokenizer, together, limited_by
-        configured = model.generation_config.eos_token_id
-        more = configured if isinstance(configured, list) else [configured]
-        self.eos = [token for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
+        self.eos = end_token_ids(model.generation_config, tokenizer)
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """The longest prompt and its response fit the context."""
@@ -44,19 +43,20 @@ class LocalEngine:
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
         """[response, token] new tokens."""
         prompts = [prompt_ids(request.prompt, self.tokenizer, sampling) for request in batch]
-        pad = self.eos[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer)
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.eos,
+            do_sample=False, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.eos or None,
             bos_token_id=None, disable_compile=True,
         )  # fmt: skip
         chooser = [] if sampling.temperature == 0 else [OwnRandomNumbers(batch, sampling, longest)]
-        output: Tensor = self.model.generate(
-            input_ids=ids, attention_mask=mask.to(ids.device), generation_config=config,
-            logits_processor=LogitsProcessorList(chooser),
-        )  # fmt: skip
+        with own_settings_only(self.model):
+            output: Tensor = self.model.generate(
+                input_ids=ids, attention_mask=mask.to(ids.device), generation_config=config,
+                logits_processor=LogitsProcessorList(chooser),
+            )  # fmt: skip
         return output[:, longest:].cpu()
 
     def _response(self, row: Tensor) -> Response:

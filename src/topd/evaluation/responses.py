@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from topd import prompting
 from topd.errors import TOPDError
 
 SEED_STRIDE = 1_000_003
@@ -79,16 +80,6 @@ def prompt_ids(prompt: Any, tokenizer: Any, sampling: Sampling) -> list[int]:
     Raises:
         TOPDError: messages, and a tokenizer without a chat template.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
         raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
-    else:
-        ids = tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **(sampling.chat_template_kwargs or {}),
-        )
-    return list(ids)
+    return prompting.prompt_ids(tokenizer, prompt, sampling.chat_template_kwargs or {})

@@ -7,6 +7,7 @@ from typing import Any
 
 from topd.errors import ServerError
 from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling
+from topd.generation import NEUTRAL
 from topd.openai_server import Limits, OpenAIServer
 
 LIMITS = Limits(timeout=3600.0, concurrency=64)
@@ -45,11 +46,10 @@ class ServerEngine:
 
     def _body(self, request: Request, sampling: Sampling) -> tuple[str, dict[str, Any]]:
         """Path and body."""
-        body: dict[str, Any] = {
+        body: dict[str, Any] = NEUTRAL | {
             "model": self.model,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": -1,  # none, whatever the model's generation config says
             "max_tokens": sampling.max_new_tokens,
             "seed": sampling.seed * SEED_STRIDE + request.number,
         }

@@ -8,6 +8,7 @@ from typing import Any
 from topd.errors import TOPDError
 from topd.evaluation.local_engine import check_context
 from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling, prompt_ids
+from topd.generation import NEUTRAL
 
 
 class VllmEngine:
@@ -48,7 +49,7 @@ class VllmEngine:
             prompts = [{"prompt_token_ids": prompt_ids(each.prompt, self.tokenizer, sampling)} for each in batch]
             params = [
                 SamplingParams(
-                    temperature=sampling.temperature, top_p=sampling.top_p, top_k=-1,
+                    **NEUTRAL, temperature=sampling.temperature, top_p=sampling.top_p,
                     max_tokens=sampling.max_new_tokens, seed=sampling.seed * SEED_STRIDE + each.number,
                 )
                 for each in batch

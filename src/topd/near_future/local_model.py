@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from topd.algorithm.head import at_least_float32
+from topd.generation import own_settings_only
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.shared_prefix import (
     Reading,
@@ -125,5 +126,6 @@ class LocalModel:
             **self._decoding,
         )
         mask = (torch.arange(longest, device=ids.device) >= padding[:, None]).long()
-        output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        with own_settings_only(self.model):
+            output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return output[:, longest:]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import ServerError, TokenizerMismatchError
+from topd.generation import NEUTRAL
 from topd.near_future.shared_prefix import until_eos
 from topd.near_future.windows import Windows
 from topd.openai_server import OpenAIServer
@@ -64,14 +65,11 @@ class RemoteWindows:
     def _complete(self, prompts: list[list[int]], length: int) -> Iterator[list[int]]:
         """New token ids of each prompt."""
         asked = [prompts[start : start + PREFIXES_A_REQUEST] for start in range(0, len(prompts), PREFIXES_A_REQUEST)]
-        settings = {
+        settings = NEUTRAL | {
             "model": self.model,
             "max_tokens": length,
             "temperature": self.temperature,
             "top_p": 1.0,
-            "top_k": -1,  # a server takes what is not said from the model's own generation config
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
             "stop_token_ids": self.eos_token_ids,
             "return_token_ids": True,
         }

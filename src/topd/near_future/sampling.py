@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from topd.generation import end_token_ids, padding_id
 from topd.near_future.distilled_model import DistilledModel, fixed
 from topd.near_future.local_model import LocalModel
 from topd.near_future.windows import Rollouts
@@ -24,20 +25,21 @@ def sample_rollouts(
 ) -> Rollouts:
     """One response to each prompt (text, or token ids), sampled from the full distribution."""
     ids = [torch.tensor(tokenizer(p)["input_ids"]) if isinstance(p, str) else p for p in prompts]
-    source = LocalModel(model, tokenizer.pad_token_id, [tokenizer.eos_token_id], temperature)
+    pad = padding_id(tokenizer)
+    source = LocalModel(model, pad, end_token_ids(model.generation_config, tokenizer), temperature)
     responses = source.continue_(ids, max_new_tokens)
-    return _rollouts(ids, responses.tokens, responses.mask, tokenizer.pad_token_id)
+    return _rollouts(ids, responses.tokens, responses.mask, pad)
 
 
 def written_rollouts(
     prompts: Sequence[Tensor], responses: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Rollouts:
     """Rollouts that are there already, from token ids."""
-    longest = max(len(response) for response in responses)
+    longest, fill = max(len(response) for response in responses), padding_id(tokenizer)
     pad = torch.nn.functional.pad
-    tokens = torch.stack([pad(r, (0, longest - len(r)), value=tokenizer.pad_token_id) for r in responses])
+    tokens = torch.stack([pad(r, (0, longest - len(r)), value=fill) for r in responses])
     mask = torch.stack([pad(torch.ones_like(r), (0, longest - len(r))) for r in responses]).bool()
-    return _rollouts(prompts, tokens.to(device), mask.to(device), tokenizer.pad_token_id)
+    return _rollouts(prompts, tokens.to(device), mask.to(device), fill)
 
 
 def _rollouts(prompts: Sequence[Tensor], tokens: Tensor, mask: Tensor, pad_token_id: int) -> Rollouts:
@@ -59,10 +61,11 @@ def _rollouts(prompts: Sequence[Tensor], tokens: Tensor, mask: Tensor, pad_token
 def local_pair(
     student: Any, teacher: Any, tokenizer: PreTrainedTokenizerBase, micro_batch: int = 32
 ) -> tuple[DistilledModel, DistilledModel]:
-    """Both models as the analyses see them: in this process, greedy windows."""
+    """Both models as the analyses see them: in this process, greedy windows that the student's end tokens end."""
+    ends = end_token_ids(student.generation_config, tokenizer)
 
     def distilled(model: Any) -> DistilledModel:
-        source = LocalModel(model, tokenizer.pad_token_id, [tokenizer.eos_token_id])
+        source = LocalModel(model, padding_id(tokenizer), ends)
         return DistilledModel(model, fixed(source), micro_batch=micro_batch)
 
     return distilled(student), distilled(teacher)

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from topd.demo.pair import resolve_model
 from topd.errors import DataError
+from topd.generation import end_token_ids
+from topd.prompting import prompt_ids
 from topd.training.command import loading
 from topd.training.config import TOPDConfig
-from topd.training.tokenizers import prompt_ids
 
 SAMPLE = 256
 """Prompts that are tokenized to learn their lengths."""
@@ -43,10 +44,7 @@ class Described:
     @property
     def end_tokens(self) -> list[int]:
         """Ids that end a response, by TRL's rule: the generation config's, and the tokenizer's."""
-        declared = self.generation.eos_token_id
-        ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-        own = self.tokenizer.eos_token_id
-        return sorted({*ids, *([] if own is None else [own])})
+        return sorted(end_token_ids(self.generation, self.tokenizer))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from topd.preflight.finding import Finding, ok
 from topd.preflight.setup import Described, Setup
-from topd.training.tokenizers import prompt_ids
+from topd.prompting import prompt_ids
 
 USER = {"role": "user", "content": "What is 5+(2×3)?"}
 CONVERSATIONS: tuple[tuple[str, list[dict[str, str]], bool], ...] = (

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from topd.demo.pair import resolve_model
 from topd.errors import TOPDError
 from topd.training.command import loading
+from topd.training.merging import merged_adapter
 from topd.training.prepared import SAFE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -127,6 +128,7 @@ def merged(model: Any, folder: str) -> Any:
         raise TOPDError(
             f"The adapter in {folder} does not fit its base {model.config._name_or_path}: {reason}"
         ) from error
-    if not hasattr(with_adapter, "merge_and_unload"):
-        raise TOPDError(f"The adapter in {folder} cannot be merged into its base; LoRA adapters can.")
-    return with_adapter.merge_and_unload().requires_grad_(True)  # as any other model: peft has frozen the base
+    try:
+        return merged_adapter(with_adapter).requires_grad_(True)  # as any other model: peft has frozen the base
+    except TOPDError as error:
+        raise TOPDError(f"The adapter in {folder}: {error}") from error

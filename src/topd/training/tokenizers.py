@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -30,18 +29,6 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         "The token loss compares probabilities token by token, so both must come from the same family; for different "
         "tokenizers use TRL's GOLDTrainer."
     )
-
-
-def prompt_ids(
-    tokenizer: Any, prompt: str | list[dict[str, str]], template_options: Mapping[str, Any], *, answered: bool = False
-) -> list[int]:
-    """Token ids of a prompt; messages go through the chat template, with the assistant to speak next or `answered`."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    ids = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=not answered, tokenize=True, return_dict=False, **template_options
-    )
-    return list(ids)
 
 
 def check_context(

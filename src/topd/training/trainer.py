@@ -30,6 +30,7 @@ from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
 from topd.training.precision import watch_rounding
 from topd.training.prepared import prepared_models
+from topd.training.rollouts import OwnRollouts
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
@@ -40,7 +41,7 @@ from topd.training.tokenizers import check_context, check_tokenizers
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(SurvivingTrainer, BothModels, DistillationTrainer):
+class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)

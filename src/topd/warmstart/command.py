@@ -117,11 +117,14 @@ def save(trainer: Any, folder: Path) -> None:
     """A model that `topd train` takes: whole weights. A LoRA adapter is merged, and kept in `adapter/` besides."""
     from accelerate.utils import is_peft_model
 
+    from topd.training.merging import merged_adapter
+
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         trainer.save_model(str(folder / "adapter"))
         if trainer.accelerator.is_main_process:
-            model.merge_and_unload().save_pretrained(folder)
+            alone = trainer.accelerator.num_processes == 1  # sharded weights take no forward pass in one process
+            merged_adapter(model, check=alone).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError
+from topd.generation import end_token_ids
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.training.kernels import loss_on_device
 from topd.training.non_finite import StopOnNonFiniteGradient
@@ -22,6 +24,9 @@ from topd.training.sharding import shard_teacher
 from topd.training.surviving import SurvivingTrainer
 from topd.training.tokenizers import check_tokenizers
 from topd.warmstart.config import WarmStartConfig
+from topd.warmstart.tokens import as_generated, check_that_it_can_stop
+
+logger = get_logger(__name__)
 
 
 class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
@@ -44,6 +49,7 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
     ```
 
     Raises:
+        TOPDError: no solution trains an end token: the student would not learn to stop.
         TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
         NonFiniteError: where a gradient is NaN or infinite; before the optimizer moves.
         ValueError: for what the loss cannot do: see the messages.
@@ -61,7 +67,9 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
         args = args or WarmStartConfig("warm-start")
         if args.distils and teacher_model is None:
             raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
+        self._generation = _generation_config(model, args)
         super().__init__(model, args, *rest, **kwargs)
+        self._warn_of_solutions_without_end()
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
         watch_rounding(self)
         self.teacher_model: Any = None
@@ -80,6 +88,26 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
             )
         if self.compute_loss_func is not None or self._is_vision_dataset:
             raise ValueError("kd_ratio > 0 works on text, with its own loss: no images, no compute_loss_func.")
+
+    # The solutions
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        """TRL's, with solutions in the ids that the student reads and writes when it generates."""
+        if not (args.assistant_only_loss or self._is_vision_dataset):
+            template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+            dataset = as_generated(dataset, self._tokenizer, self._ends(), self.completion_only_loss, **template)
+        return super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+
+    def _ends(self) -> list[int]:
+        return end_token_ids(self._generation, self._tokenizer)
+
+    def _warn_of_solutions_without_end(self) -> None:
+        dataset = self.train_dataset
+        if dataset is None or "labels" not in (dataset.column_names or ["labels"]):
+            return
+        warning = check_that_it_can_stop(dataset, self._tokenizer, self._ends(), self.args.max_length)
+        if warning:
+            logger.warning(warning)
 
     # The teacher
 
@@ -169,6 +197,17 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
             "checkpoint is whole. Resume from it with a lower learning_rate; if it comes back at the same step, look "
             "for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
         )
+
+
+def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | None:
+    """The student's, also of one that is not loaded yet; None where it has none."""
+    if not isinstance(model, str):
+        return getattr(model, "generation_config", None)
+    given: Any = args.model_init_kwargs or {}
+    try:
+        return GenerationConfig.from_pretrained(model, revision=given.get("revision") or "main")
+    except OSError:
+        return None
 
 
 def predicting_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,92 @@
+"""Prompts and solutions as token ids, the same in every command: what a model reads, and what it would have written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_OPENED = re.compile(r"<(\w+)>\s*$")
+_TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello 4711"}]
+
+
+def prompt_ids(
+    tokenizer: Any, prompt: Any, template_options: Mapping[str, Any], *, answered: bool = False
+) -> list[int]:
+    """Token ids of a prompt; messages go through the chat template, with the assistant to speak next or `answered`.
+
+    Text that already begins with the tokenizer's BOS gets no second one.
+    """
+    return one_beginning(
+        _tokens(tokenizer, prompt_text(tokenizer, prompt, template_options, answered), prompt), tokenizer
+    )
+
+
+def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any], answered: bool = False) -> str:
+    """The text of a prompt: as it is, or as the chat template renders the messages."""
+    if isinstance(prompt, str):
+        return prompt
+    text: str = tokenizer.apply_chat_template(
+        without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **template_options
+    )
+    return text
+
+
+def solution_ids(
+    tokenizer: Any, prompt: Any, response: str, template_options: Mapping[str, Any], closing: int
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of a response that is known as text, closed by `closing`, as generation gives them.
+
+    The response follows what the template writes before an answer (such as `<think>`), and an opening tag there is not
+    repeated. Rendering the response as the assistant's turn would not do: templates drop the reasoning of past turns.
+    Both are tokenized together where the prompt's ids stay as they are, else apart.
+    """
+    ids, text = prompt_ids(tokenizer, prompt, template_options), prompt_text(tokenizer, prompt, template_options)
+    response = response.removesuffix(tokenizer.decode([closing]))
+    if not isinstance(prompt, str):
+        response = _without_opening(text, response)
+    together = one_beginning(_tokens(tokenizer, text + response, prompt), tokenizer)
+    if together[: len(ids)] == ids:
+        written = together[len(ids) :]
+    else:
+        written = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    return ids, [*written, closing]
+
+
+def closing_id(tokenizer: Any, ends: Sequence[int], template_options: Mapping[str, Any], conversational: bool) -> int:
+    """The token that closes a response: in conversations the end token that the template puts behind an assistant's
+    turn, if it puts one there; else the first of `ends`."""
+    if not conversational:
+        return ends[0]
+    try:
+        text = prompt_text(tokenizer, _TALK, template_options, answered=True)
+    except Exception:  # a template may refuse this talk
+        return ends[0]
+    after = tokenizer(text.rpartition(_TALK[1]["content"])[2], add_special_tokens=False)["input_ids"]
+    return next((int(token) for token in after if token in ends), ends[0])
+
+
+def one_beginning(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Token ids with at most one BOS at the beginning: rendered text has one, and the tokenizer adds another."""
+    first = 0
+    while tokenizer.bos_token_id is not None and list(ids[first : first + 2]) == [tokenizer.bos_token_id] * 2:
+        first += 1
+    return list(ids[first:])
+
+
+def without_nulls(value: Any) -> Any:
+    """Messages without the null keys that Arrow adds (`tool_calls`, `name`): templates ask whether a key is there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _tokens(tokenizer: Any, text: str, prompt: Any) -> list[int]:
+    """A template writes its own special tokens."""
+    return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def _without_opening(prompt: str, response: str) -> str:
+    opened = _OPENED.search(prompt[-100:])
+    repeated = opened and re.match(rf"\s*<{opened[1]}>\s*", response)
+    return response[repeated.end() :] if repeated else response

@@ -1,0 +1,101 @@
+"""Solutions as the student would generate them, and whether they teach it to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy
+
+from topd.errors import TOPDError
+from topd.prompting import closing_id, solution_ids
+
+LOOKED_AT = 1000
+"""Rows of a prepared dataset that are searched for end tokens."""
+
+
+def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_only: bool, **template: Any) -> Any:
+    """Rows with `prompt` and `completion` as `input_ids` and `labels`: the ids that generation would read and write.
+
+    Text and messages alike; a completion is text, or one message of the assistant. Other rows are left as they are.
+
+    Args:
+        dataset: of `datasets`, also a streamed one.
+        ends: ids that end a response.
+        completion_only: whether the loss leaves the prompt out.
+        template: options of the chat template in every row; a row's own `chat_template_kwargs` come on top.
+
+    Raises:
+        TOPDError: there is no end token.
+    """
+    first = next(iter(dataset))
+    if not _is_solution(first):
+        return dataset
+    if not ends:
+        raise TOPDError("The student has no end token. Set eos_token in its tokenizer: it must learn where to stop.")
+
+    def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
+        options = template | (row.get("chat_template_kwargs") or {})
+        closing = closing_id(tokenizer, ends, options, not isinstance(row["prompt"], str))
+        prompt, written = solution_ids(tokenizer, row["prompt"], _text(row["completion"]), options, closing)
+        labels = [-100] * len(prompt) if completion_only else prompt
+        return {"input_ids": prompt + written, "labels": labels + written}
+
+    return dataset.map(tokenize, remove_columns=list(first))
+
+
+def endings(dataset: Any, ends: Sequence[int]) -> tuple[int, int, list[int]]:
+    """Of the first rows: how many solutions they hold, how many train an end token, and the last ids of one without."""
+    count, ended, other = 0, 0, list[int]()
+    for row in islice(dataset, LOOKED_AT):
+        labels = numpy.asarray(row["labels"])
+        lengths = row.get("seq_lengths") or [len(labels)]
+        for solution in numpy.split(labels, numpy.cumsum(lengths)[:-1]):
+            count += 1
+            if numpy.isin(solution, ends).any():
+                ended += 1
+            else:
+                other = solution[solution >= 0][-3:].tolist()
+    return count, ended, other
+
+
+def check_that_it_can_stop(dataset: Any, tokenizer: Any, ends: Sequence[int], max_length: int | None) -> str | None:
+    """A warning where some solutions train no end token.
+
+    Raises:
+        TOPDError: none does, so that the student would not learn to stop.
+    """
+    count, ended, other = endings(dataset, ends)
+    if ended == count:
+        return None
+    names = ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in ends)
+    if ended:
+        return (
+            f"{count - ended} of {count} solutions train no end token ({names}): max_length {max_length} cuts them. "
+            "From them the student does not learn to stop. Raise max_length, or leave long solutions out."
+        )
+    raise TOPDError(
+        f"No solution trains an end token ({names}), so the student would not learn to stop. They end with "
+        f"{tokenizer.decode(other)!r}. If max_length {max_length} cuts them, raise it. If that is the end of a turn, "
+        "give it as --eos_token, which adds it to the student's end tokens. Else let the chat template write the end "
+        "token behind the assistant's turn."
+    )
+
+
+def _is_solution(row: dict[str, Any]) -> bool:
+    """Whether a row is a prompt and one answer, without tools."""
+    completion = row.get("completion")
+    if not isinstance(row.get("prompt"), str | list) or row.get("tools") or not row["prompt"]:
+        return False
+    return isinstance(completion, str) or (
+        isinstance(completion, list)
+        and len(completion) == 1
+        and completion[0].get("role") == "assistant"
+        and isinstance(completion[0].get("content"), str)
+        and not completion[0].get("tool_calls")
+    )
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[0]["content"])
