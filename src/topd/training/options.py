@@ -137,6 +137,8 @@ def check_kinds(config: Any) -> None:
         value, hint = getattr(config, option.name), hints[option.name]
         if value is option.default or not _is_plain(hint) or (_is_text(hint) and isinstance(value, os.PathLike)):
             continue
+        if get_origin(hint) is Literal and isinstance(value, str):
+            continue  # the config says itself what is allowed
         if not _fits(value, hint):
             raise ValueError(f"{option.name} is {value!r:.60}; write {_in_words(hint)}.")
 
