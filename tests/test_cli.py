@@ -106,3 +106,36 @@ def test_several_trackers_and_words_that_belong_to_no_option():
     assert parse(recipe)[1].report_to == []
     with pytest.raises(TOPDError, match=r"one value: \['two'\].*several values go into the YAML file, as a list"):
         parse([*recipe, "--run_name", "one", "two"])
+
+
+FILES = [
+    ("seed: 1\nseed: 2\n", "'seed' appears more than once"),
+    ("bf16: !!bool maybe\n", "'maybe' cannot be read as bool"),
+    ("seed: " + "9" * 5000 + "\n", "cannot be read as int"),
+    ("seed: 0x" + "f" * 5000 + "\n", "too large"),
+    ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *a]\n" for i in range(20)), "Unknown"),
+    ('model_init_kwargs: \'{"a": 1, "a": 2}\'\n', "'a' appears more than once"),
+]
+
+
+@pytest.mark.parametrize(("text", "found"), FILES, ids=[found for _, found in FILES])
+def test_a_config_file_that_means_two_things_or_nothing_is_refused(tmp_path, capsys, text, found):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text + f"output_dir: {tmp_path}\n")
+    assert found in message(capsys, "train", "--config", str(file))
+
+
+def test_json_on_the_command_line_with_a_name_twice_is_refused(capsys):
+    recipe = ("train", "--config", "recipes/embedded.yaml")
+    assert "'a' appears more than once" in message(capsys, *recipe, "--chat_template_kwargs", '{"a": 1, "a": 2}')
+
+
+def test_only_embedded_models_have_prompts_without_being_asked(capsys, tmp_path):
+    names = ["--model_name_or_path", "org/student", "--teacher_model_name_or_path", "org/teacher"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topd.training.loaded.check_whole", lambda role, name: None)
+        told = message(capsys, "train", *names, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false")
+    assert "Name the prompts for org/student: --data FILE.jsonl" in told
+    assert "Name the prompts for org/student" in message(
+        capsys, "probe", "--student", "org/student", "--teacher", "org/teacher", "--out", str(tmp_path / "probe")
+    )

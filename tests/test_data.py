@@ -627,3 +627,13 @@ def test_good_text_comes_back_unchanged(folder, texts, name):
     else:
         source = write(folder, name, rows)
     assert load_prompts(source).to_list() == rows
+
+
+def test_a_name_that_appears_twice_in_an_object_is_a_broken_row(tmp_path):
+    file = tmp_path / "twice.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "1", "answer": "2"}\n')
+    with pytest.raises(DataError, match=r"line 2: 'answer' appears more than once"):
+        load_prompts(str(file))
+    (tmp_path / "twice.json").write_text('[{"prompt": "a", "prompt": "b"}]')
+    with pytest.raises(DataError, match=r"'prompt' appears more than once"):
+        load_prompts(str(tmp_path / "twice.json"))

@@ -76,8 +76,8 @@ def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument("--teacher", help=f"the same (default: {EMBEDDED['teacher']})")
     parser.add_argument(
-        "--data", default="embedded-long",
-        help="prompts: file, folder or Hub dataset, as for topd train (default: the embedded task)",
+        "--data", help="prompts: file, folder or Hub dataset, as for topd train (default: the embedded task, for "
+        "embedded models)",
     )  # fmt: skip
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=128, help="how many (default: %(default)s)")
@@ -98,8 +98,12 @@ def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
 
 def _checked(options: argparse.Namespace) -> dict[str, str]:
     """Fill in what depends on the data, refuse what cannot be; the models' names by role."""
+    from topd.training.command import data_source
+
     if (options.student is None) != (options.teacher is None):
         raise TOPDError("Name both --student and --teacher, or neither (the embedded pair).")
+    names = {role: getattr(options, role) or EMBEDDED[role] for role in EMBEDDED}
+    options.data = data_source(options.data, *names.values())
     for name, value in EMBEDDED_DEFAULTS.get(options.data, DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -108,7 +112,7 @@ def _checked(options: argparse.Namespace) -> dict[str, str]:
             raise TOPDError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}.")
     if not 0 < options.share <= 1 or min(options.window_length) < 1 or options.temperature <= 0:
         raise TOPDError("--share must be in (0, 1], --window-length at least 1, --temperature positive.")
-    return {role: getattr(options, role) or EMBEDDED[role] for role in EMBEDDED}
+    return names
 
 
 def _check_length(rows: list[dict[str, Any]], tokenizer: Any, options: Any, student: Any, teacher: Any) -> None:
@@ -130,7 +134,7 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     from topd.quiet import quieten
     from topd.training.loaded import loaded_model
     from topd.training.prepared import cut_head, head_rows, heads_in_words
-    from topd.training.tokenizers import check_tokenizers
+    from topd.training.tokenizers import check_rows, check_tokenizers
 
     quieten()
     pairs = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
@@ -139,6 +143,9 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     if tokenizers[0].pad_token is None:
         tokenizers[0].pad_token = tokenizers[0].eos_token
     rows = [head_rows(model) for model in models]
+    note = check_rows(tokenizers[0], *rows)
+    if note:
+        print(f"topd: {note}", file=sys.stderr)
     if rows[0] != rows[1]:
         print(f"topd: {heads_in_words(*rows)}", file=sys.stderr)
         cut_head(models[rows.index(max(rows))], min(rows))

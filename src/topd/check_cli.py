@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from topd.errors import TOPDError
+from topd.errors import DataError, TOPDError
 
 if TYPE_CHECKING:
     from topd.preflight.finding import Finding
@@ -90,19 +90,21 @@ def parsed(argv: list[str]) -> tuple[Any, Any, Any]:
     return parse(argv)
 
 
-def setups_of(data: Any, config: Any, model: Any, dataset: Any = None, teacher_here: bool = True) -> dict[str, Setup]:
+def setups_of(
+    data: Any, config: Any, model: Any, dataset: Any = None, evaluation: Any = None, teacher_here: bool = True
+) -> dict[str, Setup]:
     """Everything about a run that can be known without weights: by the teacher's name in the data, "" for an only one.
 
     Args:
         data, config, model: as `topd.training.command.parse` returns them.
-        dataset: the prompts, if they are loaded.
+        dataset, evaluation: the prompts, and those of the evaluation loss, if they are loaded.
         teacher_here: whether its weights are; see `Setup`.
 
     Raises:
         TOPDError: something cannot be read.
     """
     from topd.preflight.setup import Setup, describe
-    from topd.training.command import named, prompts
+    from topd.training.command import data_source, named, prompts
 
     name, teachers = named(config, model)
     trust = config.trust_remote_code
@@ -113,6 +115,7 @@ def setups_of(data: Any, config: Any, model: Any, dataset: Any = None, teacher_h
     for dtype in dtypes.values():
         if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
+    data.data = data_source(data.data, name, *teachers.values())
     dataset = dataset if dataset is not None else prompts(data.data, data.data_split, data.data_limit)
     student = describe("student", name, trust, model.model_revision)
     return {
@@ -126,12 +129,24 @@ def setups_of(data: Any, config: Any, model: Any, dataset: Any = None, teacher_h
             {role: dtype or "auto" for role, dtype in dtypes.items()},
             adapters=model.use_peft,
             teacher_here=teacher_here,
+            model=model,
+            evaluation=_evaluation(data) if evaluation is None else len(evaluation),
         )
         for key, teacher in teachers.items()
     }
 
 
-def before_training(data: Any, config: Any, model: Any, dataset: Any) -> None:
+def _evaluation(data: Any) -> int | DataError | None:
+    """Number of prompts for the evaluation loss, or why they cannot be read; None where none are named."""
+    from topd.training.command import prompts
+
+    try:
+        return len(prompts(data.eval_data, data.data_split, data.data_limit)) if data.eval_data else None
+    except DataError as error:
+        return error
+
+
+def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation: Any = None) -> None:
     """The quick checks, as `topd train` begins: warnings are shown, errors stop it.
 
     Raises:
@@ -140,7 +155,7 @@ def before_training(data: Any, config: Any, model: Any, dataset: Any) -> None:
     from topd.preflight.checks import errors_in_words, quick_findings
     from topd.preflight.finding import worst
 
-    setups = setups_of(data, config, model, dataset)
+    setups = setups_of(data, config, model, dataset, evaluation)
     findings = dict.fromkeys(finding for setup in setups.values() for finding in quick_findings(setup))
     if worst(list(findings)) == "error":
         raise TOPDError(f"{errors_in_words(list(findings))}\n--preflight false trains nevertheless.")

@@ -18,6 +18,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import DataError
+from topd.parsing import read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -136,12 +137,14 @@ def _lines(path: str, bad: dict[int, DataError]) -> Iterator[str]:
 def _parsed(text: str) -> Any:
     """The JSON value, or a `DataError` (returned, not raised)."""
     try:
-        return json.loads(text)
+        return read_json(text)
     except json.JSONDecodeError as error:
         hint = " (one object a line belongs in a .jsonl file)" if error.msg == "Extra data" else ""
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         return DataError(f"broken JSON at {where}: {error.msg}{hint}")
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if "appears more than once" in str(error):
+            return DataError(str(error))
         return DataError("JSON with a number too long, or lists nested too deep, to read")
 
 

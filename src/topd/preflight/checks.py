@@ -8,6 +8,7 @@ from typing import Any
 
 from topd.errors import TOPDError
 from topd.preflight import machine, memory, prompts, quality, server, templates, tokens
+from topd.preflight.asked import ASKED
 from topd.preflight.finding import Finding
 from topd.preflight.setup import Setup
 
@@ -34,7 +35,10 @@ def quick_findings(setup: Setup) -> list[Finding]:
     checks = dict(QUICK)
     if setup.config.teacher_window_server is not None:
         checks[server.NAME] = server.server
-    return [_finding(name, partial(check, setup)) for name, check in checks.items()]
+    asked = [_finding(name, partial(check, setup)) for name, check in ASKED.items()]
+    return [finding for finding in asked if finding] + [
+        finding for name, check in checks.items() if (finding := _finding(name, partial(check, setup)))
+    ]
 
 
 def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> list[Finding]:
@@ -46,10 +50,10 @@ def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max
     def teacher_() -> Finding:
         return quality.teacher_knows_more(setup, student, teacher, count, max_new_tokens)
 
-    return [_finding("rollouts", rollouts), _finding("teacher", teacher_)]
+    return [finding for finding in (_finding("rollouts", rollouts), _finding("teacher", teacher_)) if finding]
 
 
-def _finding(name: str, check: Callable[[], Finding]) -> Finding:
+def _finding(name: str, check: Callable[[], Finding | None]) -> Finding | None:
     """A check that cannot be made is a finding too."""
     try:
         return check()

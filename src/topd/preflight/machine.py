@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def disk(setup: Setup) -> Finding:
     folder = Path(str(config.output_dir)).absolute()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Finding(
+            "disk", "error", f"nothing can be written into {config.output_dir}: {folder} is no folder, or not yours",
+            "Name another --output_dir, or change its permissions.",
+        )  # fmt: skip
     free = shutil.disk_usage(folder).free
     needed = one * (kept + 1)  # a new one is written before an old one goes
     found = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 
 from topd.errors import ContextError
 from topd.preflight.finding import Finding, ok
 from topd.preflight.setup import Setup
+from topd.training.prompt_rows import step_size
 from topd.training.tokenizers import check_context
 
 
@@ -18,6 +18,11 @@ def sample(setup: Setup) -> Finding:
     lengths = [len(ids) for ids in rows]
     answers = sum(answer is not None for answer in setup.answers)
     first = str(tokenizer.decode(rows[0]))
+    if not min(lengths):
+        return Finding(
+            "data", "error", f"{lengths.count(0):,} of {len(rows):,} prompts that were tokenized have no tokens",
+            "The chat template renders them to nothing: correct it (chat_template.jinja), or give prompts as text.",
+        )  # fmt: skip
     found = (
         f"{len(setup.prompts):,} prompts ({'messages' if setup.conversational else 'text'}), {answers:,} with answers; "
         f"{min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; the first reads "
@@ -42,9 +47,7 @@ def sample(setup: Setup) -> Finding:
 def batch(setup: Setup) -> Finding:
     """Whole batches only are trained on: fewer prompts than one are no step at all."""
     config = setup.config
-    sizes = config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size
-    step, prompts = math.prod(sizes), len(setup.prompts)
-    found = f"a step takes {step:,} prompts ({' x '.join(map(str, sizes))}: per device, accumulated, processes)"
+    (step, found), prompts = step_size(config), len(setup.prompts)
     if prompts < step:
         return Finding(
             "batch", "error", f"{found}, the data has {prompts:,}: there would be no step",

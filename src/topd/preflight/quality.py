@@ -67,6 +67,14 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
             "rollouts", "warning", found,
             "The pair hardly agrees: look at tokenizer, template and end tokens above, or warm the student up first.",
         )  # fmt: skip
+    if unfinished == len(rollouts):
+        longest = setup.config.max_completion_length or 0
+        remedy = (
+            "Raise --max_completion_length, or warm the student up first: it may not know how to end."
+            if mask.shape[1] >= longest
+            else f"--max-new-tokens {longest} shows whether they end within the run's max_completion_length."
+        )
+        return Finding("rollouts", "warning", f"every rollout is cut; {found}", remedy)
     return ok("rollouts", found)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.demo.pair import resolve_model
 from topd.errors import DataError
@@ -15,6 +15,7 @@ from topd.generation import end_token_ids
 from topd.prompting import prompt_ids
 from topd.training.command import loading
 from topd.training.config import TOPDConfig
+from topd.training.tokenizers import tokenizer_of
 
 SAMPLE = 256
 """Prompts that are tokenized to learn their lengths."""
@@ -59,6 +60,8 @@ class Setup:
         dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
         adapters: whether only adapters are trained (PEFT).
         teacher_here: whether the teacher's weights are; else it only says what `teacher_window_server` serves.
+        model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
+        evaluation: number of prompts for the evaluation loss, or why they cannot be read; None: none are named.
     """
 
     student: Described
@@ -70,6 +73,8 @@ class Setup:
     dtypes: Mapping[str, str]
     adapters: bool = False
     teacher_here: bool = True
+    model: Any = None
+    evaluation: int | DataError | None = None
 
     @property
     def pair(self) -> tuple[Described, Described]:
@@ -108,7 +113,7 @@ def describe(role: str, name: str, trust_remote_code: bool = False, revision: st
     """
     folder = resolve_model(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    tokenizer = loading("tokenizer", folder, AutoTokenizer.from_pretrained, **options)
+    tokenizer = tokenizer_of(folder, trust_remote_code, revision)
     config = loading("config", folder, AutoConfig.from_pretrained, folder, **options)
     try:
         generation = GenerationConfig.from_pretrained(folder, revision=revision or "main")

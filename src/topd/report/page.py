@@ -17,6 +17,7 @@ from topd.report.analysis_sections import correct_section, probe_section
 from topd.report.distances import distance_figures
 from topd.report.evaluation import evaluation_section, load_evaluations
 from topd.report.figures import curve_figures
+from topd.report.provenance import provenance_rows
 from topd.report.reading import number
 from topd.report.records import MAX_CANDIDATES, Arm
 from topd.report.results import NAMES, Scores
@@ -84,6 +85,7 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
         left_out=sum(len(arm.points) for arm in [*arms, *probed]) - len(cards),
         farthest=max([1.0] + [card.candidate.distance for card in cards if card.candidate.distance is not None]),
         arms=arms,
+        provenance=provenance_rows(arms),
         options=option_rows(arms),
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from topd.errors import TOPDError
+from topd.parsing import read_yaml
 
 RECORD_VERSION = 1
 """The newest version of the records that is understood here."""
@@ -61,6 +62,18 @@ def read_lines(path: Path, shown_as: str, notes: list[str], convert: Callable[[d
     if broken:
         lines_were = "1 line was" if broken == 1 else f"{broken} lines were"
         notes.append(f"{lines_were} left out of {shown_as}: not a complete JSON record.")
+
+
+def read_provenance(folder: Path, notes: list[str]) -> Mapping[str, Any]:
+    """What a run recorded of itself in `run.yaml`; empty where there is none."""
+    file = folder / "run.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        return mapping(mapping(read_yaml(file.read_text(encoding="utf-8", errors="replace"))).get("provenance"))
+    except (OSError, ValueError):
+        notes.append(f"{folder.name}/run.yaml cannot be read; it was left out.")
+        return {}
 
 
 def check_version(record: Mapping[str, Any], path: Path, newest: int = RECORD_VERSION) -> None:

@@ -14,6 +14,7 @@ from topd.report.reading import (
     plan,
     read_lines,
     read_object,
+    read_provenance,
     strings,
 )
 
@@ -75,6 +76,7 @@ class Arm:
     Attributes:
         log: metrics by step, oldest first.
         options: what the run was started with.
+        provenance: what it was made of, from its `run.yaml`.
         rollouts: the newest audited rollouts, newest first.
         points: all audited candidates, also those of rollouts that are not kept.
         audited: number of audited rollouts.
@@ -83,6 +85,7 @@ class Arm:
     name: str
     log: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     audited: int = 0
@@ -113,7 +116,7 @@ class Arm:
 
 def is_arm(folder: Path) -> bool:
     """Whether a trainer wrote into this folder."""
-    own = (folder / name for name in ("trainer_state.json", "audit.jsonl", "topd_config.json"))
+    own = (folder / name for name in ("trainer_state.json", "audit.jsonl", "topd_config.json", "run.yaml"))
     return any(path.is_file() for path in (*own, *_checkpoints(folder)))
 
 
@@ -129,6 +132,7 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
         {**entry, "step": int(entry["step"])} for entry in mappings(log) if number(entry.get("step")) is not None
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
+    arm.provenance = read_provenance(folder, notes)
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
         arm.audited += 1
         arm.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]

@@ -107,7 +107,7 @@ def checkpoint_to_resume(wanted: Literal[True] | str | os.PathLike[str], run_fol
     if wanted is True:
         if newest is None:
             lines = [f"There is no checkpoint in {run_folder} to resume from{'' if not passed_over else ':'}"]
-            raise ResumeError("; ".join([*lines, *passed_over]) + ". Leave --resume_from_checkpoint out.")
+            raise ResumeError("; ".join([*lines, *passed_over]) + ". Leave --resume_from_checkpoint out, or give auto.")
         return newest, passed_over
     folder = Path(os.fspath(wanted))
     if not folder.is_dir():

@@ -9,20 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topd.errors import ResumeError, TOPDError
+from topd.demo.pair import PREFIX
+from topd.errors import TOPDError
 from topd.quiet import quieten_bars
 from topd.training.options import parse_options
+from topd.training.output_folder import AUTO, check_writable, refuse_second_run
+from topd.training.provenance import changed_options, command_line, options_of
+from topd.training.recorded import Started
 
 
 @dataclass
 class DataArguments:
     """Where prompts come from."""
 
-    data: str = field(
-        default="embedded",
+    data: str | None = field(
+        default=None,
         metadata={
             "help": "Training prompts: a JSONL, JSON, CSV or Parquet file with a column `prompt` (text or messages) "
-            "and optionally `answer`; the name of a Hub dataset; or `embedded` or `embedded-long`, the embedded task."
+            "and optionally `answer`; the name of a Hub dataset; or `embedded` or `embedded-long`, the embedded task. "
+            "Default: that of an embedded model; otherwise it must be given."
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -51,8 +56,9 @@ def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
     """
     quieten_bars()
     data, config, model = parse(argv)
+    check_writable(config)
     with unforeseen(Path(config.output_dir)):
-        _run(data, config, model, before)
+        _run(("train", *argv), data, config, model, before)
 
 
 @contextmanager
@@ -73,8 +79,15 @@ def unforeseen(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., None] | None) -> None:
-    from transformers import AutoTokenizer
+def started(words: Sequence[str], *parts: Any) -> Started:
+    """How a command was started: every option, before anything is filled in, and the words as they were typed."""
+    options = options_of(*parts)
+    return Started(options, changed_options(options, *parts), command_line(("topd", *words)))
+
+
+def _run(
+    words: Sequence[str], data: DataArguments, config: Any, model: Any, before: Callable[..., None] | None
+) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from topd.data import read_text
@@ -83,39 +96,38 @@ def _run(data: DataArguments, config: Any, model: Any, before: Callable[..., Non
     from topd.training.console import speak
     from topd.training.several_teachers import COLUMN, MOPDTrainer
     from topd.training.summary import places, print_summary
-    from topd.training.tokenizers import check_tokenizers
+    from topd.training.tokenizers import tokenizer_of
     from topd.training.trainer import TOPDTrainer
 
-    student, named_teachers = named(config, model)
-    student_name, teachers = resolve_model(student), {key: resolve_model(name) for key, name in named_teachers.items()}
+    student, teachers = named(config, model)
     teacher_name = next(iter(teachers.values()), None)
     kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
     also = {COLUMN: read_text} if config.teachers else None
+    data.data = data_source(data.data, student, *teachers.values())
+    begun = started(words, data, config, model)
     train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
     resume = resume_from(config)
     if before is not None and data.preflight:
-        before(data, config, model, train_dataset)
+        before(data, config, model, train_dataset, eval_dataset)
 
-    trust = config.trust_remote_code
-    tokenizer = loading("tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-    if teacher_name is not None:
-        teacher_tokenizer = loading("tokenizer", teacher_name, AutoTokenizer.from_pretrained, trust_remote_code=trust)
-        check_tokenizers(tokenizer, teacher_tokenizer)
+    tokenizer = tokenizer_of(resolve_model(student), config.trust_remote_code, model.model_revision)
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
     trainer = loading(
-        "models", f"{student_name} and {teacher_name or 'the teacher'}", kind,
+        "models", f"{student} and {teacher_name or 'the teacher'}", kind,
         teacher_model=teacher, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
+    trainer.started = begun
     lines = speak(trainer)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
         trainer.save_model(config.output_dir)
         trainer.save_state()  # for topd report
+        trainer.create_model_card(model_name=Path(config.output_dir).name)
     if trainer.is_world_process_zero():
         where = places(Path(config.output_dir))
         print_summary(trainer.state.log_history, where, trainer.state.global_step, lines.first)
@@ -140,6 +152,17 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     for teacher in teachers.values():
         check_whole("teacher", teacher)
     return model.model_name_or_path, teachers
+
+
+def data_source(given: str | None, *models: str) -> str:
+    """Where the prompts come from. If nothing is given, embedded models have the embedded task, others have nothing."""
+    embedded = [model.removeprefix(PREFIX) for model in models if model.startswith(PREFIX)]
+    if given is None and not embedded:
+        raise TOPDError(
+            f"Name the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
+            "embedded is the embedded task)."
+        )
+    return given or ("embedded-long" if any(name.startswith("long") for name in embedded) else "embedded")
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
@@ -202,7 +225,7 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def resume_from(config: Any) -> str | None:
-    """The checkpoint to go on from: `--resume_from_checkpoint true` means the newest whole one of the output folder.
+    """The checkpoint to go on from: with `true` the newest whole one of the folder, with `auto` too if there is one.
 
     Raises:
         ResumeError: there is none; or the folder holds checkpoints and the option is not given, since the new run's
@@ -212,14 +235,12 @@ def resume_from(config: Any) -> str | None:
 
     wanted, folder = str(config.resume_from_checkpoint or "false"), Path(config.output_dir)
     if wanted.lower() == "false":
-        newest, _ = newest_whole(folder)
-        if newest is not None:
-            raise ResumeError(
-                f"{folder} holds the checkpoints of an earlier run, up to {newest.name}. Go on with "
-                "--resume_from_checkpoint true, or name another --output_dir, or delete them."
-            )
+        refuse_second_run(folder)
         return None
-    checkpoint, passed_over = checkpoint_to_resume(True if wanted.lower() == "true" else wanted, folder)
+    if wanted.lower() == AUTO and newest_whole(folder)[0] is None:
+        return None
+    newest = wanted.lower() in ("true", AUTO)
+    checkpoint, passed_over = checkpoint_to_resume(True if newest else wanted, folder)
     for line in passed_over:
         print(f"topd: {line}; resuming from {checkpoint}.")
     return str(checkpoint)

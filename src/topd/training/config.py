@@ -13,6 +13,7 @@ from topd.algorithm.forks import ForkRule
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.near_future.matching import Embedding, Solver
+from topd.training.options import check_kinds
 
 Method = Literal["opd", "opd-capped", "topd"]
 
@@ -182,6 +183,7 @@ class TOPDConfig(DistillationConfig):
     audit_rollouts: int = _option(2, "Rollouts in each audit record.")
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         super().__post_init__()
         for name, allowed in choices().items():
             if getattr(self, name) not in allowed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def check_whole(role: str, name: str) -> None:
         f"{folder} holds an adapter of {base_of(name)}; the {role} must be a whole model. Merge it once, then name "
         f"{whole}{adapters}:\n  python -c {shlex.quote(program)}"
     )
+
+
+def model_to_train(role: str, model: Any) -> Any:
+    """A student or teacher as a trainer takes it: embedded names become folders, adapters' folders are refused."""
+    if not isinstance(model, str | os.PathLike):
+        return model
+    check_whole(role, os.fspath(model))
+    return resolve_model(os.fspath(model))
+
+
+def names_of(**models: Any) -> dict[str, str | None]:
+    """The names of models that were given by name."""
+    named = {role: os.fspath(model) for role, model in models.items() if isinstance(model, str | os.PathLike)}
+    return dict.fromkeys(models) | named
 
 
 def is_adapter(folder: str) -> bool:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
 import types
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from topd.errors import TOPDError
+from topd.parsing import read_json, read_yaml
 
+PROVENANCE = "provenance"
+"""Entry of a run's `run.yaml` that is no option."""
 SEVERAL = ("report_to",)
 """Options of text or a list of it, which take several values on the command line."""
 
@@ -36,17 +44,20 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
     for action in parser._actions:
         if action.dest in SEVERAL:
             action.nargs = "+"
-    arguments = list(argv)
+    arguments, file_options = _file_options(argv)
     spellings = (spelling for action in parser._actions for spelling in action.option_strings)
-    known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"config", "env"}
-    file_options = _file_options(arguments)
+    known = {spelling.lstrip("-").replace("-", "_") for spelling in spellings} | {"env"}
     for name in [*_names(arguments), *map(str, file_options)]:
         if name not in known:
             raise TOPDError(f"Unknown option {name!r:.80}.{_near(name, known)} `{program} --help` lists all.")
     for name, value in file_options.items():
         _check_kind(name, value, kinds)
+    for text in [*(argument.partition("=")[2] or argument for argument in arguments), *file_options.values()]:
+        _check_names_in_json(text)
+    os.environ.update({name: str(value) for name, value in file_options.pop("env", {}).items()})
     try:
-        return parser.parse_args_and_config(arguments)
+        parser.set_defaults_with_config(**file_options)
+        return parser.parse_args_into_dataclasses(args=arguments)
     except TOPDError:
         raise
     except (ValueError, TypeError) as error:
@@ -68,24 +79,42 @@ def _names(arguments: list[str]) -> list[str]:
     return [argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
 
 
-def _file_options(arguments: list[str]) -> dict[Any, Any]:
-    """What the config file says; nothing if there is none."""
-    import yaml
+def _file_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without `--config FILE`, and the options of the file; none if there is none.
 
+    What a run has recorded of itself, under `provenance` in its `run.yaml`, is no option and is left out.
+    """
+    arguments = list(argv)
     if "--config" not in arguments:
-        return {}
-    position = arguments.index("--config") + 1
-    if position == len(arguments) or not Path(arguments[position]).is_file():
-        missing = arguments[position] if position < len(arguments) else "(nothing)"
-        raise TOPDError(f"--config {missing}: there is no such file. Recipes are in recipes/.")
-    file = Path(arguments[position])
+        return arguments, {}
+    position = arguments.index("--config")
+    name = arguments[position + 1] if position + 1 < len(arguments) else "(nothing)"
+    file = Path(name)
+    if not file.is_file():
+        raise TOPDError(f"--config {name}: there is no such file. Recipes are in recipes/.")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        config = read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise TOPDError(f"{file} is not valid YAML: {str(error)[:300]}") from error
     if not isinstance(config, dict):
         raise TOPDError(f"{file} must hold `option: value` lines.")
-    return config
+    config.pop(PROVENANCE, None)
+    resume = config.get("resume_from_checkpoint")
+    if isinstance(resume, bool):
+        config["resume_from_checkpoint"] = str(resume).lower()  # the option is text: true, auto or a folder
+    return [*arguments[:position], *arguments[position + 2 :]], config
+
+
+def _check_names_in_json(text: Any) -> None:
+    """Raise `TOPDError` where an option's JSON object has a name twice; other mistakes are the parser's to report."""
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        return
+    try:
+        read_json(text)
+    except json.JSONDecodeError:
+        return
+    except (ValueError, RecursionError) as error:
+        raise TOPDError(f"{text[:60]}: {error}.") from error
 
 
 def _check_kind(name: str, value: Any, kinds: Any) -> None:
@@ -101,6 +130,27 @@ def _check_kind(name: str, value: Any, kinds: Any) -> None:
         raise TOPDError(f"{name} is {value!r:.60}; write {_in_words(hint)}.")
 
 
+def check_kinds(config: Any) -> None:
+    """Raise `ValueError` where an option that holds text, a number or a truth value was given another kind of value."""
+    hints = _hints(type(config))
+    for option in fields(config):
+        value, hint = getattr(config, option.name), hints[option.name]
+        if value is option.default or not _is_plain(hint) or (_is_text(hint) and isinstance(value, os.PathLike)):
+            continue
+        if get_origin(hint) is Literal and isinstance(value, str):
+            continue  # the config says itself what is allowed
+        if not _fits(value, hint):
+            raise ValueError(f"{option.name} is {value!r:.60}; write {_in_words(hint)}.")
+
+
+_hints = cache(get_type_hints)
+
+
+def _is_plain(hint: Any) -> bool:
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return all(part in (int, float, bool, str, type(None)) or get_origin(part) is Literal for part in parts)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -110,9 +160,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, Real) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) < 2**63
     if hint is str:
         return isinstance(value, str) and "\0" not in value
     if hint is None or hint is type(None):

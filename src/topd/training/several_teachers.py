@@ -7,19 +7,31 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
 from topd.errors import DataError, TOPDError
 from topd.near_future import DistilledModel, RoutedTeacher
 from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
-from topd.training.prepared import SAFE, cut_head, head_rows, heads_in_words, load
+from topd.training.loaded import model_to_train, names_of
+from topd.training.prepared import (
+    SAFE,
+    base_of_student,
+    check_base_is_fixed,
+    head_rows,
+    heads_in_words,
+    load,
+    trained_together,
+    with_rows,
+)
 from topd.training.sharding import held_whole, shard_teacher
-from topd.training.tokenizers import check_tokenizers
+from topd.training.tokenizers import compare_tokenizers
 from topd.training.trainer import TOPDTrainer
+
+logger = get_logger(__name__)
 
 COLUMN = "teacher"
 """Of the dataset: the name of the row's teacher."""
@@ -71,23 +83,33 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
         super().__init__(model, first, args, train_dataset, None, *rest, **kwargs)
         if self.is_deepspeed_enabled:
             raise TOPDError("Several teachers work in one process, under DDP and FSDP2 so far, not with DeepSpeed.")
+        self._names = names_of(student=model, **{f"teacher {name}": teacher for name, teacher in teachers.items()})
         self._numbers = {name: number for number, name in enumerate(teachers)}
         self._teachers = [self.teacher_model, *(self._prepared(teacher) for teacher in others)]
         self._routed: RoutedTeacher | None = None
 
+    def _models(self) -> dict[str, Any]:
+        named = {f"teacher {name}": self._teachers[number] for name, number in self._numbers.items()}
+        return {"student": self.model} | named
+
     def _prepared(self, teacher: Any) -> Any:
+        teacher = model_to_train("teacher", teacher)
+        note = compare_tokenizers(self._tokenizer, teacher, self.args.trust_remote_code, None)
+        if note:
+            logger.warning(note)
         if isinstance(teacher, str):
-            trust = self.args.trust_remote_code
-            check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
             given: Any = self.args.teacher_model_init_kwargs or {}
             teacher = load(teacher, self.args, SAFE | given)
+        elif trained_together(self.model, teacher):
+            teacher = base_of_student(self.model)
+            check_base_is_fixed(teacher, self.is_fsdp_enabled)
         ours, theirs = head_rows(self.model), head_rows(teacher)
         if theirs < ours:
             raise TOPDError(
                 f"{heads_in_words(ours, theirs)} With several teachers, name first the one with fewest rows."
             )
         if theirs > ours:
-            cut_head(teacher, ours)
+            teacher = with_rows(teacher, ours)
         if self.is_fsdp_enabled:
             return shard_teacher(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)

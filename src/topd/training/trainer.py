@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from trl import DistillationTrainer
 
 from topd.errors import ServerError, TOPDError
@@ -25,23 +23,28 @@ from topd.training.fork_threshold import LowLossQuartile
 from topd.training.futures import NearFuture
 from topd.training.gradient_ratio import EVERY, last_parameters
 from topd.training.guided import Guided, guided_windows
+from topd.training.loaded import names_of
 from topd.training.metrics import near_future_metrics
+from topd.training.model_card import PAPER
 from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
+from topd.training.output_folder import check_writable
 from topd.training.precision import watch_rounding
 from topd.training.prepared import prepared_models
+from topd.training.prompt_rows import check_datasets, check_enough, check_prompts, check_tokens
+from topd.training.recorded import RecordedTrainer
 from topd.training.rollouts import OwnRollouts
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.surviving import SurvivingTrainer
 from topd.training.teacher_server import check_without_weights, contexts, teacher_server, teacher_windows
-from topd.training.tokenizers import check_context, check_tokenizers
+from topd.training.tokenizers import check_context
 
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer):
+class TOPDTrainer(RecordedTrainer, SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -57,28 +60,20 @@ class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer
 
     Args:
         model: the student: a loaded model, a folder or a Hub name.
-        teacher_model: the same; None: all of it is behind `teacher_window_server` (docs/remote_teachers.md).
+        teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
+            base without the adapter is the teacher, on the same weights. None: all of it is behind
+            `teacher_window_server` (docs/remote_teachers.md).
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
         ServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
-        TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
+        TokenizerMismatchError: where the tokenizers differ; a loaded model's is looked for where the model came from.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
     """
 
     _tag_names = ["trl", "topd", "on-policy-distillation"]
     _name = "TOPD"
-    _paper = {
-        "title": "Bridging Reasoning Trajectories in On-Policy Distillation via Near-Future Guidance",
-        "id": "2606.00305",
-        "citation": textwrap.dedent("""\
-            @article{jiang2026bridging,
-                title  = {{Bridging Reasoning Trajectories in On-Policy Distillation via Near-Future Guidance}},
-                author = {Yuxuan Jiang and Francis Ferraro},
-                year   = 2026,
-                eprint = {arXiv:2606.00305},
-            }"""),
-    }
+    _paper = PAPER
 
     args: TOPDConfig
     model: Any
@@ -86,25 +81,29 @@ class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer
     _several_teachers = False
 
     def __init__(
-        self, model: Any, teacher_model: Any = None, args: TOPDConfig | None = None, *rest: Any, **kwargs: Any
-    ) -> None:
+        self, model: Any, teacher_model: Any = None, args: TOPDConfig | None = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, *rest: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self._names = names_of(student=model, teacher=teacher_model)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if args.teachers and not self._several_teachers:
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
+        check_datasets(train_dataset, eval_dataset)
+        check_writable(args)
         if teacher_model is None:
             check_without_weights(args)
         server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
-        student, teacher, changed = prepared_models(model, teacher_model, args)
-        super().__init__(student, teacher, args, *rest, **kwargs)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
+        adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
+        pair = prepared_models(model, teacher_model, args, tokenizer, *adapters)
+        super().__init__(
+            pair.student, pair.teacher, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+        )
         args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs
-        if changed:
-            logger.warning(changed)
-        if isinstance(teacher_model, str):
-            teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=args.trust_remote_code)
-            check_tokenizers(self._tokenizer, teacher_tokenizer)
+        pair.report(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if args.looks_ahead and (self._is_vlm or self.tools):
             raise ValueError(
                 f"method={args.method} works on text without tools so far; use method=opd for images or tools."
@@ -130,7 +129,9 @@ class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer
     # Rollouts, then the near future
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        check_prompts(prompts, "the batch")  # a stream's rows are not seen before
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        check_tokens(prompt_ids)
         longest = max(prompt_ids, key=len)
         check_context(
             len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, self._longest_window(),
@@ -354,6 +355,7 @@ class TOPDTrainer(SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer
             self._budget = self._budget.restored(state["budget"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        check_enough(self.train_dataset, self.args)
         if self.accelerator.is_main_process:
             save_options(self.args)
         try:

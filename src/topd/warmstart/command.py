@@ -10,7 +10,9 @@ from typing import Any
 
 from topd.errors import TOPDError
 from topd.quiet import quieten_bars
-from topd.training.command import unforeseen
+from topd.training.command import started, unforeseen
+from topd.training.output_folder import check_writable
+from topd.training.recorded import Started
 
 
 @dataclass
@@ -40,12 +42,13 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
     quieten_bars()
     data, config, model = parse(argv)
+    check_writable(config)
+    begun = started(("warmstart", *argv), data, config, model)
     with unforeseen(Path(config.output_dir)):
-        _run(data, config, model)
+        _run(begun, data, config, model)
 
 
-def _run(data: SolutionArguments, config: Any, model: Any) -> None:
-    from transformers import AutoTokenizer
+def _run(begun: Started, data: SolutionArguments, config: Any, model: Any) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from topd.demo.pair import resolve_model
@@ -55,6 +58,7 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
     from topd.training.loaded import check_whole
     from topd.training.prepared import SAFE
     from topd.training.summary import print_summary, weights
+    from topd.training.tokenizers import tokenizer_of
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
@@ -67,13 +71,11 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
     if config.distils:
         check_whole("teacher", config.teacher_model_name_or_path)
     resume = resume_from(config)
-    student_name = resolve_model(model.model_name_or_path)
-    teacher_name = resolve_model(config.teacher_model_name_or_path) if config.distils else None
+    student_name = model.model_name_or_path
+    teacher_name = config.teacher_model_name_or_path if config.distils else None
     datasets = {"train": data.data, "eval": data.eval_data}
     loaded = {part: solutions(source, data, config) for part, source in datasets.items() if source}
-    tokenizer = loading(
-        "tokenizer", student_name, AutoTokenizer.from_pretrained, trust_remote_code=config.trust_remote_code
-    )
+    tokenizer = tokenizer_of(resolve_model(student_name), config.trust_remote_code, model.model_revision)
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
@@ -83,6 +85,7 @@ def _run(data: SolutionArguments, config: Any, model: Any) -> None:
         eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
+    trainer.started = begun
     lines, folder = speak(trainer), Path(config.output_dir)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {folder}", folder):

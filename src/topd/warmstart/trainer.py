@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
@@ -17,19 +17,23 @@ from topd.errors import NonFiniteError
 from topd.generation import end_token_ids
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.training.kernels import loss_on_device
+from topd.training.loaded import model_to_train, names_of
 from topd.training.non_finite import StopOnNonFiniteGradient
+from topd.training.output_folder import check_writable
 from topd.training.precision import watch_rounding
-from topd.training.prepared import SAFE, cut_head
+from topd.training.prepared import SAFE, base_of_student, check_base_is_fixed, trained_together, with_rows
+from topd.training.prompt_rows import check_one
+from topd.training.recorded import RecordedTrainer
 from topd.training.sharding import shard_teacher
 from topd.training.surviving import SurvivingTrainer
-from topd.training.tokenizers import check_tokenizers
+from topd.training.tokenizers import compare_tokenizers
 from topd.warmstart.config import WarmStartConfig
 from topd.warmstart.tokens import as_generated, check_that_it_can_stop
 
 logger = get_logger(__name__)
 
 
-class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
+class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
     """Stage 1 of the paper (appendix B.1): the student learns from solutions that the teacher wrote.
 
     The loss, in nats a completion token, is `kd_ratio` x KL(teacher || student) over the whole vocabulary +
@@ -65,6 +69,10 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
         self, model: Any, teacher_model: Any = None, args: WarmStartConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
         args = args or WarmStartConfig("warm-start")
+        self._names, self._given_dataset = names_of(student=model, teacher=teacher_model), kwargs.get("train_dataset")
+        check_one(self._given_dataset)
+        check_writable(args)
+        model, teacher_model = model_to_train("student", model), model_to_train("teacher", teacher_model)
         if args.distils and teacher_model is None:
             raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
         self._generation = _generation_config(model, args)
@@ -88,6 +96,9 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
             )
         if self.compute_loss_func is not None or self._is_vision_dataset:
             raise ValueError("kd_ratio > 0 works on text, with its own loss: no images, no compute_loss_func.")
+
+    def _prompts(self) -> Any:
+        return self.train_dataset if self._given_dataset is None else self._given_dataset
 
     # The solutions
 
@@ -113,19 +124,24 @@ class WarmStartTrainer(SurvivingTrainer, SFTTrainer):
 
     def _loaded(self, teacher: Any) -> Any:
         """The teacher, frozen (so that FSDP does not keep a float32 copy of it)."""
+        trust, revision = self.args.trust_remote_code, self.args.teacher_model_revision
+        note = compare_tokenizers(self._tokenizer, teacher, trust, revision)
+        if note:
+            logger.warning(note)
         if isinstance(teacher, str):
-            trust = self.args.trust_remote_code
-            check_tokenizers(self._tokenizer, AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust))
             given: Any = self.args.teacher_model_init_kwargs or {}
             settings: dict[str, Any] = SAFE | {"trust_remote_code": trust} | given
-            if self.args.teacher_model_revision is not None:
-                settings.setdefault("revision", self.args.teacher_model_revision)
+            if revision is not None:
+                settings.setdefault("revision", revision)
             if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 settings["device_map"] = None
             teacher = create_model_from_path(teacher, **settings)
+        elif trained_together(self.model, teacher):
+            teacher = base_of_student(self.model)
+            check_base_is_fixed(teacher, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         sizes = [each.get_output_embeddings().weight.shape[0] for each in (self.model, teacher)]
         if sizes[1] > sizes[0]:  # padding: the tokenizers are the same
-            cut_head(teacher, sizes[0])
+            teacher = with_rows(teacher, sizes[0])
         if sizes[1] < sizes[0]:
             raise ValueError(
                 f"The student's output head has {sizes[0]} tokens, the teacher's {sizes[1]}. A KL over the whole "

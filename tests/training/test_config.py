@@ -1,0 +1,33 @@
+"""`TOPDConfig` refuses values of the wrong kind."""
+
+import re
+
+import numpy
+import pytest
+from tiny import tiny_config
+
+from topd.training.config import TOPDConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_length": "50"}, "window_length is '50'; write a whole number"),
+        ({"window_length": 5.5}, "window_length is 5.5"),
+        ({"candidate_share": "a"}, "candidate_share is 'a'; write a number or nothing"),
+        ({"audit_steps": None}, "audit_steps is None; write a whole number"),
+        ({"learning_rate": "2e-6"}, "learning_rate is '2e-6'; write a number"),
+        ({"method": 3}, "method is 3; write opd"),
+        ({"max_steps": True}, "max_steps is True"),
+        ({"shuffle_dataset": "no"}, "shuffle_dataset is 'no'; write true or false"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_in_python_too(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_config(tmp_path, **options)
+
+
+def test_numbers_of_numpy_and_paths_are_taken(tmp_path):
+    given = tiny_config(tmp_path, window_length=numpy.int64(3), learning_rate=numpy.float32(0.5))
+    assert (given.window_length, given.learning_rate) == (3, 0.5)
+    assert TOPDConfig(tmp_path, use_cpu=True, bf16=False).output_dir == str(tmp_path)
