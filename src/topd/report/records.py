@@ -16,6 +16,7 @@ from topd.report.reading import (
     read_object,
     strings,
 )
+from topd.server_address import without_secrets
 
 MAX_CANDIDATES = 2000
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
@@ -129,6 +130,8 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
         {**entry, "step": int(entry["step"])} for entry in mappings(log) if number(entry.get("step")) is not None
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
+    if isinstance(server := arm.options.get("teacher_window_server"), str):
+        arm.options["teacher_window_server"] = without_secrets(server)  # an older run may have kept them
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
         arm.audited += 1
         arm.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]
