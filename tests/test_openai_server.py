@@ -1,52 +1,45 @@
 """The client of all servers: what it waits for, for how long, and what it says."""
 
+import gzip
+import itertools
+import random
 import threading
 import time
-from types import SimpleNamespace
+import tracemalloc
 
-import httpx2
 import pytest
 from fake_openai import fake_server
 
+from topd import openai_server
 from topd.errors import ServerError
-from topd.openai_server import FIRST_WAIT, LONGEST_WAIT, Limits, OpenAIServer
+from topd.openai_server import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    TRIES,
+    Limits,
+    OpenAIServer,
+    UnusableAnswer,
+    WaitingStopped,
+    waits,
+)  # fmt: skip
 
 PATH, BODY = "/v1/completions", {"prompt": "a b c", "max_tokens": 4}
 
 
-class NotWaiting(threading.Event):
-    """Keeps what would be waited, instead of waiting."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[float] = []
-
-    def wait(self, timeout=None) -> bool:
-        self.waits.append(timeout)
-        return False
+@pytest.fixture
+def short_waits(monkeypatch):
+    monkeypatch.setattr(openai_server, "FIRST_WAIT", 0.01)
 
 
 def test_waits_are_doubled_and_shortened_at_random():
-    with fake_server(lambda n: 503 if n <= 4 else None) as server:
-        client = OpenAIServer(server.url, Limits(patience=1000))
-        client.models()
-        stop = NotWaiting()
-        assert client._request("POST", PATH, BODY, stop)["choices"][0]["text"] == " echo a b c"
-    waits = stop.waits
-    assert len(waits) == 4
-    assert all(FIRST_WAIT * 2**k / 2 <= wait <= FIRST_WAIT * 2**k for k, wait in enumerate(waits))
-    assert len({wait / FIRST_WAIT / 2**k for k, wait in enumerate(waits)}) == 4
+    found = list(itertools.islice(waits(random.Random(0)), 5))
+    assert all(FIRST_WAIT * 2**k / 2 <= wait <= FIRST_WAIT * 2**k for k, wait in enumerate(found))
+    assert len({wait / FIRST_WAIT / 2**k for k, wait in enumerate(found)}) == 5
 
 
 def test_waits_stop_growing_however_often_it_fails():
-    client = OpenAIServer("http://127.0.0.1:1", Limits(patience=1000))
-    client._reached = True
-    outcomes = iter([503] * 1100 + [200])  # doubled so often, a wait would be more than a float holds
-    client._client = SimpleNamespace(request=lambda *_, **__: httpx2.Response(next(outcomes), json={}))
-    stop = NotWaiting()
-    assert client._request("POST", PATH, BODY, stop) == {}
-    assert len(stop.waits) == 1100
-    assert LONGEST_WAIT / 2 <= stop.waits[-1] <= LONGEST_WAIT
+    found = list(itertools.islice(waits(random.Random(0)), 1100))  # doubled so often, more than a float holds
+    assert LONGEST_WAIT / 2 <= found[-1] <= LONGEST_WAIT
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1/v1", "http://no-such-host.invalid:80"])
@@ -118,3 +111,125 @@ def test_after_an_interruption_the_client_works_again():
         arriving.close()
         assert client.post(PATH, BODY)["choices"]
     assert len(server.seen) < 21
+
+
+# A deadline for each request; waiting ends when it is asked to
+
+
+@pytest.mark.parametrize("drip", [0.05, 0.2])
+def test_a_server_that_drips_its_answer_byte_by_byte_meets_the_deadline(drip, short_waits):
+    with fake_server() as server:
+        client = OpenAIServer(server.url, Limits(timeout=1, patience=1.5))
+        client.models()
+        server.drip = drip
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=r"has not answered for 1.5 s .*no whole answer within 1 s"):
+            client.post(PATH, BODY)
+    assert time.monotonic() - began < 8
+
+
+def test_a_slow_answer_that_comes_within_the_deadline_counts():
+    with fake_server() as server:
+        server.drip = 0.002
+        assert OpenAIServer(server.url, Limits(timeout=30)).post(PATH, BODY)["choices"]
+
+
+@pytest.mark.parametrize("fault", ["drips", "fails"])
+def test_waiting_ends_at_once_when_asked(fault):
+    with fake_server(lambda n: 503 if fault == "fails" else None) as server:
+        client = OpenAIServer(server.url, Limits(timeout=300, patience=600))
+        client.models()
+        server.drip, asked = 0.2 if fault == "drips" else 0.0, threading.Event()
+        client.stopped = asked.is_set
+        threading.Timer(0.5, asked.set).start()
+        began = time.monotonic()
+        with pytest.raises(WaitingStopped):
+            client.post_all(PATH, [BODY] * 4)
+        assert time.monotonic() - began < 5
+
+
+# Every answer is looked at where it arrives
+
+
+def deep() -> bytes:
+    return b"[" * 200_000 + b"]" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (deep(), "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b'{"choices": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"", "not JSON"),
+        (None, "form that is not OpenAI's: None"),
+        ([], "form that is not OpenAI's"),
+        ({"choices": []}, "form that is not OpenAI's"),
+        ({"choices": [None]}, "form that is not OpenAI's"),
+    ],
+)
+def test_an_answer_of_another_form_names_the_server(answer, message):
+    with fake_server() as server:
+        server.answer = lambda *_: answer
+        client = OpenAIServer(server.url, name="The teacher's server")
+        with pytest.raises(ServerError, match=message) as error:
+            client.post(PATH, BODY, lambda _, found: found["choices"][0]["text"])
+        assert f"The teacher's server at {server.url}" in str(error.value)
+        assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "headers", "message"),
+    [
+        ({"error": {"message": "engine is dead"}}, {}, "answers with an error: .*engine is dead"),
+        (b"no gzip at all", {"Content-Encoding": "gzip"}, "cannot be decompressed"),
+    ],
+)
+def test_an_answer_that_may_be_better_next_time_is_asked_for_again(answer, headers, message, short_waits):
+    good = {"choices": [1]}
+    with fake_server() as server:
+        client = OpenAIServer(server.url)
+        server.answer, server.headers = lambda *_: answer, headers
+        with pytest.raises(ServerError, match=rf"{message}.*asked {TRIES} times"):
+            client.post(PATH, BODY)
+        assert len(server.seen) == TRIES
+        server.headers = {}
+        server.answer = lambda *_: good if len(server.seen) > 2 * TRIES - 1 else {"error": "not now"}
+        assert client.post(PATH, BODY) == good
+
+
+def test_what_the_reader_cannot_use_is_asked_for_again(short_waits):
+    def read(number, answer):
+        if len(server.seen) < 3:
+            raise UnusableAnswer("stutters")
+        return number, answer["usage"]["completion_tokens"]
+
+    with fake_server() as server:
+        assert OpenAIServer(server.url).post(PATH, BODY, read) == (0, 4)
+    assert len(server.seen) == 3
+
+
+def test_a_small_answer_that_unpacks_to_a_large_one_is_refused(monkeypatch):
+    monkeypatch.setattr(openai_server, "MOST_BYTES", 2**22)
+    packed = gzip.compress(bytes(2**27), compresslevel=1)
+    assert len(packed) < 2**20
+    with fake_server() as server:
+        server.answer, server.headers = lambda *_: packed, {"Content-Encoding": "gzip"}
+        tracemalloc.start()
+        with pytest.raises(ServerError, match="with more than 4 MiB"):
+            OpenAIServer(server.url).post(PATH, BODY)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert most < 2**26
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_what_the_server_writes_cannot_move_the_cursor(status, monkeypatch):
+    monkeypatch.setattr(openai_server, "FIRST_CONTACT", 0.0)
+    evil = "\x1b[2J\x1b]0;title\x07 gone\r\n \x9b31m \u202etxet"
+    with fake_server(lambda n: status) as server:
+        server.refusal = evil
+        with pytest.raises(ServerError) as error:
+            OpenAIServer(server.url).post(PATH, BODY)
+    assert str(error.value).isprintable()
+    assert "gone" in str(error.value)

@@ -54,6 +54,7 @@ def add_eval(commands: Any) -> None:
     where.add_argument(
         "--server", metavar="URL", help="an OpenAI-compatible server instead; --model is the name it serves"
     )
+    where.add_argument("--server-key-env", metavar="NAME", help="environment variable that holds the server's API key")
     where.add_argument("--batch", type=int, help="responses decoded, and kept, together (default: 32; vllm: 256)")
     where.add_argument(
         "--concurrency", type=int, default=64, help="requests to a server at a time (default: %(default)s)"
@@ -123,19 +124,24 @@ def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder:
         run_benchmark(run, engine, options.samples, folder, console)
 
 
-def load_engine(source: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
-    """What responds, what is recorded of it, and whether it has a chat template."""
+def load_engine(
+    source: str, options: argparse.Namespace, with_reasoning: bool = False
+) -> tuple[Any, dict[str, Any], bool]:
+    """What responds, what is recorded of it, and whether it has a chat template.
+
+    Args:
+        with_reasoning: see `ServerEngine`.
+    """
     from topd.evaluation.models import fingerprint
 
     model: dict[str, Any] = {"model": source, "engine": options.engine, "dtype": options.dtype}
     if options.server:
         from topd.evaluation.server_engine import LIMITS, ServerEngine
 
-        return (
-            ServerEngine(options.server, source, replace(LIMITS, concurrency=options.concurrency)),
-            model | {"engine": "server", "dtype": None},
-            True,
-        )
+        limits = replace(LIMITS, concurrency=options.concurrency)
+        engine = ServerEngine(options.server, source, limits, options.server_key_env, with_reasoning)
+        return engine, model | {"engine": "server", "dtype": None}, True
+    engine: Any
     if options.engine == "vllm":
         engine, tokenizer, config = _vllm(source, options)
     else:

@@ -50,6 +50,9 @@ def add_generate(commands: Any) -> None:
         "--server", metavar="URL", help="an OpenAI-compatible server instead; --teacher is the name it serves"
     )
     generate.add_argument(
+        "--server-key-env", metavar="NAME", help="environment variable that holds the server's API key"
+    )
+    generate.add_argument(
         "--concurrency", type=int, default=64, help="requests to a server at a time (default: %(default)s)"
     )
     generate.set_defaults(run=run_generate_command)
@@ -71,7 +74,7 @@ def run_generate_command(options: argparse.Namespace) -> None:
     sampling = Sampling(
         options.temperature, options.top_p, options.max_new_tokens, options.seed, options.chat_template_kwargs
     )
-    engine, model, _ = load_engine(options.teacher, options)
+    engine, model, _ = load_engine(options.teacher, options, with_reasoning=True)
     run = GenerateRun(model, f"{options.data} {options.split}", options.samples, options.filter, sampling)
     run_generate(run, engine, rows, options.out)
 

@@ -31,14 +31,14 @@ ROLLOUT = {"method": "topd", "student_window": "rollout"}
 REGENERATED = {"method": "topd", "student_window": "regenerated"}
 
 
-def two_processes(kind: str, folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
+def two_processes(kind: str, folder: Path, cases: dict[str, Any], worker: str = "worker.py") -> dict[str, Any]:
     """Train every case in two processes; what the first process saved."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *LAUNCH[kind]),
-        *(str(TESTS / "distributed" / "worker.py"), str(folder), str(folder / "cases.json")),
+        *(str(TESTS / "distributed" / worker), str(folder), str(folder / "cases.json")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -151,3 +151,15 @@ def test_a_process_without_candidates_holds_nobody_up(tmp_path, kind):
     for result in two_processes(kind, tmp_path / kind, cases).values():
         assert [entry["forks/per_rollout"] > 0 for entry in result["log"]] == [True] * 3
         assert result["guided"][1] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_if_one_process_loses_the_server_both_save_the_step_s_beginning(tmp_path):
+    with serving(tiny_model(1, 96), TOKENIZER) as fake:
+        cases = {ends: {"url": fake.url, "ends": ends} for ends in ("lost", "stopped")}
+        results = two_processes("ddp", tmp_path / "ddp", cases, "lost_server_worker.py")
+    assert [message[:10] for message in results["lost"]["said"]] == ["Another pr", "no server "]
+    assert all("after step 3 of 5" in message for message in results["stopped"]["said"])
+    for result in results.values():
+        assert result["damage"] is None
+        assert result["weights"] == result["random states"] == [True, True]

@@ -1,13 +1,16 @@
 """Responses from a server: what is asked, and what happens when it fails."""
 
+import json
+
 import pytest
-from fake_openai import fake_server
+from fake_openai import fake_server, good_answer
 
 from topd import openai_server
+from topd.cli import main
 from topd.errors import ServerError
 from topd.evaluation.responses import Request, Sampling
 from topd.evaluation.server_engine import ServerEngine
-from topd.openai_server import Limits
+from topd.openai_server import TRIES, Limits
 
 TEXT = [Request(n, f"prompt number {n}") for n in range(12)]
 
@@ -92,3 +95,101 @@ def test_a_model_that_is_not_served_is_said():
         ServerEngine(server.url + "/v1/", "the-teacher").check(TEXT, Sampling())
         with pytest.raises(ServerError, match="It serves: the-teacher"):
             ServerEngine(server.url, "another").check(TEXT, Sampling())
+
+
+def spoilt(times, **changes):
+    """An answer whose choice is changed the first `times` times; `content` is that of the message."""
+    asked = []
+
+    def answer(path, body):
+        asked.append(body)
+        good = good_answer(path, body)
+        if len(asked) > times:
+            return good
+        choice = good["choices"][0]
+        message = {name: value for name, value in changes.items() if name != "finish_reason"}
+        if "message" in choice:
+            choice["message"] |= message
+        else:
+            choice |= message
+        return good | {"choices": [choice | {k: v for k, v in changes.items() if k == "finish_reason"}]}
+
+    return answer
+
+
+CHAT = [Request(0, [{"role": "user", "content": "what is 2+3?"}])]
+SPOILT = {
+    "abort": (TEXT[:1], {"finish_reason": "abort"}, "finish_reason 'abort'"),
+    "error": (TEXT[:1], {"finish_reason": "error"}, "finish_reason 'error'"),
+    "null": (CHAT, {"finish_reason": None}, "finish_reason None"),
+    "null text": (TEXT[:1], {"text": None}, "returns no text"),
+    "null content": (CHAT, {"content": None}, "returns no text"),
+    "reasoning only": (CHAT, {"content": None, "reasoning_content": "2+3 is"}, "--reasoning-parser"),
+    "reasoning only, of newer servers": (CHAT, {"content": "", "reasoning": "2+3 is"}, "--reasoning-parser"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_what_the_model_did_not_finish_is_asked_for_again_and_never_kept(kind):
+    requests, changes, message = SPOILT[kind]
+    with fake_server() as server:
+        server.answer = spoilt(2, **changes)
+        assert respond(engine(server), requests)[0].text.startswith(" echo ")
+        server.answer, arrived = spoilt(1000, **changes), []
+        with pytest.raises(ServerError, match=rf"{message}.*asked {TRIES} times.*run the same command again"):
+            arrived.extend(engine(server).respond(requests, Sampling()))
+    assert arrived == []
+
+
+def test_solutions_are_not_kept_without_the_reasoning_that_led_to_them():
+    with fake_server() as server:
+        server.answer = spoilt(1000, reasoning_content="2+3 is")
+        assert respond(engine(server), CHAT)[0].text == " echo what is 2+3?"  # an answer that can be judged
+        made = ServerEngine(server.url, "the-teacher", Limits(10, 10, 3), with_reasoning=True)
+        with pytest.raises(ServerError, match="--reasoning-parser"):
+            respond(made, CHAT)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"text": "5", "finish_reason": "stop"}]},
+        {"choices": [{"text": "5"}], "usage": {"completion_tokens": 1}},
+        {"choices": [{"text": 5, "finish_reason": "stop"}], "usage": {"completion_tokens": 1}},
+        {"choices": [{"text": "5", "finish_reason": "stop"}], "usage": {"completion_tokens": None}},
+        {"choices": [{"text": "5", "finish_reason": "stop"}], "usage": {"completion_tokens": -3}},
+        {"choices": [{"message": None, "finish_reason": "stop"}], "usage": {"completion_tokens": 1}},
+    ],
+)
+def test_a_response_in_another_form_is_named(answer):
+    with fake_server() as server:
+        server.answer = lambda *_: answer
+        with pytest.raises(ServerError, match=rf"{server.url} answers /v1/completions in a form that is not OpenAI's"):
+            respond(engine(server), TEXT[:1])
+
+
+def test_half_a_character_does_not_keep_a_response_from_being_written():
+    with fake_server() as server:
+        server.answer = lambda path, body: (
+            good_answer(path, body) | {"choices": [{"text": "a\ud800b", "finish_reason": "stop"}]}
+        )
+        assert respond(engine(server), TEXT[:1])[0].text.encode()
+
+
+def test_generate_keeps_no_fragment(tmp_path):
+    """Every second request is aborted by the server, with HTTP 200 and the text so far."""
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "solutions.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"problem number {n}"}) + "\n" for n in range(6)))
+    with fake_server() as server:
+
+        def answer(path, body):
+            good = good_answer(path, body)
+            if len(server.seen) % 2:
+                good["choices"][0] |= {"text": " ech", "finish_reason": "abort"}
+            return good
+
+        server.answer = answer
+        command = ["generate", "--teacher", "the-teacher", "--server", server.url, "--concurrency", "1"]
+        assert main([*command, "--data", str(data), "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.with_suffix(".records.jsonl").read_text().splitlines()]
+    assert sorted(record["text"] for record in records) == [f" echo problem number {n}" for n in range(6)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,8 @@ class FakeServer:
         text_only: leaves the token ids out, as servers do that know no `return_token_ids`.
         requests: bodies of the completion requests that it answered.
         most_at_once: the most completion requests that were open together.
+        dead_after, silent_after: completion requests after which all others get a 500, or no answer.
+        spoil: applied to each answer to a completion request.
     """
 
     model: Any
@@ -37,6 +40,10 @@ class FakeServer:
     requests: list[Any] = field(default_factory=list)
     most_at_once: int = 0
     delay: float = 0.0
+    dead_after: float = math.inf
+    silent_after: float = math.inf
+    spoil: Callable[[Any], Any] = lambda answer: answer
+    closing: threading.Event = field(default_factory=threading.Event)
     url: str = ""
     _open: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -56,7 +63,9 @@ class FakeServer:
             choices = []
             for index, prompt in enumerate(prompts):
                 new = windows.tokens[index][windows.mask[index]].tolist()
+                ended = len(new) < body["max_tokens"] or new[-1] in body.get("stop_token_ids", [])
                 choice: dict[str, Any] = {"index": index, "text": self.tokenizer.decode(new)}
+                choice["finish_reason"] = "stop" if ended else "length"
                 if body.get("return_token_ids") and not self.text_only:
                     choice |= {"token_ids": new, "prompt_token_ids": prompt}
                 if body.get("prompt_logprobs") and not self.text_only:
@@ -96,14 +105,17 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._answer(200, self.fake.models()) if self.path == "/v1/models" else self._answer(404, {})
+        known = self.path.partition("?")[0] == "/v1/models"
+        self._answer(200, self.fake.models()) if known else self._answer(404, {})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":
+        if self.path.partition("?")[0] == "/tokenize":
             self._answer(200, self.fake.tokenize(body))
             return
-        fault = self.fake.fault()
+        if len(self.fake.requests) >= self.fake.silent_after:
+            self.fake.closing.wait()
+        fault = "500" if len(self.fake.requests) >= self.fake.dead_after else self.fake.fault()
         if fault == "reset":
             self.connection.close()
             self.close_connection = True
@@ -116,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.6)
             with self.fake.counted():
                 self.fake.requests.append(body)
-                self._answer(200, self.fake.complete(body))
+                self._answer(200, self.fake.spoil(self.fake.complete(body)))
 
     def _answer(self, status: int, content: Any) -> None:
         self._send(status, json.dumps(content).encode())
@@ -146,6 +158,7 @@ def serving(model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> I
     try:
         yield fake
     finally:
+        fake.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -12,7 +12,7 @@ from topd.errors import ContextError, ServerError, TokenizerMismatchError, TOPDE
 from topd.near_future import LocalModel, RemoteTeacher, RemoteWindows, connect
 from topd.near_future.remote_teacher import unpack
 from topd.near_future.sampling import sample_rollouts
-from topd.openai_server import Limits, OpenAIServer
+from topd.openai_server import TRIES, Limits, OpenAIServer
 from topd.training import TOPDTrainer
 from topd.training.teacher_server import teacher_server, teacher_windows
 
@@ -153,6 +153,140 @@ def test_the_server_tells_the_teacher_s_log_probabilities_of_the_response(fake):
         assert {*row.topk(3).indices.tolist(), int(tokens[0])} == set(tokens[there].tolist())
 
 
+# Answers that cannot be used: asked for again, never trained on
+
+
+def every_choice(**changes):
+    """Spoils an answer: each choice gets these entries."""
+    return lambda answer: {"choices": [choice | changes for choice in answer["choices"]]}
+
+
+def cut_short(answer):
+    return {"choices": [choice | {"token_ids": choice["token_ids"][:-2]} for choice in answer["choices"]]}
+
+
+UNUSABLE = {
+    "abort": (every_choice(finish_reason="abort"), "breaks an answer off .finish_reason 'abort'"),
+    "error": (every_choice(finish_reason="error", token_ids=None), "breaks an answer off .finish_reason 'error'"),
+    "null": (every_choice(finish_reason=None), "breaks an answer off .finish_reason None"),
+    "empty": (every_choice(token_ids=[]), "ends a window after 0 of 6 tokens, without an end token"),
+    "cut short": (cut_short, "ends a window after . of 6 tokens, without an end token"),
+    "an error with HTTP 200": (lambda _: {"error": {"message": "CUDA"}}, "answers with an error: .*CUDA"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_window_that_the_server_breaks_off_is_asked_for_again(fake, kind):
+    spoil, message = UNUSABLE[kind]
+    windows = windows_of(fake)
+    fake.spoil = lambda answer: answer if len(fake.requests) > 3 else spoil(answer)
+    check_windows(windows.continue_(PREFIXES, 6), expected())
+    fake.spoil = spoil
+    with pytest.raises(ServerError, match=rf"The server at {fake.url[:-3]} {message}.*asked {TRIES} times"):
+        windows.continue_(PREFIXES, 6)
+
+
+def test_a_window_that_ends_early_with_an_end_token_is_whole(fake):
+    ending = int(expected().tokens[0, 2])
+    found = RemoteWindows(OpenAIServer(fake.url, FAST), fake.name, [ending]).continue_(PREFIXES[:1], 6)
+    assert found.mask.sum(-1).tolist() == [3]
+
+
+@pytest.mark.parametrize("token", [TEACHER.config.vocab_size, -1, 10**30, None, "5", True, 2.0, [3]])
+def test_what_is_no_token_of_the_student_is_refused(fake, token):
+    windows = connect(OpenAIServer(fake.url, FAST), TOKENIZER, [EOS], vocabulary=TEACHER.config.vocab_size)
+    fake.spoil = every_choice(token_ids=[token] * 6)
+    with pytest.raises(ServerError, match=rf"The server at {fake.url[:-3]} returns .* as a token id"):
+        windows.continue_(PREFIXES[:1], 6)
+
+
+SHAPES = {
+    "null": lambda answer: None,
+    "a list": lambda answer: [answer],
+    "a text": lambda answer: "choices",
+    "no choices": lambda answer: {},
+    "null choices": lambda answer: {"choices": None},
+    "no index": lambda answer: {"choices": [{"token_ids": [4] * 6}]},
+    "an index twice": lambda answer: {"choices": answer["choices"] * 2},
+    "null as a choice": lambda answer: {"choices": [None]},
+    "a number for tokens": every_choice(token_ids=7),
+    "null for tokens": every_choice(token_ids=None),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_windows_in_another_form_end_in_a_message_that_names_the_server(fake, shape):
+    fake.spoil = SHAPES[shape]
+    with pytest.raises(ServerError, match=rf"The server at {fake.url[:-3]} "):
+        windows_of(fake).continue_(PREFIXES[:2], 6)
+
+
+def log_probs_as(change):
+    """Spoils an answer: the log-probabilities of the last token."""
+
+    def spoil(answer):
+        for choice in answer["choices"]:
+            choice["prompt_logprobs"][-1] = change(choice["prompt_logprobs"][-1])
+        return answer
+
+    return spoil
+
+
+def value(number):
+    return lambda entries: {token: {"logprob": number} for token in entries}
+
+
+LOG_PROBS = {
+    "NaN": (value(float("nan")), "gives nan as the log-probability .*bfloat16"),
+    "-inf": (value(float("-inf")), "gives -inf as the log-probability"),
+    "inf": (value(float("inf")), "gives inf as the log-probability"),
+    "above 0": (value(0.12), "gives 0.12 as the log-probability .*above 0.*raw_logprobs"),
+    "more than 1 in all": (value(-0.1), r"probabilities that add up to 2\.7"),
+    "null": (value(None), "form that is not OpenAI's"),
+    "a word": (value("likely"), "form that is not OpenAI's"),
+    "no entries": (lambda _: None, "form that is not OpenAI's"),
+    "not the sampled token": (lambda _: {"0": {"logprob": -0.5}}, "form that is not OpenAI's"),
+    "no token id": (lambda entries: entries | {"word": {"logprob": -9.0}}, "form that is not OpenAI's"),
+    "beyond the vocabulary": (
+        lambda entries: entries | {"99999": {"logprob": -9.0}},
+        "of token 99999; the student has",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOG_PROBS)
+def test_what_is_no_log_probability_is_refused(fake, kind):
+    rollouts = sample_rollouts(tiny_model(0), TOKENIZER, PREFIXES[:2], max_new_tokens=4)
+    windows = connect(OpenAIServer(fake.url, FAST), TOKENIZER, [EOS], vocabulary=TEACHER.config.vocab_size)
+    change, message = LOG_PROBS[kind]
+    fake.spoil = log_probs_as(change)
+    with pytest.raises(ServerError, match=rf"The server at {fake.url[:-3]} .*{message}"):
+        RemoteTeacher(windows, known=2).hidden(rollouts)
+
+
+def test_a_log_probability_just_above_0_is_rounding(fake):
+    rollouts = sample_rollouts(tiny_model(0), TOKENIZER, PREFIXES[:2], max_new_tokens=4)
+    fake.spoil = log_probs_as(
+        lambda entries: {token: {"logprob": 1e-6 if i == 0 else -50.0} for i, token in enumerate(entries)}
+    )
+    known = unpack(RemoteTeacher(windows_of(fake), known=2).hidden(rollouts))
+    assert known.log_probs.max() == 0
+
+
+@pytest.mark.parametrize("answer", [{}, {"tokens": None}, {"tokens": ["x"]}, [], None])
+def test_a_tokenizer_s_answer_in_another_form_is_named(fake, answer):
+    fake.tokenize = lambda body: answer  # type: ignore[method-assign]
+    with pytest.raises(ServerError, match="answers /tokenize in a form that is not OpenAI's"):
+        connect(OpenAIServer(fake.url, FAST), TOKENIZER, [EOS])
+
+
+@pytest.mark.parametrize("context", ["long", -1, True, 2.5])
+def test_a_context_that_is_no_number_of_tokens_is_refused(fake, context):
+    fake.context = context
+    with pytest.raises(ServerError, match="answers /v1/models in a form"):
+        connect(OpenAIServer(fake.url, FAST), TOKENIZER, [EOS])
+
+
 def run(out: Path, **options) -> list[dict[str, float]]:
     torch.manual_seed(0)
     trainer = tiny_trainer(out, student=tiny_model(0), teacher=options.pop("teacher", TEACHER), **options)
@@ -207,31 +341,6 @@ def test_options_that_need_the_teacher_s_weights_are_refused(tmp_path):
         TOPDTrainer(tiny_model(0), args=tiny_config(tmp_path, teacher_window_server="http://x", **wrong))
     with pytest.raises(TOPDError, match="needs a teacher"):
         TOPDTrainer(tiny_model(0), args=tiny_config(tmp_path), train_dataset=prompts())
-
-
-def test_no_step_is_lost_when_the_server_is_given_up(tmp_path, fake):
-    options = {"student_window": "rollout", "teacher_window_server": fake.url, "max_steps": 4}
-    whole = run(tmp_path / "whole", **options)
-    asked = len(fake.requests)
-    original = fake.complete
-
-    def dies_in_the_third_step(body):
-        if len(fake.requests) > asked * 1.5:
-            fake.faults = ["500"] * 10_000
-        return original(body)
-
-    fake.complete = dies_in_the_third_step  # type: ignore[method-assign]
-    with pytest.raises(ServerError, match="has not answered"):
-        run(tmp_path / "cut", teacher_server_patience=0.3, **options)
-    checkpoint = max((tmp_path / "cut").glob("checkpoint-*"))
-    done = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 0 < done < 4
-    fake.faults, fake.complete = [], original  # type: ignore[method-assign]
-    trainer = tiny_trainer(tmp_path / "cut", student=tiny_model(0), teacher=TEACHER, **options)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[:done] == pytest.approx([entry["loss"] for entry in whole][:done])
-    assert len(losses) == 4
 
 
 def test_a_server_with_too_short_a_context_is_named(tmp_path, fake):

@@ -1,17 +1,22 @@
-"""A wrong server is told within seconds, before any weights are loaded, by every command that takes one."""
+"""A wrong server is told within seconds, before any weights are loaded; a run writes no secret of its server."""
 
+import copy
 import json
+import pickle
 import shutil
 import time
 
 import pytest
+import torch
 from fake_openai import fake_server
 from near_future.fake_server import serving
-from tiny import TOKENIZER, tiny_config, tiny_model
+from tiny import TOKENIZER, prompts, tiny_config, tiny_model
 
 from topd.cli import main
 from topd.demo.pair import pair_folder
 from topd.errors import ServerError
+from topd.openai_server import OpenAIServer
+from topd.report.page import write_report
 from topd.training import TOPDTrainer
 
 NOBODY = "http://127.0.0.1:1"
@@ -102,3 +107,45 @@ def test_check_knows_a_server_that_is_the_whole_teacher(capsys, tmp_path):
         assert "--server-alone says that the teacher is on a server" in capsys.readouterr().err
         assert main(["check", *ALONE, "--teacher_window_server", fake.url]) == 2
         assert "--teacher NAME --server-alone" in capsys.readouterr().err
+
+
+SECRETS = ("kim-the-user", "s3cret-word", "k3y-in-the-query")
+
+
+def with_secrets(url):
+    user, word, key = SECRETS
+    return url.replace("http://", f"http://{user}:{word}@") + f"?api_key={key}"
+
+
+def none_in(text):
+    assert [secret for secret in SECRETS if secret in text] == []
+
+
+@pytest.mark.parametrize("method", ["topd", "opd"])
+def test_a_run_writes_no_secret_of_its_server(tmp_path, method):
+    with serving(tiny_model(1), TOKENIZER) as fake:
+        url = with_secrets(fake.url)
+        args = tiny_config(
+            tmp_path, teacher_window_server=url, method=method, max_steps=1, save_strategy="steps", save_steps=1
+        )
+        trainer = TOPDTrainer(tiny_model(0), args=args, train_dataset=prompts(), processing_class=TOKENIZER)
+        trainer.train()
+        trainer.save_model(str(tmp_path))
+        trainer.save_state()
+    write_report(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"topd_config.json", "training_args.bin", "report.html"} <= {path.name for path in files}
+    for path in files:
+        none_in(path.read_bytes().decode(errors="replace"))
+    kept = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert kept.teacher_window_server.startswith("http://***@127.0.0.1")
+
+
+def test_copies_of_the_options_reach_the_server_in_this_process(tmp_path):
+    with fake_server() as server:
+        args = tiny_config(tmp_path, teacher_window_server=with_secrets(server.url))
+        none_in(str(args) + str(args.to_dict()))
+        for each in (args, copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+            OpenAIServer(each.teacher_window_server).models()
+    assert len(set(server.authorizations)) == 1
+    assert server.authorizations[0]

@@ -8,7 +8,7 @@ from typing import Any
 from topd.errors import ServerError
 from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling
 from topd.generation import NEUTRAL
-from topd.openai_server import Limits, OpenAIServer
+from topd.openai_server import Limits, OpenAIServer, UnusableAnswer, refuse_unfinished
 
 LIMITS = Limits(timeout=3600.0, concurrency=64)
 """A long response may take an hour where many are under way."""
@@ -20,29 +20,44 @@ class ServerEngine:
     Args:
         url: of the server, with or without /v1.
         model: the name under which it serves the model.
+        key_variable: environment variable that holds the API key.
+        with_reasoning: refuse text without its reasoning, which a server with a reasoning parser takes out of it.
+
+    Raises:
+        ServerError: `url` is no address, or the variable holds no key.
     """
 
     together = 1
 
-    def __init__(self, url: str, model: str, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        limits: Limits = LIMITS,
+        key_variable: str | None = None,
+        with_reasoning: bool = False,
+    ) -> None:
         remedy = (
             "What it answered before is kept: mend the server or the request, and run the same command again to go on."
         )
-        self.model, self.server = model, OpenAIServer(url, limits, remedy=remedy)
+        self.model, self.with_reasoning = model, with_reasoning
+        self.server = OpenAIServer(url, limits, remedy=remedy, key_variable=key_variable)
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """The server is there and serves the model."""
         served = self.server.models()
         if self.model not in served:
             raise ServerError(
-                f"{self.server.url} does not serve {self.model!r}. It serves: {', '.join(served) or 'nothing'}. Give "
-                "one of these as the model, or start the server with that model."
+                f"{self.server.url} does not serve {self.model!r}. It serves: "
+                f"{self.server.shown(', '.join(served)) or 'nothing'}. Give one of these as the model, or start the "
+                "server with that model."
             )
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
         """See `Engine`, in the order of arrival. After a failure, what is under way is waited for and kept."""
-        for place, answer in self.server.answers([self._body(request, sampling) for request in requests]):
-            yield [(requests[place].number, self._response(answer))]
+        bodies = [self._body(request, sampling) for request in requests]
+        for place, response in self.server.answers(bodies, self._response):
+            yield [(requests[place].number, response)]
 
     def _body(self, request: Request, sampling: Sampling) -> tuple[str, dict[str, Any]]:
         """Path and body."""
@@ -59,14 +74,20 @@ class ServerEngine:
             body["chat_template_kwargs"] = sampling.chat_template_kwargs
         return "/v1/chat/completions", body | {"messages": request.prompt}
 
-    def _response(self, answer: Any) -> Response:
-        try:
-            choice = answer["choices"][0]
-            text = choice["text"] if "text" in choice else choice["message"]["content"]
-            tokens = int(answer["usage"]["completion_tokens"])
-            return Response(text or "", choice["finish_reason"] != "stop", tokens)
-        except (KeyError, IndexError, TypeError) as error:
-            raise ServerError(
-                f"{self.server.url} answered in a form that is not OpenAI's: {str(answer)[:200]}. Is it an "
-                "OpenAI-compatible server?"
-            ) from error
+    def _response(self, number: int, answer: Any) -> Response:
+        choice = answer["choices"][0]
+        message = choice if "text" in choice else choice["message"]
+        refuse_unfinished(choice["finish_reason"])
+        text = message["text"] if "text" in choice else message.get("content")
+        apart = message.get("reasoning_content") or message.get("reasoning")
+        if apart and (not text or self.with_reasoning):
+            raise UnusableAnswer(
+                "returns the reasoning apart from the text: serve the model without --reasoning-parser, so that the "
+                "text is all that it wrote"
+            )
+        if text is None:
+            raise UnusableAnswer("returns no text (null)")
+        tokens = answer["usage"]["completion_tokens"]
+        if not isinstance(text, str) or type(tokens) is not int or tokens < 0:
+            raise TypeError
+        return Response(text.encode(errors="replace").decode(), choice["finish_reason"] != "stop", tokens)

@@ -22,6 +22,7 @@ def server(setup: Setup) -> Finding:
     found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
     if found is None:
         return ok(NAME, f"method={setup.config.method} asks it for nothing")
-    windows = teacher_windows(found, setup.config, setup.student.tokenizer, setup.student.end_tokens)
+    rows = setup.student.text_config.vocab_size
+    windows = teacher_windows(found, setup.config, setup.student.tokenizer, setup.student.end_tokens, rows)
     context = f"a context of {windows.context:,}" if windows.context else "an unknown context"
     return ok(NAME, f"{found.url} serves {windows.model!r} with {context}, token ids in and out")

@@ -17,6 +17,7 @@ from topd.report.reading import (
     read_provenance,
     strings,
 )
+from topd.server_address import without_secrets
 
 MAX_CANDIDATES = 2000
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
@@ -133,6 +134,8 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
     arm.provenance = read_provenance(folder, notes)
+    if isinstance(server := arm.options.get("teacher_window_server"), str):
+        arm.options["teacher_window_server"] = without_secrets(server)  # an older run may have kept them
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
         arm.audited += 1
         arm.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import TOPDError
+from topd.server_address import without_secrets
 
 REFERENCE = "opd"
 """The arm that every other one is compared with."""
@@ -168,6 +169,12 @@ def _check(plan: StudyPlan) -> None:
         if unknown:
             raise ValueError(
                 f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
+            )
+        server = str(options.get("teacher_window_server"))
+        if without_secrets(server) != server:  # options are part of every record
+            raise ValueError(
+                f"{where}: leave the password or key out of teacher_window_server ({without_secrets(server)}); "
+                "teacher_server_key_env names the environment variable that holds a key."
             )
     _check_own_data(plan)
     tuned = [arm for arm in plan.arms if arm.time_of is None and arm.tuned_as is None]

@@ -13,6 +13,7 @@ from topd.algorithm.forks import ForkRule
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.near_future.matching import Embedding, Solver
+from topd.server_address import without_secrets
 from topd.training.options import check_kinds
 
 Method = Literal["opd", "opd-capped", "topd"]
@@ -92,7 +93,12 @@ class TOPDConfig(DistillationConfig):
     teacher_server_model: str | None = _option(
         None, "Name under which that server serves the teacher. None: the only model that it has."
     )
-    teacher_server_timeout: float = _option(300.0, "Seconds that one request to it may take.")
+    teacher_server_key_env: str | None = _option(
+        None, "Name of the environment variable that holds the server's API key. The key itself is never written down."
+    )
+    teacher_server_timeout: float = _option(
+        300.0, "Seconds that one request to it may take, from connecting to the last byte of the answer."
+    )
     teacher_server_patience: float = _option(
         600.0, "Seconds without an answer after which it is given up; until then requests are repeated."
     )
@@ -185,6 +191,8 @@ class TOPDConfig(DistillationConfig):
     def __post_init__(self) -> None:
         check_kinds(self)
         super().__post_init__()
+        if self.teacher_window_server is not None:
+            self.teacher_window_server = without_secrets(self.teacher_window_server)
         for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")

@@ -8,9 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from topd.errors import RunInterrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,7 +60,8 @@ class StopWhenAsked(TrainerCallback):
             return
         self.received, self._since = number, time.monotonic()
         text = (
-            "\ntopd: finishing this step, then saving a checkpoint. Ctrl-C again stops at once and loses this step.\n"
+            "\ntopd: finishing this step (or giving it up, if it waits for a server), then saving a checkpoint. Ctrl-C "
+            "again stops at once and loses this step.\n"
         )
         os.write(2, text.encode())  # print is not allowed to interrupt itself
 
@@ -66,3 +71,22 @@ class StopWhenAsked(TrainerCallback):
         if self.any_process(self.received is not None) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
         return control
+
+
+def run_interrupted(state: TrainerState, folder: Path, received: int | None) -> RunInterrupted:
+    """The message after Ctrl-C or SIGTERM.
+
+    Args:
+        state: of the run, whose checkpoint is saved.
+        folder: of the run.
+        received: the signal; None if it came to another process.
+    """
+    number = received or signal.SIGTERM
+    if state.global_step == 0:
+        return RunInterrupted("Stopped in the first step, as asked: nothing to save yet. Start the run again.", number)
+    return RunInterrupted(
+        f"Stopped after step {state.global_step} of {state.max_steps}, as asked. Saved: "
+        f"{folder / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'}. Go on with the same command "
+        "and --resume_from_checkpoint true.",
+        number,
+    )

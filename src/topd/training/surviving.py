@@ -12,7 +12,6 @@ import errno
 import json
 import pickle
 import shutil
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
-from topd.errors import ResumeError, RunInterrupted
+from topd.errors import ResumeError
 from topd.training.audit import AUDIT_FILE, cut_records
 from topd.training.checkpoints import UNFINISHED, checkpoint_to_resume, put_in_place, saving, saving_error
-from topd.training.interrupts import StopWhenAsked
+from topd.training.interrupts import StopWhenAsked, run_interrupted
 
 logger = get_logger(__name__)
 
@@ -82,12 +81,7 @@ class SurvivingTrainer(Trainer):
                     raise
                 raise saving_error("A file of the run", self._folder, error) from error
         if self._interrupt.stopped:
-            raise RunInterrupted(
-                f"Stopped after step {self.state.global_step} of {self.state.max_steps}, as asked. Saved: "
-                f"{self._folder / f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}'}. Go on with the same command "
-                "and --resume_from_checkpoint true.",
-                self._interrupt.received or signal.SIGTERM,
-            )
+            raise run_interrupted(self.state, self._folder, self._interrupt.received)
         return output
 
     # Saving

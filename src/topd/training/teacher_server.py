@@ -31,16 +31,23 @@ def teacher_server(options: TOPDConfig, has_weights: bool, patience: float | Non
         return None
     patience = options.teacher_server_patience if patience is None else patience
     limits = Limits(options.teacher_server_timeout, patience, options.teacher_server_concurrency)
-    server = OpenAIServer(options.teacher_window_server, limits, "The teacher's server", REMEDY)
+    server = OpenAIServer(
+        options.teacher_window_server, limits, "The teacher's server", REMEDY, options.teacher_server_key_env
+    )
     served_as(server, options.teacher_server_model)
     return server
 
 
 def teacher_windows(
-    server: OpenAIServer, options: TOPDConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+    server: OpenAIServer,
+    options: TOPDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
+    vocabulary: int | None = None,
 ) -> RemoteWindows:
     """Windows as the options describe them. Raises `TOPDError`: see `connect`."""
-    return connect(server, tokenizer, eos_token_ids, options.teacher_server_model, options.window_temperature)
+    name, temperature = options.teacher_server_model, options.window_temperature
+    return connect(server, tokenizer, eos_token_ids, name, temperature, vocabulary)
 
 
 def contexts(student: Any, teacher: Any, server: RemoteWindows | None) -> dict[str, PreTrainedConfig]:

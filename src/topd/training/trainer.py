@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from trl import DistillationTrainer
 
-from topd.errors import ServerError, TOPDError
+from topd.errors import TOPDError
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
@@ -30,21 +30,21 @@ from topd.training.models import BothModels
 from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
 from topd.training.output_folder import check_writable
 from topd.training.precision import watch_rounding
-from topd.training.prepared import prepared_models
+from topd.training.prepared import head_rows, prepared_models
 from topd.training.prompt_rows import check_datasets, check_enough, check_prompts, check_tokens
 from topd.training.recorded import RecordedTrainer
+from topd.training.rollback import RollbackTrainer
 from topd.training.rollouts import OwnRollouts
 from topd.training.sharding import shard_teacher, unsharded
 from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
-from topd.training.surviving import SurvivingTrainer
 from topd.training.teacher_server import check_without_weights, contexts, teacher_server, teacher_windows
 from topd.training.tokenizers import check_context
 
 logger = get_logger(__name__)
 
 
-class TOPDTrainer(RecordedTrainer, SurvivingTrainer, BothModels, OwnRollouts, DistillationTrainer):
+class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -66,7 +66,7 @@ class TOPDTrainer(RecordedTrainer, SurvivingTrainer, BothModels, OwnRollouts, Di
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
-        ServerError: its server cannot be used or has gone away; the steps so far are saved (one process).
+        ServerError: its server cannot be used or has gone away; the steps so far are saved.
         TokenizerMismatchError: where the tokenizers differ; a loaded model's is looked for where the model came from.
         NonFiniteError: where a loss or gradient is NaN or infinite; before the optimizer moves.
     """
@@ -110,7 +110,9 @@ class TOPDTrainer(RecordedTrainer, SurvivingTrainer, BothModels, OwnRollouts, Di
             )
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
-        self._server = teacher_windows(server, args, self._tokenizer, self.eos_token_ids) if server else None
+        if server is not None:
+            rows = head_rows(self.model)
+            self._use_server(teacher_windows(server, args, self._tokenizer, self.eos_token_ids, rows))
         self._stage = Stopwatch()
         self._sampling: SamplingStates | None = None
         self._budget = (
@@ -346,9 +348,10 @@ class TOPDTrainer(RecordedTrainer, SurvivingTrainer, BothModels, OwnRollouts, Di
 
     def _own_state(self) -> dict[str, Any]:
         parts = {"budget": self._budget, "quartile": self._quartile}
-        return {name: asdict(part) for name, part in parts.items() if part is not None}
+        return super()._own_state() | {name: asdict(part) for name, part in parts.items() if part is not None}
 
     def _restore_own_state(self, state: dict[str, Any]) -> None:
+        super()._restore_own_state(state)
         if self._quartile and "quartile" in state:
             self._quartile = LowLossQuartile(**state["quartile"] | {"every": self._quartile.every})
         if self._budget and "budget" in state:
@@ -358,9 +361,4 @@ class TOPDTrainer(RecordedTrainer, SurvivingTrainer, BothModels, OwnRollouts, Di
         check_enough(self.train_dataset, self.args)
         if self.accelerator.is_main_process:
             save_options(self.args)
-        try:
-            return super().train(*args, **kwargs)
-        except ServerError:  # it is asked between two optimizer steps, so all steps so far are whole
-            if self.state.global_step and self.accelerator.num_processes == 1:  # other processes would not save with it
-                self._save_checkpoint(self.model, None)
-            raise
+        return super().train(*args, **kwargs)
