@@ -28,7 +28,8 @@ def add_eval(commands: Any) -> None:
     what.add_argument(
         "--benchmark", nargs="+", action="extend", metavar="B",
         help="aime24, aime25, hmmt25, math500, gsm8k, embedded, embedded-long, or a file or Hub dataset with "
-        "`problem` and `answer`; LABEL=FILE names it, aime24=FILE takes a known one from a file (default: embedded-long)",
+        "`problem` and `answer`; LABEL=FILE names it, aime24=FILE takes a known one from a file (default: "
+        "embedded-long)",
     )  # fmt: skip
     what.add_argument("--split", default="test", help="of a Hub dataset of yours (default: %(default)s)")
     what.add_argument(
