@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from topd.arguments import FromRecipe, json_object
 from topd.errors import TOPDError
+
+if TYPE_CHECKING:
+    from topd.near_future import Rollouts
 
 EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teacher"}
 EMBEDDED_DEFAULTS = {
@@ -18,6 +21,7 @@ EMBEDDED_DEFAULTS = {
     "embedded": {"window_length": [16], "share": 0.06, "max_new_tokens": 64},
 }
 """Of the embedded task, whose responses have about 145 or 60 tokens; other pairs have the paper's K and share."""
+STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
 DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
 
 
@@ -32,6 +36,16 @@ def add_probe(commands: Any) -> None:
     probe.add_argument(
         "--given-responses", action="store_true",
         help="measure the column `response` (or `completion`) of --data, and sample nothing",
+    )  # fmt: skip
+    probe.add_argument(
+        "--student-window", nargs="+", default=["rollout"], choices=(*STUDENT_WINDOWS, "all"),
+        help="readings of the student's window, the main one first: the rollout's own next K tokens; the candidate "
+        "token, then the student's greedy continuation; its greedy continuation of the prefix (default: rollout)",
+    )  # fmt: skip
+    probe.add_argument(
+        "--candidate-ranking", default="reverse_kl", choices=("reverse_kl", "teacher_nll", "log_ratio"),
+        help="what makes a position high-loss: the token loss, the teacher's NLL of the sampled token, or log p_S - "
+        "log p_T of it (default: %(default)s)",
     )  # fmt: skip
     probe.add_argument("--cost", nargs="+", default=["cosine"], choices=("cosine", "sqeuclidean"))
     probe.set_defaults(run=run_probe_command)
@@ -55,10 +69,16 @@ def run_probe_command(options: argparse.Namespace) -> None:
         names["student"], names["teacher"], options.data, options.rollouts, options.batch, options.max_new_tokens,
         options.temperature, options.given_responses,
         ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
-                     options.seed),
+                     options.seed, options.candidate_ranking, _windows(options.student_window)),
         options.chat_template_kwargs,
     )  # fmt: skip
     run_probe(run, student, teacher, tokenizer, rows, options.out)
+
+
+def _windows(chosen: list[str]) -> tuple[Any, ...]:
+    """The readings that are wanted, each once; "all" stands for those not named."""
+    every = [kind for name in chosen for kind in (STUDENT_WINDOWS if name == "all" else (name,))]
+    return tuple(dict.fromkeys(every))
 
 
 def _pair_options(parser: argparse.ArgumentParser, out: str) -> None:
@@ -176,8 +196,12 @@ def add_correct(commands: Any) -> None:
     _pair_options(correct, out="runs/correct")
     correct.add_argument("--steps", type=int, default=5, help="gradient steps on a window (default: 5, the paper's M)")
     correct.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
-    correct.add_argument("--guidance-weight", type=float, default=1.0, help="lambda (default: %(default)s)")
-    correct.add_argument("--arms", nargs="+", help="which of: opd, topd, own tokens, same index, teacher's contexts")
+    correct.add_argument("--guidance-weight", type=float, help="lambda (default: that of topd train)")
+    correct.add_argument(
+        "--arms", nargs="+", metavar="ARM",
+        help="which of: opd, topd, opd on teacher, topd on teacher (on the teacher's continuation), own tokens, "
+        "same index, teacher's contexts (default: all)",
+    )  # fmt: skip
     correct.set_defaults(run=run_correct_command)
 
 
@@ -197,20 +221,28 @@ def run_correct_command(options: argparse.Namespace) -> None:
         raise TOPDError(f"There is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}.")
     student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
     settings = CorrectOptions(
-        options.window_length[0], options.share, steps=options.steps, learning_rate=options.learning_rate,
-        guidance_weight=options.guidance_weight, arms=arms, seed=options.seed,
-    )  # fmt: skip
+        options.window_length[0], options.share, options.steps, options.learning_rate, arms=arms, seed=options.seed
+    )
+    if options.guidance_weight is not None:
+        settings = replace(settings, guidance_weight=options.guidance_weight)
     rows = token_ids(options, tokenizer, end_token_ids(student.generation_config, tokenizer))
     _check_length(rows, tokenizer, options, student, teacher)
     pair = local_pair(student, teacher, tokenizer, micro_batch=options.batch)
-    forks = []
-    for first in range(0, len(rows), options.batch):
-        torch.manual_seed(options.seed * 1_000_003 + first)
-        prompts = [torch.tensor(row["prompt_ids"]) for row in rows[first : first + options.batch]]
-        rollouts = sample_rollouts(
-            student, tokenizer, prompts, max_new_tokens=options.max_new_tokens, temperature=options.temperature
+
+    def batches() -> Iterator[Rollouts]:
+        for first in range(0, len(rows), options.batch):
+            torch.manual_seed(options.seed * 1_000_003 + first)
+            prompts = [torch.tensor(row["prompt_ids"]) for row in rows[first : first + options.batch]]
+            yield sample_rollouts(
+                student, tokenizer, prompts, max_new_tokens=options.max_new_tokens, temperature=options.temperature
+            )
+
+    forks = find_forks(*pair, batches(), settings)
+    if not forks:
+        raise TOPDError(
+            f"None of the {len(rows)} rollouts has a fork: no high-loss token's D_OT is above the upper quartile of "
+            "the low-loss tokens. Look at more with --rollouts or --share, or see topd probe."
         )
-        forks += [replace(fork, rollout=first + fork.rollout) for fork in find_forks(*pair, rollouts, settings)]
     corrector = Corrector(
         student, pair, tokenizer, settings, is_right_on(options.data, rows), [len(row["prompt_ids"]) for row in rows],
         options.max_new_tokens,

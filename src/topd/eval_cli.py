@@ -35,11 +35,16 @@ def add_eval(commands: Any) -> None:
     what.add_argument(
         "--rule", choices=("math", "integer"), default="math", help="of a set of yours (default: %(default)s)"
     )
+    what.add_argument(
+        "--prompt-style", choices=("boxed", "lm-eval"), default="boxed",
+        help="boxed: ours. lm-eval: prompt and answer extraction of lm-evaluation-harness, as the paper used, for "
+        "aime24, aime25 and hmmt25 (default: %(default)s)",
+    )  # fmt: skip
     what.add_argument("--limit", type=int, help="only the first so many problems of each benchmark")
-    how = parser.add_argument_group("how responses are sampled (defaults: the paper's, where it says)")
+    how = parser.add_argument_group("how responses are sampled (the defaults are our choice: the paper gives none)")
     how.add_argument("--samples", type=int, default=5, help="of each problem (default: %(default)s)")
     how.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
-    how.add_argument("--top-p", type=float, default=0.95, help="our choice for evaluation (default: %(default)s)")
+    how.add_argument("--top-p", type=float, default=0.95, help="share that is sampled from (default: %(default)s)")
     how.add_argument(
         "--max-new-tokens", type=int, help="of a response (default: 16384; embedded: 96, embedded-long: 224)"
     )
@@ -97,7 +102,7 @@ def run_eval(options: argparse.Namespace) -> None:
     quieten()
     models = labelled_models(options.model or [EMBEDDED_MODEL])
     sets = [
-        load_benchmark(name, limit=options.limit, split=options.split, rule=options.rule)
+        load_benchmark(name, limit=options.limit, split=options.split, rule=options.rule, style=options.prompt_style)
         for name in options.benchmark or ["embedded-long"]
     ]
     folders = [options.out / label for label in models]

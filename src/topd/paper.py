@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+GROUPS = {"high": "high-loss", "random": "random", "low": "low-loss"}
+"""Groups of positions in section 2.1, in words."""
 PROBE = {
     "high": 0.566,
     "random": 0.361,
@@ -13,6 +15,20 @@ PROBE = {
 """Median D_OT at high-loss, random and low-loss tokens; share of high-loss tokens that are false alarms; correlations
 of token loss and D_OT (sections 2.1 and A)."""
 
+CORRELATIONS = {
+    "pearson": "Pearson, token loss and D_OT",
+    "spearman": "Spearman, token loss and D_OT",
+    "pearson_nll": "Pearson, teacher's NLL and D_OT",
+    "spearman_nll": "Spearman, teacher's NLL and D_OT",
+}
+"""Over high-loss positions. Section 2.1 says "token loss"; Fig. 6 has "teacher token loss" on its x axis, which we read
+as the teacher's NLL of the sampled token."""
+
+NEAR_ZERO = 0.02
+"""D_OT below this is in the first bin of Fig. 2a (40 bins up to 0.82)."""
+NEAR_ZERO_SHARES = {"high": 0.002, "random": 0.08, "low": 0.11}
+"""Share of each group in that bin, read off the figure."""
+
 MEAN = "mean"
 """The column of the mean over benchmarks."""
 TABLE_1 = {
@@ -22,5 +38,8 @@ TABLE_1 = {
 }
 """Table 1: points, 30 problems each, pass@1 averaged over five runs, no intervals given."""
 
-LOCAL_CORRECTION = {"before": 0.538, "opd": 0.350, "topd": 0.204}
-"""Mean D_OT at 1,000 forks, before and after 5 steps (section 5.2)."""
+LOCAL_CORRECTION = {"before": 0.538} | dict.fromkeys(("opd", "opd on teacher"), 0.350) | dict.fromkeys(
+    ("topd", "topd on teacher"), 0.204
+)  # fmt: skip
+"""Mean D_OT at 1,000 forks, before and after 5 steps (section 5.2): on the student's window, or on the teacher's
+continuation, since the text can be read in both ways."""

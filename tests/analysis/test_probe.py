@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
 
-from topd.analysis.probe import probe
+from topd.analysis.probe import ProbeOptions, measure, probe
 from topd.analysis.probe_summary import Probe, token_table
 from topd.demo.task import make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
@@ -17,10 +17,12 @@ def run(student, teacher):
     torch.manual_seed(0)
     texts = [problem.prompt for problem in make_problems(6, 0, held_out=False)]
     rollouts = sample_rollouts(student, TOKENIZER, texts, max_new_tokens=20)
-    return probe(*local_pair(student, teacher, TOKENIZER), rollouts, window_length=5, share=0.1)
+    return probe(
+        *local_pair(student, teacher, TOKENIZER), rollouts, window_length=5, share=0.1, student_window="regenerated"
+    )
 
 
-def test_a_model_does_not_part_from_itself():
+def test_a_model_s_greedy_windows_do_not_part_from_its_own():
     model = tiny_model(0)
     found = run(model, model)
     assert all((distances == 0).all() for distances in found.distances.values())
@@ -70,7 +72,7 @@ def test_a_teacher_that_only_renames_tokens_is_all_false_alarms():
     student = untied(synonyms=synonyms)
     teacher = renamed(student, {5 + i: 5 + synonyms + i for i in range(synonyms)})
     found = run(student, teacher)
-    assert found._loss["high"].min() > 0.5  # the losses are high
+    assert found.loss["high"].min() > 0.5  # the losses are high
     assert found.distances["high"].max() < 1e-6
     assert found.false_alarm_share == 1
 
@@ -82,7 +84,8 @@ def test_a_teacher_that_differs_in_one_token_forks_there():
     rollouts = sample_rollouts(student, TOKENIZER, texts, max_new_tokens=20)
     usual = int(torch.bincount(rollouts.response_ids[rollouts.response_mask.bool()]).argmax())
     teacher = renamed(student, {usual: (usual + 7) % 40})
-    found = probe(*local_pair(student, teacher, TOKENIZER), rollouts, window_length=3, share=0.1)
+    pair = local_pair(student, teacher, TOKENIZER)
+    found = probe(*pair, rollouts, window_length=3, share=0.1, student_window="regenerated")
     assert numpy.median(found.distances["high"]) > 0.1
     assert numpy.median(found.distances["low"]) < numpy.median(found.distances["high"])
 
@@ -116,3 +119,65 @@ def test_which_tokens_are_false_alarms():
         {"token": "a", "n": 3, "false_alarms": 2, "forks": 1},
         {"token": "b", "n": 3, "false_alarms": 0, "forks": 3},
     ]
+
+
+def test_the_share_near_zero_by_hand():
+    distances = {"high": numpy.array([0.0, 0.019, 0.02, 0.5])}
+    found = Probe(distances, {"high": numpy.arange(4)})
+    assert found.near_zero("high") == 0.5  # 0.02 itself is in the second bin
+
+
+def test_the_teacher_s_nll_is_correlated_where_it_is_finite():
+    distances = {"high": numpy.array([0.1, 0.3, 0.2, 0.9])}
+    nll = {"high": numpy.array([1.0, 3.0, 2.0, numpy.inf])}
+    found = Probe(distances, {"high": numpy.arange(4)}, teacher_nll=nll)
+    assert found.pearson_nll == pytest.approx(1.0)
+    assert found.spearman_nll == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="does not hold `loss`"):
+        _ = found.pearson
+
+
+def measured(**options):
+    """Six rollouts of a student, and what the probe measures at them."""
+    student, teacher = tiny_model(0), tiny_model(1, width=96)
+    torch.manual_seed(0)
+    texts = [problem.prompt for problem in make_problems(6, 0, held_out=False)]
+    rollouts = sample_rollouts(student, TOKENIZER, texts, max_new_tokens=20)
+    pair = local_pair(student, teacher, TOKENIZER)
+    return pair, rollouts, *measure(*pair, rollouts, ProbeOptions(share=0.2, window_lengths=(5,), **options))
+
+
+def test_the_three_readings_of_the_student_s_window_are_measured_at_the_same_places():
+    _, rollouts, _, groups = measured(student_windows=("candidate", "rollout", "regenerated"))
+    begun = []
+    for found in groups.values():
+        candidate = rollouts.response_ids[found.rows, found.positions]
+        assert (found.ours["candidate"].tokens[:, 0] == candidate).all()
+        for row, position, tokens, mask in zip(
+            found.rows, found.positions, found.ours["rollout"].tokens, found.ours["rollout"].mask, strict=True
+        ):
+            wanted = rollouts.response_ids[row, position : position + 5]
+            assert tokens[mask].tolist() == wanted[rollouts.response_mask[row, position : position + 5].bool()].tolist()
+        assert torch.equal(found.begins, found.ours["regenerated"].tokens[:, 0] == candidate)
+        same = found.ours["candidate"].tokens[found.begins] == found.ours["regenerated"].tokens[found.begins]
+        assert same.all()  # a regenerated window that begins with the candidate is the candidate window
+        begun += found.begins.tolist()
+        for reading in ("candidate", "rollout", "regenerated"):
+            assert found.distances[f"{reading}/student/cosine/5"].shape == candidate.shape
+    assert any(begun)
+    assert not all(begun)
+
+
+@pytest.mark.parametrize("ranking", ["teacher_nll", "log_ratio"])
+def test_high_loss_places_are_those_that_the_ranking_says(ranking):
+    pair, rollouts, _, groups = measured(ranking=ranking)
+    mask = rollouts.response_mask.bool()
+    student, teacher = (
+        model.head().logits(model.hidden(rollouts)).log_softmax(-1).gather(-1, rollouts.response_ids[..., None])[..., 0]
+        for model in pair
+    )
+    value = -teacher if ranking == "teacher_nll" else student - teacher
+    for row in range(len(rollouts)):
+        taken = groups["high"].positions[groups["high"].rows == row]
+        highest = value[row].masked_fill(~mask[row], -torch.inf).topk(len(taken)).indices
+        assert sorted(taken.tolist()) == sorted(highest.tolist())

@@ -30,12 +30,13 @@ def test_the_file_has_what_it_promises(probed):
         assert row["q1"] <= row["median"] <= row["q3"]
         assert row["low"] <= row["median"] <= row["high"]
         assert row["n"] >= 6
-    for name in ("pearson", "spearman", "false_alarm_share"):
+    for name in ("pearson", "spearman", "pearson_nll", "spearman_nll", "false_alarm_share"):
         assert set(result[name]) == {"value", "low", "high"}
     assert result["low_loss_share"] >= 0.75
     assert list(result["variants"]) == [
-        "student/cosine/5", "student/cosine/3", "student/sqeuclidean/5", "student/sqeuclidean/3"
-    ]  # fmt: skip
+        f"rollout/student/{cost}/{length}" for cost in ("cosine", "sqeuclidean") for length in (5, 3)
+    ]
+    assert result["readings"] == {"rollout": "rollout/student/cosine/5"}
     records = [json.loads(line) for line in (out / RECORDS).read_text().splitlines()]
     assert [record["rollout"] for record in records] == list(range(6))
     counts = {group: sum(p["group"] == group for r in records for p in r["places"]) for group in result["groups"]}
@@ -45,6 +46,30 @@ def test_the_file_has_what_it_promises(probed):
         for place in record["places"]:
             assert place["token"] == record["tokens"][place["position"]]
             assert len(place["student_window"]) <= 5
+
+
+def test_all_readings_of_the_student_s_window_stand_side_by_side(tmp_path, capsys):
+    code, result = run(tmp_path, "--student-window", "candidate", "all")
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert list(result["readings"]) == ["candidate", "rollout", "regenerated"]
+    assert result["variant"] == "candidate/student/cosine/5"
+    table = shown[shown.index("in each reading") :]
+    for word in ("candidate", "rollout", "regenerated", "0.2%", "8.0%", "11.0%", "29.2%", "begins with the candidate"):
+        assert word in table, word
+    records = [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
+    places = [place for record in records for place in record["places"]]
+    for place in places:
+        assert place["student_window"][0] == place["token"]  # the candidate's own window
+        assert place["begins_with_candidate"] == (place["other_windows"]["regenerated"][0] == place["token"])
+        assert list(place["other_windows"]) == ["rollout", "regenerated"]
+    high = [place for place in places if place["group"] == "high"]
+    main = result["variants"]["regenerated/student/cosine/5"]["groups"]["high"]
+    share = sum(place["begins_with_candidate"] for place in high) / len(high)
+    assert main["begins_with_candidate"]["value"] == pytest.approx(share)
+    near = [place["distance"]["candidate/student/cosine/5"] < 0.02 for place in high]
+    assert result["groups"]["high"]["near_zero"]["value"] == pytest.approx(sum(near) / len(near))
+    assert result["groups"]["high"]["near_zero"]["low"] <= sum(near) / len(near)
 
 
 def test_an_interrupted_probe_goes_on_and_ends_the_same(probed, tmp_path):
@@ -73,7 +98,8 @@ def test_the_cost_is_said_before_and_the_paper_stands_beside(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "6 rollouts of up to 24 tokens (144 at most)" in " ".join(shown.split())
     assert "0.566" in shown
-    assert "--fork_threshold" in shown
+    assert "--student_window rollout --fork_threshold" in " ".join(shown.split())
+    assert "in each reading" not in shown  # one reading needs no comparison
 
 
 @pytest.mark.parametrize(

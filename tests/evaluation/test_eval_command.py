@@ -167,6 +167,24 @@ def test_a_server_gives_the_same_records_and_what_it_gave_is_kept(
     assert told["settings"]["engine"] == "server"
 
 
+def test_the_harness_s_prompt_and_rule_are_recorded_and_do_not_mix_with_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "aime.jsonl").write_text(json.dumps({"problem": "What is $1+1$?", "answer": "2"}) + "\n")
+    command = [
+        "eval", "--model", "echo=the-teacher", "--benchmark", f"aime24={tmp_path / 'aime.jsonl'}", "--samples", "1",
+        "--out", str(tmp_path),
+    ]  # fmt: skip
+    with fake_server(lambda n: None) as server:
+        assert main([*command, "--server", server.url, "--prompt-style", "lm-eval"]) == 0
+        assert server.seen[0]["messages"] == [{"role": "user", "content": "Question: What is $1+1$?\nAnswer:"}]
+        assert main([*command, "--server", server.url]) == 2
+    assert "other settings (problems, rule)" in capsys.readouterr().err
+    told = json.loads((tmp_path / "echo" / RESULT).read_text())["benchmarks"]["aime24"]
+    assert told["settings"]["rule"] == "lm_eval"
+    assert told["unparsed"] == 1  # the server echoes the prompt, and generation ends at "Question:"
+
+
 def test_without_math_verify_nothing_is_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

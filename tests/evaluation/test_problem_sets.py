@@ -108,3 +108,25 @@ def test_problems_without_answers_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "m.jsonl", [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?"}])
     with pytest.raises(TOPDError, match="1 of 2 problems have no `answer`, the first is number 2"):
         load_benchmark(file)
+
+
+def test_the_harness_s_prompt_asks_for_no_box_and_compares_strings(tmp_path: Path) -> None:
+    instructed = "1+1?" + benchmarks.INSTRUCTION  # as some files have it
+    rows = [{"problem": instructed, "answer": "02"}, {"problem": "2+2?", "answer": r"\frac{8}{2}"}]
+    file = write(tmp_path / "any.jsonl", rows)
+    found = load_benchmark(f"aime24={file}", style="lm-eval")
+    assert (found.name, found.rule) == ("aime24", "lm_eval")
+    assert [problem.prompt for problem in found.problems] == ["Question: 1+1?\nAnswer:", "Question: 2+2?\nAnswer:"]
+    assert [problem.answer for problem in found.problems] == ["2", r"\frac{8}{2}"]
+    assert load_benchmark(f"aime24={file}").problems[0].prompt == instructed
+
+
+def test_the_harness_s_prompt_is_refused_where_it_does_not_fit(tmp_path: Path) -> None:
+    asked = write(tmp_path / "a.jsonl", [{"problem": "1+1? Write \\boxed{} around it.", "answer": "2"}])
+    talk = write(tmp_path / "t.jsonl", [{"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}])
+    for file in (asked, talk):
+        with pytest.raises(TOPDError, match="without an instruction of their own"):
+            load_benchmark(f"hmmt25={file}", style="lm-eval")
+    for name in ("math500", "embedded", asked):
+        with pytest.raises(TOPDError, match="is for aime24, aime25, hmmt25, not for"):
+            load_benchmark(name, style="lm-eval")

@@ -100,20 +100,25 @@ def write_results(folder: Path, **other: Any) -> Path:
     return folder
 
 
-def write_probe(folder: Path, *, rollouts: int = 6, places: int = 2, tokens: list[str] | None = None) -> Path:
-    """What `topd probe` writes: high-loss places alternate between fork and false alarm."""
+def write_probe(
+    folder: Path, *, rollouts: int = 6, places: int = 2, tokens: list[str] | None = None, readings: tuple[str, ...] = ()
+) -> Path:
+    """What `topd probe` writes: high-loss places alternate between fork and false alarm. `readings`: more of them."""
     folder.mkdir(parents=True, exist_ok=True)
     spoken = tokens or ["so", " 5", "+", "2"]
+    names = ("student/cosine/50", *(f"{kind}/student/cosine/50" for kind in readings))
     for_group = {"high": 0.4, "random": 0.2, "low": 0.1}
     lines = []
     for number in range(rollouts):
         at = [
             {
                 "group": group, "position": place % len(spoken), "token": spoken[place % len(spoken)],
-                "token_loss": 1.0 + number + place, "teacher_nll": 1.0,
-                "distance": {"student/cosine/50": base + 0.01 * number - 0.35 * (group == "high" and place % 2 == 1)},
+                "token_loss": 1.0 + number + place, "teacher_nll": 9.0 + number - place,
+                "distance": dict.fromkeys(
+                    names, base + 0.01 * number - 0.35 * (group == "high" and place % 2 == 1)
+                ),
                 "student_window": spoken, "teacher_window": spoken[::-1], "plan": [[0, 1, 0.25], [1, 0, 0.25]],
-            }
+            } | ({"begins_with_candidate": place % 2 == 0} if "regenerated" in readings else {})
             for group, base in for_group.items()
             for place in range(places)
         ]  # fmt: skip
@@ -130,6 +135,13 @@ def write_probe(folder: Path, *, rollouts: int = 6, places: int = 2, tokens: lis
         "run": {"student": "small", "teacher": "big"},
     }  # fmt: skip
     result["variants"] = {name: dict(result) for name in ("student/cosine/50", "teacher/cosine/50")}
+    if readings:
+        share = {"value": 0.625, "low": 0.5, "high": 0.75}
+        for row in result["groups"].values():
+            row |= {"near_zero": share} | ({"begins_with_candidate": share} if "regenerated" in readings else {})
+        result["readings"] = {"rollout": "student/cosine/50"} | {kind: f"{kind}/student/cosine/50" for kind in readings}
+        result["variants"] = {name: dict(result) for name in result["readings"].values()}
+        result["pearson_nll"] = result["spearman_nll"] = interval | {"value": 0.71}
     (folder / "probe.json").write_text(json.dumps(result))
     return folder
 

@@ -18,7 +18,7 @@ from topd.cli import main
 from topd.report import ReportError, write_report
 from topd.report.analyses import Case, Window
 from topd.report.case import typical
-from topd.report.distances import correlation
+from topd.report.distances import binned_means, correlation
 from topd.report.figures import arm_styles, curve_figures, thin
 from topd.report.page import render
 from topd.report.records import Arm, Candidate, Rollout
@@ -414,6 +414,45 @@ def test_a_probe_is_shown_beside_the_paper(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in page.text, expected
     assert "high-loss median 0.25" in " ".join(figure["aria-label"] or "" for figure in page.all("svg", "figure"))
+
+
+def test_the_readings_of_the_student_s_window_are_shown_side_by_side(tmp_path: Path) -> None:
+    page = page_of(write_probe(tmp_path / "mine", readings=("candidate", "regenerated")))
+    assert_harmless(page)
+    for expected in (
+        "D_OT below 0.02, low-loss, %", "62.5 (50.0 to 75.0)", "11.0", "Begins with the candidate, high-loss, %",
+        "Pearson, teacher's NLL and D_OT", "0.710",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
+    (histograms,) = [label for label in labels if label.startswith("Histograms")]
+    assert "regenerated, high-loss 0.0%, random 0.0%, low-loss 0.0%" in histograms
+    one = page_of(write_probe(tmp_path / "one"))
+    assert "in each reading" not in one.text
+
+
+def test_the_teacher_s_nll_is_drawn_against_distance_with_its_trend_and_binned_means(tmp_path: Path) -> None:
+    page = page_of(write_probe(tmp_path / "mine", rollouts=12, places=4))
+    labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
+    (nll,) = [label for label in labels if label.startswith("Teacher's NLL against")]
+    records = [json.loads(line) for line in (tmp_path / "mine" / "probe_records.jsonl").read_text().splitlines()]
+    high = [place for record in records for place in record["places"] if place["group"] == "high"]
+    x, y = (np.array([find(place) for place in high]) for find in (
+        lambda place: place["teacher_nll"], lambda place: place["distance"]["student/cosine/50"]
+    ))  # fmt: skip
+    assert f"Pearson r = {np.corrcoef(x, y)[0, 1]:.3f}".replace("-", "−") in nll
+    assert "48 candidates" in nll
+    assert page.text.count("linear trend") == 2  # token loss, and the teacher's NLL
+    assert page.text.count("bin mean ± SE") == 2
+
+
+def test_binned_means_by_hand() -> None:
+    x = np.array([0.0] * 5 + [8.0] * 6 + [4.0] * 4)  # the four in the middle are too few
+    y = np.array([0.1] * 5 + [0.2, 0.4] * 3 + [0.9] * 4)
+    centre, mean, error = binned_means(x, y)
+    assert centre.tolist() == [0.0, 8.0]
+    assert mean == pytest.approx([0.1, 0.3])
+    assert error == pytest.approx([0.0, np.std([0.2, 0.4] * 3, ddof=1) / np.sqrt(6)])
 
 
 def test_local_correction_is_shown_with_its_cases(tmp_path: Path) -> None:

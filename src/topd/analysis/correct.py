@@ -1,22 +1,26 @@
 """Does guidance at one fork bring the student back? Local correction (section 5.2, Fig. 5) for any pair.
 
-At one fork of a rollout the student takes M gradient steps on its window alone, each arm from the same weights; then it
-continues the same prefix again. D_OT to the teacher's window says how far it came, but TOPD's own targets use the plan
-that defines D_OT: so the teacher's likelihood of the new window, the share of tokens that equal the teacher's, and,
-where problems have answers, the share of continuations that end right are measured too.
+At one fork of a rollout the student takes M gradient steps on one window alone, each arm from the same weights; then it
+continues the same prefix again. D_OT to the teacher's window shows how near it came, but TOPD's own targets use the
+plan that defines D_OT. So three measures that no loss here optimises are taken too: the teacher's likelihood of the new
+window, the share of tokens that equal the teacher's, and, where problems have answers, whether the continuation ends
+right.
+
+On which window? The paper's formula (section 3) has the student's contexts; its section 5.2 uses "the teacher
+continuation as the local optimization target". OPD and TOPD are run on both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from topd.algorithm import highest_loss, is_fork
-from topd.algorithm.forks import false_alarm_threshold
+from topd.analysis.probe import ProbeOptions, measure
+from topd.analysis.probe_summary import ROUNDING
 from topd.generation import end_token_ids, padding_id
 from topd.near_future import (
     DistilledModel,
@@ -28,17 +32,37 @@ from topd.near_future import (
 from topd.near_future.sampling import written_rollouts
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
-from topd.training.guided import guided_windows
-from topd.training.step import score, topd_loss
+from topd.training.gradient_ratio import last_parameters
+from topd.training.guided import Guided, guided_windows
+from topd.training.step import StepLoss, topd_loss
 
-ARMS: dict[str, dict[str, Any]] = {
-    "opd": {"guidance_weight": 0.0},
-    "topd": {},
-    "own tokens": {"guidance_target": "own"},
-    "same index": {"guidance_target": "same_index"},
-    "teacher's contexts": {"guidance_context": "teacher", "teacher_context_loss": "reverse_kl"},
+
+@dataclass(frozen=True)
+class Arm:
+    """A loss at a fork.
+
+    Attributes:
+        window: whose continuation L_OPD is taken on: the student's, or the teacher's (section 5.2).
+        settings: options of `TOPDConfig`. L_traj stays as section 3 has it: the student's contexts and the transport's
+            targets, whichever window L_OPD is taken on (our reading).
+        baseline: the arm without guidance on the same window.
+    """
+
+    window: Literal["student", "teacher"] = "student"
+    settings: dict[str, Any] = field(default_factory=dict)
+    baseline: str = "opd"
+
+
+ARMS = {
+    "opd": Arm(settings={"guidance_weight": 0.0}),
+    "topd": Arm(),
+    "opd on teacher": Arm("teacher", {"guidance_weight": 0.0}, "opd on teacher"),
+    "topd on teacher": Arm("teacher", baseline="opd on teacher"),
+    "own tokens": Arm(settings={"guidance_target": "own"}),
+    "same index": Arm(settings={"guidance_target": "same_index"}),
+    "teacher's contexts": Arm(settings={"guidance_context": "teacher", "teacher_context_loss": "reverse_kl"}),
 }
-"""What is added to OPD's loss on the window, as options of `TOPDConfig`; "opd" adds nothing."""
+"""OPD and TOPD on either window; then controls, on the student's window."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +70,19 @@ class CorrectOptions:
     """Attributes:
     window_length: K.
     share: of positions that are candidates, as in training.
-    false_alarm_share: the bottom share of all candidates by D_OT are no forks.
     steps: M; the paper takes 5.
     learning_rate: of AdamW; the paper does not give it, our choice.
-    guidance_weight: lambda; the paper does not give it, our choice.
+    guidance_weight: lambda, by default that of training. Its scale is the same too: L_traj is a mean over guided window
+        positions. L_OPD is a mean over the window's tokens here, and over all response tokens in training, so the same
+        lambda is weaker here; `guidance_ratio` in the records says what it amounts to.
     arms: names of `ARMS`.
     """
 
     window_length: int = 50
     share: float = 0.0225
-    false_alarm_share: float = 0.30
     steps: int = 5
     learning_rate: float = 1e-4
-    guidance_weight: float = 1.0
+    guidance_weight: float = TOPDConfig.guidance_weight
     arms: tuple[str, ...] = tuple(ARMS)
     seed: int = 0
 
@@ -95,32 +119,40 @@ class Outcome:
     right: bool | None
 
 
-@torch.no_grad()
 def find_forks(
-    student: DistilledModel, teacher: DistilledModel, rollouts: Rollouts, options: CorrectOptions
+    student: DistilledModel, teacher: DistilledModel, batches: Iterable[Rollouts], options: CorrectOptions
 ) -> list[Fork]:
-    """The fork with the highest token loss of each rollout that has one."""
-    mask = rollouts.loss_mask.bool()
-    ours_read, theirs_read = student.read(rollouts), teacher.read(rollouts)
-    scores = score(rollouts, ours_read.hidden, student, theirs_read.hidden, teacher, config_of(options, "opd"))
-    rows, positions = highest_loss(scores.kl, mask, share=options.share).nonzero(as_tuple=True)
-    k = options.window_length
-    ours = student.continue_(rollouts, ours_read, scores.student_greedy, rows, positions, k)
-    theirs = teacher.continue_(rollouts, theirs_read, scores.teacher_greedy, rows, positions, k)
-    distance = near_future_transport(ours, theirs, rollouts, rows, positions, student, teacher).distance
-    fork = is_fork(distance, threshold=false_alarm_threshold(distance, options.false_alarm_share))
-    found = []
-    for row in range(len(rollouts)):
-        here = (fork & (rows == row)).nonzero().squeeze(-1)
-        if len(here) == 0:
-            continue
-        one = here[scores.kl[rows[here], positions[here]].argmax()]
-        position = int(positions[one])
-        found.append(
-            Fork(row, position, float(scores.kl[row, position]), rollouts.prefix(row, position), ours[one[None]],
-                 theirs[one[None]], float(distance[one]))
-        )  # fmt: skip
-    return found
+    """The fork with the highest token loss of each rollout that has one.
+
+    A fork is a candidate whose D_OT is above the upper quartile of D_OT at the low-loss positions of all the rollouts
+    (section 2.1). The student's window is its greedy continuation of the prefix, as after the steps (section 5.2).
+    """
+    wanted = ProbeOptions(options.share, (options.window_length,), student_windows=("regenerated",))
+    candidates: list[Fork] = []
+    low: list[Tensor] = []
+    first = 0
+    for rollouts in batches:
+        scores, groups = measure(student, teacher, rollouts, wanted, groups=("high", "low"))
+        low.append(groups["low"].distances[wanted.main])
+        high = groups["high"]
+        for index, (row, position) in enumerate(zip(high.rows.tolist(), high.positions.tolist(), strict=True)):
+            one = torch.tensor([index], device=high.rows.device)
+            candidates.append(
+                Fork(first + row, position, float(scores.kl[row, position]), rollouts.prefix(row, position),
+                     high.ours["regenerated"][one], high.theirs[one], float(high.distances[wanted.main][index]))
+            )  # fmt: skip
+        first += len(rollouts)
+    distances = torch.cat(low)
+    distances = distances[distances.isfinite()]
+    if len(distances) == 0:
+        return []
+    threshold = float(distances.quantile(0.75)) + ROUNDING
+    best: dict[int, Fork] = {}
+    for fork in candidates:
+        known = best.get(fork.rollout)
+        if fork.distance > threshold and (known is None or fork.token_loss > known.token_loss):
+            best[fork.rollout] = fork
+    return list(best.values())
 
 
 class Corrector:
@@ -147,14 +179,12 @@ class Corrector:
         self.is_right, self.prompt_lengths, self.max_new_tokens = is_right, prompt_lengths, max_new_tokens
         self._start = {name: value.detach().clone() for name, value in student.state_dict().items()}
 
-    def correct(self, fork: Fork, arm: str) -> Outcome:
-        """M steps of an arm on the fork's window, then the window again."""
-        options = config_of(self.options, arm)
-        row = self._row(fork.prefix, fork.ours)
-        self._train(row, fork, options)
+    def correct(self, fork: Fork, arm: str) -> tuple[Outcome, float | None]:
+        """M steps of an arm on the fork's window, then the window again; and see `_train`."""
+        ratio = self._train(fork, arm)
         outcome = self.outcome(fork)
         self.student.load_state_dict(self._start)
-        return outcome
+        return outcome, ratio
 
     @torch.no_grad()
     def outcome(self, fork: Fork) -> Outcome:
@@ -185,23 +215,38 @@ class Corrector:
             right,
         )
 
-    def _train(self, row: Rollouts, fork: Fork, options: TOPDConfig) -> None:
+    def start(self, arm: str, fork: Fork) -> tuple[Callable[..., StepLoss], Guided | None]:
+        """An arm's loss at a fork as a function of the guided windows (None: L_OPD alone), and the arm's windows."""
         student, teacher = self.pair
+        options = config_of(self.options, arm)
+        row = self._row(fork.prefix, fork.theirs if ARMS[arm].window == "teacher" else fork.ours)
         teacher_hidden = teacher.hidden(row)
         guided = guided_windows(as_future(fork, row, self.pair), row, options) if options.guides else None
         if guided is not None and options.guidance_context == "teacher":
             guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(row, guided.branches))
-        optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
-        count = guided.targets.guided.any(-1).sum() if guided is not None else row.loss_mask.sum()
-        for _ in range(self.options.steps):
-            optimizer.zero_grad()
-            loss = topd_loss(
+        one = torch.ones((), device=row.response_ids.device)
+
+        def loss(guided: Guided | None, measured: list[nn.Parameter] | None = None) -> StepLoss:
+            return topd_loss(
                 row, student, teacher, teacher_hidden, row.loss_mask.float(), guided, options,
-                num_tokens=row.loss_mask.sum(), num_forks=count.clamp(min=1),
-            ).loss  # fmt: skip
-            loss.backward()
+                num_tokens=row.loss_mask.sum(), num_forks=one, measured=measured,
+            )  # fmt: skip
+
+        return loss, guided
+
+    def _train(self, fork: Fork, arm: str) -> float | None:
+        """Take the steps; `gradient_ratio` before the first, None without guidance."""
+        loss, guided = self.start(arm, fork)
+        optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
+        ratio = None
+        for step in range(self.options.steps):
+            optimizer.zero_grad()
+            result = loss(guided, last_parameters(self.pair[0].backbone) if step == 0 else None)
+            result.loss.backward()
             optimizer.step()
+            ratio = result.gradient_ratio if step == 0 else ratio
         optimizer.zero_grad()
+        return None if ratio is None else float(ratio)
 
     def _row(self, prefix: Tensor, window: Windows) -> Rollouts:
         """The prefix as a prompt and the window as its response."""
@@ -209,21 +254,34 @@ class Corrector:
 
 
 def as_future(fork: Fork, row: Rollouts, pair: tuple[DistilledModel, DistilledModel]) -> NearFuture:
-    """The fork as the only candidate of a rollout that is its own window."""
+    """The fork as the only candidate of a rollout that has only the prefix before it."""
     at = torch.zeros(1, dtype=torch.long, device=row.response_ids.device)
     yes = torch.ones(1, dtype=torch.bool, device=at.device)
-    length = row.response_ids.shape[1]
-    ours = Windows(fork.ours.tokens[:, :length], fork.ours.mask[:, :length])
-    transport = near_future_transport(ours, fork.theirs, row, at, at, *pair)
+    transport = near_future_transport(fork.ours, fork.theirs, row, at, at, *pair)
     nothing = torch.zeros(row.response_ids.shape, device=at.device)
     return NearFuture(
-        nothing, nothing, nothing, at, at, ours, fork.theirs, True, transport, 0.0, None, yes, yes, ~yes, nothing + 1
+        nothing,
+        nothing,
+        nothing,
+        at,
+        at,
+        fork.ours,
+        fork.theirs,
+        False,
+        transport,
+        0.0,
+        None,
+        yes,
+        yes,
+        ~yes,
+        nothing + 1,
     )
 
 
 def config_of(options: CorrectOptions, arm: str) -> TOPDConfig:
-    """The arm's loss. The row is the student's own window, so its contexts are there already."""
-    settings: dict[str, Any] = {"guidance_weight": options.guidance_weight, "student_window": "rollout"} | ARMS[arm]
+    """The arm's loss. L_traj's windows are branches beside the row, whichever window the row holds."""
+    settings: dict[str, Any] = {"guidance_weight": options.guidance_weight, "student_window": "regenerated"}
     return TOPDConfig(
-        "unused", window_length=options.window_length, bf16=False, use_cpu=not torch.cuda.is_available(), **settings
-    )
+        "unused", window_length=options.window_length, bf16=False, use_cpu=not torch.cuda.is_available(),
+        **(settings | ARMS[arm].settings),
+    )  # fmt: skip

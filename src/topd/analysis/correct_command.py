@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from topd.analysis.correct import CorrectOptions, Corrector, Fork, Outcome
+from topd.analysis.correct import ARMS, CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
 from topd.paper import LOCAL_CORRECTION
 from topd.resumable import earlier_records, write_options
@@ -46,7 +46,7 @@ def run_correct(
 ) -> dict[str, Any]:
     """Correct every fork by every arm, write `correct.json`, print the table; return what was written."""
     console = Console()
-    records = earlier_records(out / RECORDS, out / OPTIONS, asdict(run), limit=len(forks))
+    records = earlier_records(out / RECORDS, out / OPTIONS, asdict(run), limit=len(forks), may_change="")
     write_options(out / OPTIONS, asdict(run))
     steps = (len(forks) - len(records)) * len(run.options.arms) * run.options.steps
     console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps on windows to come.")
@@ -64,6 +64,9 @@ def run_correct(
     result = conclude(run, records)
     (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console(width=max(92, console.width)).print(correct_table(result))
+    shares = ", ".join(f"{arm} {ratio:.2g}" for arm, ratio in result["guidance_ratio"].items())
+    if shares:
+        console.print(f"|lambda grad L_traj| / |grad L_OPD| before the first step, median over forks: {shares}")
     console.print(f"{out / RESULT} holds the figures, {out / RECORDS} every window before and after.")
     return result
 
@@ -76,8 +79,9 @@ def fork_record(
     def texts(ids: list[int]) -> list[str]:
         return [decode([token]) for token in ids]
 
-    def told(outcome: Outcome) -> dict[str, Any]:
-        return {name: getattr(outcome, name) for name in MEASURES} | {"window": texts(outcome.window)}
+    def told(outcome: Outcome, ratio: float | None = None) -> dict[str, Any]:
+        found = {name: getattr(outcome, name) for name in MEASURES} | {"window": texts(outcome.window)}
+        return found if ratio is None else found | {"guidance_ratio": ratio}
 
     return {
         "version": 1,
@@ -87,12 +91,12 @@ def fork_record(
         "prefix": decode(fork.prefix.tolist()),
         "teacher_window": texts(fork.theirs.tokens[0][fork.theirs.mask[0]].tolist()),
         "before": told(corrector.outcome(fork)),
-        "after": {arm: told(corrector.correct(fork, arm)) for arm in arms},
+        "after": {arm: told(*corrector.correct(fork, arm)) for arm in arms},
     }
 
 
 def conclude(run: CorrectRun, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """`correct.json`: each measure before and after each arm, and each arm beside "opd", paired over forks."""
+    """`correct.json`: each measure before and after each arm, and minus OPD on the same window, paired over forks."""
     measures: dict[str, Any] = {}
     for name in MEASURES:
         if any(record["before"][name] is None for record in records):
@@ -102,12 +106,19 @@ def conclude(run: CorrectRun, records: list[dict[str, Any]]) -> dict[str, Any]:
         measures[name] = {
             "arms": {arm: _spread(each) for arm, each in values.items()},
             "beside_opd": {
-                arm: asdict(paired_difference(each, values["opd"]))
-                for arm, each in values.items()
-                if "opd" in values and arm not in ("opd", "before")
+                arm: asdict(paired_difference(values[arm], values[ARMS[arm].baseline]))
+                for arm in run.options.arms
+                if arm != ARMS[arm].baseline and ARMS[arm].baseline in values
             },
         }
-    return {"version": 1, "forks": len(records), "measures": measures, "run": asdict(run)}
+    ratios = {arm: [record["after"][arm].get("guidance_ratio") for record in records] for arm in run.options.arms}
+    return {
+        "version": 1,
+        "forks": len(records),
+        "measures": measures,
+        "guidance_ratio": {arm: float(numpy.median(each)) for arm, each in ratios.items() if each and None not in each},
+        "run": asdict(run),
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -116,7 +127,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def correct_table(result: dict[str, Any]) -> Table:
-    """A row a measure and arm: mean with interval, quartiles, and the difference from "opd" on the same forks."""
+    """A row per measure and arm: mean with interval, quartiles, and the difference from OPD on the same window."""
     table = Table(
         title=f"Local correction: {result['forks']} forks",
         title_justify="left",

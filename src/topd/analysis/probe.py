@@ -1,15 +1,16 @@
 """How many of a pair's high-loss tokens are false alarms? (Section 2.1, Fig. 2.) Measuring; `probe_summary` concludes.
 
-At the highest, the lowest and random token losses of each rollout, equally many of each, student and teacher continue
-the student's prefix greedily, and D_OT says how far the two windows are apart.
+At the highest, the lowest and random token losses of each rollout, equally many of each, the teacher continues the
+student's prefix greedily, and D_OT is the distance of the student's window to the teacher's. What the student's window
+is can be read in three ways; the probe measures as many of them as wanted, at the same places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -17,22 +18,31 @@ from torch import Tensor
 
 from topd.algorithm import TokenScores, highest_loss, score_tokens
 from topd.algorithm.transport import GroundCost
-from topd.analysis.probe_summary import GROUPS, Probe
-from topd.near_future import DistilledModel, Rollouts, Windows, near_future_transport
+from topd.analysis.probe_summary import Probe
+from topd.near_future import DistilledModel, Reading, Rollouts, Windows, near_future_transport, rollout_windows
 from topd.near_future.matching import Embedding
+from topd.paper import GROUPS
 
 RECORD_VERSION = 1
+Ranking = Literal["reverse_kl", "teacher_nll", "log_ratio"]
+"""What makes a position high-loss: the token loss; the teacher's NLL of the sampled token; log p_S - log p_T of the
+sampled token (the k1 estimate of the token loss)."""
+StudentWindow = Literal["rollout", "candidate", "regenerated"]
+"""rollout: the rollout's own next K tokens. candidate: the candidate token, then the student's greedy continuation.
+regenerated: the student's greedy continuation of the prefix, whose first token need not be the candidate."""
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What is measured. The first of each is the main one; the others are measured on the same windows.
+    """What is measured. The first of each is the main one; the others are measured at the same places.
 
     Attributes:
         share: of a rollout's positions in each group, at least one.
         window_lengths: K. Windows have the longest; a shorter one is its beginning.
         embeddings, costs: as in `TOPDConfig`.
         seed: of the random positions.
+        ranking: what makes a position high-loss.
+        student_windows: readings of the student's window.
     """
 
     share: float = 0.0225
@@ -40,11 +50,25 @@ class ProbeOptions:
     embeddings: tuple[Embedding, ...] = ("student",)
     costs: tuple[GroundCost, ...] = ("cosine",)
     seed: int = 0
+    ranking: Ranking = "reverse_kl"
+    student_windows: tuple[StudentWindow, ...] = ("rollout",)
 
     @property
-    def variants(self) -> list[str]:
-        """Names such as "student/cosine/50", the main one first."""
-        return [f"{e}/{c}/{k}" for e, c, k in product(self.embeddings, self.costs, self.window_lengths)]
+    def variants(self) -> dict[str, tuple[StudentWindow, Embedding, GroundCost, int]]:
+        """By a name such as "rollout/student/cosine/50", the main one first."""
+        every = product(self.student_windows, self.embeddings, self.costs, self.window_lengths)
+        return {"/".join(map(str, variant)): variant for variant in every}
+
+    @property
+    def main(self) -> str:
+        """The main variant's name."""
+        return next(iter(self.variants))
+
+    @property
+    def readings(self) -> dict[StudentWindow, str]:
+        """Of each reading of the student's window, the variant that otherwise is the main one."""
+        rest = self.main.partition("/")[2]
+        return {window: f"{window}/{rest}" for window in self.student_windows}
 
 
 @dataclass(frozen=True)
@@ -53,51 +77,85 @@ class Measured:
 
     Attributes:
         rows, positions: [place] where they are.
-        ours, theirs: both windows at each.
+        ours: by reading, the student's windows.
+        theirs: the teacher's window at each.
         distances: by variant, [place] D_OT; NaN where there is none.
         plan: [place, student position, teacher position] of the main variant.
+        begins: [place] whether the regenerated window begins with the candidate token; None where it is not measured.
     """
 
     rows: Tensor
     positions: Tensor
-    ours: Windows
+    ours: dict[StudentWindow, Windows]
     theirs: Windows
     distances: dict[str, Tensor]
     plan: Tensor
+    begins: Tensor | None
 
 
 @torch.no_grad()
 def measure(
-    student: DistilledModel, teacher: DistilledModel, rollouts: Rollouts, options: ProbeOptions
-) -> tuple[TokenScores, dict[str, Measured]]:
+    student: DistilledModel, teacher: DistilledModel, rollouts: Rollouts, options: ProbeOptions,
+    groups: Sequence[str] = tuple(GROUPS),
+) -> tuple[TokenScores, dict[str, Measured]]:  # fmt: skip
     """Scores of the response tokens [rollout, position], 0 at padding, and the groups "high", "random" and "low"."""
     mask = rollouts.loss_mask.bool()
-    ours, theirs = student.read(rollouts), teacher.read(rollouts)
-    flat = score_tokens(
-        ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), rollouts.response_ids[mask]
-    )
-    scores = TokenScores(
-        *(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in flat)
-    )
+    ours = student.read(rollouts, keep_prefix=set(options.student_windows) != {"rollout"})
+    theirs = teacher.read(rollouts)
+    sampled = rollouts.response_ids[mask]
+    flat = score_tokens(ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), sampled)
+
+    def in_place(values: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+    scores = TokenScores(*map(in_place, flat))
+    high = {
+        "reverse_kl": scores.kl,
+        "teacher_nll": scores.teacher_nll,
+        "log_ratio": scores.teacher_nll - scores.student_nll,
+    }[options.ranking]
+    low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is no agreement
     chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)
-    groups = {}
-    for group, ranking in zip(GROUPS, (scores.kl, chance, -scores.kl), strict=True):
+    found = {}
+    for group, ranking in zip(GROUPS, (high, chance, low), strict=True):
+        if group not in groups:
+            continue
         rows, positions = highest_loss(ranking, mask, share=options.share).nonzero(as_tuple=True)
         length = max(options.window_lengths)
-        our_windows = student.continue_(rollouts, ours, scores.student_greedy, rows, positions, length)
-        their_windows = teacher.continue_(rollouts, theirs, scores.teacher_greedy, rows, positions, length)
-        found = {}
-        for name, (embedding, cost, k) in zip(
-            options.variants, product(options.embeddings, options.costs, options.window_lengths), strict=True
-        ):
-            short = [Windows(windows.tokens[:, :k], windows.mask[:, :k]) for windows in (our_windows, their_windows)]
-            found[name] = near_future_transport(
-                short[0], short[1], rollouts, rows, positions, student, teacher, embedding=embedding, cost=cost
-            )
-        distances = {name: transport.distance.cpu() for name, transport in found.items()}
-        plan = found[options.variants[0]].plan.cpu()
-        groups[group] = Measured(rows, positions, our_windows, their_windows, distances, plan)
-    return scores, groups
+        windows = {
+            kind: _student_windows(kind, student, rollouts, ours, scores.student_greedy, rows, positions, length)
+            for kind in options.student_windows
+        }
+        continued = teacher.continue_(rollouts, theirs, scores.teacher_greedy, rows, positions, length)
+        begins = None
+        if "regenerated" in windows:
+            begins = windows["regenerated"].tokens[:, 0] == rollouts.response_ids[rows, positions]
+        distances, plan = _transports(windows, continued, rollouts, rows, positions, student, teacher, options)
+        found[group] = Measured(rows, positions, windows, continued, distances, plan, begins)
+    return scores, found
+
+
+def _student_windows(
+    kind: StudentWindow, student: DistilledModel, rollouts: Rollouts, prefill: Reading, greedy: Tensor, rows: Tensor,
+    positions: Tensor, length: int,
+) -> Windows:  # fmt: skip
+    if kind == "rollout":
+        return rollout_windows(rollouts, rows, positions, length)
+    return student.continue_(rollouts, prefill, greedy, rows, positions, length, from_candidate=kind == "candidate")
+
+
+def _transports(
+    ours: dict[StudentWindow, Windows], theirs: Windows, rollouts: Rollouts, rows: Tensor, positions: Tensor,
+    student: DistilledModel, teacher: DistilledModel, options: ProbeOptions,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """By variant, [place] D_OT; and the main variant's plan."""
+    found = {}
+    for name, (kind, embedding, cost, k) in options.variants.items():
+        short = [Windows(windows.tokens[:, :k], windows.mask[:, :k]) for windows in (ours[kind], theirs)]
+        found[name] = near_future_transport(
+            short[0], short[1], rollouts, rows, positions, student, teacher, embedding=embedding, cost=cost
+        )
+    return {name: transport.distance.cpu() for name, transport in found.items()}, found[options.main].plan.cpu()
 
 
 def probe(
@@ -107,14 +165,15 @@ def probe(
     *,
     window_length: int = 50,
     share: float = 0.0225,
+    student_window: StudentWindow = "rollout",
     seed: int = 0,
 ) -> Probe:
     """Measure and conclude at once, for a batch that fits in memory."""
-    options = ProbeOptions(share=share, window_lengths=(window_length,), seed=seed)
+    options = ProbeOptions(share=share, window_lengths=(window_length,), student_windows=(student_window,), seed=seed)
     scores, groups = measure(student, teacher, rollouts, options)
     distances, origin, losses = {}, {}, {}
     for group, found in groups.items():
-        distance = found.distances[options.variants[0]]
+        distance = found.distances[options.main]
         known = distance.isfinite()
         distances[group], origin[group] = distance[known].numpy(), found.rows.cpu()[known].numpy()
         losses[group] = scores.kl[found.rows, found.positions].float().cpu()[known].numpy()
@@ -128,7 +187,10 @@ def probe_records(
     decode: Callable[[list[int]], str],
     first: int,
 ) -> list[dict[str, Any]]:
-    """One record a rollout, numbered from `first`: tokens, losses, and every measured place with both windows."""
+    """One record per rollout, numbered from `first`: tokens, losses, and every measured place with its windows.
+
+    `student_window` is the main reading's; `other_windows` has those of the others.
+    """
 
     def texts(ids: Tensor) -> list[str]:
         return [decode([token]) for token in ids.tolist()]
@@ -141,18 +203,23 @@ def probe_records(
         for group, found in groups.items():
             for index in (found.rows == row).nonzero().squeeze(-1).tolist():
                 position = int(found.positions[index])
-                distance = {name: _number(values[index]) for name, values in found.distances.items()}
+                windows = {k: texts(w.tokens[index][w.mask[index]]) for k, w in found.ours.items()}
+                main, *others = windows
                 places.append({
                     "group": group,
                     "position": position,
                     "token": tokens[position],
                     "token_loss": _number(scores.kl[row, position]),
                     "teacher_nll": _number(scores.teacher_nll[row, position]),
-                    "distance": distance,
-                    "student_window": texts(found.ours.tokens[index][found.ours.mask[index]]),
+                    "distance": {name: _number(values[index]) for name, values in found.distances.items()},
+                    "student_window": windows[main],
                     "teacher_window": texts(found.theirs.tokens[index][found.theirs.mask[index]]),
                     "plan": [[i, j, _number(found.plan[index, i, j])] for i, j in found.plan[index].nonzero().tolist()],
                 })  # fmt: skip
+                if others:
+                    places[-1]["other_windows"] = {kind: windows[kind] for kind in others}
+                if found.begins is not None:
+                    places[-1]["begins_with_candidate"] = bool(found.begins[index])
         records.append(
             {
                 "version": RECORD_VERSION,

@@ -1,4 +1,4 @@
-"""`topd probe`: rollouts, windows and D_OT of any pair, batch by batch: an interruption loses one batch at most."""
+"""`topd probe`: rollouts, windows and D_OT of any pair, batch by batch, so that an interruption loses at most one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
-from topd.analysis.probe_summary import GROUPS, Probe, token_table
+from topd.analysis.probe_summary import Probe, token_table
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
-from topd.paper import PROBE
+from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.resumable import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
@@ -85,21 +85,25 @@ def run_probe(
     result = conclude(run, records)
     (out / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(probe_table(result))
+    if len(result["readings"]) > 1:
+        Console(width=max(console.width, 118)).print(fingerprint_table(result))
     console.print(f"{out / RESULT} holds the figures, {out / RECORDS} every place with both windows.")
-    console.print(f"To train with this threshold: --fork_threshold {result['threshold']:.4f}")
+    window = run.options.student_windows[0]
+    console.print(f"To train with this threshold: --student_window {window} --fork_threshold {result['threshold']:.4f}")
     return result
 
 
 def conclude(run: ProbeRun, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """`probe.json`."""
+    """`probe.json`: the main variant's figures, those of all variants, and which variant each reading is."""
     variants = {name: Probe.of_records(records, name).summary(seed=run.options.seed) for name in run.options.variants}
-    main = run.options.variants[0]
+    main = run.options.main
     names = ("torch", "transformers", "POT", "lapx")
     return {
         "version": 1,
         **variants[main],
         "variant": main,
         "variants": variants,
+        "readings": run.options.readings,
         "tokens": token_table(records, main, variants[main]["threshold"]),
         "rollouts": len(records),
         "run": asdict(run),
@@ -108,10 +112,11 @@ def conclude(run: ProbeRun, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cost_message(run: ProbeRun, done: int) -> str:
-    """Tokens that will be generated at most, before it starts."""
+    """How many tokens will be generated at most, for the reader to see before it starts."""
     left = run.rollouts - done
     places = len(GROUPS) * max(1, round(run.options.share * run.max_new_tokens))
-    windows = 2 * left * places * max(run.options.window_lengths)
+    models = 1 + sum(kind != "rollout" for kind in run.options.student_windows)  # a rollout's window is there already
+    windows = models * left * places * max(run.options.window_lengths)
     already = f"{done} of {run.rollouts} rollouts are there already. " if done else ""
     what = (
         f"{left} given responses"
@@ -120,8 +125,8 @@ def cost_message(run: ProbeRun, done: int) -> str:
     )
     return (
         f"{already}{what}, then "
-        f"about {places} places in each, where both models go on by {max(run.options.window_lengths)} tokens "
-        f"({windows:,} at most)."
+        f"about {places} places in each, with windows of {max(run.options.window_lengths)} tokens "
+        f"({windows:,} to generate at most)."
     )
 
 
@@ -134,23 +139,56 @@ def _rollouts(run: ProbeRun, student: Any, tokenizer: Any, prompts: list[dict[st
 
 
 def probe_table(result: dict[str, Any]) -> Table:
-    """The main variant beside the paper's pair."""
+    """The main variant and the paper's pair."""
     table = Table(title=f"Probe: {result['rollouts']} rollouts, {result['variant']}", title_justify="left")
     for name in ("", "value", "95 % interval", "paper's pair"):
         table.add_column(name, justify="left" if not name else "right")
     for group in GROUPS:
         row = result["groups"][group]
         table.add_row(
-            f"median D_OT, {group}{'' if group == 'random' else '-loss'} (n = {row['n']})", f"{row['median']:.3f}",
+            f"median D_OT, {GROUPS[group]} (n = {row['n']})", f"{row['median']:.3f}",
             f"{row['low']:.3f} to {row['high']:.3f}", f"{PROBE[group]:.3f}",
         )  # fmt: skip
-    for name, words in (("pearson", "Pearson, loss and D_OT"), ("spearman", "Spearman, loss and D_OT")):
-        row = result[name]
-        table.add_row(words, f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{PROBE[name]:.3f}")
+    for group in GROUPS:
+        share = result["groups"][group]["near_zero"]
+        paper = f"{NEAR_ZERO_SHARES[group]:.1%}"
+        table.add_row(f"D_OT < {NEAR_ZERO}, {GROUPS[group]}", f"{share['value']:.1%}", _interval(share, ".1%"), paper)
+    for name, words in CORRELATIONS.items():
+        paper = f"{PROBE[name.removesuffix('_nll')]:.3f}"
+        table.add_row(words, f"{result[name]['value']:.3f}", _interval(result[name], ".3f"), paper)
     row = result["false_alarm_share"]
     table.add_row(
-        "false alarms among high-loss tokens", f"{row['value']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}",
+        "false alarms among high-loss tokens", f"{row['value']:.1%}", _interval(row, ".1%"),
         f"{PROBE['false_alarm_share']:.1%}",
     )  # fmt: skip
     table.add_row("the same for low-loss tokens, by construction", f"{result['low_loss_share']:.1%}", "", "75 %")
     return table
+
+
+def fingerprint_table(result: dict[str, Any]) -> Table:
+    """The readings of the student's window at the same places, with 95 % intervals, and the paper's Fig. 2a."""
+    readings = {kind: result["variants"][name] for kind, name in result["readings"].items()}
+    table = Table(title="The student's window in each reading, at the same places", title_justify="left")
+    for name in ("", *readings, "paper's pair"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+
+    def add(words: str, entries: list[dict[str, float]], form: str, paper: float | None) -> None:
+        values = [f"{entry['value']:{form}} ({_interval(entry, form)})" if entry else "" for entry in entries]
+        table.add_row(words, *values, "" if paper is None else f"{paper:{form}}")
+
+    for group in GROUPS:
+        share = [found["groups"][group]["near_zero"] for found in readings.values()]
+        add(f"D_OT < {NEAR_ZERO}, {GROUPS[group]}", share, ".1%", NEAR_ZERO_SHARES[group])
+    for group in GROUPS:
+        rows = [found["groups"][group] for found in readings.values()]
+        add(f"median D_OT, {GROUPS[group]}", [row | {"value": row["median"]} for row in rows], ".3f", PROBE[group])
+    add("false alarms", [found["false_alarm_share"] for found in readings.values()], ".1%", PROBE["false_alarm_share"])
+    if "regenerated" in readings:
+        for group in GROUPS:
+            begins = [found["groups"][group].get("begins_with_candidate", {}) for found in readings.values()]
+            add(f"begins with the candidate, {GROUPS[group]}", begins, ".1%", None)
+    return table
+
+
+def _interval(entry: dict[str, float], form: str) -> str:
+    return f"{entry['low']:{form}} to {entry['high']:{form}}"

@@ -9,13 +9,16 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Rule = Literal["math", "integer", "embedded"]
+from topd.evaluation.lm_eval_answers import given_answer, same_text
+
+Rule = Literal["math", "integer", "lm_eval", "embedded"]
 """How answers are compared.
 
 * "math": the content of the last `\\boxed{}`, by mathematical equality (math-verify); boxes joined by a comma, "and" or
   "or" count as one list.
 * "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999): `073`, `73.0`,
   `\\textbf{73}`, `73 \\text{ cm}`, and what follows the equals sign in `m+n = 73`.
+* "lm_eval": as the AIME tasks of lm-evaluation-harness do; see `lm_eval_answers`.
 * "embedded": the embedded task's closing sentence.
 """
 
@@ -28,7 +31,8 @@ class Verdict:
         extracted: the answer as written, None if there is none.
         right: whether it is the wanted one.
         parsed: whether it could be read and compared. False: no box, a last box that is never closed, one that is no
-            number (rule "integer"), no LaTeX, or too hard to compare in time (rule "math"). `right` is then False.
+            number (rule "integer"), no LaTeX, or too hard to compare in time (rule "math"), neither a box nor dollar
+            signs (rule "lm_eval", unless the whole response is the answer). `right` is then False.
     """
 
     extracted: str | None
@@ -52,6 +56,10 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
 
         extracted = extract_answer(text)
         return Verdict(extracted, extracted == answer, extracted is not None)
+    if rule == "lm_eval":
+        given, marked = given_answer(text)
+        right = same_text(given, answer)
+        return Verdict(given if marked or right else None, right, marked or right)
     extracted = last_boxed(text)
     if extracted is None:
         return Verdict(None, False, False)

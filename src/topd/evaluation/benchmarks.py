@@ -8,15 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from topd.data import load_prompts
 from topd.errors import DataError, TOPDError
+from topd.evaluation import lm_eval_answers
 from topd.evaluation.answers import Rule
 
-BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+PromptStyle = Literal["boxed", "lm-eval"]
+"""boxed: ours. lm-eval: the prompt and the reading of answers of lm-evaluation-harness, which the paper used."""
+LM_EVAL_BENCHMARKS = ("aime24", "aime25", "hmmt25")
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+BOXED = "{problem}" + INSTRUCTION.replace("{}", "{{}}")
 """The instruction that Qwen's model cards recommend for mathematics (our choice: the paper gives no prompt)."""
 
 
@@ -31,7 +36,7 @@ class Benchmark:
         rule: how answers are compared.
         licence: of the dataset, as its card states it.
         template: the prompt; {problem} stands for the problem's text.
-        max_new_tokens: of a response, where the user does not say (paper: 16384).
+        max_new_tokens: of a response, where the user does not say (our choice: the paper gives no length).
     """
 
     source: str | None
@@ -75,7 +80,9 @@ class ProblemSet:
     problems: tuple[Problem, ...]
 
 
-def load_benchmark(name: str, *, limit: int | None = None, split: str = "test", rule: Rule = "math") -> ProblemSet:
+def load_benchmark(
+    name: str, *, limit: int | None = None, split: str = "test", rule: Rule = "math", style: PromptStyle = "boxed"
+) -> ProblemSet:
     """The problems of a benchmark.
 
     Args:
@@ -85,11 +92,18 @@ def load_benchmark(name: str, *, limit: int | None = None, split: str = "test", 
         limit: keep the first so many.
         split: of a Hub dataset that is not known.
         rule: of a set that is not known.
+        style: of the prompt and of reading answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
 
     Raises:
-        TOPDError: the source cannot be read, a problem has no answer, or a known set has another size than it should.
+        TOPDError: the source cannot be read, a problem has no answer, a known set has another size than it should, or
+            the style does not fit the set.
     """
     label, source = _label_and_source(name)
+    if style == "lm-eval" and label not in LM_EVAL_BENCHMARKS:
+        raise TOPDError(
+            f"--prompt-style lm-eval is for {', '.join(LM_EVAL_BENCHMARKS)}, not for {label}. A file with the problems "
+            "of one of them is named so: --benchmark aime24=FILE."
+        )
     known = BENCHMARKS.get(label)
     if known is not None and known.source is None and source is None:
         rows = _embedded(label, limit or known.size)
@@ -103,6 +117,9 @@ def load_benchmark(name: str, *, limit: int | None = None, split: str = "test", 
     else:
         rows = _rows(str(source), split, name)
     known = known or Benchmark(source, split, len(rows), rule, "of the user")
+    if style == "lm-eval":
+        known = replace(known, template=lm_eval_answers.PROMPT, rule="lm_eval")
+        rows = [row | {"prompt": _bare(row["prompt"], name), "answer": _without_zeros(row["answer"])} for row in rows]
     problems = [_problem(number, row, known.template) for number, row in enumerate(rows[:limit], 1)]
     return ProblemSet(label, known.rule, known.max_new_tokens, tuple(problems))
 
@@ -138,6 +155,22 @@ def _rows(source: str, split: str, name: str) -> list[dict[str, Any]]:
             f"{missing[0]}. Write the answers, or remove these problems."
         )
     return rows
+
+
+def _bare(prompt: Any, name: str) -> str:
+    """A problem's text without our instruction, which some files have in it."""
+    text = prompt.removesuffix(INSTRUCTION) if isinstance(prompt, str) else ""
+    if not text or r"\boxed" in text:
+        raise TOPDError(
+            f"--benchmark {name}: with --prompt-style lm-eval, problems must be text without an instruction of their "
+            f"own. Remove the instruction from the problem that begins {str(prompt)[:60]!r}."
+        )
+    return text
+
+
+def _without_zeros(answer: str) -> str:
+    """025 as 25: the harness compares strings, and its datasets have no leading zeros."""
+    return str(int(answer)) if answer.strip().isdigit() else answer
 
 
 def _problem(number: int, row: dict[str, Any], template: str) -> Problem:

@@ -18,10 +18,10 @@ class Sampling:
     """How responses are sampled.
 
     Attributes:
-        temperature: 0 decodes greedily. Paper: 0.6.
-        top_p: share of the distribution that is sampled from. The paper gives it for the warm start's teacher only
-            (0.95); for evaluation the same is our choice.
-        max_new_tokens: of a response; one that is longer is cut and marked. Paper: 16384.
+        temperature: 0 decodes greedily. 0.6 is our choice: the paper gives it for the warm start's teacher only, and
+            none for evaluation; the same goes for the next two.
+        top_p: share of the distribution that is sampled from.
+        max_new_tokens: of a response; one that is longer is cut and marked.
         seed: of the whole run; every response has its own random numbers.
         chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
     """

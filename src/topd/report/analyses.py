@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topd.paper import GROUPS
 from topd.report.reading import check_version, clean, mapping, number, plan, read_lines, read_object, strings
 from topd.report.records import Candidate, Point, Rollout
-
-GROUPS = {"high": "high-loss", "random": "random", "low": "low-loss"}
-"""Groups of places in a probe, in words."""
 
 
 @dataclass
@@ -20,15 +18,20 @@ class ProbeRecords:
 
     Attributes:
         result: `probe.json`.
-        distances: by group, D_OT of each place.
+        distances: by reading of the student's window, the main one first, and by group, D_OT of each place.
         points: high-loss places.
         rollouts: those that are kept, high-loss places as candidates.
     """
 
     result: Mapping[str, Any]
-    distances: dict[str, list[float]] = field(default_factory=lambda: {group: [] for group in GROUPS})
+    distances: dict[str, dict[str, list[float]]]
     points: list[Point] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+
+    @property
+    def main(self) -> dict[str, list[float]]:
+        """`distances` of the main reading."""
+        return next(iter(self.distances.values()))
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,16 @@ def load_probe(folder: Path, notes: list[str], keep: int) -> ProbeRecords | None
         return None
     check_version(result, folder / "probe.json")
     variant, threshold = str(result.get("variant")), number(result.get("threshold"))
-    found = ProbeRecords(result)
+    readings = {clean(kind): str(name) for kind, name in mapping(result.get("readings")).items()} or {"": variant}
+    found = ProbeRecords(result, {kind: {group: [] for group in GROUPS} for kind in readings})
     count = 0
     for rollout, distances in read_lines(
-        folder / "probe_records.jsonl", "probe_records.jsonl", notes, lambda record: _probed(record, variant, threshold)
-    ):
-        for group, distance in distances:
-            found.distances[group].append(distance)
-        found.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]
+        folder / "probe_records.jsonl", "probe_records.jsonl", notes,
+        lambda record: _probed(record, readings, variant, threshold),
+    ):  # fmt: skip
+        for kind, group, distance in distances:
+            found.distances[kind][group].append(distance)
+        found.points += [Point(c.token_loss, c.distance, c.kind, c.teacher_nll) for c in rollout.candidates]
         if count < keep:
             found.rollouts.append(rollout)
             count += max(1, len(rollout.candidates))
@@ -110,16 +115,18 @@ def _with(folder: Path, sub: str, name: str) -> Path:
 
 
 def _probed(
-    record: Mapping[str, Any], variant: str, threshold: float | None
-) -> tuple[Rollout, list[tuple[str, float]]]:
-    """A rollout with its high-loss places as candidates, and (group, D_OT) of all places."""
+    record: Mapping[str, Any], readings: Mapping[str, str], variant: str, threshold: float | None
+) -> tuple[Rollout, list[tuple[str, str, float]]]:
+    """A rollout with its high-loss places as candidates, and (reading, group, D_OT) of all places."""
     candidates, distances = [], []
     for place in record["places"]:
-        distance = number(mapping(place.get("distance")).get(variant))
-        if distance is not None and place["group"] in GROUPS:
-            distances.append((place["group"], distance))
+        measured = mapping(place.get("distance"))
+        for kind, name in readings.items():
+            distance = number(measured.get(name))
+            if distance is not None and place["group"] in GROUPS:
+                distances.append((kind, place["group"], distance))
         if place["group"] == "high":
-            candidates.append(_place(place, distance, threshold))
+            candidates.append(_place(place, number(measured.get(variant)), threshold))
     return _rollout(record, candidates), distances
 
 
@@ -134,6 +141,7 @@ def _place(place: Mapping[str, Any], distance: float | None, threshold: float | 
         student_window=strings(place.get("student_window")),
         teacher_window=strings(place.get("teacher_window")),
         plan=plan(place.get("plan")),
+        teacher_nll=number(place.get("teacher_nll")),
     )
 
 

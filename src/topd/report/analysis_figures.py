@@ -8,22 +8,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
-from topd.paper import LOCAL_CORRECTION, PROBE
-from topd.report.analyses import GROUPS, CorrectRecords, ProbeRecords
-from topd.report.distances import loss_against_distance
-from topd.report.svg import BLUE, GREEN, INK, ORANGE, Figure, drawing, legend
+from topd.paper import GROUPS, LOCAL_CORRECTION, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
+from topd.report.analyses import CorrectRecords, ProbeRecords
+from topd.report.distances import loss_against_distance, teacher_nll_against_distance
+from topd.report.svg import BLUE, GREEN, INK, ORANGE, VERMILION, Figure, drawing, legend
 
 _MOST_DOTS = 300
 
 
 def probe_figures(probe: ProbeRecords, index: int = 0) -> list[Figure]:
-    """D_OT by group, and token loss against it. `index`: of the run on the page."""
-    figures = [_groups(probe, f"groups-{index}"), loss_against_distance(probe.points, f"probe-loss-{index}")]
+    """D_OT by group, in each reading, and token loss and teacher's NLL against it. `index`: of the run on the page."""
+    figures = [
+        _groups(probe, f"groups-{index}"),
+        _readings(probe, f"readings-{index}"),
+        loss_against_distance(probe.points, f"probe-loss-{index}"),
+        teacher_nll_against_distance(probe.points, f"probe-nll-{index}"),
+    ]
     return [figure for figure in figures if figure]
 
 
 def _groups(probe: ProbeRecords, name: str) -> Figure | None:
-    groups = {words: probe.distances[group] for group, words in GROUPS.items() if probe.distances[group]}
+    groups = {words: probe.main[group] for group, words in GROUPS.items() if probe.main[group]}
     if not groups:
         return None
     described = "; ".join(f"{words} median {np.median(values):.3g}" for words, values in groups.items())
@@ -34,8 +39,42 @@ def _groups(probe: ProbeRecords, name: str) -> Figure | None:
     return Figure(
         "Transport distance by token loss",
         figure.svg,
-        "Boxes: quartiles and median; whiskers: the farthest values within 1.5 box lengths. At each place both models "
-        "go on from the student's prefix. The same figure for the paper's pair is its Fig. 2.",
+        "Boxes: quartiles and median; whiskers: the farthest values within 1.5 box lengths. At each place the "
+        "student's window is compared with the teacher's continuation of the same prefix. The same figure for the "
+        "paper's pair is its Fig. 2.",
+    )
+
+
+def _readings(probe: ProbeRecords, name: str) -> Figure | None:
+    """The paper's Fig. 2a in each reading of the student's window: one panel each."""
+    shown = {kind: groups for kind, groups in probe.distances.items() if all(groups.values())}
+    if len(shown) < 2:
+        return None
+    near = "; ".join(
+        f"{kind}, "
+        + ", ".join(f"{GROUPS[group]} {np.mean(np.less(values, NEAR_ZERO)):.1%}" for group, values in g.items())
+        for kind, g in shown.items()
+    )
+    farthest = max(value for groups in shown.values() for values in groups.values() for value in values)
+    bins = np.arange(0, farthest + 2 * NEAR_ZERO, NEAR_ZERO).tolist()
+    with drawing(
+        name, f"Histograms of transport distance, share below {NEAR_ZERO}: {near}.", panels=len(shown), width=9.4
+    ) as figure:
+        for (kind, groups), axes in zip(shown.items(), figure.axes, strict=True):
+            for (group, values), colour in zip(groups.items(), (VERMILION, BLUE, GREEN), strict=True):
+                label = GROUPS[group] if axes is figure.axes[0] else None
+                axes.hist(values, bins, density=True, histtype="step", color=colour, linewidth=1.2, label=label)
+            axes.set_title(kind, loc="left", fontsize=9)
+            axes.set_xlabel("D_OT")
+        figure.axes[0].set_ylabel("density")
+        legend(figure)
+    paper = ", ".join(f"{NEAR_ZERO_SHARES[group]:.1%} of the {words} ones" for group, words in GROUPS.items())
+    return Figure(
+        "The student's window in each reading",
+        figure.svg,
+        f"The same places and the same windows of the teacher. The first bin holds D_OT below {NEAR_ZERO}: in the "
+        f"paper's Fig. 2a {paper} (read off the figure).",
+        wide=True,
     )
 
 

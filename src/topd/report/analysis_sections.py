@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from topd.paper import LOCAL_CORRECTION, PROBE
-from topd.report.analyses import GROUPS, Case, CorrectRecords, ProbeRecords
+from topd.paper import CORRELATIONS, GROUPS, LOCAL_CORRECTION, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
+from topd.report.analyses import Case, CorrectRecords, ProbeRecords
 from topd.report.analysis_figures import correct_figure, probe_figures
 from topd.report.reading import clean, mapping, mappings, number
 from topd.report.rollouts import visible
@@ -37,6 +37,7 @@ class Line:
 @dataclass(frozen=True)
 class ProbeSection:
     """Attributes:
+    readings: headings (readings of the student's window, the paper), then a row per quantity; none for one reading.
     variants: name, then medians of the three groups, false-alarm share, Pearson, Spearman.
     tokens: token, times it had a high loss, times it was a false alarm, the same as a percentage.
     """
@@ -44,6 +45,7 @@ class ProbeSection:
     title: str
     lede: str
     lines: list[Line]
+    readings: list[tuple[str, ...]]
     variants: list[tuple[str, ...]]
     tokens: list[tuple[str, int, int, float]]
     figures: list[Figure]
@@ -102,9 +104,16 @@ def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> ProbeSec
         for group, words in GROUPS.items()
         if (n := number(mapping(groups.get(group)).get("n"))) is not None
     ]
-    for name, words in (("pearson", "Pearson, loss and D_OT"), ("spearman", "Spearman, loss and D_OT")):
-        lines.append(_line(words, mapping(result.get(name)), "value", PROBE[name]))
-    alarms = {key: 100 * value for key, value in _numbers(result.get("false_alarm_share")).items()}
+    lines += [
+        _line(
+            f"D_OT below {NEAR_ZERO}, {words}, %", _percent(mapping(groups.get(group)).get("near_zero")), "value",
+            100 * NEAR_ZERO_SHARES[group], digits=1,
+        )
+        for group, words in GROUPS.items()
+    ]  # fmt: skip
+    for name, words in CORRELATIONS.items():
+        lines.append(_line(words, mapping(result.get(name)), "value", PROBE[name.removesuffix("_nll")]))
+    alarms = _percent(result.get("false_alarm_share"))
     lines.append(
         _line("False alarms among high-loss tokens, %", alarms, "value", 100 * PROBE["false_alarm_share"], digits=1)
     )
@@ -118,6 +127,7 @@ def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> ProbeSec
         title=f"Probe{of}",
         lede=lede,
         lines=[line for line in lines if line.value != "–"],
+        readings=_readings(result),
         variants=[_variant(clean(name), mapping(found)) for name, found in mapping(result.get("variants")).items()],
         tokens=_tokens(result),
         figures=probe_figures(probe, index),
@@ -183,6 +193,35 @@ def _line(name: str, found: Mapping[str, Any], key: str, paper: float, digits: i
     return Line(name, _text(values.get(key), digits), _span(values, digits), f"{paper:.{digits}f}")
 
 
+def _readings(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Each reading of the student's window at the same places, and the paper's figures."""
+    variants = mapping(result.get("variants"))
+    readings = {clean(kind): mapping(variants.get(name)) for kind, name in mapping(result.get("readings")).items()}
+    if len(readings) < 2:
+        return []
+    rows: list[tuple[str, ...]] = [("", *readings, "Paper")]
+
+    def add(words: str, found: list[dict[str, float]], paper: str, digits: int) -> None:
+        if any("value" in each for each in found):
+            rows.append((words, *(_with_span(each, digits) for each in found), paper))
+
+    in_groups = {group: [mapping(mapping(each.get("groups")).get(group)) for each in readings.values()]
+                 for group in GROUPS}  # fmt: skip
+    for group, words in GROUPS.items():
+        near = [_percent(each.get("near_zero")) for each in in_groups[group]]
+        add(f"D_OT below {NEAR_ZERO}, {words}, %", near, f"{100 * NEAR_ZERO_SHARES[group]:.1f}", 1)
+    for group, words in GROUPS.items():
+        medians = [_numbers(each) for each in in_groups[group]]
+        medians = [each | {"value": each["median"]} if "median" in each else {} for each in medians]
+        add(f"Median D_OT, {words}", medians, f"{PROBE[group]:.3f}", 3)
+    alarms = [_percent(each.get("false_alarm_share")) for each in readings.values()]
+    add("False alarms, %", alarms, f"{100 * PROBE['false_alarm_share']:.1f}", 1)
+    for group, words in GROUPS.items():
+        begins = [_percent(each.get("begins_with_candidate")) for each in in_groups[group]]
+        add(f"Begins with the candidate, {words}, %", begins, "", 1)
+    return rows
+
+
 def _variant(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     groups = mapping(found.get("groups"))
     medians = [_text(number(mapping(groups.get(group)).get("median"))) for group in GROUPS]
@@ -202,6 +241,15 @@ def _tokens(result: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:
 
 def _numbers(found: Any) -> dict[str, float]:
     return {name: value for name, raw in mapping(found).items() if (value := number(raw)) is not None}
+
+
+def _percent(found: Any) -> dict[str, float]:
+    return {name: 100 * value for name, value in _numbers(found).items()}
+
+
+def _with_span(values: Mapping[str, float], digits: int) -> str:
+    span = _span(values, digits)
+    return _text(values.get("value"), digits) + (f" ({span})" if span else "") if "value" in values else ""
 
 
 def _text(value: float | None, digits: int = 3) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from topd.paper import PROBE
 from topd.report.records import Point
-from topd.report.svg import BLUE, INK, Figure, drawing, legend
+from topd.report.svg import BLUE, INK, ORANGE, VERMILION, Figure, drawing, legend
 
 Floats = NDArray[np.float64]
 
 SCATTER_UP_TO = 400
 """More candidates than this are drawn as a density."""
+BINS, BIN_PLACES = 8, 5
+"""Bins of the mean's line, as many as Fig. 6 has, and the fewest candidates that one is drawn for (our choice)."""
 
 
 def distance_figures(points: Sequence[Point]) -> list[Figure]:
@@ -59,44 +62,73 @@ def _histogram(points: Sequence[Point]) -> Figure | None:
 
 
 def loss_against_distance(points: Sequence[Point], name: str = "loss-distance") -> Figure | None:
-    """Each candidate as a dot, or where there are many, their density. `name`: unique on the page."""
-    known = [(p.token_loss, p.distance, p.kind) for p in points if p.token_loss is not None and p.distance is not None]
+    """Each candidate's token loss and D_OT. `name`: unique on the page."""
+    return _scatter([(p.token_loss, p.distance, p.kind) for p in points], "Token loss", name)
+
+
+def teacher_nll_against_distance(points: Sequence[Point], name: str) -> Figure | None:
+    """The same with the teacher's NLL of the sampled token, the x axis of the paper's Fig. 6."""
+    return _scatter([(p.teacher_nll, p.distance, p.kind) for p in points], "Teacher's NLL", name)
+
+
+def _scatter(places: Sequence[tuple[float | None, float | None, str]], axis: str, name: str) -> Figure | None:
+    """Dots or, where there are many, their density; the linear trend; means of bins with their standard errors."""
+    known = [(x, y, kind) for x, y, kind in places if x is not None and y is not None]
     if len(known) < 2:
         return None
     loss, distance = np.array([row[0] for row in known]), np.array([row[1] for row in known])
     related = f"Pearson r = {correlation(loss, distance)}, Spearman ρ = {correlation(_ranks(loss), _ranks(distance))}"
-    alt = f"Token loss against transport distance of {len(known)} candidates: {related}."
+    alt = f"{axis} against transport distance of {len(known)} candidates: {related}."
     with drawing(name, alt) as figure:
         axes = figure.axes[0]
         if len(known) > SCATTER_UP_TO:
-            cells = axes.hexbin(
-                loss,
-                distance,
-                gridsize=(36, 18),
-                mincnt=1,
-                linewidths=0,
-            )
-            density = np.log1p(np.asarray(cells.get_array(), dtype=float))
-            cells.set_array(None)
-            cells.set_facecolor([to_rgba(BLUE, 0.12 + 0.88 * share) for share in density / density.max()])
+            _density(axes, loss, distance)
         else:
-            for kind, label in (("alarm", "false alarm"), ("fork", "fork")):
-                chosen = np.array([row[2] == kind for row in known])
-                filled = (
-                    {"facecolors": BLUE, "alpha": 0.55} if kind == "fork" else {"facecolors": "none", "edgecolors": INK}
-                )
-                axes.scatter(
-                    loss[chosen], distance[chosen], s=13, linewidths=0.8 * (kind == "alarm"), label=label, **filled
-                )
-            legend(figure)
-        axes.set_xlabel("token loss, nats")
+            _dots(axes, loss, distance, [row[2] for row in known])
+        if np.ptp(loss) > 0:
+            slope, offset = np.polyfit(loss, distance, 1)
+            ends = np.array([loss.min(), loss.max()])
+            axes.plot(ends, offset + slope * ends, "--", color=ORANGE, label="linear trend")
+            centre, mean, error = binned_means(loss, distance)
+            axes.errorbar(
+                centre, mean, error, fmt="o-", color=VERMILION, markersize=3, capsize=2, label="bin mean ± SE"
+            )
+        legend(figure)
+        axes.set_xlabel(f"{axis[0].lower()}{axis[1:]}, nats")
         axes.set_ylabel("D_OT")
         axes.set_ylim(bottom=min(-0.02, distance.min()))
     return Figure(
-        "Token loss against distance",
+        f"{axis} against distance",
         figure.svg,
-        f"{related}, {len(known):,} candidates. In the paper: {PROBE['pearson']} and {PROBE['spearman']}.",
+        f"{related}, {len(known):,} candidates. The paper's Fig. 6 has the teacher's NLL on its x axis (9 to 33 nats) "
+        f"and reports {PROBE['pearson']} and {PROBE['spearman']}. Bins: equal width, at least {BIN_PLACES} candidates.",
     )
+
+
+def _density(axes: Axes, x: Floats, y: Floats) -> None:
+    cells = axes.hexbin(x, y, gridsize=(36, 18), mincnt=1, linewidths=0)
+    density = np.log1p(np.asarray(cells.get_array(), dtype=float))
+    cells.set_array(None)
+    cells.set_facecolor([to_rgba(BLUE, 0.12 + 0.88 * share) for share in density / density.max()])
+
+
+def _dots(axes: Axes, x: Floats, y: Floats, kinds: Sequence[str]) -> None:
+    for kind, label in (("alarm", "false alarm"), ("fork", "fork")):
+        chosen = np.array([each == kind for each in kinds])
+        filled = {"facecolors": BLUE, "alpha": 0.55} if kind == "fork" else {"facecolors": "none", "edgecolors": INK}
+        axes.scatter(x[chosen], y[chosen], s=13, linewidths=0.8 * (kind == "alarm"), label=label, **filled)
+
+
+def binned_means(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of `BINS` bins of equal width in x: mean of x, mean of y, standard error of the latter; sparse ones left out."""
+    bins = np.clip(((x - x.min()) / np.ptp(x) * BINS).astype(int), 0, BINS - 1)
+    rows = []
+    for number in range(BINS):
+        here = bins == number
+        if here.sum() >= BIN_PLACES:
+            rows.append((x[here].mean(), y[here].mean(), y[here].std(ddof=1) / np.sqrt(here.sum())))
+    centre, mean, error = np.array(rows, dtype=float).reshape(-1, 3).T
+    return centre, mean, error
 
 
 def correlation(a: Floats, b: Floats) -> str:

@@ -38,6 +38,8 @@ class Candidate:
     teacher_window: tuple[str, ...] = ()
     plan: tuple[tuple[int, int, float], ...] = ()
     """(student position, teacher position, mass)"""
+    teacher_nll: float | None = None
+    """-log p_T of the token, nats; a probe records it."""
 
     @property
     def kind(self) -> str:
@@ -63,11 +65,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate as a dot: nats, D_OT, and its `kind`."""
+    """A candidate as a dot: nats, D_OT, its `kind`, and the teacher's NLL of the token (nats) where it is recorded."""
 
     token_loss: float | None
     distance: float | None
     kind: str
+    teacher_nll: float | None = None
 
 
 @dataclass
