@@ -209,9 +209,9 @@ def test_sliding_windows_take_the_plain_way_and_are_right(kind):
     model = model_of(kind)
     assert not supports_branches(model)
     rollouts = rollouts_of(model)
-    with pytest.warns(UserWarning, match="sliding"):
-        pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
-    reading = pair.read(rollouts)
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    with pytest.warns(UserWarning, match="generated from fresh prefixes"):
+        reading = pair.read(rollouts)
     assert reading.prefix is None
     rows, positions = torch.tensor([0, 2]), torch.tensor([3, 1])
     windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 6)
