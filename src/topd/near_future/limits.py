@@ -12,7 +12,9 @@ from torch import nn
 
 LIMIT = re.compile(r"window|chunk|top_?k|block|span|local|keep|compress")
 """Names of config entries that may say how far attention reaches."""
-NO_LIMIT = re.compile(r"expert|moe|group|layers|pattern|feed_forward|mamba|^chunk_size|logits|gate|vocab")
+NO_LIMIT = re.compile(
+    r"expert|moe|group|layers|pattern|feed_forward|mamba|^chunk_size|^block_size|multiple|logits|gate|vocab"
+)
 READ_EACH_TIME = ("sliding_window", "attention_chunk_size")
 """Limits that every forward pass reads from the config: if lowering them changes nothing, they are not in use."""
 SHORT = 16

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -98,24 +98,42 @@ _KNOWN: WeakKeyDictionary[Any, dict[str | None, Ways]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def ways_of(model: Any) -> Ways:
+def ways_of(model: Any, in_step: bool = False) -> Ways:
     """Which ways are exact for this model, by trying them when it is first asked (a few dozen tokens).
 
     One notice tells what is not, and why. Under FSDP or DeepSpeed, ask while the model is held whole.
 
+    Args:
+        model: a causal language model of transformers; a PEFT model is fine.
+        in_step: all processes must run the model equally often (FSDP, DeepSpeed), so no choice may depend on lengths.
+
     Raises:
-        ArchitectureError: no way is right, or the output head does not give the model's logits.
+        ArchitectureError: no way is right, or the output head does not give the model's logits; or it must run rows
+            in groups, which processes cannot do in step.
     """
     from topd.near_future.self_check import check_model  # it runs the ways, which ask here
 
     attention = getattr(model.config, "_attn_implementation", None)
     known = _KNOWN.setdefault(model, {})
     if attention not in known:
-        known[attention] = check_model(model)
+        known[attention] = in_step_of(model, check_model(model)) if in_step else check_model(model)
         notice = notice_of(model, known[attention])
         if notice:
             warnings.warn(notice, stacklevel=2)
     return known[attention]
+
+
+def in_step_of(model: Any, ways: Ways) -> Ways:
+    """The same without choices that depend on a row's length."""
+    if not ways.left_padding or ways.switch is not None:
+        raise ArchitectureError(
+            f"{type(model).__name__} must run rows in groups (left padding or LongRoPE), which processes that share "
+            "its parts cannot do in step: use one process or DDP instead of FSDP or DeepSpeed."
+        )
+    shared, packed, sampling = (
+        reach if reach == math.inf else 0 for reach in (ways.shared_prefix, ways.packed_rows, ways.sampling_states)
+    )
+    return replace(ways, shared_prefix=shared, packed_rows=packed, sampling_states=sampling)
 
 
 def notice_of(model: Any, ways: Ways) -> str | None:

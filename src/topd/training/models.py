@@ -31,6 +31,8 @@ class BothModels:
     _tokenizer: Any
     _forward_redirection: Any
     _server: RemoteWindows | None
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     _tried: list[Ways] | None = None
     _told_of_trl = False
 
@@ -61,11 +63,12 @@ class BothModels:
         """
         if self._tried is not None:
             return
+        in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
         local = [model for model in (self.model_wrapped, self.teacher_model) if model is not None]
         with ExitStack() as stack:
             for model in local:
                 stack.enter_context(held_whole(model, self.accelerator))
-            self._tried = [ways_of(self.accelerator.unwrap_model(model)) for model in local]
+            self._tried = [ways_of(self.accelerator.unwrap_model(model), in_step=in_parts) for model in local]
 
     def _trl_is_right(self, batch: dict[str, Any]) -> bool:
         """Whether TRL's own loss is that of the sequences without padding; one notice where it is not.
@@ -76,7 +79,7 @@ class BothModels:
         ways = self._tried or []
         if all(each.trl == "always" for each in ways):
             return True
-        padded = (batch["prompt_mask"] == 0).any()
+        padded = (batch["prompt_mask"] == 0).any().float()
         if all(each.trl != "never" for each in ways) and not bool(self.accelerator.gather(padded).any()):
             return True
         if self.args.beta not in (0, 1):
