@@ -108,7 +108,7 @@ def test_a_model_that_takes_no_tree_goes_the_plain_way_and_is_right(kind, attent
     model = model_of(kind)
     model.set_attn_implementation(attention)
     rollouts, branches = rollouts_and_branches()
-    with pytest.warns(UserWarning, match="much slower"):
+    with pytest.warns(UserWarning, match="behind its own copy of the prefix"):
         _, windows = hidden_with_branches(model, model.base_model, rollouts, branches)
     prefix, tokens = rollouts.prefix(1, 5), branches.tokens[1, 0]
     alone = model.base_model(input_ids=torch.cat([prefix, tokens[:-1]])[None]).last_hidden_state[0, -4:]

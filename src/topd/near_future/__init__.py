@@ -10,9 +10,11 @@ from topd.near_future.routed_teacher import RoutedTeacher
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.tree_attention import supports_branches
+from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.near_future.windows import Rollouts, Windows, rollout_windows
 
 __all__ = [
+    "ArchitectureError",
     "Branches",
     "ContinuesPrefixes",
     "DistilledModel",
@@ -22,6 +24,7 @@ __all__ = [
     "RemoteWindows",
     "Rollouts",
     "RoutedTeacher",
+    "Ways",
     "Windows",
     "connect",
     "fixed",
@@ -30,4 +33,5 @@ __all__ = [
     "rollout_windows",
     "served_as",
     "supports_branches",
+    "ways_of",
 ]

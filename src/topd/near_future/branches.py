@@ -8,15 +8,17 @@ cost.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from topd.near_future.tree_attention import PackedRow, no_mask, supports_branches
+from topd.near_future.padding import last_states, left_padded, positions_in
+from topd.near_future.tree_attention import PackedRow, no_mask
+from topd.near_future.ways import EXACT, Ways, ways_of
 from topd.near_future.windows import Rollouts
 
 
@@ -39,32 +41,34 @@ class Branches:
 
 
 def hidden_with_branches(
-    model: Any, backbone: nn.Module, rollouts: Rollouts, branches: Branches
+    model: Any, backbone: nn.Module, rollouts: Rollouts, branches: Branches, ways: Ways | None = None
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states at the contexts of the response tokens and of the window tokens.
+
+    Args:
+        ways: what is exact for the model; None: asks `ways_of`.
 
     Returns:
         [rollout, position, width] and [rollout, branch, window_position, width]: the states from which each response
         token and each window token is predicted. States of masked positions mean nothing.
     """
-    attention = model.config._attn_implementation
-    if supports_branches(model) and attention in ("sdpa", "flex_attention"):
-        return packed(backbone, rollouts, branches, flex=attention == "flex_attention")
-    warnings.warn(
-        f"{type(model).__name__} with attn_implementation={attention!r} cannot run windows behind their rollout in one "
-        "row (that takes full attention in every layer, and 'sdpa' or 'flex_attention'); each window goes through it "
-        "behind its own copy of the prefix, which is much slower.",
-        stacklevel=2,
-    )
-    return separate(backbone, rollouts, branches)
+    ways = ways or ways_of(model)
+    longest = rollouts.input_ids.shape[1] + branches.tokens.shape[-1]
+    if longest <= ways.packed_rows:
+        return packed(backbone, rollouts, branches, flex=model.config._attn_implementation == "flex_attention")
+    return separate(backbone, rollouts, branches, ways)
 
 
-def rollout_hidden(backbone: nn.Module, rollouts: Rollouts) -> Tensor:
+def rollout_hidden(backbone: nn.Module, rollouts: Rollouts, ways: Ways = EXACT) -> Tensor:
     """[rollout, position, width]: the states from which each response token is predicted."""
-    hidden: Tensor = backbone(
-        input_ids=rollouts.input_ids, attention_mask=rollouts.causal_mask, use_cache=False
-    ).last_hidden_state
-    return hidden[:, rollouts.prompt_ids.shape[1] - 1 : -1]
+    groups = ways.rows_together(rollouts)
+    if len(groups) == 1:
+        mask = rollouts.attention_mask if ways.switch is not None else rollouts.causal_mask
+        return last_states(backbone, rollouts.input_ids, mask)[:, rollouts.prompt_ids.shape[1] - 1 : -1]
+    whole = replace(ways, left_padding=True)
+    rows = [torch.tensor(group, device=rollouts.input_ids.device) for group in groups]
+    parts = [rollout_hidden(backbone, rollouts[group].trimmed(), whole) for group in rows]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
 def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches, flex: bool = False) -> tuple[Tensor, Tensor]:
@@ -74,9 +78,8 @@ def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches, flex: bo
     fed = branches.tokens[:, :, :-1].reshape(batch, -1)  # the last token of a window predicts nothing
     start = prompt + branches.position  # [rollout, branch] index in the row
     offset = torch.arange(length - 1, device=start.device)
-    position_ids = torch.cat(
-        [torch.arange(row, device=start.device).expand(batch, -1), (start[:, :, None] + offset).reshape(batch, -1)], 1
-    )
+    of_row, of_windows = positions_in(rollouts.attention_mask), start - (rollouts.prompt_mask == 0).sum(1)[:, None]
+    position_ids = torch.cat([of_row, (of_windows[:, :, None] + offset).reshape(batch, -1)], 1)
     if flex:
         who: dict[str, Any] = {"attention_mask": block_mask(rollouts, start, length - 1)}
     else:
@@ -129,16 +132,25 @@ def block_mask(rollouts: Rollouts, start: Tensor, length: int) -> BlockMask:
     return create_block_mask(sees, batch, None, whole, whole, device=str(start.device))
 
 
-def separate(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple[Tensor, Tensor]:
+def separate(backbone: nn.Module, rollouts: Rollouts, branches: Branches, ways: Ways = EXACT) -> tuple[Tensor, Tensor]:
     """The plain way, for models that take no tree: every window behind its own copy of the prefix."""
-    row_hidden = rollout_hidden(backbone, rollouts)
+    row_hidden = rollout_hidden(backbone, rollouts, ways)
     batch, slots, length = branches.tokens.shape
     rows = [(b, f) for b in range(batch) for f in range(slots)]
     sequences = [
         torch.cat([rollouts.prefix(b, int(branches.position[b, f])), branches.tokens[b, f, :-1]]) for b, f in rows
     ]
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.stack([torch.nn.functional.pad(s, (longest - len(s), 0)) for s in sequences])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(s), (longest - len(s), 0)) for s in sequences])
-    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return row_hidden, hidden[:, -length:].view(batch, slots, length, -1)
+    return row_hidden, ends_of(backbone, sequences, length, ways).view(batch, slots, length, -1)
+
+
+def ends_of(backbone: nn.Module, sequences: Sequence[Tensor], length: int, ways: Ways = EXACT) -> Tensor:
+    """[sequence, length, width] last hidden states at the last `length` tokens of sequences (token ids, 1-D)."""
+    lengths = [len(sequence) for sequence in sequences]
+    groups = ways.together(lengths, [-n for n in lengths])
+    parts = []
+    for group in groups:
+        ids, mask = left_padded([sequences[index] for index in group])
+        padded = len({lengths[index] for index in group}) > 1
+        parts.append(last_states(backbone, ids, mask if padded else None)[:, -length:])
+    order = [index for group in groups for index in group]
+    return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]

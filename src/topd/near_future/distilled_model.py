@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from topd.algorithm import Head
-from topd.near_future.branches import Branches, hidden_with_branches, rollout_hidden
+from topd.near_future.branches import Branches, ends_of, hidden_with_branches, rollout_hidden
 from topd.near_future.local_model import LocalModel
-from topd.near_future.model_parts import backbone_of, cache_bytes_per_token, evaluating, output_head, whole
+from topd.near_future.model_parts import backbone_of, evaluating, output_head, whole
+from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.shared_prefix import Reading, read
 from topd.near_future.sources import ContinuesPrefixes
-from topd.near_future.tree_attention import supports_branches
+from topd.near_future.ways import Ways, ways_of
 from topd.near_future.windows import Rollouts, Windows
 
 Forward = Callable[..., Any]
@@ -46,13 +46,7 @@ class DistilledModel:
     ) -> None:
         self.model = model
         self.temperature = temperature
-        self.shares_prefix = share_prefix and supports_branches(model)
-        if share_prefix and not self.shares_prefix:
-            warnings.warn(
-                f"{type(model).__name__} has sliding-window or other special attention: its windows are generated "
-                "from fresh prefixes, which is much slower than over one shared prefix.",
-                stacklevel=2,
-            )
+        self.share_prefix = share_prefix
         self._source, self._forward, self._micro_batch = source, forward, micro_batch
 
     @property
@@ -61,9 +55,18 @@ class DistilledModel:
         return backbone_of(self.model)
 
     @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values that a kept prefix takes; 0 where none is kept."""
-        return cache_bytes_per_token(self.model) if self.shares_prefix else 0
+    def ways(self) -> Ways:
+        """What is exact for the model, see `ways_of`."""
+        return ways_of(self.model)
+
+    def shares_prefix(self, rollouts: Rollouts, window_length: int = 0) -> bool:
+        """Whether windows may be decoded over one copy of each rollout."""
+        return self.share_prefix and rollouts.input_ids.shape[1] + window_length <= self.ways.shared_prefix
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Bytes that a kept prefix takes; 0 where none is kept."""
+        return self.ways.cache_bytes if self.share_prefix else 0.0
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -85,7 +88,7 @@ class DistilledModel:
         with evaluating(self.model):
             return torch.cat(
                 [
-                    self._forward(rollout_hidden, self.backbone, rollouts[start : start + self._micro_batch])
+                    self._forward(rollout_hidden, self.backbone, rollouts[start : start + self._micro_batch], self.ways)
                     for start in range(0, len(rollouts), self._micro_batch)
                 ]
             )
@@ -93,11 +96,17 @@ class DistilledModel:
     @torch.no_grad()
     def read(self, rollouts: Rollouts, keep_prefix: bool = True) -> Reading:
         """Read rollouts, in evaluation mode; unless told otherwise in one forward pass that keeps keys and values."""
-        if not (keep_prefix and self.shares_prefix):
+        if not (keep_prefix and self.shares_prefix(rollouts)):
             return Reading(self.hidden(rollouts))
         with evaluating(self.model):
             reading: Reading = self._forward(read, self.backbone, rollouts)
         return reading
+
+    def sampled(self, rollouts: Rollouts, states: SamplingStates | None, keep_prefix: bool) -> Reading | None:
+        """What sampling these rollouts computed, where that equals reading them; else None."""
+        if states is None or rollouts.input_ids.shape[1] > self.ways.sampling_states:
+            return None
+        return states.reading(rollouts, keep_prefix and self.shares_prefix(rollouts))
 
     def hidden_and_windows(
         self, rollouts: Rollouts, branches: Branches | None, from_rollout: bool = False
@@ -107,10 +116,10 @@ class DistilledModel:
         With `from_rollout`, the windows are the rollout's own tokens, whose states the row already holds.
         """
         if branches is None:
-            return rollout_hidden(self.backbone, rollouts), torch.empty(0)
+            return rollout_hidden(self.backbone, rollouts, self.ways), torch.empty(0)
         if not from_rollout:
-            return hidden_with_branches(self.model, self.backbone, rollouts, branches)
-        hidden = rollout_hidden(self.backbone, rollouts)
+            return hidden_with_branches(self.model, self.backbone, rollouts, branches, self.ways)
+        hidden = rollout_hidden(self.backbone, rollouts, self.ways)
         length = branches.tokens.shape[-1]
         index = branches.position[:, :, None] + torch.arange(length, device=hidden.device)
         row = torch.arange(len(rollouts), device=hidden.device)[:, None, None]
@@ -123,9 +132,8 @@ class DistilledModel:
             parts = []
             for start in range(0, len(rollouts), self._micro_batch):
                 rows = slice(start, start + self._micro_batch)
-                parts.append(
-                    self._forward(hidden_with_branches, self.model, self.backbone, rollouts[rows], branches[rows])[1]
-                )
+                inputs = self.model, self.backbone, rollouts[rows], branches[rows], self.ways
+                parts.append(self._forward(hidden_with_branches, *inputs)[1])
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -136,15 +144,12 @@ class DistilledModel:
         ids = [
             torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)
         ]  # padding after EOS is never looked at
-        longest = max(len(row) for row in ids)
-        batch = torch.stack([nn.functional.pad(row, (longest - len(row), 0)) for row in ids])
-        mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in ids])
-        states = []
+        length, states = windows.tokens.shape[1], []
         with evaluating(self.model):
             for start in range(0, len(ids), self._micro_batch):
-                rows = slice(start, start + self._micro_batch)
-                states.append(self._forward(last_hidden_state, self.backbone, batch[rows], mask[rows]))
-        return torch.cat(states)[:, longest - windows.tokens.shape[1] :]
+                rows = ids[start : start + self._micro_batch]
+                states.append(self._forward(ends_of, self.backbone, rows, length, self.ways))
+        return torch.cat(states)
 
     @torch.no_grad()
     def continue_(
@@ -169,7 +174,8 @@ class DistilledModel:
             from_candidate: the windows begin with the rollout's own token; what follows is the model's.
         """
         with evaluating(self.model), self._source() as source:
-            if reading.prefix is not None and isinstance(source, LocalModel):
+            over_prefix = reading.prefix is not None and self.shares_prefix(rollouts, length)
+            if over_prefix and isinstance(source, LocalModel):
                 return source.continue_over_prefix(rollouts, reading, greedy, rows, positions, length, from_candidate)
             if not from_candidate:
                 return source.continue_(rollouts.prefixes(rows, positions), length)
@@ -181,11 +187,6 @@ class DistilledModel:
             ended = torch.isin(candidate, torch.tensor(source.eos_token_ids, device=candidate.device))
             mask = torch.cat([present, after.mask & ~ended], 1)
             return Windows(torch.cat([candidate, after.tokens], 1) * mask, mask)
-
-
-def last_hidden_state(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    states: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return states
 
 
 def fixed(source: ContinuesPrefixes) -> Callable[[], AbstractContextManager[ContinuesPrefixes]]:

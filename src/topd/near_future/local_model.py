@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from topd.algorithm.head import at_least_float32
 from topd.generation import own_settings_only
 from topd.near_future.model_parts import backbone_of, output_head
+from topd.near_future.padding import left_padded
 from topd.near_future.shared_prefix import (
     Reading,
     candidate_start,
@@ -20,6 +21,7 @@ from topd.near_future.shared_prefix import (
     sampled_start,
     until_eos,
 )
+from topd.near_future.ways import ways_of
 from topd.near_future.windows import Rollouts, Windows
 
 
@@ -55,12 +57,22 @@ class LocalModel:
         """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
         device = next(self.model.parameters()).device
         tokens = torch.full((len(prefixes), length), self.pad_token_id, device=device)
-        by_length = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index]))
-        for start in range(0, len(prefixes), self.batch_size):
-            chosen = by_length[start : start + self.batch_size]
+        for chosen in self._batches([len(prefix) for prefix in prefixes], length):
             new = self._generate([prefixes[index] for index in chosen], length)
             tokens[chosen, : new.shape[1]] = new
         return Windows(tokens, until_eos(tokens, torch.tensor(self.eos_token_ids, device=device)))
+
+    def _batches(self, lengths: list[int], growth: int) -> Iterator[list[int]]:
+        """Numbers of the prefixes that are decoded together."""
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        groups = [by_length]
+        if len(set(lengths)) > 1:
+            in_order = [lengths[index] for index in by_length]
+            groups = ways_of(self.model).together(in_order, [-n for n in in_order], growth)
+            groups = [[by_length[place] for place in group] for group in groups]
+        for group in groups:
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
 
     @torch.no_grad()
     def continue_over_prefix(
@@ -109,14 +121,8 @@ class LocalModel:
         )  # fmt: skip
 
     def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
-        longest = max(len(prefix) for prefix in prefixes)
-        ids = torch.stack(
-            [
-                torch.nn.functional.pad(prefix, (longest - len(prefix), 0), value=self.pad_token_id)
-                for prefix in prefixes
-            ]
-        ).to(next(self.model.parameters()).device)
-        padding = torch.tensor([longest - len(prefix) for prefix in prefixes], device=ids.device)
+        device = next(self.model.parameters()).device
+        ids, mask = (part.to(device) for part in left_padded(prefixes, self.pad_token_id))
         config = GenerationConfig(
             max_new_tokens=length,
             pad_token_id=self.pad_token_id,
@@ -125,7 +131,6 @@ class LocalModel:
             disable_compile=True,
             **self._decoding,
         )
-        mask = (torch.arange(longest, device=ids.device) >= padding[:, None]).long()
         with own_settings_only(self.model):
             output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return output[:, longest:]
+        return output[:, ids.shape[1] :]

@@ -1,4 +1,4 @@
-"""The parts of a transformers model that the step uses: the backbone, the output head, keys and values."""
+"""The parts of a transformers model that the step uses: the backbone and the output head."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def backbone_of(model: Any) -> nn.Module:
     """The decoder without its output head (adapters stay in place)."""
     inner = model.base_model.model if is_peft_model(model) else model
     backbone: nn.Module = inner.base_model
+    if backbone is inner:  # its base_model_prefix names no attribute (Llama 4's text model)
+        backbone = getattr(inner, "model", None) or inner.get_decoder()
     return backbone
 
 
@@ -45,15 +47,6 @@ def whole(parameter: Tensor) -> Tensor:
     if isinstance(parameter, torch.distributed.tensor.DTensor):
         return parameter.full_tensor()
     return parameter
-
-
-def cache_bytes_per_token(model: Any) -> int:
-    """Bytes of keys and values that a model keeps for one token, all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = next(model.parameters()).element_size()
-    return int(2 * config.num_hidden_layers * heads * width * item)
 
 
 class evaluating:

@@ -13,6 +13,7 @@ from topd.errors import TOPDError
 from topd.near_future.branches import Branches
 from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.shared_prefix import Reading
+from topd.near_future.ways import Ways
 from topd.near_future.windows import Rollouts, Windows
 
 
@@ -41,7 +42,11 @@ class RoutedTeacher(DistilledModel):
         self._widths = [head.weight.shape[1] for head in heads]
 
     @property
-    def cache_bytes_per_token(self) -> int:
+    def ways(self) -> Ways:
+        raise TOPDError("Each of several teachers has its own ways: ask `teachers`.")
+
+    @property
+    def cache_bytes_per_token(self) -> float:
         return max(teacher.cache_bytes_per_token for teacher in self.teachers)
 
     def head(self) -> Head:

@@ -39,10 +39,13 @@ class SamplingStates:
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._fed.append(output.last_hidden_state.shape[1])
         self._states.append(output.last_hidden_state[:, -1])
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
 
     def reading(self, rollouts: Rollouts, keep_prefix: bool) -> Reading | None:
-        """The reading of these rollouts, or None if this was not one plain call that sampled them all."""
+        """The reading of these rollouts, or None if this was not one plain call that sampled them all.
+
+        Whether the states are those of a scoring pass, and whether windows may use the prefix, is for `ways_of` to say.
+        """
         prompt, response = rollouts.prompt_ids.shape[1], rollouts.response_ids.shape[1]
         longest = int(rollouts.response_mask.sum(1).max())
         one_call = self._fed[:1] == [prompt] and set(self._fed[1:]) <= {1}
@@ -52,7 +55,7 @@ class SamplingStates:
         hidden = nn.functional.pad(hidden, (0, 0, 0, response - hidden.shape[1]))
         layers = getattr(self._cache, "layers", [])
         whole = bool(layers) and all(
-            layer.keys is not None and layer.keys.shape[2] >= prompt + longest - 1 for layer in layers
+            getattr(layer, "keys", None) is not None and layer.keys.shape[2] >= prompt + longest - 1 for layer in layers
         )
         if not keep_prefix:
             return Reading(hidden)

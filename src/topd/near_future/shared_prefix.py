@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topd.near_future.padding import inputs_of
 from topd.near_future.tree_attention import OpenBranches, no_mask, using_sdpa
 from topd.near_future.windows import Rollouts, Windows
 
@@ -42,9 +43,11 @@ class Reading:
 
 def read(backbone: nn.Module, rollouts: Rollouts) -> Reading:
     """Read rollouts and keep states, keys and values."""
-    output = backbone(input_ids=rollouts.input_ids, attention_mask=rollouts.causal_mask, use_cache=True)
+    inputs = inputs_of(backbone, rollouts.input_ids, rollouts.causal_mask) | {"use_cache": True}
+    output = backbone(**inputs)
     hidden = output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
-    return Reading(hidden, [(layer.keys, layer.values) for layer in output.past_key_values.layers])
+    first = (rollouts.prompt_mask == 0).sum(1)
+    return Reading(hidden, [(layer.keys, layer.values) for layer in output.past_key_values.layers], first)
 
 
 @dataclass(frozen=True)

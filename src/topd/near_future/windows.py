@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class Rollouts:
     def prefixes(self, rows: Tensor, positions: Tensor) -> list[Tensor]:
         """The prefix of each (row, position)."""
         return [self.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)]
+
+    def trimmed(self) -> Rollouts:
+        """The same without the padding on the left that all rows have."""
+        first = int((self.prompt_mask == 0).sum(1).min())
+        return replace(self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=self.prompt_mask[:, first:])
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

@@ -50,7 +50,11 @@ def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max
     def teacher_() -> Finding:
         return quality.teacher_knows_more(setup, student, teacher, count, max_new_tokens)
 
-    return [finding for finding in (_finding("rollouts", rollouts), _finding("teacher", teacher_)) if finding]
+    ways = _finding("ways", partial(quality.ways, student, teacher))
+    if ways is not None and ways.verdict == "error":
+        return [ways]  # a model that cannot be distilled
+    found = [ways, _finding("rollouts", rollouts), _finding("teacher", teacher_)]
+    return [finding for finding in found if finding]
 
 
 def _finding(name: str, check: Callable[[], Finding | None]) -> Finding | None:

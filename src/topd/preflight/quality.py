@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from topd.demo.task import read_problem
 from topd.evaluation.answers import Rule, verdict
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts
+from topd.near_future.ways import notice_of, ways_of
 from topd.preflight.finding import Finding, ok
 from topd.preflight.setup import Setup
 
@@ -41,6 +43,20 @@ def spread(setup: Setup, count: int) -> list[int]:
 def _prompts(setup: Setup, rows: list[int], model: Any) -> list[torch.Tensor]:
     device = next(model.parameters()).device
     return [torch.tensor(setup.sample[row], device=device) for row in rows]
+
+
+def ways(student: Any, teacher: Any) -> Finding:
+    """Which ways of running both models are exact, as `ways_of` finds by trying them."""
+    found, notices = [], []
+    for role, model in (("student", student), ("teacher", teacher)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is said here
+            notice = notice_of(model, ways_of(model))
+        found.append(f"{role}: {'windows over one prefix, guided windows in one row' if notice is None else notice}")
+        notices += [notice] if notice else []
+    if not notices:
+        return ok("ways", "; ".join(found))
+    return Finding("ways", "warning", "; ".join(found), "Results are the same; expect more time per step.")
 
 
 def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:

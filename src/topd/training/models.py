@@ -7,10 +7,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
+from topd.errors import TOPDError
 from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
+from topd.near_future.ways import Ways, ways_of
 from topd.training.config import TOPDConfig
 from topd.training.sharding import held_whole
+
+logger = get_logger(__name__)
 
 
 class BothModels:
@@ -26,6 +31,10 @@ class BothModels:
     _tokenizer: Any
     _forward_redirection: Any
     _server: RemoteWindows | None
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    _tried: list[Ways] | None = None
+    _told_of_trl = False
 
     def _student(self) -> DistilledModel:
         return self._distilled(self.accelerator.unwrap_model(self.model))
@@ -45,6 +54,47 @@ class BothModels:
             micro_batch=self.args.per_device_train_batch_size,
             share_prefix=server is None,
         )
+
+    def _try_ways(self) -> None:
+        """Find out which ways are exact for both models, once, while they are held whole. See `ways_of`.
+
+        Raises:
+            ArchitectureError: a model cannot be distilled.
+        """
+        if self._tried is not None:
+            return
+        in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        local = [model for model in (self.model_wrapped, self.teacher_model) if model is not None]
+        with ExitStack() as stack:
+            for model in local:
+                stack.enter_context(held_whole(model, self.accelerator))
+            self._tried = [ways_of(self.accelerator.unwrap_model(model), in_step=in_parts) for model in local]
+
+    def _trl_is_right(self, batch: dict[str, Any]) -> bool:
+        """Whether TRL's own loss is that of the sequences without padding; one notice where it is not.
+
+        Raises:
+            TOPDError: it is not, and beta is one that our own loss does not have.
+        """
+        ways = self._tried or []
+        if all(each.trl == "always" for each in ways):
+            return True
+        padded = (batch["prompt_mask"] == 0).any().float()
+        if all(each.trl != "never" for each in ways) and not bool(self.accelerator.gather(padded).any()):
+            return True
+        if self.args.beta not in (0, 1):
+            raise TOPDError(
+                "TRL's loss passes no position ids, which is wrong for these models where prompts of different lengths "
+                "share a batch. Use beta 0 or 1, for which TOPD computes the loss itself, or "
+                "per_device_train_batch_size 1."
+            )
+        if not self._told_of_trl:
+            self._told_of_trl = True
+            logger.warning(
+                "TRL's loss is wrong for these models where prompts of different lengths share a batch (it passes no "
+                "position ids); TOPD computes the same loss itself."
+            )
+        return False
 
     @contextmanager
     def _models_whole(self) -> Iterator[None]:

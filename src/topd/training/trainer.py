@@ -151,12 +151,28 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
         student = self.accelerator.unwrap_model(self.model)
         with unsharded(student):
             if not self.args.looks_ahead or not self.model.training or has_dropout(student):
-                return super()._generate_single_turn(*args, **kwargs)
+                return self._generate_in_groups(*args, **kwargs)
             self._sampling = SamplingStates()
             with self._sampling.keeping(student):
-                return super()._generate_single_turn(*args, **kwargs)
+                return self._generate_in_groups(*args, **kwargs)
+
+    def _generate_in_groups(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """TRL's generation; prompts that must not share a batch go one group after the other."""
+        lengths = [len(ids) for ids in prompt_ids]
+        if self._is_vlm or len(set(lengths)) == 1:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        ways = self._student().ways
+        groups = ways.together(lengths, [-n for n in lengths], growth=self.max_completion_length or 0)
+        responses: list[Any] = [None] * len(lengths)
+        for group in groups:
+            sampled = super()._generate_single_turn([prompt_ids[row] for row in group], *args, **kwargs)
+            for row, response in zip(group, sampled, strict=True):
+                responses[row] = response
+        return responses
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self._is_vlm:
+            self._try_ways()
         nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
         with self._stage("rollout"), nan:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -168,8 +184,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
             return batch | self._for_opd(batch)
 
         rollouts, teacher = rollouts_of(batch), self._teacher()
-        kept = self._sampling.reading(rollouts, self._generates_own_windows()) if self._sampling else None
-        self._sampling = None
+        kept, self._sampling = self._student().sampled(rollouts, self._sampling, self._generates_own_windows()), None
         with self._models_whole(), self.compute_loss_context_manager():
             future = look_ahead(
                 rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged,
@@ -195,7 +210,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
 
     def _for_opd(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What our own loss of plain OPD needs; nothing where TRL's is used."""
-        if self.teacher_model is not None and not (self.args.opd_in_one_pass and self.model.training):
+        one_pass = self.args.opd_in_one_pass and self.model.training
+        if self.teacher_model is not None and not one_pass and (self._is_vlm or self._trl_is_right(batch)):
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
             return {"teacher_hidden": self._teacher().hidden(rollouts_of(batch))}

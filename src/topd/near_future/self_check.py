@@ -1,0 +1,287 @@
+"""Try every way of running a model on a few random tokens, and compare with the plain way.
+
+Two prompts of different lengths with their rollouts, and two windows behind each. The truth is every sequence alone,
+unpadded and without a cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from topd.generation import own_settings_only
+from topd.near_future.branches import Branches, packed, separate
+from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
+from topd.near_future.model_parts import backbone_of, evaluating, output_head
+from topd.near_future.padding import last_states, left_padded
+from topd.near_future.sampling_states import SamplingStates
+from topd.near_future.shared_prefix import Reading, Start, continue_over_prefix, read
+from topd.near_future.true_states import PROMPTS, RESPONSE, STARTS, TOLERANCE, alone, padding_id, sample_of
+from topd.near_future.ways import ArchitectureError, Ways
+from topd.near_future.windows import Rollouts
+
+FAST = ("shared_prefix", "packed_rows", "sampling_states")
+TRL = ("always", "without left padding", "never")
+
+
+def check_model(model: Any) -> Ways:
+    """Try all ways on a model that is held whole.
+
+    Raises:
+        ArchitectureError: the plain way is not that of a causal language model, or the head is not the model's.
+    """
+    inner = model.base_model.model if is_peft_model(model) else model
+    lengths = lengths_of(inner)
+    device_type = next(inner.parameters()).device.type
+    plainly = evaluating(model), torch.autocast(device_type, enabled=False), own_settings_only(inner)
+    with plainly[0], plainly[1], plainly[2], lengths.out_of_reach():
+        check = Check(inner)
+        ways = check.ways()
+        if lengths.limits:
+            ways = beyond_limits(check, lengths, ways)
+    ends = [end for end in (ways.end, lengths.end) if end is not None]
+    longest = min([*ends, lengths.switch or math.inf])
+    bounded = {name: min(getattr(ways, name), longest) for name in FAST}
+    kept = ways.cache_bytes if bounded["shared_prefix"] else 0.0
+    return replace(ways, **bounded, switch=lengths.switch, end=min(ends, default=None), cache_bytes=kept)
+
+
+def beyond_limits(check: Check, lengths: Lengths, ways: Ways) -> Ways:
+    """The ways of a model that changes at some length: beyond it, what is exact with that length lowered."""
+    nearest = min(lengths.limits.values())
+    names = ", ".join(f"{name} = {value:,}" for name, value in lengths.limits.items())
+    with lengths.lowered():
+        lowered = Check(check.model)
+        if check.sample.error(lowered.sample.window_states, check.sample.window_states) is None:
+            unknown = [value for name, value in lengths.limits.items() if name not in READ_EACH_TIME]
+            nearest, there = min(unknown, default=FAR), None if unknown else ways
+        else:
+            try:
+                there = lowered.ways()
+            except ArchitectureError as error:
+                return replace(ways, end=nearest, reasons=ways.reasons | {"end": str(error)})
+    reach = {name: getattr(ways, name) for name in FAST}
+    reasons = dict(ways.reasons)
+    for name in FAST:
+        if reach[name] and not (there and getattr(there, name)):
+            reach[name] = float(nearest)
+            reasons[name] = names
+    if there is None:
+        return replace(ways, **reach, reasons=reasons)
+    both = ways.left_padding and there.left_padding
+    return replace(ways, **reach, left_padding=both, trl=max(ways.trl, there.trl, key=TRL.index), reasons=reasons)
+
+
+class Check:
+    """The ways of one model, tried one after the other.
+
+    Args:
+        model: without a PEFT wrapper (its adapters stay in place).
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.backbone = model, backbone_of(model)
+        self.reasons: dict[str, str] = {}
+        self.cache_bytes = 0.0
+        try:
+            self.sample = sample_of(model, self.backbone)
+        except Exception as error:
+            raise ArchitectureError(
+                f"{type(model).__name__} does not run on text alone ({_in_words(error)}). TOPD distils causal language "
+                "models."
+            ) from error
+
+    def ways(self) -> Ways:
+        self._stop_unless_causal()
+        self._stop_unless_head()
+        padded = self._try("left_padding", self._padded)
+        sampled = self._try("sampling_states", self._sampled)
+        if not sampled:
+            self._stop_unless_generates()
+        if padded and not sampled:
+            padded = self._try("left_padding", self._same_tokens_alone)
+        return Ways(
+            shared_prefix=math.inf if self._try("shared_prefix", self._shared_prefix) else 0,
+            packed_rows=math.inf if self._try("packed_rows", self._packed_rows) else 0,
+            sampling_states=math.inf if padded and sampled else 0,
+            left_padding=padded,
+            trl=self._trl(),
+            cache_bytes=self.cache_bytes,
+            reasons=self.reasons,
+        )
+
+    def _try(self, name: str, way: Callable[[], str | None]) -> bool:
+        try:
+            reason = way()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = _in_words(error)
+        if reason is not None:
+            self.reasons[name] = reason
+        return reason is None
+
+    def _stop_unless_causal(self) -> None:
+        """The state before a window must not depend on what follows in the rollout."""
+        ends = [
+            states[[p + start - 1 for start in starts]]
+            for states, p, starts in zip(self.sample.row_states, PROMPTS, STARTS, strict=True)
+        ]
+        error = self.sample.error(torch.stack(ends), self.sample.window_states[:, :, 0])
+        if error is not None:
+            raise ArchitectureError(
+                f"{type(self.model).__name__} is not causal: its states change with the tokens that follow ({error}). "
+                "If the architecture can decode, say so in its config (is_decoder=True)."
+            )
+
+    def _stop_unless_head(self) -> None:
+        row = self.sample.rollouts.input_ids[1:]
+        try:
+            logits = self.model(input_ids=row, use_cache=False).logits[0].float()
+            found = output_head(self.model).logits(self.sample.row_states[1]).float()
+            error = self.sample.error(found, logits)
+        except Exception as failure:
+            error = _in_words(failure)
+        if error is not None:
+            raise ArchitectureError(
+                f"{type(self.model).__name__}: the output head on the last hidden states does not give the model's "
+                f"logits ({error.replace('states', 'logits')}). TOPD reads a linear head with a bias, a scale and a "
+                "soft cap; please report the model."
+            )
+
+    def _stop_unless_generates(self) -> None:
+        try:
+            self._generated([1])
+        except Exception as error:
+            raise ArchitectureError(f"{type(self.model).__name__} cannot generate text: {_in_words(error)}.") from error
+
+    def _padded(self) -> str | None:
+        rollouts = self.sample.rollouts
+        states = last_states(self.backbone, rollouts.input_ids, rollouts.attention_mask)
+        return self.sample.error(states[:, max(PROMPTS) - 1 : -1], self.sample.response_states)
+
+    def _trl(self) -> Literal["always", "without left padding", "never"]:
+        if self._try("trl", lambda: self._as_trl(self.sample.rollouts)):
+            return "always"
+        return "without left padding" if self._try("trl", lambda: self._as_trl(self.sample.rollouts[1:])) else "never"
+
+    def _as_trl(self, rollouts: Rollouts) -> str | None:
+        inputs = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask, "use_cache": False}
+        states = self.model.base_model(**inputs).last_hidden_state[:, max(PROMPTS) - 1 : -1]
+        return self.sample.error(states, self.sample.response_states[-len(states) :])
+
+    def _packed_rows(self) -> str | None:
+        flex = self.model.config._attn_implementation == "flex_attention"
+        rollouts, branches = self.sample.rollouts, self.sample.branches
+        row, windows = packed(self.backbone, rollouts, branches, flex=flex)
+        return (
+            self.sample.error(row, self.sample.response_states)
+            or self.sample.error(windows, self.sample.window_states)
+            or self._gradient_error(
+                lambda: packed(self.backbone, rollouts, branches, flex=flex)[1],
+                lambda: separate(self.backbone, rollouts, branches, Ways(left_padding=False))[1],
+            )
+        )
+
+    def _gradient_error(self, way: Callable[[], Tensor], truth: Callable[[], Tensor]) -> str | None:
+        """Of small parameters: states can agree where gradients do not (a bias that is left out, and is zero so far).
+
+        Not for models in parts, whose backward pass all processes would have to join.
+        """
+        if any(isinstance(module, FSDPModule) or hasattr(module, "ds_id") for module in self.model.modules()):
+            return None
+        small = [p for p in self.backbone.parameters() if p.dim() <= 1 and p.is_floating_point()]
+        usual = [p.requires_grad for p in small]
+        try:
+            for parameter in small:
+                parameter.requires_grad_(True)
+            found, expected = gradients_of(way, small), gradients_of(truth, small)
+        finally:
+            for parameter, requires in zip(small, usual, strict=True):
+                parameter.requires_grad_(requires)
+        largest = max((float(gradient.norm()) for gradient in expected), default=0.0)
+        tolerance = 0.3 if next(self.backbone.parameters()).dtype in TOLERANCE else 1e-2
+        for ours, theirs in zip(found, expected, strict=True):
+            difference = float((ours - theirs).norm() / (theirs.norm() + 1e-3 * largest + 1e-30))
+            if not difference <= tolerance:
+                return f"gradients differ by {difference:.2g}"
+        return None
+
+    def _shared_prefix(self) -> str | None:
+        rollouts = self.sample.rollouts
+        reading = read(self.backbone, rollouts)
+        assert reading.prefix is not None
+        kept = sum(t.numel() * t.element_size() for layer in reading.prefix for t in layer)
+        self.cache_bytes = kept / rollouts.input_ids.numel()
+        error = self.sample.error(reading.hidden, self.sample.response_states)
+        return error or self._over(reading, rollouts, self.sample.branches, self.sample.window_states)
+
+    def _over(self, reading: Reading, rollouts: Rollouts, branches: Branches, truth: Tensor) -> str | None:
+        """Decode the given windows over a prefix, and compare their states."""
+        batch, slots, _ = branches.tokens.shape
+        states: list[Tensor] = []
+
+        def given(hidden: Tensor) -> Tensor:
+            states.append(hidden.reshape(batch, slots, -1))
+            return branches.tokens[:, :, len(states)].reshape(hidden.shape[:-1])
+
+        rows = torch.arange(batch, device=truth.device).repeat_interleave(slots)
+        tokens = branches.tokens.flatten(0, 1)
+        continue_over_prefix(
+            self.backbone, self.model.config, reading, Start(tokens, torch.ones_like(rows)), given, rollouts, rows,
+            branches.position.flatten(), eos=rows.new_zeros(0), share=False,
+        )  # fmt: skip
+        return self.sample.error(torch.stack(states, dim=2), truth[:, :, 1:])
+
+    def _sampled(self) -> str | None:
+        """States, and windows over the prefix, that are kept from sampling."""
+        ids, mask, response, states = self._generated([0, 1])
+        ones = torch.ones_like(response)
+        rollouts = Rollouts(ids, mask, response, ones, ones)
+        reading = states.reading(rollouts, keep_prefix=False)
+        if reading is None:
+            return "generate does not feed one token at a time"
+        row_states = [alone(self.backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
+        truth = torch.stack([states[p - 1 : -1] for states, p in zip(row_states, PROMPTS, strict=True)])
+        return self.sample.error(reading.hidden, truth)
+
+    def _same_tokens_alone(self) -> str | None:
+        together = self._generated([0, 1])[2]
+        separately = torch.cat([self._generated([row])[2] for row in range(2)])
+        return None if torch.equal(together, separately) else "generate continues padded prompts otherwise"
+
+    def _generated(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, SamplingStates]:
+        """Greedy responses: prompt ids and mask, responses, and what was kept."""
+        ids, mask = left_padded([self.sample.rollouts.prefix(row, 0) for row in rows], padding_id(self.model))
+        states = SamplingStates()
+        with states.keeping(self.model):
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=RESPONSE, do_sample=False, disable_compile=True,
+                pad_token_id=padding_id(self.model),
+            )  # fmt: skip
+        return ids, mask, output[:, ids.shape[1] :], states
+
+
+def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients of a fixed random sum of states; zeros where a parameter has no part in them."""
+    with torch.enable_grad():
+        found = states().float()
+        weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.device)
+        if not parameters:
+            return []
+        gradients = torch.autograd.grad((found * weight).sum(), parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True)
+    ]
+
+
+def _in_words(error: Exception) -> str:
+    first = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {first if len(first) < 100 else first[:97] + '...'}"

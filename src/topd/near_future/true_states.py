@@ -1,0 +1,111 @@
+"""Random rollouts and windows for `self_check`, and the true states: every sequence alone, without padding or cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topd.near_future.branches import Branches
+from topd.near_future.padding import last_states, left_padded
+from topd.near_future.windows import Rollouts
+
+PROMPTS, RESPONSE, WINDOW = (4, 7), 10, 4
+STARTS = ((5, 8), (2, 5))
+"""Response positions of the windows: behind prefixes of the same lengths in both rollouts."""
+TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.03}
+"""Largest difference from the truth, as a share of how far states lie apart."""
+FLOAT32_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Random rollouts and windows, and the true states.
+
+    Attributes:
+        row_states: of each rollout alone [token, width], prompt included.
+        window_states: [rollout, branch, window_position, width], that predict the windows' tokens.
+        noise: how far the truth is from itself where another number of rows shares the batch.
+    """
+
+    rollouts: Rollouts
+    branches: Branches
+    row_states: list[Tensor]
+    window_states: Tensor
+    noise: float = 0.0
+
+    @property
+    def response_states(self) -> Tensor:
+        """[rollout, position, width] the true states that predict the responses."""
+        return torch.stack([states[p - 1 : -1] for states, p in zip(self.row_states, PROMPTS, strict=True)])
+
+    def error(self, found: Tensor, truth: Tensor) -> str | None:
+        """How far states are from the truth, in words; None if that is rounding."""
+        difference = difference_of(found, truth)
+        tolerance = max(TOLERANCE.get(truth.dtype, FLOAT32_TOLERANCE), 10 * self.noise)
+        return None if difference <= tolerance else f"states differ by {difference:.2g} of their spread"
+
+
+def difference_of(found: Tensor, truth: Tensor) -> float:
+    """Distance as a share of how far states lie apart: the largest.
+
+    In 16 bits, where rounding sends some tokens to other experts, it is the 80th percentile.
+    """
+    if found.shape != truth.shape:
+        return math.inf
+    low = truth.dtype in TOLERANCE
+    found, truth = found.double().flatten(0, -2), truth.double().flatten(0, -2)
+    spread = (truth - truth.mean(0)).norm(dim=-1).mean()
+    distances = (found - truth).norm(dim=-1) / spread
+    if not bool(distances.isfinite().all()):
+        return math.inf
+    return float(distances.quantile(0.8) if low else distances.max())
+
+
+def sample_of(model: Any, backbone: nn.Module) -> Sample:
+    """Random tokens, and every sequence alone."""
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    ordinary = ordinary_tokens(model)
+
+    def tokens(*shape: int) -> Tensor:
+        return ordinary[torch.randint(len(ordinary), shape, generator=generator)].to(device)
+
+    ids, mask = left_padded([tokens(length) for length in PROMPTS], padding_id(model))
+    response, window = tokens(2, RESPONSE), tokens(2, 2, WINDOW)
+    ones = torch.ones_like(response)
+    rollouts = Rollouts(ids, mask, response, ones, ones)
+    branches = Branches(torch.tensor(STARTS, device=device), window, torch.ones_like(window).bool())
+    rows = [alone(backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
+    windows, noise = torch.empty(0), 0.0
+    ends = [
+        [torch.cat([rollouts.prefix(row, STARTS[row][slot]), window[row, slot, :-1]]) for row in range(2)]
+        for slot in range(2)
+    ]  # of the same length for each slot
+    states = [last_states(backbone, torch.stack(pair), None)[:, -WINDOW:] for pair in ends]
+    windows = torch.stack(states, dim=1)
+    noise = difference_of(windows[:1, 0], alone(backbone, ends[0][0])[None, -WINDOW:])
+    return Sample(rollouts, branches, rows, windows, noise)
+
+
+def alone(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """[token, width] last hidden states of one sequence."""
+    return last_states(backbone, ids[None], None)[0]
+
+
+def ordinary_tokens(model: Any) -> Tensor:
+    """Ids that have no special meaning to the model."""
+    config = model.config.get_text_config()
+    special = {padding_id(model)}
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
+        value = getattr(config, name, None)
+        special |= set(value) if isinstance(value, list) else {value}
+    return torch.tensor([token for token in range(min(config.vocab_size, 2**16)) if token not in special])
+
+
+def padding_id(model: Any) -> int:
+    value = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return 0 if value is None or value < 0 else int(value)

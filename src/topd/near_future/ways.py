@@ -1,0 +1,158 @@
+"""Which ways of running a model give exactly what the plain way gives: found out by trying them, once per model.
+
+The plain way runs every sequence alone, without padding and without a cache. Faster ways share work: several prompts in
+one batch (left padding), all windows over one prefix, windows behind their rollout in one row, states kept from
+sampling. Whether they are exact depends on the architecture. So each model is tried on a few random tokens before its
+first use (`self_check`), and what differs is not used.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+
+from topd.errors import ContextError, TOPDError
+from topd.near_future.padding import grouped
+
+if TYPE_CHECKING:
+    from topd.near_future.windows import Rollouts
+
+
+class ArchitectureError(TOPDError, RuntimeError):
+    """A model cannot be distilled: its states or logits are not those of a causal language model."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What is exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
+
+    Attributes:
+        shared_prefix: rows up to this length may decode their windows over one prefix; `inf`: all, 0: none.
+        packed_rows: the same for windows behind their rollout in one row, with gradients.
+        sampling_states: the same for the states that sampling computes.
+        left_padding: rows of different lengths may share a batch.
+        trl: where TRL's own forward pass, which passes no position ids, is exact.
+        switch: length beyond which the model rotates all positions differently (LongRoPE); None: it never does.
+        end: length beyond which states are not defined by the row alone (dynamic NTK); such rows are refused.
+        cache_bytes: bytes that a kept prefix takes per token, all layers, as measured.
+        reasons: why a way is not exact.
+    """
+
+    shared_prefix: float = math.inf
+    packed_rows: float = math.inf
+    sampling_states: float = math.inf
+    left_padding: bool = True
+    trl: Literal["always", "without left padding", "never"] = "always"
+    switch: int | None = None
+    end: int | None = None
+    cache_bytes: float = 0.0
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def together(self, lengths: Sequence[int], paddings: Sequence[int], growth: int = 0) -> list[list[int]]:
+        """Which rows may share a batch, as groups of row numbers.
+
+        Args:
+            lengths: tokens of each row, without padding.
+            paddings: padding on the left that each row would have.
+            growth: tokens that each row may grow by while it is in the batch.
+
+        Raises:
+            ContextError: a row is longer than `end`.
+        """
+        if self.end is not None and max(lengths) + growth > self.end:
+            raise ContextError(
+                f"A row of {max(lengths) + growth} tokens is longer than {self.end}, beyond which this model's states "
+                f"are not defined by the row alone ({self.reasons.get('end', 'dynamic RoPE scaling')}). Use shorter "
+                "rows, or for dynamic RoPE another rope_type (yarn, linear)."
+            )
+        crosses = self.switch is not None and min(lengths) <= self.switch < max(lengths) + growth
+        alike = crosses and growth > 0  # a row that crosses the switch alone would recompute the others' keys
+        return grouped(
+            [
+                (
+                    0 if self.left_padding else padding,
+                    length if alike else None,
+                    self.switch is not None and length > self.switch,
+                )
+                for length, padding in zip(lengths, paddings, strict=True)
+            ]
+        )
+
+    def rows_together(self, rollouts: Rollouts) -> list[list[int]]:
+        """Which rollouts may share a forward pass."""
+        if self.left_padding and self.switch is None and self.end is None:
+            return [list(range(len(rollouts)))]
+        paddings = (rollouts.prompt_mask == 0).sum(1).tolist()
+        return self.together(rollouts.attention_mask.sum(1).tolist(), paddings)
+
+
+EXACT = Ways()
+"""Every way."""
+_KNOWN: WeakKeyDictionary[Any, dict[str | None, Ways]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def ways_of(model: Any, in_step: bool = False) -> Ways:
+    """Which ways are exact for this model, by trying them when it is first asked (a few dozen tokens).
+
+    One notice tells what is not, and why. Under FSDP or DeepSpeed, ask while the model is held whole.
+
+    Args:
+        model: a causal language model of transformers; a PEFT model is fine.
+        in_step: all processes must run the model equally often (FSDP, DeepSpeed), so no choice may depend on lengths.
+
+    Raises:
+        ArchitectureError: no way is right, or the output head does not give the model's logits; or it must run rows
+            in groups, which processes cannot do in step.
+    """
+    from topd.near_future.self_check import check_model  # it runs the ways, which ask here
+
+    attention = getattr(model.config, "_attn_implementation", None)
+    known = _KNOWN.setdefault(model, {})
+    if attention not in known:
+        known[attention] = in_step_of(model, check_model(model)) if in_step else check_model(model)
+        notice = notice_of(model, known[attention])
+        if notice:
+            warnings.warn(notice, stacklevel=2)
+    return known[attention]
+
+
+def in_step_of(model: Any, ways: Ways) -> Ways:
+    """The same without choices that depend on a row's length."""
+    if not ways.left_padding or ways.switch is not None:
+        raise ArchitectureError(
+            f"{type(model).__name__} must run rows in groups (left padding or LongRoPE), which processes that share "
+            "its parts cannot do in step: use one process or DDP instead of FSDP or DeepSpeed."
+        )
+    shared, packed, sampling = (
+        reach if reach == math.inf else 0 for reach in (ways.shared_prefix, ways.packed_rows, ways.sampling_states)
+    )
+    return replace(ways, shared_prefix=shared, packed_rows=packed, sampling_states=sampling)
+
+
+def notice_of(model: Any, ways: Ways) -> str | None:
+    """What a user should know of a model's ways, in words; None where every fast way is exact at all lengths."""
+    costs = {
+        "shared_prefix": (ways.shared_prefix, "windows are generated from fresh prefixes"),
+        "packed_rows": (ways.packed_rows, "each guided window goes through it behind its own copy of the prefix"),
+        "sampling_states": (ways.sampling_states, "sampled rollouts are read once more"),
+    }
+    parts = []
+    for name, (longest, cost) in costs.items():
+        if longest == math.inf:
+            continue
+        where = "" if longest == 0 else f" where a row is longer than {int(longest):,} tokens"
+        parts.append(f"{cost}{where} ({ways.reasons.get(name, 'not exact otherwise')})")
+    if not ways.left_padding:
+        parts.append(
+            f"prompts of different lengths run one after the other ({ways.reasons.get('left_padding', 'not exact')})"
+        )
+    if not parts:
+        return None
+    return f"{type(model).__name__} takes slower ways, which give the same results: {'; '.join(parts)}."
