@@ -47,6 +47,11 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def cache_of(output: Any) -> Any:
+    """The keys and values that a backbone returns: `cache` since transformers 5.24, `past_key_values` before."""
+    return output.cache if "cache" in output else output.get("past_key_values")
+
+
 def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that a model keeps for one token, all layers."""
     config = model.config.get_text_config()

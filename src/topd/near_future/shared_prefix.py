@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topd.near_future.model_parts import cache_of
 from topd.near_future.tree_attention import OpenBranches, no_mask, using_sdpa
 from topd.near_future.windows import Rollouts, Windows
 
@@ -44,7 +45,7 @@ def read(backbone: nn.Module, rollouts: Rollouts) -> Reading:
     """Read rollouts and keep states, keys and values."""
     output = backbone(input_ids=rollouts.input_ids, attention_mask=rollouts.causal_mask, use_cache=True)
     hidden = output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
-    return Reading(hidden, [(layer.keys, layer.values) for layer in output.past_key_values.layers])
+    return Reading(hidden, [(layer.keys, layer.values) for layer in cache_of(output).layers])
 
 
 @dataclass(frozen=True)
