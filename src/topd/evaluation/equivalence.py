@@ -125,15 +125,21 @@ def _compare(wanted: str, given: str) -> bool | None:
 
 def _serve() -> None:
     """The child: a line in, a line out, until the parent closes the pipe or is gone."""
-    import resource
-
     import math_verify  # noqa: F401
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    _limit_memory()
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_compare(*json.loads(line))), file=answers, flush=True)
+
+
+def _limit_memory() -> None:
+    """On Linux only: macOS refuses this limit and Windows has no `resource`. Without it `HARD_SECONDS` still holds."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 if __name__ == "__main__":
