@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -158,6 +157,8 @@ def _peak() -> int:
     try:
         return _status("VmHWM")
     except OSError:
+        import resource  # not on Windows
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -252,3 +252,20 @@ def test_windows_decode_under_autocast(kind):
         for reading in (exact, pair.read(rollouts)):
             found = pair.continue_(rollouts, reading, greedy_of(model, exact), rows, positions, 6)
             assert (found.tokens == expected.tokens).all(-1).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_prefixes_whose_keys_and_values_differ_in_dtype_decode(dtypes):
+    """Autocast leaves float32 keys (they are rotated) and bf16 values, and transformers 5.24 keeps both as they are."""
+    model = model_of("qwen3")
+    rollouts = rollouts_of(model)
+    source, reading = LocalModel(model, 0, [EOS]), read(model.base_model, rollouts)
+    mixed = Reading(
+        reading.hidden, [(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix], reading.first
+    )
+    rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
+    exact, found = (
+        source.continue_over_prefix(rollouts, each, greedy_of(model, reading), rows, positions, 6)
+        for each in (reading, mixed)
+    )
+    assert (found.tokens == exact.tokens).all(-1).float().mean() > 0.8

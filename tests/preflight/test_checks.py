@@ -217,6 +217,18 @@ def test_sharded_training_keeps_float32_weights(monkeypatch, kind):
     assert "not counted" in memory.memory(setup).found
 
 
+def test_trl_s_loss_is_not_said_to_autocast():
+    setup = setup_for("embedded:student-standard", "embedded:teacher", "--bf16", "true")
+    assert "computed bfloat16 autocast" in machine.precision(setup).found
+    needs = memory.needs(setup, *[memory.shape(each, "auto") for each in setup.pair])
+    setup.config.method = "opd"
+    assert "computed as stored (TRL's loss does not autocast" in machine.precision(setup).found
+    plain = memory.needs(setup, *[memory.shape(each, "auto") for each in setup.pair])
+    assert needs["the loss"]["weights in bf16"] > plain["the loss"]["weights in bf16"] == 0
+    setup.config.opd_loss = "one_pass"
+    assert "computed bfloat16 autocast" in machine.precision(setup).found
+
+
 def test_rounding_does_eat_it():
     """The bound of the check, on usual weights: below it nearly none moves, well above it nearly all do."""
     weights = (WEIGHT * torch.randn(20_000)).bfloat16()

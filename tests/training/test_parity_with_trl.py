@@ -25,7 +25,9 @@ def five_steps(out: Path, trainer_type: type, **options):
     return losses, gradients, [p.detach() for p in trainer.model.parameters()]
 
 
-@pytest.mark.parametrize("off", [{"method": "opd"}, {"method": "topd", "guidance_weight": 0.0}])
+@pytest.mark.parametrize(
+    "off", [{"method": "opd"}, {"method": "topd", "guidance_weight": 0.0}, {"method": "opd", "bf16": True}], ids=str
+)
 def test_losses_gradients_and_weights_after_five_steps_are_those_of_trl(tmp_path, off):
     theirs = five_steps(tmp_path / "trl", DistillationTrainer, **off)
     ours = five_steps(tmp_path / "topd", TOPDTrainer, **off)

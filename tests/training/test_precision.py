@@ -14,6 +14,11 @@ from topd.training.precision import WarnsOfRounding, watch_rounding
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
 LOST = "is lost in rounding"
+OURS = [
+    {"method": "topd"},
+    {"method": "topd", "student_window": "rollout", "gradient_checkpointing": True},
+    {"method": "opd", "opd_loss": "one_pass"},
+]
 
 
 def embedded(role, dtype):
@@ -94,3 +99,41 @@ def test_the_command_says_it_once(tmp_path, caplog, capsys, preflight):
     assert main(command) == 0
     said = capsys.readouterr()
     assert (said.out + said.err + caplog.text).count(LOST) == 1
+
+
+def dtypes_of(trainer):
+    """(role, whether gradients are kept) -> the dtypes that linear layers compute in during two training steps."""
+    seen = {}
+    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        for name in ("q_proj", "down_proj"):
+            for module in (each for path, each in model.named_modules() if path.endswith(name)):
+                module.register_forward_hook(
+                    lambda _, __, out, role=role: seen.setdefault((role, out.requires_grad), set()).add(out.dtype)
+                )
+    trainer.train()
+    return seen
+
+
+@pytest.mark.parametrize("options", OURS, ids=str)
+def test_bf16_computes_in_bf16_in_sampling_scoring_windows_and_loss(tmp_path, options):
+    trainer = tiny_trainer(tmp_path, bf16=True, max_steps=1, **options)
+    seen = dtypes_of(trainer)
+    assert set(seen) == {("student", False), ("student", True), ("teacher", False)}
+    assert set.union(*seen.values()) == {torch.bfloat16}
+    assert not [module for module in trainer.model.model.modules() if "forward" in vars(module)]  # put back
+
+
+def test_bf16_losses_are_near_those_of_float32(tmp_path):
+    trainer = tiny_trainer(tmp_path, bf16=True)
+    with trainer._autocast():
+        batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(4)])
+        bf16 = trainer.compute_loss(trainer.model, dict(batch)).item()
+    exact = trainer.compute_loss(trainer.model, dict(batch)).item()
+    assert bf16 != exact
+    assert bf16 == pytest.approx(exact, rel=0.02)
+
+
+def test_the_plain_loss_of_trl_computes_as_trl_does(tmp_path):
+    """Bit for bit the same as `DistillationTrainer`: tests/training/test_parity_with_trl.py."""
+    seen = dtypes_of(tiny_trainer(tmp_path, bf16=True, max_steps=1, method="opd"))
+    assert seen["student", True] == seen["teacher", False] == {torch.float32}

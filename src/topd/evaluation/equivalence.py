@@ -154,14 +154,20 @@ def _tiny_and_apart(a: Any, b: Any) -> bool:
 
 def _serve() -> None:
     """The child: a line in, a line out, until the parent closes the pipe or is gone."""
-    import resource
-
-    _tell_tiny_numbers_apart()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    _tell_tiny_numbers_apart()  # imports math_verify, before memory is limited
+    _limit_memory()
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_compare(*json.loads(line))), file=answers, flush=True)
+
+
+def _limit_memory() -> None:
+    """On Linux only: macOS refuses this limit and Windows has no `resource`. Without it `HARD_SECONDS` still holds."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 if __name__ == "__main__":

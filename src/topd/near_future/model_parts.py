@@ -49,6 +49,11 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def cache_of(output: Any) -> Any:
+    """The keys and values that a backbone returns: `cache` since transformers 5.24, `past_key_values` before."""
+    return output.cache if "cache" in output else output.get("past_key_values")
+
+
 class evaluating:
     """Put a model in evaluation mode, and back."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topd.near_future.model_parts import backbone_of
+from topd.near_future.model_parts import backbone_of, cache_of
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.windows import Rollouts
 
@@ -39,7 +39,7 @@ class SamplingStates:
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._fed.append(output.last_hidden_state.shape[1])
         self._states.append(output.last_hidden_state[:, -1])
-        self._cache = getattr(output, "past_key_values", None)
+        self._cache = cache_of(output)
 
     def reading(self, rollouts: Rollouts, keep_prefix: bool) -> Reading | None:
         """The reading of these rollouts, or None if this was not one plain call that sampled them all.

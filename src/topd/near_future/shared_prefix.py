@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topd.near_future.model_parts import cache_of
 from topd.near_future.padding import inputs_of
 from topd.near_future.tree_attention import OpenBranches, no_mask, using_sdpa
 from topd.near_future.windows import Rollouts, Windows
@@ -47,7 +48,7 @@ def read(backbone: nn.Module, rollouts: Rollouts) -> Reading:
     output = backbone(**inputs)
     hidden = output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
     first = (rollouts.prompt_mask == 0).sum(1)
-    return Reading(hidden, [(layer.keys, layer.values) for layer in output.past_key_values.layers], first)
+    return Reading(hidden, [(layer.keys, layer.values) for layer in cache_of(output).layers], first)
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ class OpenBranches:
         own_keys, own_values = self._append(layer, key, value)
         query = (query * (scaling if scaling is not None else width**-0.5)).reshape(batch, groups, -1, width)
 
-        if self.prefix[layer][0].dtype != query.dtype:  # kept under another autocast than the one that decodes
-            self.prefix[layer] = (self.prefix[layer][0].to(query.dtype), self.prefix[layer][1].to(query.dtype))
+        keys, values = self.prefix[layer]  # autocast leaves them in two dtypes, and prefill may have had another
+        self.prefix[layer] = keys.to(query.dtype), values.to(query.dtype)
         from_prefix, prefix_lse = attention_and_lse(
             query, *self.prefix[layer], self._prefix_bias(heads // groups, query)
         )

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from topd.preflight.finding import Finding, ok
-from topd.preflight.memory import in_words, shape, sharded, stored_dtype
+from topd.preflight.memory import autocasts, in_words, shape, sharded, stored_dtype
 from topd.preflight.setup import Setup
 from topd.training.precision import REMEDY, lost_in_rounding
 
@@ -17,6 +17,8 @@ def precision(setup: Setup) -> Finding:
     config = setup.config
     stored = {model.role: stored_dtype(model, setup.dtypes[model.role]) for model in setup.pair}
     computed = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "as stored"
+    if not autocasts(setup):
+        computed = "as stored" + (" (TRL's loss does not autocast; opd_loss=one_pass does)" if config.bf16 else "")
     found = f"weights {stored['student']} (student), {stored['teacher']} (teacher); computed {computed}"
     if config.bf16 and sharded() and stored["student"] != "float32":
         return ok("precision", f"{found}; sharded training keeps float32 weights of the student")

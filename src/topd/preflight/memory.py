@@ -109,7 +109,7 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
     trained = student.parameters * (0.01 if setup.adapters else 1)
     optimizer = str(getattr(config.optim, "value", config.optim))
     state = next((size for name, size in _STATES.items() if name in optimizer), 2 * student.bytes)
-    activation = 2.6 if config.bf16 or config.fp16 else float(student.bytes)
+    activation = 2.6 if autocasts(setup) else float(student.bytes)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     tiles = 2 * tile_rows(student.vocabulary, None, device) * student.vocabulary * 4.0
@@ -141,12 +141,19 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
         "the loss": {
             "gradients": trained * student.bytes,
             "activations": checkpointed if config.gradient_checkpointing else per_layer * student.layers,
-            "weights in bf16": 2.0 * student.parameters if config.bf16 and student.bytes > 2 else 0.0,
+            "weights in bf16": 2.0 * student.parameters if autocasts(setup) and student.bytes > 2 else 0.0,
             "hidden states": states,
             "loss tiles": tiles,
             "head's gradient": 0.0 if setup.adapters else student.vocabulary * student.hidden * 4.0,
         },
     }
+
+
+def autocasts(setup: Setup) -> bool:
+    """Whether the loss is computed under autocast. TRL's own loss enters it where weights are sharded only."""
+    config = setup.config
+    ours = config.looks_ahead or config.opd_in_one_pass or not setup.teacher_here
+    return bool(config.bf16 or config.fp16) and (ours or sharded())
 
 
 def available(setup: Setup) -> tuple[float, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from topd.errors import TOPDError
 from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
 from topd.near_future.ways import Ways, ways_of
 from topd.training.config import TOPDConfig
+from topd.training.precision import autocasting
 from topd.training.sharding import held_whole
 
 logger = get_logger(__name__)
@@ -104,6 +105,24 @@ class BothModels:
             for model in [self.model_wrapped, *teacher]:
                 stack.enter_context(held_whole(model, self.accelerator))
             yield
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """`bf16` and `fp16` for what this project computes. TRL's own loss (`method: opd`) stays as TRL computes it."""
+        if not (self.args.looks_ahead or self.args.opd_in_one_pass or self.teacher_model is None):
+            return nullcontext()
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, *self._local_teachers())]
+        return autocasting(models, self.accelerator)
+
+    def _local_teachers(self) -> list[Any]:
+        return [] if self.teacher_model is None else [self.teacher_model]
 
     def _local(self, model: Any) -> LocalModel:
         return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)

@@ -1,11 +1,19 @@
-"""Do the optimizer's steps survive the rounding of the student's weights?"""
+"""The precision that a step computes in, and whether the optimizer's steps survive the rounding of the weights."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+
+from topd.near_future.model_parts import backbone_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,3 +65,44 @@ class WarnsOfRounding(TrainerCallback):
             lost = lost_in_rounding(str(dtype).removeprefix("torch."), args.learning_rate)
             if lost is not None:
                 logger.warning(f"{lost}. {REMEDY}")
+
+
+@contextmanager
+def autocasting(models: Sequence[Any], accelerator: Accelerator) -> Iterator[None]:
+    """Run unwrapped models under the accelerator's autocast (`bf16`, `fp16`) in this block, their backbones included.
+
+    accelerate puts autocast around the forward pass of a whole model. Scoring, windows and the loss call its backbone,
+    which lies inside: without this, float32 weights compute in float32 whatever `bf16` says, in one process and under
+    DDP. A backbone's states come in autocast's dtype, in which the output head takes them. FSDP2 and DeepSpeed have a
+    precision of their own, and nothing changes there.
+    """
+    with ExitStack() as stack:
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if accelerator.native_amp and not sharded:
+            for model in models:
+                stack.enter_context(_autocasting(model, accelerator))
+                stack.enter_context(_autocasting(backbone_of(model), accelerator))
+        yield
+
+
+@contextmanager
+def _autocasting(module: Any, accelerator: Accelerator) -> Iterator[None]:
+    usual: Callable[..., Any] = module.forward
+    own = vars(module).get("forward")
+
+    @wraps(usual)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            output = usual(*args, **kwargs)
+            states = getattr(output, "last_hidden_state", None)
+            if states is not None:
+                output.last_hidden_state = states.to(torch.get_autocast_dtype(states.device.type))
+        return output
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

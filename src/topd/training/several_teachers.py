@@ -119,6 +119,9 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
         return self._routed
 
+    def _local_teachers(self) -> list[Any]:
+        return self._teachers
+
     # Each process asks the teachers that its own rows name, so they are held whole whenever they are asked: parts that
     # are gathered layer by layer would need all processes in step.
 
