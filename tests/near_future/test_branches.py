@@ -1,7 +1,10 @@
 """A rollout and its windows in one row give what separate sequences give."""
 
+import math
+
 import pytest
 import torch
+from special_models import ATTENTION, special_model
 from tiny import tiny_model
 from torch.nn.attention.flex_attention import create_mask
 from transformers import (
@@ -9,9 +12,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from topd.near_future import (
     Branches,
@@ -20,9 +22,10 @@ from topd.near_future import (
     Windows,
     hidden_with_branches,
     rollout_windows,
-    supports_branches,
+    ways_of,
 )
-from topd.near_future.branches import block_mask, packed, separate, tree
+from topd.near_future.attention_interface import Rule
+from topd.near_future.branches import packed, separate, tree
 from topd.near_future.shared_prefix import until_eos
 
 SIZES = {
@@ -38,8 +41,7 @@ def model_of(kind):
         "qwen3": lambda: tiny_model(0, scale=1.5),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
         "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
-        "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
-    }[kind]().eval()
+    }.get(kind, lambda: special_model(kind))().eval()
 
 
 def rollouts_and_branches(padding=True):
@@ -60,10 +62,11 @@ def rollouts_and_branches(padding=True):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma", *ATTENTION])
 def test_packed_states_and_gradients_equal_separate_sequences(kind, padding, checkpointing):
-    model = model_of(kind).double()
-    assert supports_branches(model)
+    """Sliding windows of 8 tokens are longer than some prefixes and shorter than others."""
+    model = model_of(kind)
+    assert ways_of(model).packed_rows == math.inf
     rollouts, branches = rollouts_and_branches(padding)
     results = []
     for run in (packed, separate):
@@ -78,35 +81,51 @@ def test_packed_states_and_gradients_equal_separate_sequences(kind, padding, che
         model.gradient_checkpointing_disable()
         model.eval()
     (row_a, windows_a, grads_a), (row_b, windows_b, grads_b) = results
-    # norms and rotary angles are float32 in these models, whatever the weights are
-    for a, b in zip([row_a, windows_a, *grads_a], [row_b, windows_b, *grads_b], strict=True):
+    whole = torch.cat([g.flatten() for g in grads_b if g is not None]).norm()
+    for a, b in zip([row_a, windows_a], [row_b, windows_b], strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+    for a, b in zip(grads_a, grads_b, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 1e-4 * b.norm() + 1e-6 * whole
 
 
+@pytest.mark.parametrize("rule", [Rule(), Rule(sliding_window_causal_mask_function(4))])
 @pytest.mark.parametrize("padding", [False, True])
-def test_flex_attention_sees_what_the_tree_sees(padding):
+def test_eager_and_flex_attention_see_what_sdpa_sees(padding, rule):
     rollouts, branches = rollouts_and_branches(padding)
     start, length = rollouts.prompt_ids.shape[1] + branches.position, 3
     row = rollouts.input_ids.shape[1]
+    layout = tree(rollouts, start, length)
+    dense = layout.mask(rule, "eager", {"dtype": torch.float32}) == 0
+    block = layout.mask(rule, "flex_attention", {})
     whole = row + start.shape[1] * length
-    block = block_mask(rollouts, start, length)
-    dense = create_mask(block.mask_mod, len(rollouts), 1, whole, whole, device="cpu")
-    packed_row = tree(rollouts, start, length)
-    assert torch.equal(dense[:, :, row:], packed_row.window_mask)
-    among = dense[:, :, :row, :row]
-    if packed_row.row_mask is None:
-        assert torch.equal(among[0, 0], torch.ones(row, row, dtype=torch.bool).tril())  # the first has no padding
-        real = rollouts.attention_mask.bool()
-        assert torch.equal(among[1, 0][real[1]][:, real[1]], torch.ones(11, 11, dtype=torch.bool).tril())
-    else:
-        assert torch.equal(among, packed_row.row_mask)
+    flex = create_mask(block.mask_mod, len(rollouts), 1, whole, whole, device="cpu")
+    real = torch.nn.functional.pad(rollouts.attention_mask.bool(), (0, whole - row), value=True)
+    assert torch.equal(dense[:, 0][real], flex[:, 0][real])  # what padding sees on the right does not matter
+    sdpa = layout.mask(rule, "sdpa", {})
+    assert torch.equal(dense[:, :, row:], sdpa.window_mask)
     assert not dense[:, :, :row, row:].any()
+    among = torch.ones(row, row, dtype=torch.bool).tril() if sdpa.row_mask is None else sdpa.row_mask
+    assert torch.equal(dense[:, :, :row, :row], among.expand(2, 1, -1, -1))
 
 
-@pytest.mark.parametrize(("kind", "attention"), [("mistral-sliding", "sdpa"), ("llama", "eager")])
-def test_a_model_that_takes_no_tree_goes_the_plain_way_and_is_right(kind, attention):
+def test_a_sliding_rule_in_the_tree_by_hand():
+    """A row of 4, one window of 3 that starts at 3, each token sees itself and two before."""
+    one = torch.ones(1, 2, dtype=torch.long)
+    rollouts = Rollouts(torch.tensor([[5, 6]]), one, torch.tensor([[7, 8]]), one, one)
+    mask = tree(rollouts, torch.tensor([[3]]), 3).mask(Rule(sliding_window_causal_mask_function(3)), "sdpa", {})
+    assert mask.row_mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
+    assert mask.window_mask[0, 0].int().tolist() == [
+        [0, 1, 1, 0, 1, 0, 0],
+        [0, 0, 1, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1, 1],  # the rollout is out of reach
+    ]
+
+
+@pytest.mark.parametrize("kind", ["qwen3.5", "lfm2"])
+def test_a_model_with_recurrent_layers_goes_the_plain_way_and_is_right(kind):
+    """Also where the states hardly mix, as in convolutions with small weights."""
     model = model_of(kind)
-    model.set_attn_implementation(attention)
     rollouts, branches = rollouts_and_branches()
     with pytest.warns(UserWarning, match="behind its own copy of the prefix"):
         _, windows = hidden_with_branches(model, model.base_model, rollouts, branches)

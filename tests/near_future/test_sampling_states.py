@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from special_models import special_model
 from test_shared_prefix import EOS, greedy_of, model_of
 from torch import nn
 
@@ -40,6 +41,16 @@ def test_states_and_windows_are_those_of_a_scoring_pass(kind):
         ]
         assert torch.equal(windows[0].tokens, windows[1].tokens)
         assert torch.equal(windows[0].mask, windows[1].mask)
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v3", "qwen3.5", "gemma3"])
+def test_a_cache_that_does_not_hold_what_attention_gets_is_not_a_prefix(kind):
+    """Latents, recurrent states, and sliding windows that have dropped tokens: the rollouts are read once more."""
+    model = special_model(kind)
+    rollouts, states = sampled(model)
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    assert pair.sampled(rollouts, states, keep_prefix=True) is None
+    assert pair.sampled(rollouts, states, keep_prefix=False).prefix is None
 
 
 def test_without_windows_of_its_own_the_student_keeps_no_prefix():

@@ -1,11 +1,12 @@
 """Windows decoded over one prefix are, token for token, those of one-by-one `generate`."""
 
+import math
+
 import pytest
 import torch
+from special_models import ATTENTION, RECURRENT, special_model
 from tiny import tiny_model
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -16,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, fixed, supports_branches
+from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, fixed, ways_of
 from topd.near_future.shared_prefix import follow_rollout, read
 
 EOS = 1
@@ -33,8 +34,6 @@ MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
-    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=8)),
 }
 SHARING = ["qwen3", "qwen3-moe", "llama", "gemma", "mistral"]
 
@@ -76,7 +75,7 @@ def generated(model, prefix, length, eos=EOS):
 @pytest.mark.parametrize("kind", SHARING)
 def test_same_tokens_as_generate_one_by_one(kind, padding):
     model = model_of(kind)
-    assert supports_branches(model)
+    assert ways_of(model).shared_prefix == math.inf
     for seed in range(2):
         rollouts = rollouts_of(model, seed, padding)
         rows, positions = rollouts.response_mask.nonzero(as_tuple=True)  # every position, the first and the last too
@@ -204,9 +203,47 @@ def test_sampled_windows_are_draws_from_the_model():
     assert (share - (logits / 0.7).softmax(-1)).abs().max() < 0.15
 
 
-@pytest.mark.parametrize("kind", ["mistral-sliding", "gemma3"])
-def test_sliding_windows_take_the_plain_way_and_are_right(kind):
-    model = model_of(kind)
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("kind", [*ATTENTION, *RECURRENT])
+def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_generate_does(kind, padding):
+    """Prefixes are shorter and longer than a sliding window of 8; windows of 12 outgrow it."""
+    model = special_model(kind)
+    assert ways_of(model).shared_prefix == math.inf
+    rollouts = rollouts_of(model, padding=padding)
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    reading = pair.read(rollouts)
+    rows, positions = (places[::3] for places in rollouts.response_mask.nonzero(as_tuple=True))
+    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 12)
+    for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
+        assert tokens[mask].tolist() == generated(model, rollouts.prefix(int(row), int(position)), 12)
+
+
+@pytest.mark.parametrize("kind", [*RECURRENT])
+def test_recurrent_layers_read_a_rollout_once_for_all_of_its_windows(kind):
+    model = special_model(kind)
+    rollouts = rollouts_of(model, padding=False)[:1]
+    reading = read(model.base_model, rollouts)
+    fed = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    rows, positions = torch.zeros(3, dtype=torch.long), torch.tensor([1, 2, 7])
+    torch.manual_seed(0)
+    LocalModel(model, 0, [], temperature=1.0).continue_over_prefix(
+        rollouts, reading, greedy_of(model, reading), rows, positions, 4
+    )
+    prompt = rollouts.prompt_ids.shape[1]
+    assert fed[:3] == [(1, prompt + 1), (1, 1), (1, 5)]  # segments of the rollout, each token once
+    assert set(fed[3:]) == {(3, 1)}
+
+
+def test_a_layer_that_reads_its_mask_takes_the_plain_way_and_is_right():
+    model = model_of("llama")
+    layer = model.model.layers[1].self_attn
+    usual = layer.forward
+    layer.forward = lambda *args, attention_mask=None, **kwargs: usual(
+        *args, attention_mask=None if attention_mask is None else attention_mask.clone(), **kwargs
+    )
     with pytest.warns(UserWarning, match="generated from fresh prefixes"):
         rollouts = rollouts_of(model)  # the first use of the model
     pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))

@@ -9,7 +9,6 @@ from topd.near_future.remote_windows import RemoteWindows, connect, served_as
 from topd.near_future.routed_teacher import RoutedTeacher
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
-from topd.near_future.tree_attention import supports_branches
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.near_future.windows import Rollouts, Windows, rollout_windows
 
@@ -32,6 +31,5 @@ __all__ = [
     "near_future_transport",
     "rollout_windows",
     "served_as",
-    "supports_branches",
     "ways_of",
 ]

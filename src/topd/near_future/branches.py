@@ -8,16 +8,16 @@ cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from topd.near_future.attention_interface import laid_out
 from topd.near_future.padding import last_states, left_padded, positions_in
-from topd.near_future.tree_attention import PackedRow, no_mask
+from topd.near_future.tree_attention import PackedRow
 from topd.near_future.ways import EXACT, Ways, ways_of
 from topd.near_future.windows import Rollouts
 
@@ -55,7 +55,7 @@ def hidden_with_branches(
     ways = ways or ways_of(model)
     longest = rollouts.input_ids.shape[1] + branches.tokens.shape[-1]
     if longest <= ways.packed_rows:
-        return packed(backbone, rollouts, branches, flex=model.config._attn_implementation == "flex_attention")
+        return packed(backbone, rollouts, branches)
     return separate(backbone, rollouts, branches, ways)
 
 
@@ -71,26 +71,29 @@ def rollout_hidden(backbone: nn.Module, rollouts: Rollouts, ways: Ways = EXACT) 
     return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
-def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches, flex: bool = False) -> tuple[Tensor, Tensor]:
-    """All windows of a rollout behind it in one row; with `flex`, the model attends by FlexAttention."""
+def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple[Tensor, Tensor]:
+    """All windows of a rollout behind it in one row."""
     batch, slots, length = branches.tokens.shape
     prompt, row = rollouts.prompt_ids.shape[1], rollouts.input_ids.shape[1]
     fed = branches.tokens[:, :, :-1].reshape(batch, -1)  # the last token of a window predicts nothing
     start = prompt + branches.position  # [rollout, branch] index in the row
-    offset = torch.arange(length - 1, device=start.device)
-    of_row, of_windows = positions_in(rollouts.attention_mask), start - (rollouts.prompt_mask == 0).sum(1)[:, None]
-    position_ids = torch.cat([of_row, (of_windows[:, :, None] + offset).reshape(batch, -1)], 1)
-    if flex:
-        who: dict[str, Any] = {"attention_mask": block_mask(rollouts, start, length - 1)}
-    else:
-        who = {"attention_mask": no_mask(start.device), "tree": tree(rollouts, start, length - 1)}
-    hidden = backbone(
-        input_ids=torch.cat([rollouts.input_ids, fed], dim=1), position_ids=position_ids, use_cache=False, **who
-    ).last_hidden_state
+    input_ids = torch.cat([rollouts.input_ids, fed], dim=1)
+    layout = tree(rollouts, start, length - 1)
+    with laid_out(layout):
+        hidden = backbone(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
+            position_ids=layout.position, use_cache=False,
+        ).last_hidden_state  # fmt: skip
     width = hidden.shape[-1]
     before = hidden.gather(1, (start - 1)[:, :, None].expand(-1, -1, width))
     inside = hidden[:, row:].view(batch, slots, length - 1, width)
     return hidden[:, prompt - 1 : row - 1], torch.cat([before[:, :, None], inside], dim=2)
+
+
+def _positions(rollouts: Rollouts, start: Tensor, length: int) -> Tensor:
+    """[rollout, token] of [rollout | windows]: the position that each token has in a sequence without padding."""
+    windows = (start - rollouts.padding[:, None])[:, :, None] + torch.arange(length, device=start.device)
+    return torch.cat([positions_in(rollouts.attention_mask), windows.flatten(1)], dim=1)
 
 
 def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
@@ -110,14 +113,16 @@ def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
     own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     sees_windows = torch.block_diag(*[own] * slots) if slots * length else own.new_zeros(0, 0)
     sees_windows = sees_windows.expand(len(rollouts), -1, -1)
-    return PackedRow(real.shape[1], row_mask, torch.cat([sees_row, sees_windows], dim=2)[:, None])
+    return PackedRow(
+        _positions(rollouts, start, length), row_mask,
+        torch.cat([sees_row, sees_windows], dim=2)[:, None], _sees(rollouts, start, length),
+    )  # fmt: skip
 
 
-def block_mask(rollouts: Rollouts, start: Tensor, length: int) -> BlockMask:
-    """The same as `tree` for FlexAttention, which skips the blocks that nobody sees and never holds the square."""
+def _sees(rollouts: Rollouts, start: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same for FlexAttention, which skips the blocks that nobody sees and never holds the square."""
     real = rollouts.attention_mask.bool()
-    batch, row = real.shape
-    whole = row + start.shape[1] * length
+    row = real.shape[1]
 
     def sees(rollout: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_real = real[rollout, key.clamp(max=row - 1)]
@@ -129,7 +134,7 @@ def block_mask(rollouts: Rollouts, start: Tensor, length: int) -> BlockMask:
         of_window = (query >= row) & (key >= row) & own & ((key - row) % length <= place)
         return in_row | of_prefix | of_window
 
-    return create_block_mask(sees, batch, None, whole, whole, device=str(start.device))
+    return sees
 
 
 def separate(backbone: nn.Module, rollouts: Rollouts, branches: Branches, ways: Ways = EXACT) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,10 @@ class DistilledModel:
         """What sampling these rollouts computed, where that equals reading them; else None."""
         if states is None or rollouts.input_ids.shape[1] > self.ways.sampling_states:
             return None
-        return states.reading(rollouts, keep_prefix and self.shares_prefix(rollouts))
+        keep_prefix = keep_prefix and self.shares_prefix(rollouts)
+        if keep_prefix and not self.ways.cached_prefix:
+            return None
+        return states.reading(rollouts, keep_prefix)
 
     def hidden_and_windows(
         self, rollouts: Rollouts, branches: Branches | None, from_rollout: bool = False

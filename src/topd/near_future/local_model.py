@@ -116,7 +116,7 @@ class LocalModel:
         else:
             start = sampled_start(reading, next_token, rows, positions, length)
         return continue_over_prefix(
-            backbone_of(self.model), self.model.config, reading, start, next_token, rollouts, rows, positions,
+            backbone_of(self.model), reading, start, next_token, rollouts, rows, positions,
             eos=torch.tensor(self.eos_token_ids, device=rows.device), share=self.temperature == 0,
         )  # fmt: skip
 

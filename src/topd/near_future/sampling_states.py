@@ -61,8 +61,7 @@ class SamplingStates:
             return Reading(hidden)
         if not whole:
             return None
-        padding = (rollouts.prompt_mask == 0).sum(1)
-        return Reading(hidden, [(layer.keys, layer.values) for layer in layers], padding)
+        return Reading(hidden, [(layer.keys, layer.values) for layer in layers])
 
 
 def has_dropout(model: nn.Module) -> bool:

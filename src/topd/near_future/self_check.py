@@ -21,6 +21,7 @@ from topd.near_future.branches import Branches, packed, separate
 from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
 from topd.near_future.model_parts import backbone_of, evaluating, output_head
 from topd.near_future.padding import last_states, left_padded
+from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.shared_prefix import Reading, Start, continue_over_prefix, read
 from topd.near_future.true_states import PROMPTS, RESPONSE, STARTS, TOLERANCE, alone, padding_id, sample_of
@@ -89,7 +90,7 @@ class Check:
     def __init__(self, model: Any) -> None:
         self.model, self.backbone = model, backbone_of(model)
         self.reasons: dict[str, str] = {}
-        self.cache_bytes = 0.0
+        self.cache_bytes, self.cached_prefix = 0.0, False
         try:
             self.sample = sample_of(model, self.backbone)
         except Exception as error:
@@ -113,6 +114,7 @@ class Check:
             sampling_states=math.inf if padded and sampled else 0,
             left_padding=padded,
             trl=self._trl(),
+            cached_prefix=self.cached_prefix,
             cache_bytes=self.cache_bytes,
             reasons=self.reasons,
         )
@@ -178,14 +180,15 @@ class Check:
         return self.sample.error(states, self.sample.response_states[-len(states) :])
 
     def _packed_rows(self) -> str | None:
-        flex = self.model.config._attn_implementation == "flex_attention"
+        if is_recurrent(empty_cache(self.backbone)):  # small weights could hide it
+            return "a recurrent state takes in every token of a row"
         rollouts, branches = self.sample.rollouts, self.sample.branches
-        row, windows = packed(self.backbone, rollouts, branches, flex=flex)
+        row, windows = packed(self.backbone, rollouts, branches)
         return (
             self.sample.error(row, self.sample.response_states)
             or self.sample.error(windows, self.sample.window_states)
             or self._gradient_error(
-                lambda: packed(self.backbone, rollouts, branches, flex=flex)[1],
+                lambda: packed(self.backbone, rollouts, branches)[1],
                 lambda: separate(self.backbone, rollouts, branches, Ways(left_padding=False))[1],
             )
         )
@@ -235,7 +238,7 @@ class Check:
         rows = torch.arange(batch, device=truth.device).repeat_interleave(slots)
         tokens = branches.tokens.flatten(0, 1)
         continue_over_prefix(
-            self.backbone, self.model.config, reading, Start(tokens, torch.ones_like(rows)), given, rollouts, rows,
+            self.backbone, reading, Start(tokens, torch.ones_like(rows)), given, rollouts, rows,
             branches.position.flatten(), eos=rows.new_zeros(0), share=False,
         )  # fmt: skip
         return self.sample.error(torch.stack(states, dim=2), truth[:, :, 1:])
@@ -246,6 +249,7 @@ class Check:
         ones = torch.ones_like(response)
         rollouts = Rollouts(ids, mask, response, ones, ones)
         reading = states.reading(rollouts, keep_prefix=False)
+        self.cached_prefix = _alike(states.reading(rollouts, keep_prefix=True), read(self.backbone, rollouts))
         if reading is None:
             return "generate does not feed one token at a time"
         row_states = [alone(self.backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
@@ -280,6 +284,17 @@ def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -
     return [
         torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True)
     ]
+
+
+def _alike(some: Reading | None, other: Reading) -> bool:
+    """Whether two prefixes have keys and values of the same shapes."""
+    if some is None or some.prefix is None or other.prefix is None or len(some.prefix) != len(other.prefix):
+        return False
+    return all(
+        a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
+        for pairs in zip(some.prefix, other.prefix, strict=True)
+        for a, b in zip(*pairs, strict=True)
+    )
 
 
 def _in_words(error: Exception) -> str:

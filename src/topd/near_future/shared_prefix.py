@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from topd.near_future.model_parts import cache_of
-from topd.near_future.padding import inputs_of
-from topd.near_future.tree_attention import OpenBranches, no_mask, using_sdpa
+from topd.near_future.attention_interface import attending_in
+from topd.near_future.padding import last_states, takes_positions
+from topd.near_future.recurrent_states import cache_argument, states_at
+from topd.near_future.tree_attention import OpenBranches, Recording
 from topd.near_future.windows import Rollouts, Windows
 
 NextToken = Callable[[Tensor], Tensor]
@@ -29,26 +30,23 @@ class Reading:
 
     Attributes:
         hidden: [rollout, position, width], the states that predict each response token.
-        prefix: for each layer, keys and values [rollout, head, row_position, width]; None where they were not kept.
-        first: [rollout] the row index that has position id 0 (the prompt's padding, if it was left out of counting).
+        prefix: of each attention call, keys and values [rollout, head, row_position, width]; None where not kept.
     """
 
     hidden: Tensor
     prefix: list[tuple[Tensor, Tensor]] | None = None
-    first: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Reading:
         prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        return Reading(self.hidden[rows], prefix, None if self.first is None else self.first[rows])
+        return Reading(self.hidden[rows], prefix)
 
 
-def read(backbone: nn.Module, rollouts: Rollouts) -> Reading:
+def read(backbone: Any, rollouts: Rollouts) -> Reading:
     """Read rollouts and keep states, keys and values."""
-    inputs = inputs_of(backbone, rollouts.input_ids, rollouts.causal_mask) | {"use_cache": True}
-    output = backbone(**inputs)
-    hidden = output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
-    first = (rollouts.prompt_mask == 0).sum(1)
-    return Reading(hidden, [(layer.keys, layer.values) for layer in cache_of(output).layers], first)
+    recording = Recording()
+    with attending_in(recording, backbone.config):
+        states = last_states(backbone, rollouts.input_ids, rollouts.causal_mask)
+    return Reading(states[:, rollouts.prompt_ids.shape[1] - 1 : -1], recording.kept)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def candidate_start(rollouts: Rollouts, greedy: Tensor | None, rows: Tensor, pos
 
 
 def continue_over_prefix(
-    backbone: nn.Module, config: Any, reading: Reading, start: Start, next_token: NextToken,
+    backbone: Any, reading: Reading, start: Start, next_token: NextToken,
     rollouts: Rollouts, rows: Tensor, positions: Tensor, eos: Tensor, share: bool,
 ) -> Windows:  # fmt: skip
     """Finish windows: all branches of all rollouts together, one token of each a forward pass.
@@ -131,7 +129,7 @@ def continue_over_prefix(
             branch_of = torch.arange(len(open_), device=rows.device)
         wanted = torch.zeros(len(where), dtype=torch.long, device=rows.device)
         wanted = wanted.scatter_reduce(0, branch_of, length - start.known[open_], "amax")
-        grown = _grow(backbone, config, reading, next_token, rollouts, where, wanted, eos)
+        grown = _grow(backbone, reading, next_token, rollouts, where, wanted, eos)
         column = window_position - start.known[open_][:, None]
         more = grown[branch_of[:, None], column.clamp(0, grown.shape[1] - 1)]
         tokens[open_] = torch.where(column >= 0, more, tokens[open_])
@@ -151,11 +149,10 @@ def _unique_rows(where: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grow(
-    backbone: nn.Module, config: Any, reading: Reading, next_token: NextToken, rollouts: Rollouts,
+    backbone: Any, reading: Reading, next_token: NextToken, rollouts: Rollouts,
     where: Tensor, wanted: Tensor, eos: Tensor,
 ) -> Tensor:  # fmt: skip
     """[branch, token] what each branch (rollout, response position of its first fed token, that token) goes on with."""
-    assert reading.prefix is not None
     order = where[:, 0].argsort(stable=True)
     row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
@@ -168,24 +165,21 @@ def _grow(
 
     place, fed = prompt + spread(where[:, 1]), spread(where[:, 2])  # row index of the token that is fed
     left = spread(wanted)
-    used = int(place.max())
-    seen = (torch.arange(used, device=row.device) < place[:, :, None]) & rollouts.attention_mask[:, None, :used].bool()
-    tree = OpenBranches([(k[:, :, :used], v[:, :, :used]) for k, v in reading.prefix], seen, steps)
-    if reading.first is not None:
-        place = place - reading.first[:, None]
+    tree = _open_branches(reading, rollouts, place, steps)
+    inputs: dict[str, Any] = {"use_cache": False}
+    states = states_at(backbone, rollouts, place)
+    if states is not None:
+        inputs = {"use_cache": True, cache_argument(backbone): states}
     grown = fed.new_zeros(len(rollouts), most, steps)
-    with using_sdpa(config):
+    with attending_in(tree, backbone.config):
         for step in range(steps):
-            tree.size = step + 1
-            hidden = backbone(
-                input_ids=fed, attention_mask=no_mask(fed.device), position_ids=place + step, use_cache=False, tree=tree
-            ).last_hidden_state
-            if not tree.own:
-                raise RuntimeError(
-                    f"{type(backbone).__name__} does not hand keyword arguments on to its attention function, so its "
-                    "windows cannot share a prefix. Please report the model."
-                )
-            fed = next_token(hidden)
+            tree.grow()
+            if takes_positions(backbone):
+                inputs["position_ids"] = (tree.start + step).view(-1, 1)
+            hidden = backbone(input_ids=fed.view(-1, 1), **inputs).last_hidden_state
+            if tree.calls != len(tree.prefix):
+                raise RuntimeError(f"{type(backbone).__name__} attends {tree.calls} times, not {len(tree.prefix)}.")
+            fed = next_token(hidden.view(*fed.shape, -1))
             grown[:, :, step] = fed
             left = torch.where(torch.isin(fed, eos), 0, left - 1)
             if not bool((left > 0).any()):
@@ -193,3 +187,13 @@ def _grow(
     out = grown.new_zeros(len(where), steps)
     out[order] = grown[row, slot]
     return out
+
+
+def _open_branches(reading: Reading, rollouts: Rollouts, place: Tensor, room: int) -> OpenBranches:
+    """Branches whose first token is fed at `place` [rollout, branch], an index in the row."""
+    assert reading.prefix is not None
+    used, padding = int(place.max()), rollouts.padding[:, None]
+    index = torch.arange(used, device=place.device)
+    seen = (index < place[:, :, None]) & rollouts.attention_mask[:, None, :used].bool()
+    prefix = [(keys[:, :, :used], values[:, :, :used]) for keys, values in reading.prefix]
+    return OpenBranches(prefix, seen, index - padding, place - padding, room)

@@ -40,6 +40,7 @@ class Ways:
         trl: where TRL's own forward pass, which passes no position ids, is exact.
         switch: length beyond which the model rotates all positions differently (LongRoPE); None: it never does.
         end: length beyond which states are not defined by the row alone (dynamic NTK); such rows are refused.
+        cached_prefix: the cache of `generate` holds keys and values as attention gets them, not latents.
         cache_bytes: bytes that a kept prefix takes per token, all layers, as measured.
         reasons: why a way is not exact.
     """
@@ -51,6 +52,7 @@ class Ways:
     trl: Literal["always", "without left padding", "never"] = "always"
     switch: int | None = None
     end: int | None = None
+    cached_prefix: bool = True
     cache_bytes: float = 0.0
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 

@@ -44,6 +44,11 @@ class Rollouts:
         """The mask that a causal model needs: none without padding on the left (what is on the right is not seen)."""
         return None if bool(self.prompt_mask.all()) else self.attention_mask
 
+    @property
+    def padding(self) -> Tensor:
+        """[rollout] tokens of padding before each prompt."""
+        return (self.prompt_mask == 0).sum(1)
+
     def prefix(self, row: int, position: int) -> Tensor:
         """The student's prefix x_<t: the prompt and the response tokens before `position`, without padding."""
         prompt = self.prompt_ids[row][self.prompt_mask[row].bool()]
@@ -55,7 +60,7 @@ class Rollouts:
 
     def trimmed(self) -> Rollouts:
         """The same without the padding on the left that all rows have."""
-        first = int((self.prompt_mask == 0).sum(1).min())
+        first = int(self.padding.min())
         return replace(self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=self.prompt_mask[:, first:])
 
     def __len__(self) -> int:
