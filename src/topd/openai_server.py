@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 
 from topd.errors import ServerError
+from topd.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class OpenAIServer:
     def _say(self, message: str) -> None:
         if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
             self._last_message = time.monotonic()
-            logger.warning(message)
+            logger.warning(visible(message))
 
 
 def _check_address(url: str, name: str) -> None:
