@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import pytest
 from tiny import tiny_model, tiny_trainer
 from tokenizers.processors import TemplateProcessing
 
+from topd import prompting
 from topd.analysis_cli import token_ids
 from topd.demo.tokenizer import build_tokenizer
+from topd.errors import TOPDError
 from topd.evaluation.responses import Sampling
 from topd.evaluation.responses import prompt_ids as engine_prompt_ids
 from topd.prompting import closing_id, prompt_ids, solution_ids, without_nulls
@@ -123,3 +127,31 @@ def test_analyses_read_prompts_with_the_options_of_the_template(tmp_path) -> Non
     data.write_text('{"prompt": [{"role": "user", "content": "what is 1+1?"}]}\n')
     (row,) = token_ids(asked(data, enable_thinking=False), tokenizer, [tokenizer.eos_token_id])
     assert tokenizer.decode(row["prompt_ids"]) == "what is 1+1? then "
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x", "more than 0.5 s"),
+        ("{{ 'a' * 3000 }}", "writes 3,000 characters"),
+        (" {% for m in messages %}{% endfor %}", "writes nothing"),
+        ("{{ raise_exception('no users') }}", "no users"),
+        ("{% if %}", "cannot render"),
+    ],
+)
+def test_a_template_that_hangs_or_fails_ends_in_a_message(monkeypatch, template: str, says: str) -> None:
+    monkeypatch.setattr(prompting, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(prompting, "TEMPLATE_CHARACTERS", 2000)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TOPDError, match=f"cannot render a conversation: .*{says}|{says} a conversation"):
+        prompt_ids(tokenizer_with(template), TALK, {})
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_another_thread_renders_too() -> None:
+    tokenizer, found = tokenizer_with(), []
+    thread = threading.Thread(target=lambda: found.append(prompt_ids(tokenizer, TALK, {})))
+    thread.start()
+    thread.join()
+    assert found == [prompt_ids(tokenizer, TALK, {})]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import DataError, TOPDError
+from topd.visible import visible
 
 if TYPE_CHECKING:
     from topd.preflight.finding import Finding
@@ -162,7 +163,7 @@ def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation
     if config.should_log:
         for finding in findings:
             if finding.verdict == "warning" and finding.check != "precision":  # the trainer says that itself
-                print(f"topd: {finding.check}: {finding.found}. {finding.remedy}", file=sys.stderr)
+                print(visible(f"topd: {finding.check}: {finding.found}. {finding.remedy}"), file=sys.stderr)
 
 
 def show(findings: list[Finding], setups: list[Setup], *, as_json: bool) -> None:

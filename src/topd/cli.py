@@ -13,6 +13,7 @@ from topd.errors import RunInterrupted, TOPDError
 from topd.eval_cli import add_eval
 from topd.study_cli import add_study
 from topd.version import __version__
+from topd.visible import visible
 from topd.warmstart_cli import add_generate
 
 REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = _parser().parse_args(arguments)
             options.run(options)
     except TOPDError as error:
-        print(f"topd: {error}", file=sys.stderr)
+        print(visible(f"topd: {error}"), file=sys.stderr)
         return 2
     except RunInterrupted as stopped:
         print(f"topd: {stopped}", file=sys.stderr)

@@ -24,6 +24,7 @@ from anyio.from_thread import start_blocking_portal
 
 from topd.errors import ServerError
 from topd.server_address import HIDDEN, parse_address
+from topd.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ class OpenAIServer:
     def _say(self, message: str) -> None:
         if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
             self._last_message = time.monotonic()
-            logger.warning(message)
+            logger.warning(visible(message))
 
 
 def refuse_unfinished(reason: object) -> None:

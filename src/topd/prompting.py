@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from topd.errors import TOPDError
+
+TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 20.0, 50_000_000
+"""Limits of one rendering: far above what any conversation takes."""
 
 _OPENED = re.compile(r"<(\w+)>\s*$")
 _TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello 4711"}]
@@ -23,12 +31,26 @@ def prompt_ids(
 
 
 def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any], answered: bool = False) -> str:
-    """The text of a prompt: as it is, or as the chat template renders the messages."""
+    """The text of a prompt: as it is, or as the chat template renders the messages.
+
+    Raises:
+        TOPDError: the template fails, takes too long, or writes too much or nothing.
+    """
     if isinstance(prompt, str):
         return prompt
-    text: str = tokenizer.apply_chat_template(
-        without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **template_options
-    )
+    try:
+        with _at_most(TEMPLATE_SECONDS):
+            text: str = tokenizer.apply_chat_template(
+                without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **template_options
+            )
+        if not text.strip() or len(text) > TEMPLATE_CHARACTERS:
+            raise ValueError(f"it writes {len(text):,} characters" if text.strip() else "it writes nothing")
+    except Exception as error:  # whatever a template raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TOPDError(
+            f"The chat template cannot render a conversation: {reason}. Change the messages, the options of the "
+            "template (--chat-template-kwargs), or the template."
+        ) from error
     return text
 
 
@@ -60,7 +82,7 @@ def closing_id(tokenizer: Any, ends: Sequence[int], template_options: Mapping[st
         return ends[0]
     try:
         text = prompt_text(tokenizer, _TALK, template_options, answered=True)
-    except Exception:  # a template may refuse this talk
+    except TOPDError:  # a template may refuse this talk
         return ends[0]
     after = tokenizer(text.rpartition(_TALK[1]["content"])[2], add_special_tokens=False)["input_ids"]
     return next((int(token) for token in after if token in ends), ends[0])
@@ -79,6 +101,26 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` after so long: a template may hold loops without end. In the main thread only, where signals
+    arrive."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _tokens(tokenizer: Any, text: str, prompt: Any) -> list[int]:

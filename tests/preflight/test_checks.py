@@ -133,6 +133,7 @@ MESSAGES = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         ("{{ raise_exception('no system here') }}", "error", "template fails.*no system here"),
         ("{{ ''.__class__.__mro__ }}" + MESSAGES, "error", "template fails"),  # the sandbox holds
         ("{% if messages %}", "error", "template fails"),
+        (" {% if false %}{{ messages }}{% endif %}", "error", "template fails.*writes nothing"),
         ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + MESSAGES, "warning",
          "system message.*template fails"),
     ],
@@ -146,7 +147,14 @@ def test_templates_that_fail(tmp_path, text, verdict, found):
     if "sandbox" not in found and verdict == "error":
         broken = by_name(quick_findings(setup))
         assert broken["data"].verdict == broken["context"].verdict == "error"
-        assert "cannot be rendered" in broken["data"].found
+        assert "cannot render a conversation" in broken["data"].found
+
+
+def test_a_template_that_leaves_out_what_is_asked(tmp_path):
+    student = template(copy_of("student-standard", tmp_path / "student"), "{{ messages[0]['role'] }}")
+    finding = templates.templates(setup_for(student, student, "--data", conversations(tmp_path / "data.jsonl")))
+    assert finding.verdict == "error"
+    assert_says(finding, "different prompts become the same ids", "template")
 
 
 def test_models_without_a_template(tmp_path):
@@ -179,7 +187,27 @@ def test_a_beginning_that_comes_twice_is_found(tmp_path):
     change(folder / "tokenizer_config.json", bos_token="<unk>")
     template(folder, "{{ bos_token }}{{ bos_token }}" + MESSAGES)
     setup = setup_for(folder, folder, "--data", conversations(tmp_path / "data.jsonl"))
-    assert "twice" in prompts.sample(setup).found
+    finding = prompts.sample(setup)
+    assert finding.verdict == "warning"
+    assert "twice, of which one is left out" in finding.found
+
+
+def test_a_beginning_that_the_template_leaves_out_is_found(tmp_path):
+    folder = copy_of("teacher", tmp_path / "model")
+    change(folder / "tokenizer_config.json", bos_token="<unk>")
+    file = folder / "tokenizer.json"
+    unk = {"SpecialToken": {"id": "<unk>", "type_id": 0}}
+    change(file, post_processor={
+        "type": "TemplateProcessing", "single": [unk, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<unk>": {"id": "<unk>", "ids": [2], "tokens": ["<unk>"]}},
+    })  # fmt: skip
+    data = conversations(tmp_path / "data.jsonl")
+    template(folder, MESSAGES)
+    finding = prompts.sample(setup_for(folder, folder, "--data", data))
+    assert finding.verdict == "warning"
+    assert "does not begin with '<unk>'" in finding.found
+    template(folder, "{{ bos_token }}" + MESSAGES)
+    assert "begin" not in prompts.sample(setup_for(folder, folder, "--data", data)).found.split("; the first")[0]
 
 
 def test_the_longest_prompt_counts_wherever_it_stands(tmp_path):

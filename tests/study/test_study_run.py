@@ -12,7 +12,7 @@ from small_studies import files_of, plan
 from topd.demo.pair import resolve_model
 from topd.errors import TokenizerMismatchError
 from topd.study import command
-from topd.study.run import Curve, known_record, run_job
+from topd.study.run import Curve, Job, known_record, run_job, scratch_folder
 from topd.study.tasks import task_of
 
 
@@ -30,6 +30,15 @@ def test_a_run_keeps_every_answer_and_is_known_afterwards(tmp_path):
     assert known_record(some, replace(job, options={})) is None
     job.file.write_text('{"torn')
     assert known_record(some, job) is None
+
+
+def test_what_a_killed_run_left_goes_when_it_runs_again(tmp_path):
+    job = Job("opd", 0, {}, 1, tmp_path / "runs" / "0.json")
+    first = scratch_folder(job)
+    (first / "checkpoint").mkdir()
+    assert scratch_folder(job) == first
+    assert list(first.iterdir()) == []
+    assert first.is_relative_to(tmp_path)
 
 
 def test_tokenizers_that_differ_end_a_run_before_any_weights(tmp_path):

@@ -137,7 +137,7 @@ def _tell_tiny_numbers_apart() -> None:
     def with_ratio(a: Any, b: Any, *settings: Any) -> bool:
         return bool(equal(a, b, *settings)) and not _tiny_and_apart(a, b)
 
-    grader.sympy_numeric_eq = with_ratio
+    grader.sympy_numeric_eq = with_ratio  # type: ignore[assignment]
 
 
 def _tiny_and_apart(a: Any, b: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -23,9 +24,17 @@ _ENDS = 1 << 20
 
 
 def label_and_source(name: str) -> tuple[str, str]:
-    """ "LABEL=SOURCE", or a source whose last part becomes the label."""
-    match = re.fullmatch(r"([\w.-]+)=(.+)", name)
-    return (match[1], match[2]) if match else (Path(name.replace(":", "-")).name, name)
+    """ "LABEL=SOURCE", or a source whose last part becomes the label. A label names a folder: it is never "..".
+
+    Raises:
+        TOPDError: the source has no last part.
+    """
+    if match := re.fullmatch(r"([\w-][\w.-]*)=(.+)", name):
+        return match[1], match[2]
+    label = Path(name.replace(":", "-")).name
+    if label in ("", "..") and not (label := Path(os.path.abspath(name)).name):
+        raise TOPDError(f"--model {name}: name it, as in --model my-model={name}.")
+    return label, name
 
 
 def labelled_models(names: list[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import statistics
 from topd.errors import ContextError
 from topd.preflight.finding import Finding, ok
 from topd.preflight.setup import Setup
+from topd.prompting import prompt_text
 from topd.training.prompt_rows import step_size
 from topd.training.tokenizers import check_context
 
@@ -28,12 +29,8 @@ def sample(setup: Setup) -> Finding:
         f"{min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; the first reads "
         f"{first if len(first) <= 240 else first[:160] + ' ... ' + first[-60:]!r}"
     )
-    bos = tokenizer.bos_token_id
-    if bos is not None and rows[0][:2] == [bos, bos]:
-        return Finding(
-            "data", "warning", f"the first prompt begins with {tokenizer.bos_token!r} twice; {found}",
-            "The template writes it and the tokenizer adds it: remove it from one of them.",
-        )  # fmt: skip
+    if beginning := _beginning(setup):
+        return Finding("data", "warning", f"{beginning[0]}; {found}", beginning[1])
     unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) if tokenizer.unk_token_id is not None else 0
     if unknown:
         return Finding(
@@ -42,6 +39,25 @@ def sample(setup: Setup) -> Finding:
             "The tokenizer does not know what the data is written in: choose another pair, or clean the data.",
         )  # fmt: skip
     return ok("data", found)
+
+
+def _beginning(setup: Setup) -> tuple[str, str] | None:
+    """What is wrong with the first prompt's BOS, and what to do."""
+    tokenizer, row = setup.student.tokenizer, next(iter(setup.sample))
+    bos, name, prompt = tokenizer.bos_token_id, repr(tokenizer.bos_token), setup.prompts[row]
+    text = prompt_text(tokenizer, prompt, setup.template_options)
+    plain = tokenizer(text, add_special_tokens=not setup.conversational)["input_ids"]
+    if bos is not None and plain[:2] == [bos, bos]:
+        return (
+            f"the first prompt begins with {name} twice, of which one is left out",
+            "Template and tokenizer both write it, or the data and the tokenizer: remove it from one of them.",
+        )
+    if bos is not None and setup.conversational and plain[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        return (
+            f"the chat template does not begin with {name}, which the tokenizer puts before text",
+            "If the models were trained with it, let the template begin with {{ bos_token }}.",
+        )
+    return None
 
 
 def batch(setup: Setup) -> Finding:

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.demo.pair import resolve_model
-from topd.errors import DataError
 from topd.generation import end_token_ids
 from topd.prompting import prompt_ids
 from topd.training.command import loading
@@ -94,15 +93,12 @@ class Setup:
         """Row and token ids of prompts spread over the data and of the longest one, which comes last.
 
         Raises:
-            DataError: the chat template fails.
+            TOPDError: the chat template fails.
         """
         chosen = [*range(0, len(self.prompts), max(1, len(self.prompts) // SAMPLE))][:SAMPLE]
         longest = max(range(len(self.prompts)), key=lambda i: _characters(self.prompts[i]))
         rows = {i: self.prompts[i] for i in [*chosen, longest]}
-        try:
-            return {i: prompt_ids(self.student.tokenizer, row, self.template_options) for i, row in rows.items()}
-        except Exception as error:  # whatever a template raises
-            raise DataError(f"The prompts cannot be rendered: {' '.join(str(error).split())[:200]}.") from error
+        return {i: prompt_ids(self.student.tokenizer, row, self.template_options) for i, row in rows.items()}
 
 
 def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> Described:

@@ -10,16 +10,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from topd.preflight.finding import Finding, worst
+from topd.visible import visible
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 def findings_table(findings: Sequence[Finding], title: str) -> Table:
-    table = Table("check", "verdict", "found", "what to do", title=escape(title), title_justify="left", show_lines=True)
+    table = Table(
+        "check", "verdict", "found", "what to do", title=escape(visible(title)), title_justify="left", show_lines=True
+    )
     for finding in findings:
         colour = _COLOURS[finding.verdict]
         table.add_row(
-            finding.check, f"[{colour}]{finding.verdict}[/{colour}]", escape(finding.found), escape(finding.remedy)
+            finding.check,
+            f"[{colour}]{finding.verdict}[/{colour}]",
+            escape(visible(finding.found)),
+            escape(visible(finding.remedy)),
         )
     return table
 

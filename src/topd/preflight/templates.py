@@ -38,10 +38,17 @@ def templates(setup: Setup) -> Finding:
             "Take an instruction-tuned teacher, or give prompts as text.",
         )  # fmt: skip
     options = setup.template_options
+    alike: dict[tuple[int, ...], Any] = {}
     for i, prompt in enumerate([*setup.prompts[:8]], 1):
         rendered = [_render(model, prompt, True, options) for model in setup.pair]
         if isinstance(rendered[0], str):
             return Finding(name, "error", f"prompt {i}: the student's {rendered[0]}", "Change the prompt or template.")
+        if alike.setdefault(tuple(rendered[0]), prompt) != prompt:
+            return Finding(
+                name, "error", f"different prompts become the same ids (prompt {i} and one before it): the student's "
+                "template leaves out what they say",
+                "Give the student the template that it was trained with.",
+            )  # fmt: skip
         if rendered[0] != rendered[1]:
             return _differ(setup, f"prompt {i} of the data", rendered)
     for what, messages, speaks in CONVERSATIONS:
@@ -81,4 +88,4 @@ def _render(model: Described, messages: Any, speaks: bool, options: dict[str, An
     try:
         return prompt_ids(model.tokenizer, messages, options, answered=not speaks)
     except Exception as error:  # whatever a template raises
-        return f"template fails ({' '.join(str(error).split())[:120]})"
+        return f"template fails ({' '.join(str(error).split())[:160]})"

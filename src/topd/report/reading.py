@@ -10,12 +10,10 @@ from typing import Any, TypeVar
 
 from topd.errors import TOPDError
 from topd.parsing import read_yaml
+from topd.visible import visible
 
 RECORD_VERSION = 1
 """The newest version of the records that is understood here."""
-
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
-_PICTURES |= {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
 
 T = TypeVar("T")
 
@@ -121,5 +119,5 @@ def plan(values: Any) -> tuple[tuple[int, int, float], ...]:
 
 
 def clean(value: Any) -> str:
-    """Text that any page can hold: control characters become their pictures, half a surrogate pair a question mark."""
-    return str(value).translate(_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    """Text that any page can hold."""
+    return visible(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.perf_counter()
     task = task_of(plan)
-    scratch = Path(tempfile.mkdtemp(prefix="topd-study-"))
+    scratch = scratch_folder(job)
     try:
         config = config_of(plan, job, scratch)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -124,6 +123,14 @@ def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for name in KEPT_METRICS
         if any(name in entry for entry in log)
     }
+
+
+def scratch_folder(job: Job) -> Path:
+    """An empty folder beside the job's record. What a killed run has left in it goes when the job runs again."""
+    folder = job.file.with_name(f".{job.file.stem}.scratch")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def pair_tokenizer(plan: StudyPlan) -> Any:

@@ -113,7 +113,7 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
         return end_token_ids(self._generation, self._tokenizer)
 
     def _warn_of_solutions_without_end(self) -> None:
-        dataset = self.train_dataset
+        dataset: Any = self.train_dataset
         if dataset is None or "labels" not in (dataset.column_names or ["labels"]):
             return
         warning = check_that_it_can_stop(dataset, self._tokenizer, self._ends(), self.args.max_length)

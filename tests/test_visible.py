@@ -1,0 +1,46 @@
+"""Text from elsewhere acts neither on a terminal nor on a page."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from topd import cli
+from topd.errors import TOPDError
+from topd.openai_server import OpenAIServer
+from topd.preflight.finding import Finding
+from topd.preflight.table import findings_table
+from topd.report.reading import clean
+from topd.visible import visible
+
+HOSTILE = "\x1b[2Ja\x9b31mb\u202ec\u2066d\u200fe\x07\r\x7f"
+SHOWN = "␛[2Ja\\u009b31mb\\u202ec\\u2066d\\u200fe␇␍␡"
+
+
+def test_controls_and_changes_of_direction_are_shown_and_other_text_stays() -> None:
+    assert visible(HOSTILE) == clean(HOSTILE) == SHOWN
+    text = "naïve × 你好 🙂 שלום\tx\nü"
+    assert visible(text) == text
+    assert visible("a\ud800b") == "a?b"
+
+
+def test_an_error_that_quotes_a_server_is_printed_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise TOPDError(HOSTILE)
+
+    monkeypatch.setattr(cli, "run_check", fails)
+    assert cli.main(["check"]) == 2
+    assert capsys.readouterr().err == f"topd: {SHOWN}\n"
+
+
+def test_a_server_s_words_are_logged_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        OpenAIServer("http://localhost:1")._say(HOSTILE)
+    assert SHOWN in caplog.text
+
+
+def test_what_a_check_found_is_shown_so() -> None:
+    table = findings_table([Finding("data", "warning", HOSTILE, HOSTILE)], HOSTILE)
+    assert [str(cell).replace("\\[", "[") for column in table.columns[2:] for cell in column.cells] == [SHOWN, SHOWN]
