@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -168,25 +169,29 @@ def probe_table(result: dict[str, Any]) -> Table:
 def fingerprint_table(result: dict[str, Any]) -> Table:
     """The readings of the student's window at the same places, with 95 % intervals, and the paper's Fig. 2a."""
     readings = {kind: result["variants"][name] for kind, name in result["readings"].items()}
-    table = Table(title="The student's window in each reading, at the same places", title_justify="left")
-    for name in ("", *readings, "paper's pair"):
+    title = "The student's window in each reading, at the same places (95 % intervals)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", *readings, "paper"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
 
-    def add(words: str, entries: list[dict[str, float]], form: str, paper: float | None) -> None:
-        values = [f"{entry['value']:{form}} ({_interval(entry, form)})" if entry else "" for entry in entries]
-        table.add_row(words, *values, "" if paper is None else f"{paper:{form}}")
+    def add(words: str, entries: list[dict[str, float]], paper: float | None, percent: bool = True) -> None:
+        scale, form = (100, ".1f") if percent else (1, ".3f")
+        scaled = [{name: scale * value for name, value in entry.items()} for entry in entries]
+        values = [f"{each['value']:{form}} ({_interval(each, form)})" if each else "" for each in scaled]
+        table.add_row(words, *values, "" if paper is None else f"{scale * paper:{form}}")
 
-    for group in GROUPS:
+    for group, words in GROUPS.items():
         share = [found["groups"][group]["near_zero"] for found in readings.values()]
-        add(f"D_OT < {NEAR_ZERO}, {GROUPS[group]}", share, ".1%", NEAR_ZERO_SHARES[group])
-    for group in GROUPS:
+        add(f"D_OT < {NEAR_ZERO}, {words}, %", share, NEAR_ZERO_SHARES[group])
+    for group, words in GROUPS.items():
         rows = [found["groups"][group] for found in readings.values()]
-        add(f"median D_OT, {GROUPS[group]}", [row | {"value": row["median"]} for row in rows], ".3f", PROBE[group])
-    add("false alarms", [found["false_alarm_share"] for found in readings.values()], ".1%", PROBE["false_alarm_share"])
+        medians = [{"value": row["median"], "low": row["low"], "high": row["high"]} for row in rows]
+        add(f"median D_OT, {words}", medians, PROBE[group], percent=False)
+    add("false alarms, %", [found["false_alarm_share"] for found in readings.values()], PROBE["false_alarm_share"])
     if "regenerated" in readings:
-        for group in GROUPS:
+        for group, words in GROUPS.items():
             begins = [found["groups"][group].get("begins_with_candidate", {}) for found in readings.values()]
-            add(f"begins with the candidate, {GROUPS[group]}", begins, ".1%", None)
+            add(f"begins with candidate, {words}, %", begins, None)
     return table
 
 

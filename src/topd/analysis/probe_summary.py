@@ -66,7 +66,7 @@ class Probe:
     def false_alarm_share(self) -> float:
         """Share of high-loss positions with D_OT at most the upper quartile of the low-loss ones.
 
-        By construction at least 75 % of the low-loss ones are.
+        By construction some 75 % of the low-loss ones are (more where distances tie).
         """
         return float((self.distances["high"] <= self.threshold + ROUNDING).mean())
 
