@@ -71,11 +71,14 @@ def test_a_verdict_counts_an_answer_without_a_mark_as_unread_unless_it_is_right(
     assert verdict("7", "7", "lm_eval") == Verdict("7", True, True)
 
 
-def test_it_accepts_no_wrong_hard_answer_and_refuses_three_quarters_of_the_right_ones() -> None:
-    """The same cases as for our own rule, which accepts one wrong answer and refuses four right ones."""
+def test_it_refuses_three_quarters_of_the_hard_answers_that_are_right() -> None:
+    """The same cases as for our own rule, which refuses four right ones."""
     file = Path(__file__).with_name("hard_answers.tsv")
-    cases = list(csv.DictReader(file.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))
-    found = [(case["right"] == "yes", verdict(rf"\boxed{{{case['given']}}}", case["wanted"], "lm_eval").right)
-             for case in cases]  # fmt: skip
+    found = []
+    for case in csv.DictReader(file.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE):
+        text = case["given"] if case["kind"] == "unclosed" else rf"so \boxed{{{case['given']}}}."
+        found.append((case["right"] == "yes", verdict(text, case["wanted"], "lm_eval").right))
+    print(f"{found.count((True, False))} of {sum(right for right, _ in found)} right ones are refused, "
+          f"{found.count((False, True))} of {sum(not right for right, _ in found)} wrong ones pass")  # fmt: skip
     assert found.count((False, True)) == 0
-    assert (found.count((True, False)), sum(truly for truly, _ in found)) == (113, 151)
+    assert found.count((True, False)) == 125
