@@ -122,7 +122,15 @@ def test_rollouts_that_are_all_cut_are_a_warning():
 
 
 def test_the_command_finds_them_all_and_training_stops_on_them(tmp_path, capsys):
-    words = ["--config", "recipes/embedded.yaml", "--use_vllm", "true", "--eval_strategy", "steps", "--output_dir"]
+    words = [
+        "--config",
+        "recipes/embedded.yaml",
+        "--model_name_or_path",
+        PAIR[0],
+        "--teacher_model_name_or_path",
+        PAIR[1],
+    ]
+    words += ["--data", "embedded", "--use_vllm", "true", "--eval_strategy", "steps", "--output_dir"]
     words += [str(tmp_path / "run"), "--temperature", "0"]
     assert main(["check", *words, "--quick", "--json"]) == 2
     errors = {row["check"] for row in json.loads(capsys.readouterr().out)["findings"] if row["verdict"] == "error"}

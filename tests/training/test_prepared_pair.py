@@ -144,6 +144,11 @@ def test_loaded_models_whose_tokenizer_is_not_known_are_warned_of(tmp_path, capl
     assert "not compared" not in caplog.text
 
 
+def test_a_student_without_any_tokenizer_is_refused(tmp_path):
+    with pytest.raises(TOPDError, match="processing_class=tokenizer"):
+        tiny_trainer(tmp_path, tokenizer=None)
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     folder = str(saved(tiny_model(1), tmp_path / "teacher", tokenizer=False))
     with pytest.raises(TOPDError, match="teacher holds no tokenizer"):

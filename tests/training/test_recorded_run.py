@@ -26,7 +26,9 @@ def run_again(folder, *more):
 
 
 SMALL = [
-    "--config", "recipes/embedded.yaml", "--per_device_train_batch_size", "4", "--max_completion_length", "16",
+    "--config", "recipes/embedded.yaml", "--model_name_or_path", "embedded:student-standard",
+    "--teacher_model_name_or_path", "embedded:teacher", "--data", "embedded",
+    "--per_device_train_batch_size", "4", "--max_completion_length", "16",
     "--window_length", "4", "--max_steps", "2", "--save_steps", "1", "--data_limit", "16",
 ]  # fmt: skip
 

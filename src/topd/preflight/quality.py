@@ -78,19 +78,20 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
         return Finding(
             "rollouts", "error", found, "A model gives NaN or infinite logits: load it in float32 or bfloat16."
         )
+    remedies = []
     if kl > LARGE_KL:
-        return Finding(
-            "rollouts", "warning", found,
-            "The pair hardly agrees: look at tokenizer, template and end tokens above, or warm the student up first.",
-        )  # fmt: skip
+        remedies.append(
+            "The pair hardly agrees: look at tokenizer, template and end tokens above, or warm the student up first."
+        )
     if unfinished == len(rollouts):
-        longest = setup.config.max_completion_length or 0
-        remedy = (
+        found, longest = f"every rollout is cut; {found}", setup.config.max_completion_length or 0
+        remedies.append(
             "Raise --max_completion_length, or warm the student up first: it may not know how to end."
             if mask.shape[1] >= longest
             else f"--max-new-tokens {longest} shows whether they end within the run's max_completion_length."
         )
-        return Finding("rollouts", "warning", f"every rollout is cut; {found}", remedy)
+    if remedies:
+        return Finding("rollouts", "warning", found, " ".join(remedies))
     return ok("rollouts", found)
 
 

@@ -76,7 +76,7 @@ def prepared_models(
         quantization: the student's, where it is loaded by name.
 
     Raises:
-        TOPDError: student and teacher are the same and all weights are trained.
+        TOPDError: student and teacher are the same and all weights are trained, or no tokenizer is found.
         TokenizerMismatchError: their tokenizers differ, or a head has too few rows for the tokenizer.
     """
     from topd.training.loaded import model_to_train
@@ -104,9 +104,11 @@ def prepared_models(
         head_rows(student, trust, options.get("revision")), head_rows(teacher, trust, args.teacher_model_revision)
     )  # fmt: skip
     tokenizer = tokenizer_of(student, trust, options.get("revision")) if tokenizer is None else tokenizer
-    notes = [compare_tokenizers(tokenizer, teacher, trust, args.teacher_model_revision)]
-    if tokenizer is not None:
-        notes.append(check_rows(tokenizer, ours, theirs))
+    if tokenizer is None:
+        raise TOPDError("The student's tokenizer is not known: pass it to the trainer, processing_class=tokenizer.")
+    notes = [
+        compare_tokenizers(tokenizer, teacher, trust, args.teacher_model_revision), check_rows(tokenizer, ours, theirs)
+    ]  # fmt: skip
     if ours > theirs:
         if isinstance(student, str):
             student = _load_student(student, args, quantization)

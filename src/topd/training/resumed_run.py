@@ -25,9 +25,9 @@ def compared(before: Run, now: Run) -> tuple[list[str], list[str]]:
         if name in before[0] and name not in NOT_COMPARED and before[0][name] != now[0][name]
     ]
     changes += _environment(before[1], now[1])
-    data = [_part(each[1], "data") for each in (before, now)]
-    if _differ(*data, "digest"):
-        changes.append(f"data: other prompts, {_shown(data[0].get('rows'))} -> {_shown(data[1].get('rows'))} rows")
+    rows, now_rows = _part(before[1], "data"), _part(now[1], "data")
+    if _differ(rows, now_rows, "digest"):
+        changes.append(f"data: other prompts, {_shown(rows.get('rows'))} -> {_shown(now_rows.get('rows'))} rows")
     for role in sorted({*before[1], *now[1]}):
         old, new = _part(before[1], role), _part(now[1], role)
         if "weights" not in old or "weights" not in new:
