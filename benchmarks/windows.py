@@ -11,6 +11,8 @@ Sides:
 - generate, one batch: all prefixes left-padded, one call.
 - copied caches: scoring's keys and values repeated for each branch, decoded together under a 2-D mask.
 
+`special_windows` adds models whose attention is not plain softmax attention.
+
 Parity: all sides give the same tokens on one rollout, in float64.
 """
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from benchmarks import Size
+from benchmarks import Size, special_windows
 from benchmarks.environment import say
 from benchmarks.measure import interleave, require
 from benchmarks.models import random_model
@@ -58,6 +60,7 @@ def rows(size: Size) -> Iterable[Row]:
     for plan in SIZES[size]:
         say(f"windows: {plan.rollouts} x prefix {plan.prefix}, {plan.branches} branches of {plan.length}")
         yield from _compare(plan)
+    yield from special_windows.rows(size)
 
 
 @torch.no_grad()
