@@ -53,10 +53,21 @@ def sdpa_or_tree(
     """
     if tree is not None:
         return tree.attend(module, query, key, value, scaling, dropout), None
+    if attention_mask is not None and query.device.type != "cpu":
+        attention_mask = attending(attention_mask)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register("sdpa", sdpa_or_tree)
+
+
+def attending(mask: Tensor) -> Tensor:
+    """A bool mask under which every query attends to something; those that attended to nothing, to everything.
+
+    Left padding attends to nothing. CUDA kernels have given NaN there, and since the next layer multiplies masked
+    values by 0, NaN in padding is NaN in the whole row. What padding computes is not read. Additive masks stay.
+    """
+    return mask | ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask
 
 
 @contextmanager
