@@ -130,8 +130,21 @@ def _sdpa_or_layout(
     It stands in the place of "sdpa", and is not switched on for a while, because gradient checkpointing looks the
     function up once more in the backward pass.
     """
-    attend = _attend if isinstance(attention_mask, LayoutMask) else sdpa_attention_forward
-    return attend(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return, operator]
+    if isinstance(attention_mask, LayoutMask):
+        return _attend(module, query, key, value, attention_mask, *args, **kwargs)
+    if attention_mask is not None and query.device.type != "cpu":
+        attention_mask = attending(attention_mask)
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+    return output
+
+
+def attending(mask: Tensor) -> Tensor:
+    """A bool mask under which every query attends to something; those that attended to nothing, to everything.
+
+    Left padding attends to nothing. CUDA kernels have given NaN there, and since the next layer multiplies masked
+    values by 0, NaN in padding is NaN in the whole row. What padding computes is not read. Additive masks stay.
+    """
+    return mask | ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask
 
 
 def _mask_or_layout(attention: str, usual: Callable[..., Any]) -> Callable[..., Any]:

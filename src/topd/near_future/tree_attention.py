@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from topd.near_future.attention_interface import Attention, LayoutMask, Rule
+from topd.near_future.attention_interface import Attention, LayoutMask, Rule, attending
 
 QUERIES_AT_ONCE = 256
 """Queries whose scores are in memory together, where no fused kernel is used."""
@@ -58,6 +58,8 @@ class _Recorded(LayoutMask):
 
 
 def _sdpa(call: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    if mask is not None and query.device.type != "cpu":
+        mask = attending(mask)
     output: Tensor = sdpa_attention_forward(
         call.module, query, key, value, mask, dropout=call.dropout, scaling=call.scaling, softcap=call.softcap, **kwargs
     )[0]

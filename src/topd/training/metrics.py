@@ -69,7 +69,8 @@ def near_future_metrics(
         metrics["guidance/positions"] = torch.tensor(float(len(share)))
         if guided.context == "student":
             metrics["guidance/own_token_share"] = share.mean()
-    return {name: float(value) for name, value in metrics.items()}
+    numbers = torch.stack([value.to(loss.device, torch.float64) for value in metrics.values()])
+    return dict(zip(metrics, numbers.tolist(), strict=True))  # the host waits for the device once
 
 
 def _generated_tokens(future: NearFuture) -> int:
