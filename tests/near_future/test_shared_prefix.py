@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, fixed, ways_of
+from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, fixed, recurrent_states, ways_of
 from topd.near_future.shared_prefix import follow_rollout, read
 
 EOS = 1
@@ -235,6 +235,32 @@ def test_recurrent_layers_read_a_rollout_once_for_all_of_its_windows(kind):
     prompt = rollouts.prompt_ids.shape[1]
     assert fed[:3] == [(1, prompt + 1), (1, 1), (1, 5)]  # segments of the rollout, each token once
     assert set(fed[3:]) == {(3, 1)}
+
+
+@pytest.mark.parametrize(("counts", "expected"), [([2, 2, 2, 1], [(0, 2), (2, 4)]), ([5, 1, 1, 1], [(0, 1), (1, 4)])])
+def test_recurrent_states_of_few_branches_are_in_memory_together(counts, expected, monkeypatch):
+    """A branch of a large model has tens of megabytes of states."""
+    monkeypatch.setattr(recurrent_states, "BRANCHES_AT_ONCE", 4)
+    model = special_model("qwen3.5")
+    found = recurrent_states.rows_at_once(model.base_model, counts)
+    assert [(rows.start, rows.stop) for rows in found] == expected
+    assert list(recurrent_states.rows_at_once(model_of("llama").base_model, counts)) == [slice(0, 4)]
+
+
+def test_groups_of_recurrent_branches_give_the_same_windows(monkeypatch):
+    model = special_model("qwen3.5")
+    rollouts = rollouts_of(model)
+    reading = read(model.base_model, rollouts)
+    rows, positions = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 5, 3, 0, 2, 6])
+    inputs = rollouts, reading, greedy_of(model, reading), rows, positions, 9
+    together = LocalModel(model, 0, [EOS]).continue_over_prefix(*inputs)
+    monkeypatch.setattr(recurrent_states, "BRANCHES_AT_ONCE", 2)
+    fed = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert torch.equal(LocalModel(model, 0, [EOS]).continue_over_prefix(*inputs).tokens, together.tokens)
+    assert max(fed) <= 3
 
 
 def test_a_layer_that_reads_its_mask_takes_the_plain_way_and_is_right():

@@ -8,6 +8,8 @@ forward pass per rollout in the place of one per window.
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from transformers.cache_utils import LinearAttentionLayer
 from topd.near_future.padding import takes_positions
 from topd.near_future.windows import Rollouts
 
+BRANCHES_AT_ONCE = 128
+"""Branches whose states are in memory together: as many as fresh prefixes would be (`LocalModel.batch_size`)."""
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 
@@ -35,6 +39,21 @@ def empty_cache(backbone: Any) -> DynamicCache:
 def is_recurrent(cache: Cache) -> bool:
     """Whether some layers keep states of a fixed size."""
     return any(hasattr(layer, "conv_states") for layer in cache.layers)
+
+
+def rows_at_once(backbone: Any, counts: list[int]) -> Iterator[slice]:
+    """Rollouts whose branches may be decoded together; `counts`: branches of each.
+
+    A rollout takes as many rows of the batch as the one with the most branches. One rollout is never divided.
+    """
+    start, most = 0, 0
+    limit = BRANCHES_AT_ONCE if is_recurrent(empty_cache(backbone)) else math.inf
+    for row, count in enumerate(counts):
+        most = max(most, count)
+        if row > start and (row + 1 - start) * most > limit:
+            yield slice(start, row)
+            start, most = row, count
+    yield slice(start, len(counts))
 
 
 def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from topd.near_future.attention_interface import attending_in
 from topd.near_future.padding import last_states, takes_positions
-from topd.near_future.recurrent_states import cache_argument, states_at
+from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
 from topd.near_future.tree_attention import OpenBranches, Recording
 from topd.near_future.windows import Rollouts, Windows
 
@@ -129,7 +129,13 @@ def continue_over_prefix(
             branch_of = torch.arange(len(open_), device=rows.device)
         wanted = torch.zeros(len(where), dtype=torch.long, device=rows.device)
         wanted = wanted.scatter_reduce(0, branch_of, length - start.known[open_], "amax")
-        grown = _grow(backbone, reading, next_token, rollouts, where, wanted, eos)
+        grown = wanted.new_zeros(len(where), int(wanted.max()))
+        for together in rows_at_once(backbone, torch.bincount(where[:, 0], minlength=len(rollouts)).tolist()):
+            mine = (where[:, 0] >= together.start) & (where[:, 0] < together.stop)
+            if mine.any():
+                here = where[mine] - where.new_tensor([together.start, 0, 0])
+                part = _grow(backbone, reading[together], next_token, rollouts[together], here, wanted[mine], eos)
+                grown[mine, : part.shape[1]] = part
         column = window_position - start.known[open_][:, None]
         more = grown[branch_of[:, None], column.clamp(0, grown.shape[1] - 1)]
         tokens[open_] = torch.where(column >= 0, more, tokens[open_])
