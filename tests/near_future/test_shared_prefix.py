@@ -323,9 +323,7 @@ def test_prefixes_whose_keys_and_values_differ_in_dtype_decode(dtypes):
     model = model_of("qwen3")
     rollouts = rollouts_of(model)
     source, reading = LocalModel(model, 0, [EOS]), read(model.base_model, rollouts)
-    mixed = Reading(
-        reading.hidden, [(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix], reading.first
-    )
+    mixed = Reading(reading.hidden, [(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix])
     rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
     exact, found = (
         source.continue_over_prefix(rollouts, each, greedy_of(model, reading), rows, positions, 6)

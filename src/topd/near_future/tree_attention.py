@@ -218,8 +218,7 @@ class OpenBranches:
         narrow = query.shape[-1] - value.shape[-1]  # values of multi-head latent attention are
         if query.device.type == "cpu" and narrow > 0:
             value = pad(value, (0, narrow))
-        if key.dtype != query.dtype:  # kept under another autocast than the one that decodes
-            key, value = key.to(query.dtype), value.to(query.dtype)
+        key, value = key.to(query.dtype), value.to(query.dtype)  # kept under another autocast, or rotated in float32
         self.prefix[self.calls] = (key, value)
         return key, value
 
