@@ -130,7 +130,7 @@ def _compare(pair: Pair, plan: Plan) -> Row:
 
 def _parity(model: Any, plan: Plan) -> str:
     """In float64: a random model has near-ties that float32 decides by the order of its sums."""
-    few = Decoding(model, plan._replace(prefix=min(plan.prefix, 3 * plan.window // 2), branches=3, length=8))
+    few = Decoding(model, plan._replace(prefix=min(plan.prefix, 32 + plan.window), branches=3, length=8))
     found = few.over_prefix()
     alone = torch.cat([few.source.continue_([prefix], few.plan.length).tokens for prefix in few.prefixes])
     return require("share of other tokens (float64)", float((found != alone).double().mean()), 0.0)
