@@ -184,9 +184,7 @@ def write_run(folder: Path, options: Mapping[str, Any], changed: Iterable[str], 
         "\n# No options: what the run was made of\n",
         _yaml({PROVENANCE: dict(provenance)}),
     )
-    aside = folder / f"{RUN_FILE}.unfinished"
-    aside.write_text("".join(parts), encoding="utf-8")
-    aside.replace(folder / RUN_FILE)
+    write_text("".join(parts), folder / RUN_FILE)
 
 
 def _yaml(value: Mapping[str, Any]) -> str:
