@@ -12,9 +12,11 @@ from topd.closed_pipe import output_may_close
 from topd.training.interrupts import StopWhenAsked
 
 TRAIN = [
-    "train", "--model_name_or_path", "embedded:student-standard", "--teacher_model_name_or_path", "embedded:teacher",
-    "--data", "embedded", "--use_cpu", "true", "--bf16", "false", "--max_steps", "3", "--per_device_train_batch_size", "2",
-    "--max_completion_length", "6", "--window_length", "3", "--logging_steps", "1",
+    "train", "--model_name_or_path", "embedded:student-standard",
+    "--teacher_model_name_or_path", "embedded:teacher",
+    "--data", "embedded", "--use_cpu", "true", "--bf16", "false", "--max_steps", "3",
+    "--per_device_train_batch_size", "2", "--max_completion_length", "6", "--window_length", "3",
+    "--logging_steps", "1",
 ]  # fmt: skip
 
 

@@ -20,13 +20,14 @@ from topd.guard import guarded, in_words
 
 STUDENT = "student=embedded:student-standard"
 SMALL = ["--limit", "4", "--samples", "1", "--max-new-tokens", "8"]
+PROMPTS = ["--data", "embedded", *SMALL, "--limit", "16"]
 PAIR = [
     "--student", "embedded:student-standard", "--teacher", "embedded:teacher", "--data", "embedded",
     "--rollouts", "3", "--batch", "1", "--max-new-tokens", "30", "--window-length", "4",
 ]  # fmt: skip
 COMMANDS = {
     "eval": ["eval", "--model", STUDENT, "--benchmark", "embedded", *SMALL, "--out", "OUT"],
-    "generate": ["generate", "--teacher", "embedded:teacher", "--data", "embedded", *SMALL, "--out", "OUT/mine.jsonl"],
+    "generate": ["generate", "--teacher", "embedded:teacher", *PROMPTS, "--out", "OUT/mine.jsonl"],
     "probe": ["probe", *PAIR, "--out", "OUT"],
     "correct": ["correct", *PAIR, "--steps", "1", "--arms", "opd", "--out", "OUT"],
     "report": ["report", "OUT"],

@@ -23,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from topd.files import write_text
 from topd.parsing import read_yaml
 from topd.training.options import PROVENANCE
 from topd.version import __version__
