@@ -11,7 +11,6 @@ import ast
 import importlib
 import importlib.util
 import json
-import os
 import sys
 import time
 import warnings
@@ -24,6 +23,7 @@ from benchmarks import CASES, Size
 from benchmarks.environment import environment, load_average, plain, say
 from benchmarks.row import Row
 from benchmarks.table import markdown, print_table
+from topd.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,10 +65,7 @@ def run_case(name: str, size: Size) -> Iterable[Row]:
 
 def write(records: list[dict[str, Any]], path: Path) -> None:
     """Replace the file at once: a reader, or an interrupt, never finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(records, indent=1) + "\n")
-    os.replace(draft, path)
+    write_json(records, path)
 
 
 def _first_line(module: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from ladder.levels import LEVELS
+from topd.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("teacher", "student"):
         if options.only in (None, name):
             record = train(name, level, build_tokenizer(level), out)
-            (out / name / "build.json").write_text(json.dumps(record | {"tasks": level.tasks}, indent=1) + "\n")
+            write_json(record | {"tasks": level.tasks}, out / name / "build.json")
     parts = ("prompts.jsonl", "teacher/build.json", "student/build.json")
     missing = [part.split("/")[0] for part in parts if not (out / part).is_file()]
     print(

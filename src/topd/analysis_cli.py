@@ -48,7 +48,7 @@ def add_probe(commands: Any) -> None:
         "log p_T of it (default: %(default)s)",
     )  # fmt: skip
     probe.add_argument("--cost", nargs="+", default=["cosine"], choices=("cosine", "sqeuclidean"))
-    probe.set_defaults(run=run_probe_command)
+    probe.set_defaults(run=run_probe_command, alone=True)
 
 
 def run_probe_command(options: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def add_correct(commands: Any) -> None:
         help="which of: opd, topd, opd on teacher, topd on teacher (on the teacher's continuation), own tokens, "
         "same index, teacher's contexts (default: all)",
     )  # fmt: skip
-    correct.set_defaults(run=run_correct_command)
+    correct.set_defaults(run=run_correct_command, alone=True)
 
 
 def run_correct_command(options: argparse.Namespace) -> None:

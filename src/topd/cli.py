@@ -5,48 +5,45 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from topd.analysis_cli import add_correct, add_probe
 from topd.check_cli import ABOUT, before_training, run_check
+from topd.closed_pipe import output_may_close
 from topd.errors import RunInterrupted, TOPDError
 from topd.eval_cli import add_eval
+from topd.guard import guarded
+from topd.sole_writer import sole_writer
 from topd.study_cli import add_study
 from topd.version import __version__
 from topd.visible import visible
 from topd.warmstart_cli import add_generate
 
-REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
+TRAINING = ("train", "warmstart", "study", "demo")
+"""Commands that go on when nobody reads their output any more."""
+FILES = (".html", ".svg", ".png", ".pdf", ".jsonl", ".parquet")
+"""Endings of what `--out` names where it is no folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can mend end in one message and exit status 2."""
+    """Run a command; errors end in one message and exit status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with output_may_close(goes_on=bool(arguments) and arguments[0] in TRAINING):
+        return _outcome(arguments)
+
+
+def _outcome(arguments: list[str]) -> int:
+    """The exit status."""
     try:
-        if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
-            from topd.training.command import run as train
-
-            train(arguments[1:], before=before_training)
-        elif arguments[:1] == ["check"]:  # it takes them too
-            return run_check(arguments[1:])
-        elif arguments[:1] == ["warmstart"]:
-            from topd.warmstart.command import run as warm_start
-
-            warm_start(arguments[1:])
-        else:
-            options = _parser().parse_args(arguments)
-            options.run(options)
+        with guarded(None):
+            return _run(arguments)
     except TOPDError as error:
         print(visible(f"topd: {error}"), file=sys.stderr)
         return 2
     except RunInterrupted as stopped:
         print(f"topd: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    except ImportError as error:
-        if error.name not in REPORT_NEEDS:
-            raise
-        print(f"topd: this needs {error.name}: pip install 'topd[report]'.", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(
             "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
@@ -54,7 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
+        from topd.training.command import run as train
+
+        train(arguments[1:], before=before_training)
+    elif arguments[:1] == ["check"]:  # it takes them too
+        return run_check(arguments[1:])
+    elif arguments[:1] == ["warmstart"]:
+        from topd.warmstart.command import run as warm_start
+
+        warm_start(arguments[1:])
+    else:
+        options = _parser().parse_args(arguments)
+        alone = sole_writer(options.out) if getattr(options, "alone", False) else nullcontext()
+        with guarded(_folder(options)), alone:
+            options.run(options)
     return 0
+
+
+def _folder(options: argparse.Namespace) -> Path | None:
+    """Where a command writes."""
+    out: Path | None = getattr(options, "out", None) or getattr(options, "run_folder", None)
+    return out.parent if out is not None and out.suffix in FILES else out
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a shorter run, at most two minutes")
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
     demo.add_argument("--steps", type=int, help="optimizer steps of each arm")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, alone=True)
     builds = demo.add_subparsers(metavar="build", required=False)
     build = builds.add_parser("build", help="train the embedded models anew (about two hours on one core)")
     build.add_argument("--out", type=Path, required=True, help="folder for the models")

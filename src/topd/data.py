@@ -27,7 +27,7 @@ PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a sourc
 RESPONSE_COLUMNS = ("response", "completion")  # the same
 ROLES = ("system", "user", "assistant", "tool")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can escape it, UTF-8 cannot hold it
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 Read = Callable[[object, str], Any]
@@ -265,9 +265,14 @@ def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
         raise DataError(f"{what} is {value!r:.40}; write text")
     if not may_be_blank and not value.strip():
         raise DataError(f"{what} is {'blank' if value else 'empty'}; write text")
-    if _HALF_CHARACTER.search(value):
+    if has_half_character(value):
         raise DataError(f"{what} holds half a character (one escape from \\ud800 to \\udfff); write both halves")
     return value
+
+
+def has_half_character(text: str) -> bool:
+    """Whether half a surrogate pair is in it: JSON can escape one, UTF-8 cannot hold it."""
+    return _HALF_CHARACTER.search(text) is not None
 
 
 def read_flag(value: object, what: str) -> bool:

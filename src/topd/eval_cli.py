@@ -10,6 +10,7 @@ from typing import Any
 
 from topd.arguments import json_object
 from topd.errors import TOPDError
+from topd.sole_writer import sole_writer
 from topd.visible import visible
 
 EMBEDDED_MODEL = "embedded:long-student"
@@ -109,8 +110,9 @@ def run_eval(options: argparse.Namespace) -> None:
     folders = [options.out / label for label in models]
     for (label, source), folder in zip(models.items(), folders, strict=True):
         console.print(visible(f"{label} ({source})"), markup=False)
-        _evaluate(source, sets, options, folder, console)
-        console.print(result_table(write_result(folder)))
+        with sole_writer(folder):
+            _evaluate(source, sets, options, folder, console)
+            console.print(result_table(write_result(folder)))
         console.print(f"{folder / RESULT} holds the figures; every response is beside it.", soft_wrap=True)
     if len(folders) > 1:
         _compare(folders, options, console)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.errors import TOPDError
+from topd.sole_writer import sole_writer
 
 
 def add_study(commands: Any) -> None:
@@ -47,4 +48,6 @@ def run_study_command(options: argparse.Namespace) -> None:
             raise TOPDError(f"There is no arm {unknown[0]!r} in {options.config}; there are: {', '.join(known)}.")
         wanted = {REFERENCE, *options.arms, *(arm.time_of for arm in plan.arms if arm.name in options.arms)}
         plan = replace(plan, arms=tuple(arm for arm in plan.arms if arm.name in wanted))
-    run_study(plan, options.out or Path("runs") / options.config.stem, options.workers)
+    out = options.out or Path("runs") / options.config.stem
+    with sole_writer(out):
+        run_study(plan, out, options.workers)

@@ -8,6 +8,7 @@ from typing import Any
 
 from topd.arguments import json_object
 from topd.errors import TOPDError
+from topd.sole_writer import sole_writer
 
 
 def add_generate(commands: Any) -> None:
@@ -76,7 +77,8 @@ def run_generate_command(options: argparse.Namespace) -> None:
     )
     engine, model, _ = load_engine(options.teacher, options, with_reasoning=True)
     run = GenerateRun(model, f"{options.data} {options.split}", options.samples, options.filter, sampling)
-    run_generate(run, engine, rows, options.out)
+    with sole_writer(options.out.parent, f"_{options.out.stem}.lock"):
+        run_generate(run, engine, rows, options.out)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Solvers: `exact_transport` and `entropic_transport`."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -354,3 +355,19 @@ def test_a_plan_is_constant_and_the_cost_is_left_as_it_was(solve: Solver) -> Non
     assert not transport.plan.requires_grad
     assert not transport.distance.requires_grad
     assert torch.equal(cost, before)
+
+
+@pytest.mark.parametrize("solve", [exact_transport, entropic_transport], ids=["exact", "entropic"])
+@pytest.mark.parametrize(("windows", "rows", "columns"), [(1, 5, 3), (1, 2, 3), (1, 4, 4), (1, 4, 1), (2, 4, 3)])
+def test_masks_of_another_size_than_the_cost_are_refused(solve: Solver, windows: int, rows: int, columns: int) -> None:
+    """By the function itself: outside the tests nothing checks its annotations."""
+    masks_of = torch.ones(windows, rows, dtype=torch.bool), torch.ones(windows, columns, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"1 windows, 4 student and 3 teacher tokens; the masks must be of the same"):
+        inspect.unwrap(solve)(torch.rand(1, 4, 3), *masks_of)
+
+
+def test_a_mask_that_is_no_prefix_has_no_exact_distance() -> None:
+    hole = torch.tensor([[True, False, True], [True, True, False]])
+    transport = exact_transport(torch.rand(2, 3, 3), hole, masks([3, 3], 3))
+    assert transport.converged.tolist() == [False, True]
+    assert transport.distance.isnan().tolist() == [True, False]

@@ -86,6 +86,19 @@ def test_an_interrupted_probe_goes_on_and_ends_the_same(probed, tmp_path):
     assert again["groups"] == result["groups"]
 
 
+def test_a_broken_line_in_the_middle_costs_its_batch_only(probed, tmp_path, capsys):
+    out, result = probed
+    lines = (out / RECORDS).read_text().splitlines(keepends=True)
+    (tmp_path / RECORDS).write_text("".join([*lines[:2], lines[2][:40] + "\n", *lines[3:]]))
+    (tmp_path / OPTIONS).write_text((out / OPTIONS).read_text())
+    code, again = run(tmp_path, "--cost", "cosine", "sqeuclidean")
+    assert code == 0
+    assert "4 of 6 rollouts are there already" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / RECORDS).read_text().splitlines(keepends=True) == [*lines[:2], *lines[4:], *lines[2:4]]
+    assert again["groups"] == result["groups"]
+    assert again["tokens"] == result["tokens"]
+
+
 def test_other_settings_do_not_mix(probed, tmp_path, capsys):
     out, _ = probed
     for name in (RECORDS, OPTIONS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,19 @@ def test_killed_and_started_again_it_ends_the_same(evaluated: Path, tmp_path: Pa
     assert not (tmp_path / "student" / RESULT).exists()
     assert run(tmp_path, "--model", STUDENT, "--batch", "1") == 0
     assert records(tmp_path) == records(evaluated)
+
+
+def test_a_broken_line_in_the_middle_costs_its_own_sample_only(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(evaluated / "student", tmp_path / "student")
+    file = tmp_path / "student" / "embedded.samples.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:5], lines[5][:20] + "\n", *lines[6:]]))
+    assert write_result(tmp_path / "student")["benchmarks"]["embedded"]["samples"] == 2  # all that each problem has
+    assert run(tmp_path, "--model", STUDENT) == 0
+    assert "35 of 36 are there" in capsys.readouterr().out
+    assert file.read_text().splitlines(keepends=True) == [*lines[:5], *lines[6:], lines[5]]
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from doomed_runs import equal, exit_status, result_of
 from tiny import tiny_model, tiny_trainer
 
 from topd.cli import main
 from topd.errors import ResumeError, SavingError
 from topd.training import surviving
-from topd.training.checkpoints import UNFINISHED, checkpoint_to_resume, damage, newest_whole
+from topd.training.checkpoints import CHECKSUMS, UNFINISHED, checkpoint_to_resume, damage, newest_whole
 
 SAVES = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -98,12 +100,25 @@ def half(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def flip(path):
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES = {
     "half the weights": lambda folder: half(folder / "model.safetensors"),
     "half the optimizer's state": lambda folder: half(folder / "optimizer.pt"),
     "half the random states": lambda folder: half(folder / "rng_state.pth"),
     "half the trainer's state": lambda folder: half(folder / "trainer_state.json"),
     "an empty scheduler": lambda folder: os.truncate(folder / "scheduler.pt", 0),
+    "a flipped bit in the weights": lambda folder: flip(folder / "model.safetensors"),
+    "a flipped bit in the optimizer's state": lambda folder: flip(folder / "optimizer.pt"),
+    "a flipped bit in the random states": lambda folder: flip(folder / "rng_state.pth"),
+    "a flipped bit in the scheduler": lambda folder: flip(folder / "scheduler.pt"),
+    "half the checksums": lambda folder: half(folder / CHECKSUMS),
+    "no scheduler": lambda folder: (folder / "scheduler.pt").unlink(),
     "no optimizer's state": lambda folder: (folder / "optimizer.pt").unlink(),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "nothing but the name": lambda folder: [path.unlink() for path in folder.iterdir()],
@@ -117,12 +132,51 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_resume_takes_the_newest_whole_checkpoint(copy, name, fault):
     DAMAGES[name](copy / "checkpoint-3")
-    newest, passed_over = newest_whole(copy)
+    newest, passed_over = newest_whole(copy, thorough=True)
     assert newest == copy / "checkpoint-2"
     assert "checkpoint-3 is not whole" in passed_over[0]
     with pytest.raises(ResumeError, match=r"not a whole checkpoint.*checkpoint-2 is whole"):
         checkpoint_to_resume(str(copy / "checkpoint-3"), copy)
     fault(f"checkpoint damaged: {name}", "passed over, resumes from the one before", "the steps since")
+
+
+def test_a_lost_scheduler_is_seen_at_first_sight(copy):
+    """transformers would begin the learning rate's warm-up again."""
+    (copy / "checkpoint-3" / "scheduler.pt").unlink()
+    assert damage(copy / "checkpoint-3") == "there is no file with the scheduler's state"
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth"])
+def test_without_checksums_damaged_states_are_found_by_their_own(copy, file):
+    """As in checkpoints of TRL's own trainers."""
+    (copy / "checkpoint-3" / CHECKSUMS).unlink()
+    assert damage(copy / "checkpoint-3", thorough=True) is None
+    flip(copy / "checkpoint-3" / file)
+    assert damage(copy / "checkpoint-3", thorough=True) == f"{file} is damaged"
+    assert newest_whole(copy, thorough=True)[0] == copy / "checkpoint-2"
+
+
+def test_damage_that_is_found_while_loading_is_called_damage(copy, monkeypatch):
+    """Not code: `torch.load` raises the same error for both."""
+
+    def raises(self, *args, **kwargs):
+        flip(copy / "checkpoint-3" / "rng_state.pth")  # after the checksums were compared
+        raise pickle.UnpicklingError("Weights only load failed")
+
+    monkeypatch.setattr(transformers.Trainer, "_load_rng_state", raises)
+    trainer = tiny_trainer(copy, student=tiny_model(5), **SAVES | {"max_steps": 4})
+    with pytest.raises(ResumeError, match=r"rng_state.pth is damaged"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_run_passes_a_flipped_bit_over(copy, caplog):
+    flip(copy / "checkpoint-3" / "optimizer.pt")
+    trainer = tiny_trainer(copy, student=tiny_model(5), **SAVES)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    assert "optimizer.pt is damaged" in caplog.text
+    assert "resuming from" in caplog.text
+    assert damage(copy / "checkpoint-3", thorough=True) is None  # written anew
 
 
 def test_resume_true_in_python_too(copy):
@@ -179,7 +233,8 @@ def test_a_new_run_keeps_the_records_of_an_earlier_one(tmp_path):
 
 
 def test_records_with_any_line_separator_survive_the_cut(tmp_path):
-    from topd.training.audit import append_records, cut_records
+    from topd.files import append_records
+    from topd.training.audit import cut_records
 
     file = tmp_path / "audit.jsonl"
     records = [{"step": step, "prompt": "a\u2028b\x85c"} for step in (1, 2, 3)]

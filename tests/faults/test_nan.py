@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from topd.errors import NonFiniteError
 from topd.training.checkpoints import damage
+from topd.training.non_finite import first_non_finite
 
 SAVES = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}
 
@@ -27,6 +28,48 @@ def test_a_nan_stops_the_run_and_the_checkpoint_before_it_goes_on(tmp_path, faul
     assert all(bool(parameter.isfinite().all()) for parameter in healthy.model.parameters())
     assert healthy.state.global_step == 3
     fault("a NaN in a weight", "stopped before the optimizer moved, names checkpoint-2", "the step in flight")
+
+
+class SpoilWeights(TrainerCallback):
+    """As a step too large: the weights are not finite, and no loss has seen them yet."""
+
+    def __init__(self, step, value=torch.inf):
+        self.step, self.value = step, value
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step - 1:
+            model.lm_head.weight.data[0, 0] = self.value
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=["inf", "nan"])
+def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path, fault, value):
+    trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [SpoilWeights(2, value)]}, **SAVES)
+    says = r"weight is not finite after step 2, so checkpoint-2 was not saved. Resume from .*checkpoint-1, .*lower"
+    with pytest.raises(NonFiniteError, match=says):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    fault(f"a step that makes a weight {value}", "stopped; not saved, names checkpoint-1", "the steps since")
+
+
+def test_the_last_step_too(tmp_path, fault):
+    """Nothing looks at the weights after it."""
+    options = SAVES | {"save_strategy": "no"}
+    trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [SpoilWeights(3)]}, **options)
+    with pytest.raises(NonFiniteError, match=r"not finite after step 3, so the trained model was not saved"):
+        trainer.train()
+    with pytest.raises(NonFiniteError, match=r"so the model was not saved"):
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+    fault("the last step makes a weight infinite", "a message; no model is saved", "the steps since")
+
+
+def test_large_weights_are_finite():
+    model = torch.nn.Linear(4, 4).half()
+    model.weight.data.fill_(60_000)  # their sum overflows
+    assert first_non_finite(model) is None
+    model.weight.data[1, 2] = -torch.inf
+    assert first_non_finite(model) == "weight"
+    assert first_non_finite(model.requires_grad_(False)) is None  # nothing trained it
 
 
 def test_without_a_checkpoint_the_message_says_so(tmp_path):

@@ -13,6 +13,7 @@ from topd.analysis_cli import load_pair
 from topd.cli import main
 from topd.demo.pair import pair_folder
 from topd.errors import ResumeError
+from topd.training.checkpoints import CHECKSUMS
 
 SAVES = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}
 EMBEDDED = ["--data", "embedded", "--max_completion_length", "8", "--use_cpu", "true", "--bf16", "false"]
@@ -58,6 +59,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(run, tmp_path, witness, file, z
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     torch.save({"state": Payload(witness)}, folder / "checkpoint-1" / file, _use_new_zipfile_serialization=zipped)
+    (folder / "checkpoint-1" / CHECKSUMS).unlink()  # they find damage, not people
     trainer = tiny_trainer(folder, student=tiny_model(5), **SAVES)
     with pytest.raises(ResumeError, match=r"run code|cut off or broken"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))

@@ -248,6 +248,27 @@ def test_metrics_that_are_not_finite_or_missing(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("odd", [1e308, -1e308, 10**400, "\ud800"], ids=["1e308", "-1e308", "10**400", "half"])
+def test_values_that_no_run_can_have_do_not_keep_the_page_away(tmp_path: Path, odd: Any) -> None:
+    """Numbers beyond every axis, half a surrogate pair: in each place of each record."""
+
+    def spoil(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: spoil(each, key) for key, each in value.items()}
+        if isinstance(value, list):
+            return [spoil(each, name) for each in value]
+        same_kind = isinstance(value, str) if isinstance(odd, str) else isinstance(value, type(odd))
+        return odd if same_kind and not isinstance(value, bool) and name != "version" else value
+
+    write_arm(write_results(tmp_path), [record(3)], logged=3)
+    write_probe(tmp_path / "probe")
+    write_correct(tmp_path / "correct")
+    for file in [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.jsonl")]:
+        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        file.write_text("".join(json.dumps(spoil(json.loads(line))) + "\n" for line in lines))
+    assert "</html>" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-9, 40.0])
 def test_numbers_on_axes_are_plain(tmp_path: Path, scale: float) -> None:
     """Quantiles within one decade, too; nothing is left of matplotlib's own mark-up."""

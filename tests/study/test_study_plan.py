@@ -82,7 +82,7 @@ def test_what_cannot_be_compared_is_refused(other, says):
         plan(**other)
 
 
-@pytest.mark.parametrize("text", ["arms: [", "- 1", ""])
+@pytest.mark.parametrize("text", ["arms: [", "- 1", "", "seeds: [0]\nseeds: [1]\n", "a: !!bool maybe"])
 def test_a_broken_file_ends_in_a_message(tmp_path, capsys, text):
     (tmp_path / "s.yaml").write_text(text)
     assert main(["study", "--config", str(tmp_path / "s.yaml")]) == 2

@@ -41,6 +41,21 @@ def test_what_a_killed_run_left_goes_when_it_runs_again(tmp_path):
     assert first.is_relative_to(tmp_path)
 
 
+def test_what_a_killed_study_left_goes_when_it_starts_again(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "opd" / ".0.scratch").mkdir(parents=True)
+    for name in ("runs/opd/.0.scratch/model.safetensors", "study.json.99.part", "runs/opd/1.json"):
+        (tmp_path / name).write_text("")
+
+    def stop(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "task_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.run_study(plan(), tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "runs" / "opd" / "1.json"]
+    assert not (tmp_path / "runs" / "opd" / ".0.scratch").exists()
+
+
 def test_tokenizers_that_differ_end_a_run_before_any_weights(tmp_path):
     teacher = other_tokenizer(tmp_path / "teacher")
     (teacher / "model.safetensors").unlink()

@@ -113,11 +113,12 @@ def test_wrong_repeated_and_blank_responses_are_counted_apart():
 
     right, wrong = " so the answer is 5", " so the answer is 6"
     records = [record("a", right), record("a", right), record("a", wrong), record("b", right), record("c", "  "),
-               record("d", " hm")]  # fmt: skip
-    kept, counts = clean(records, ["5", "5", "5", "5", "5", "5"], "embedded")
+               record("d", " hm"), record("e", "\ud800 so the answer is 5")]  # fmt: skip
+    kept, counts = clean(records, ["5"] * 7, "embedded")
     assert [(row["prompt"], row["completion"]) for row in kept] == [("a", right), ("b", right)]
-    assert counts == {"solutions": 2, "repeated": 1, "blank": 1, "wrong": 1, "without an answer": 1}
-    everything, _ = clean(records, [None] * 6, None)
+    assert counts == {"solutions": 2, "repeated": 1, "blank": 1, "half a character": 1, "wrong": 1,
+                      "without an answer": 1}  # fmt: skip
+    everything, _ = clean(records, [None] * 7, None)
     assert len(everything) == 4
     assert all("answer" not in row for row in everything)
 

@@ -31,6 +31,10 @@ TIE_BREAK = 1e-8
 that range at most: float32 costs are rounded by more."""
 
 
+EXACT_TOLERANCE = 1e-9
+"""L1 distance of an exact plan's marginals from uniform, at most. It is larger where a mask is no prefix."""
+
+
 class Transport(NamedTuple):
     """Transport between a batch of window pairs.
 
@@ -120,7 +124,11 @@ def exact_transport(
     Returns:
         On the device of the cost. Without gradient. Nothing is raised for a window that cannot be solved: see
             `Transport.converged`.
+
+    Raises:
+        ValueError: a mask is of another size than the cost.
     """
+    _check_sizes(cost, student_mask, teacher_mask)
     costs = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32))
     entries = [_Entries.none()]
     for windows, rows, columns in _same_lengths(student_mask, teacher_mask):
@@ -141,7 +149,7 @@ def exact_transport(
         student_mask.cpu(),
         teacher_mask.cpu(),
     )
-    return _transport(plan, distance, converged, error)
+    return _transport(plan, distance, converged & (error <= EXACT_TOLERANCE), error)
 
 
 class _Entries(NamedTuple):
@@ -239,7 +247,11 @@ def entropic_transport(
             embedding and ground cost.
         max_iterations: after which windows that are not there yet are given up.
         tolerance: L1 distance of the marginals from uniform, at most.
+
+    Raises:
+        ValueError: a mask is of another size than the cost.
     """
+    _check_sizes(cost, student_mask, teacher_mask)
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
     finite = (cost.isfinite() | ~pair_mask).all(dim=(1, 2))
     costs = cost.detach().double().masked_fill(~(pair_mask & finite[:, None, None]), 0.0)
@@ -266,6 +278,15 @@ def entropic_transport(
     error = _marginal_error(plan.sum(2), plan.sum(1), student_mask, teacher_mask)
     distance = (plan * cost.detach().double().masked_fill(~pair_mask, 0.0)).sum(dim=(1, 2))
     return _transport(plan.to(cost.dtype), distance, possible & (error <= tolerance), error)
+
+
+def _check_sizes(cost: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> None:
+    windows, rows, columns = cost.shape
+    if student_mask.shape != (windows, rows) or teacher_mask.shape != (windows, columns):
+        raise ValueError(
+            f"The cost is of {windows} windows, {rows} student and {columns} teacher tokens; the masks must be of the "
+            f"same sizes, and are {list(student_mask.shape)} and {list(teacher_mask.shape)}."
+        )
 
 
 def _transport(plan: Tensor, distance: Tensor, converged: Tensor, error: Tensor) -> Transport:

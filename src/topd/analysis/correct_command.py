@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from topd.analysis.correct import ARMS, CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.files import append_records, write_json
 from topd.paper import LOCAL_CORRECTION
 from topd.resumable import earlier_records, write_options
 
@@ -46,7 +46,16 @@ def run_correct(
 ) -> dict[str, Any]:
     """Correct every fork by every arm, write `correct.json`, print the table; return what was written."""
     console = Console()
-    records = earlier_records(out / RECORDS, out / OPTIONS, asdict(run), limit=len(forks), may_change="")
+    order = {(fork.rollout, fork.position): place for place, fork in enumerate(forks)}
+
+    def place(record: dict[str, Any]) -> int:
+        return order.get((record["rollout"], record["position"]), -1)
+
+    records = earlier_records(
+        out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "position", "before", "after"),
+        keep=lambda found: [record for record in found if place(record) >= 0], may_change="",
+    )  # fmt: skip
+    done = {place(record) for record in records}
     write_options(out / OPTIONS, asdict(run))
     steps = (len(forks) - len(records)) * len(run.options.arms) * run.options.steps
     console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps on windows to come.")
@@ -55,14 +64,13 @@ def run_correct(
         TimeRemainingColumn(), console=console,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=len(forks), completed=len(records))
-        for fork in forks[len(records) :]:
+        for fork in (fork for number, fork in enumerate(forks) if number not in done):
             record = fork_record(fork, corrector, run.options.arms, decode)
-            with (out / RECORDS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            append_records([record], out / RECORDS)
             records.append(record)
             progress.update(task, completed=len(records))
-    result = conclude(run, records)
-    (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = conclude(run, sorted(records, key=place))
+    write_json(result, out / RESULT)
     Console(width=max(92, console.width)).print(correct_table(result))
     shares = ", ".join(f"{arm} {ratio:.2g}" for arm, ratio in result["guidance_ratio"].items())
     if shares:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
 from topd.analysis.probe_summary import Probe, token_table
+from topd.files import append_records, write_json
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
-from topd.resumable import earlier_records, write_options
+from topd.resumable import Records, earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
 
@@ -64,7 +64,11 @@ def run_probe(
         TOPDError: `out` holds a probe of something else.
     """
     console = Console()
-    records = earlier_records(out / RECORDS, out / OPTIONS, asdict(run), limit=run.rollouts, batch=run.batch)
+    records = earlier_records(
+        out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "tokens", "token_loss", "places"),
+        keep=lambda found: whole_batches(found, run.batch, run.rollouts),
+    )  # fmt: skip
+    done = {record["rollout"] for record in records}
     write_options(out / OPTIONS, asdict(run))
     console.print(cost_message(run, len(records)))
     pair = local_pair(student, teacher, tokenizer, micro_batch=run.batch)
@@ -73,18 +77,19 @@ def run_probe(
         TimeRemainingColumn(), console=console,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=run.rollouts, completed=len(records))
-        for first in range(len(records), run.rollouts, run.batch):
+        for first in range(0, run.rollouts, run.batch):
+            if first in done:
+                continue
             rows = range(first, min(first + run.batch, run.rollouts))
             torch.manual_seed(run.options.seed * 1_000_003 + first)
             rollouts = _rollouts(run, student, tokenizer, [prompts[row % len(prompts)] for row in rows])
             scores, groups = measure(*pair, rollouts, run.options)
             fresh = probe_records(rollouts, scores, groups, tokenizer.decode, first)
-            with (out / RECORDS).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in fresh)
+            append_records(fresh, out / RECORDS)
             records += fresh
             progress.update(task, completed=len(records))
-    result = conclude(run, records)
-    (out / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result = conclude(run, sorted(records, key=lambda record: record["rollout"]))
+    write_json(result, out / RESULT)
     console.print(probe_table(result))
     if len(result["readings"]) > 1:
         Console(width=max(console.width, 118)).print(fingerprint_table(result))
@@ -92,6 +97,13 @@ def run_probe(
     window = run.options.student_windows[0]
     console.print(f"To train with this threshold: --student_window {window} --fork_threshold {result['threshold']:.4f}")
     return result
+
+
+def whole_batches(records: Records, batch: int, rollouts: int) -> Records:
+    """Those of batches that are there whole: the rollouts of a batch are sampled and measured together."""
+    found = {record["rollout"]: record for record in records}
+    batches = [range(first, min(first + batch, rollouts)) for first in range(0, rollouts, batch)]
+    return [found[row] for rows in batches if all(row in found for row in rows) for row in rows]
 
 
 def conclude(run: ProbeRun, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ model is written with a `build.json` that states how it was made and how well it
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from topd.demo.task import (
     write_solution,
 )
 from topd.demo.tokenizer import MAX_LENGTH, build_tokenizer
+from topd.files import write_json
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def save(
         "greedy_accuracy_held_out_1000": accuracy,
         "torch": torch.__version__,
     }
-    (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(record, folder / "build.json")
 
 
 def starting_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> Qwen3ForCausalLM:

@@ -5,7 +5,6 @@ Both arms have the same student, teacher, prompts, seed and optimizer steps; the
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import time
@@ -34,6 +33,7 @@ from topd.demo.pair import pair_folder
 from topd.demo.table import results_table
 from topd.demo.task import Problem, make_problems
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.files import write_json
 from topd.quiet import quieten
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
@@ -94,8 +94,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
         "seed": seed,
         "versions": _versions(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(results, out / "results.json")
     console.print(results_table(results))
     _write_report(out, console)
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm
 from topd.evaluation.power import power_of
 from topd.evaluation.results import Results, benchmarks_in, read_results
+from topd.files import write_json
 from topd.paper import MEAN
 
 COMPARISON = "comparison.json"
@@ -47,8 +47,7 @@ def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dic
         TOPDError: two folders have the same label, or other problems under the same name.
     """
     told = comparison(dict(zip(labels(folders), map(read_results, folders), strict=True)), gain)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / COMPARISON).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(told, out / COMPARISON)
     return told
 
 

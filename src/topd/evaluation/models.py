@@ -45,6 +45,9 @@ def labelled_models(names: list[str]) -> dict[str, str]:
     """
     pairs = [label_and_source(name) for name in names]
     models = dict(pairs)
+    for label, source in pairs:
+        if label in ("", ".", ".."):
+            raise TOPDError(f"--model {source}: its results need another name than {label!r}. Write NAME={source}.")
     if len(models) < len(pairs):
         raise TOPDError(
             f"Two models would be called the same ({', '.join(label for label, _ in pairs)}). Name them: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import numpy as np
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_interval, majority_value, pass_at_k, sampling_error
 from topd.evaluation.statistics import Floats
+from topd.files import read_object, read_records, write_json
 from topd.paper import TABLE_1
-from topd.resumable import lines_of
 
 RESULT = "eval.json"
 SETTINGS, SAMPLES = ".settings.json", ".samples.jsonl"
+RECORD_KEYS = ("problem", "sample", "text", "truncated", "tokens", "right", "extracted", "parsed")
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,10 @@ def read_results(folder: Path) -> dict[str, Results]:
 
 
 def _read(folder: Path, name: str) -> Results:
-    settings = json.loads((folder / f"{name}{SETTINGS}").read_text(encoding="utf-8"))
+    settings = read_object(folder / f"{name}{SETTINGS}", f"Run the same `topd eval` with another --out than {folder}.")
     by_problem: dict[str, dict[int, Any]] = {problem["id"]: {} for problem in settings["problems"]}
-    file = folder / f"{name}{SAMPLES}"
-    for line in lines_of(file):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # an interruption can cut the last line
-            break
-        by_problem[record["problem"]][record["sample"]] = record
+    for record in read_records(folder / f"{name}{SAMPLES}", RECORD_KEYS)[0]:
+        by_problem.get(record["problem"], {})[record["sample"]] = record
     complete = 0
     while all(complete in samples for samples in by_problem.values()):
         complete += 1
@@ -94,7 +89,7 @@ def write_result(folder: Path) -> dict[str, Any]:
     """Compute and write `eval.json`; return it."""
     results = read_results(folder)
     told = {"version": 1, "model": folder.name, "benchmarks": {name: summary(each) for name, each in results.items()}}
-    (folder / RESULT).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(told, folder / RESULT)
     return told
 
 

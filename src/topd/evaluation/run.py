@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.responses import Engine, Request, Response, Sampling, as_chat
-from topd.evaluation.results import SAMPLES, SETTINGS
+from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
+from topd.files import append_records
 from topd.resumable import earlier_records, write_options
 from topd.version import __version__
 
@@ -77,15 +77,11 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
         for sample in range(samples)
         for place, problem in enumerate(problems)
     ]
-    # A run with fewer samples must not cut what is there.
-    limit = max(len(requests), len(file.read_bytes().splitlines()) if file.exists() else 0)
     settings = run.settings()
-    records = earlier_records(
-        file, settings_file(folder, name), settings, limit=limit, batch=engine.together, may_change=""
-    )
+    records = earlier_records(file, settings_file(folder, name), settings, needs=RECORD_KEYS, may_change="")
     write_options(settings_file(folder, name), settings | {"versions": versions()})
     places = {problem.id: place for place, problem in enumerate(problems)}
-    done = {record["sample"] * SAMPLE_STRIDE + places[record["problem"]] for record in records}
+    done = {r["sample"] * SAMPLE_STRIDE + places[r["problem"]] for r in records if r["problem"] in places}
     missing = [request for request in requests if request.number not in done]
     console.print(
         f"{name}: {len(problems)} problems x {samples} samples of up to {run.sampling.max_new_tokens} tokens; "
@@ -96,10 +92,8 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     if run.problem_set.rule == "math":
         check_installed()
     engine.check(missing, run.sampling)
-    with file.open("a", encoding="utf-8") as lines:
-        for batch in _with_progress(run, engine, missing, len(requests), console):
-            lines.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch))
-            lines.flush()
+    for batch in _with_progress(run, engine, missing, len(requests), console):
+        append_records(batch, file)
 
 
 def _with_progress(

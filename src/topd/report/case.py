@@ -12,6 +12,7 @@ from matplotlib.patches import FancyBboxPatch
 from rich.console import Console
 from rich.text import Text
 
+from topd.files import replacing
 from topd.report.analyses import Case, load_correct
 from topd.report.analysis_sections import Strip, case_text
 from topd.report.reading import ReportError
@@ -89,9 +90,10 @@ def draw_case(case: Case, path: Path) -> Path:
     )
     for row, (strip, sizes) in enumerate(zip(shown.strips, widths, strict=True)):
         _draw(axes, strip, sizes, _ROW * (row + 1.7))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.suffix[1:] or "no ending"
     try:
-        canvas.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        with replacing(path) as aside:
+            canvas.savefig(aside, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
     except ValueError as error:
         raise ReportError(f"{path}: {error}. Give a name that ends in .svg, .png or .pdf.") from error
     return path

@@ -13,6 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from topd.files import write_text
 from topd.report.analysis_sections import correct_section, probe_section
 from topd.report.distances import distance_figures
 from topd.report.evaluation import evaluation_section, load_evaluations
@@ -44,8 +45,7 @@ def write_report(run: Path, out: Path | None = None, compare: Sequence[Path] = (
     """
     out = Path(run) / "report.html" if out is None else Path(out)
     html = render(load_runs([Path(run), *map(Path, compare)]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8", newline="\n")
+    write_text(html, out)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,9 @@ from topd.visible import visible
 
 RECORD_VERSION = 1
 """The newest version of the records that is understood here."""
+
+LARGEST = 1e100
+"""Far beyond float32, in which everything is measured. Sums, squares and axes of such numbers do not overflow."""
 
 T = TypeVar("T")
 
@@ -28,7 +30,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value
@@ -89,13 +91,10 @@ def check_version(record: Mapping[str, Any], path: Path, newest: int = RECORD_VE
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """A number, or None where it is not finite or too large to be a measurement."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) <= LARGEST else None  # NaN is not
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

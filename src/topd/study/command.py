@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from topd.errors import TOPDError
+from topd.files import PART, write_json
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
-from topd.study.run import Job, job_of, known_record, pair_tokenizer, run_job
+from topd.study.run import SCRATCH, Job, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise
 from topd.study.tables import print_tables
 from topd.study.tasks import task_of
@@ -39,6 +40,8 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
         TOPDError: a model or the data cannot be used; or a run failed: the others are kept, and the next start goes on.
     """
     console = Console()
+    for left in [*out.rglob(f"*{SCRATCH}"), *out.rglob(f"*{PART}")]:  # by a study that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     task_of(plan)  # these two say what is wrong with data and models before anything runs
     pair_tokenizer(plan)
     tuning = _tune(plan, out, workers, console)
@@ -237,10 +240,7 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "trl")},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    draft = out / f"{RESULT}.part"
-    draft.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    draft.replace(out / RESULT)
+    write_json(result, out / RESULT, indent=None)
     return result
 
 

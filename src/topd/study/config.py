@@ -89,11 +89,11 @@ def read_plan(path: Path) -> StudyPlan:
     Raises:
         TOPDError: it cannot be read, an option is unknown, or the arms cannot be compared.
     """
-    import yaml
+    from topd.parsing import read_yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise TOPDError(f"{path} cannot be read: {error}") from error
     try:
         return plan_of(found)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topd.files import write_json
 from topd.study.config import ArmPlan, StudyPlan
 from topd.study.tasks import Task, task_of
+
+SCRATCH = ".scratch"
+"""Ending of the folder in which a run trains, beside its record."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
     """The record of an earlier run of the same job, if it is whole and its settings are the same."""
     try:
         record = json.loads(job.file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and record.get("settings") == settings_of(plan, job) else None
 
@@ -102,10 +105,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         "seconds_training": curve.seconds,
         "seconds": time.perf_counter() - started,
     }
-    job.file.parent.mkdir(parents=True, exist_ok=True)
-    draft = job.file.with_name(f"{job.file.name}.{os.getpid()}.part")
-    draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(draft, job.file)
+    write_json(record, job.file, indent=None)
     return record
 
 
@@ -127,7 +127,7 @@ def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def scratch_folder(job: Job) -> Path:
     """An empty folder beside the job's record. What a killed run has left in it goes when the job runs again."""
-    folder = job.file.with_name(f".{job.file.stem}.scratch")
+    folder = job.file.with_name(f".{job.file.stem}{SCRATCH}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

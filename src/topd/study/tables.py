@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from topd.errors import TOPDError
+from topd.files import read_json
 from topd.study.config import REFERENCE
 from topd.study.summary import answers, beside, summarise
 from topd.version import STUDY_VERSION
@@ -25,12 +25,7 @@ def read_study(file: Path) -> dict[str, Any]:
     Raises:
         TOPDError: it cannot be read, or is none.
     """
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TOPDError(
-            f"{file} cannot be read: {error}. Name the study.json that `topd study` has written."
-        ) from error
+    result = read_json(file, "Name the study.json that `topd study` has written.")
     if not isinstance(result, dict) or result.get("version") != STUDY_VERSION or "arms" not in result:
         raise TOPDError(
             f"{file} is no study.json of version {STUDY_VERSION}. Run the study again: what is there is kept."

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from topd.files import write_json, write_text
 from topd.near_future import Rollouts
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
@@ -67,13 +68,6 @@ def audit_records(
     return records
 
 
-def append_records(records: list[dict[str, Any]], path: Path) -> None:
-    """Append to a JSON-lines file, creating it and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def cut_records(path: Path, step: int) -> None:
     """Keep the records up to an optimizer step, from which the run goes on: later ones are made again.
 
@@ -86,16 +80,14 @@ def cut_records(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would part texts at U+2028
     kept = [line for line in lines if _up_to(line, step)]
-    shorter = path.with_suffix(".unfinished")
-    shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    shorter.replace(path)
+    write_text("".join(line + "\n" for line in kept), path)
 
 
 def _up_to(line: str, step: int) -> bool:
     """Whether it is a record of such a step; the last line may have been cut off."""
     try:
         return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -107,6 +99,5 @@ def save_options(args: TOPDConfig) -> None:
     """Write the method's options to `topd_config.json` in the output folder, for the report."""
     names = set(asdict(args)) & set(TOPDConfig.__annotations__) | {"learning_rate", "seed", "max_completion_length"}
     folder = Path(str(args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in sorted(names)}
-    (folder / "topd_config.json").write_text(json.dumps(options, indent=1) + "\n")
+    write_json(options, folder / "topd_config.json")

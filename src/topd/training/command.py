@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topd.demo.pair import PREFIX
 from topd.errors import TOPDError
+from topd.guard import guarded
 from topd.quiet import quieten_bars
+from topd.sole_writer import sole_writer
 from topd.training.options import parse_options
 from topd.training.output_folder import AUTO, check_writable, refuse_second_run
 from topd.training.provenance import changed_options, command_line, options_of
@@ -57,26 +58,9 @@ def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
     quieten_bars()
     data, config, model = parse(argv)
     check_writable(config)
-    with unforeseen(Path(config.output_dir)):
+    folder = Path(config.output_dir)
+    with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
         _run(("train", *argv), data, config, model, before)
-
-
-@contextmanager
-def unforeseen(folder: Path) -> Iterator[None]:
-    """What nothing else has put in words ends in a message too, and its traceback in a file."""
-    try:
-        yield
-    except TOPDError:
-        raise
-    except Exception as error:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "traceback.txt"
-        file.write_text(traceback.format_exc(), encoding="utf-8")
-        reason = " ".join(str(error).split())[:400]
-        raise TOPDError(
-            f"Stopped by {type(error).__name__}: {reason} If this names an option, mend it; otherwise it may be a bug: "
-            f"{file} says where it happened."
-        ) from error
 
 
 def started(words: Sequence[str], *parts: Any) -> Started:
@@ -224,8 +208,10 @@ def loading(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-def resume_from(config: Any) -> str | None:
-    """The checkpoint to go on from: with `true` the newest whole one of the folder, with `auto` too if there is one.
+def resume_from(config: Any) -> str | bool | None:
+    """Where to go on: the checkpoint that is named, or True for the newest whole one, if there is one at first sight.
+
+    With `auto` too, if there is one. Checksums are compared later, by the trainer.
 
     Raises:
         ResumeError: there is none; or the folder holds checkpoints and the option is not given, since the new run's
@@ -240,7 +226,5 @@ def resume_from(config: Any) -> str | None:
     if wanted.lower() == AUTO and newest_whole(folder)[0] is None:
         return None
     newest = wanted.lower() in ("true", AUTO)
-    checkpoint, passed_over = checkpoint_to_resume(True if newest else wanted, folder)
-    for line in passed_over:
-        print(f"topd: {line}; resuming from {checkpoint}.")
-    return str(checkpoint)
+    checkpoint, _ = checkpoint_to_resume(newest or wanted, folder, thorough=False)
+    return newest or str(checkpoint)

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -63,7 +63,8 @@ class StopWhenAsked(TrainerCallback):
             "\ntopd: finishing this step (or giving it up, if it waits for a server), then saving a checkpoint. Ctrl-C "
             "again stops at once and loses this step.\n"
         )
-        os.write(2, text.encode())  # print is not allowed to interrupt itself
+        with suppress(OSError):  # nobody may read it
+            os.write(2, text.encode())  # print is not allowed to interrupt itself
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -123,7 +123,7 @@ def base_of(folder: str) -> str:
         )
     try:
         base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         base = None
     if not isinstance(base, str) or not base:
         raise TOPDError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from topd.errors import NonFiniteError
+from topd.files import write_json
 from topd.near_future import Rollouts
 from topd.training.checkpoints import newest_whole
 
@@ -42,8 +44,7 @@ def non_finite_error(
             for row in bad
         ]
         where = Path(output_dir) / "non_finite.json"
-        where.parent.mkdir(parents=True, exist_ok=True)
-        where.write_text(json.dumps(records, indent=1, ensure_ascii=False, allow_nan=True) + "\n")
+        write_json(records, where)
         first = records[0]
         lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
     lines.append(
@@ -84,6 +85,33 @@ class StopOnNonFiniteGradient(TrainerCallback):
         for name, gradient in gradients.items():
             if not bool(gradient.isfinite().all()):  # a sum of finite entries may overflow
                 self.raise_error(f"gradient of {name}")
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """The first trained weight that is NaN or infinite, of what this process holds; None if all are finite."""
+    weights = {name: _held_here(each) for name, each in model.named_parameters() if each.requires_grad}
+    sums = [weight.sum() for weight in weights.values() if weight.numel()]
+    if not sums or _all_finite(sums):
+        return None
+    return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
+
+
+def _held_here(weight: Any) -> torch.Tensor:
+    """A shard, under FSDP or DeepSpeed."""
+    shard: torch.Tensor = getattr(weight, "ds_tensor", weight).detach()
+    return shard.to_local() if isinstance(shard, DTensor) else shard
+
+
+def non_finite_weights(name: str, step: int, what: str, output_dir: Path) -> NonFiniteError:
+    """The error for weights that must not be saved."""
+    newest, _ = newest_whole(output_dir)
+    go_on = (
+        f"Resume from {newest}, the last whole checkpoint," if newest else "No checkpoint was saved yet. Start again"
+    )
+    return NonFiniteError(
+        f"The weight {name} is not finite after step {step}, so {what} was not saved. {go_on} with a lower "
+        "learning_rate."
+    )
 
 
 def _all_finite(values: list[torch.Tensor]) -> bool:

@@ -23,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from topd.files import write_text
 from topd.parsing import read_yaml
 from topd.training.options import PROVENANCE
 from topd.version import __version__
@@ -184,9 +185,7 @@ def write_run(folder: Path, options: Mapping[str, Any], changed: Iterable[str], 
         "\n# No options: what the run was made of\n",
         _yaml({PROVENANCE: dict(provenance)}),
     )
-    aside = folder / f"{RUN_FILE}.unfinished"
-    aside.write_text("".join(parts), encoding="utf-8")
-    aside.replace(folder / RUN_FILE)
+    write_text("".join(parts), folder / RUN_FILE)
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

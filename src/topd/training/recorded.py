@@ -54,6 +54,8 @@ class RecordedTrainer(Trainer):
     _changes: tuple[str, ...] = ()
     _on_any_process: Any
     """Whether something is so on any process: `SurvivingTrainer`'s."""
+    _alone: Any
+    """Holds the output folder: likewise."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `resume_from_checkpoint="auto"` resumes where there is a whole checkpoint."""
@@ -61,12 +63,13 @@ class RecordedTrainer(Trainer):
         resume = resume_from_checkpoint or None
         if resume == AUTO:
             resume = True if newest_whole(folder)[0] else None
-        if resume is None:
-            refuse_second_run(folder)
-            self._write_run(None)
-        else:
-            self._compare_with(folder if resume is True else Path(os.fspath(resume)).absolute().parent)
-        return super().train(resume, *args, **kwargs)
+        with self._alone():
+            if resume is None:
+                refuse_second_run(folder)
+                self._write_run(None)
+            else:
+                self._compare_with(folder if resume is True else Path(os.fspath(resume)).absolute().parent)
+            return super().train(resume, *args, **kwargs)
 
     # The record
 

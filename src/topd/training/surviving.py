@@ -8,29 +8,34 @@ SIGTERM save a checkpoint; a full disk ends in a message.
 
 from __future__ import annotations
 
-import errno
 import json
 import pickle
 import shutil
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
-from topd.errors import ResumeError
+from topd.closed_pipe import output_may_close
+from topd.errors import ResumeError, TOPDError
+from topd.files import write_json
+from topd.guard import DISK_FULL
+from topd.sole_writer import sole_writer
 from topd.training.audit import AUDIT_FILE, cut_records
-from topd.training.checkpoints import UNFINISHED, checkpoint_to_resume, put_in_place, saving, saving_error
+from topd.training.checkpoints import UNFINISHED, checkpoint_to_resume, damage, put_in_place, saving, saving_error
 from topd.training.interrupts import StopWhenAsked, run_interrupted
+from topd.training.non_finite import first_non_finite, non_finite_weights
 
 logger = get_logger(__name__)
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OWN_STATE = "topd_state.json"
 """In a checkpoint: what the method itself has learned about the run."""
 
@@ -42,6 +47,8 @@ class SurvivingTrainer(Trainer):
         RunInterrupted: from `train`, after Ctrl-C or SIGTERM and a saved checkpoint.
         SavingError: the disk is full or broken.
         ResumeError: there is no whole checkpoint to resume from, or it would run code.
+        NonFiniteError: a weight is NaN or infinite where a checkpoint or the model is to be saved.
+        TOPDError: another process trains into the output folder.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,29 +69,75 @@ class SurvivingTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint, passed_over = checkpoint_to_resume(resume_from_checkpoint, self._folder)
-            for line in passed_over:
-                logger.warning(f"{line}; resuming from {checkpoint}.")
-        saves = self.args.save_strategy != "no"  # else there is nothing to go on from: signals do what they always do
-        with self._interrupt.listening() if saves else nullcontext():
-            try:
-                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-            except pickle.UnpicklingError as error:
-                raise ResumeError(
-                    f"{checkpoint} holds a file that would run code when it is loaded, so it was not. Resume only from "
-                    "checkpoints of your own runs; to start from another's weights, name them as the student."
-                ) from error
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
-                raise saving_error("A file of the run", self._folder, error) from error
+        with self._alone(), output_may_close(goes_on=True), ExitStack() as stack:
+            checkpoint = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
+            if self.args.save_strategy != "no":  # else there is nothing to go on from: signals do what they always do
+                stack.enter_context(self._interrupt.listening())
+            output = self._trained(checkpoint, *args, **kwargs)
         if self._interrupt.stopped:
             raise run_interrupted(self.state, self._folder, self._interrupt.received)
         return output
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other run writes into the output folder meanwhile."""
+        with ExitStack() as stack:
+            self._on_main_process(lambda: stack.enter_context(sole_writer(self._folder)))
+            yield
+
+    def _on_main_process(self, act: Callable[[], Any]) -> Any:
+        """What it returns there, on all processes; a `TOPDError` there is raised on all."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [act()]
+            except TOPDError as error:
+                found = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], TOPDError):
+            raise found[0]
+        return found[0]
+
+    def _checkpoint_of(self, wanted: Any) -> Path:
+        found = self._on_main_process(lambda: checkpoint_to_resume(wanted, self._folder))
+        checkpoint: Path = found[0]
+        for line in found[1]:
+            logger.warning(f"{line}; resuming from {checkpoint}.")
+        return checkpoint
+
+    def _trained(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
+        """What goes wrong on the way, in words; the weights at the end are finite."""
+        try:
+            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            broken = damage(checkpoint, thorough=True) if checkpoint is not None else None
+            if broken is not None:
+                raise ResumeError(f"{checkpoint} is not a whole checkpoint: {broken}. Resume from another.") from error
+            raise ResumeError(
+                f"{checkpoint} holds a file that would run code when it is loaded, so it was not. Resume only from "
+                "checkpoints of your own runs; to start from another's weights, name them as the student."
+            ) from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise saving_error("A file of the run", self._folder, error) from error
+        self._refuse_non_finite("the trained model")
+        return output
+
+    def _refuse_non_finite(self, what: str, everywhere: bool = True) -> None:
+        """Raise `NonFiniteError` where a trained weight is; `everywhere`: on any process, and then on all."""
+        name = first_non_finite(self.accelerator.unwrap_model(self.model))
+        if self._on_any_process(name is not None) if everywhere else name is not None:
+            raise non_finite_weights(name or "of another process", self.state.global_step, what, self._folder)
+
     # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, but never weights that are not finite. (Not all processes need to call it.)"""
+        if not _internal_call:
+            self._refuse_non_finite("the model", everywhere=False)
+        super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
@@ -97,6 +150,7 @@ class SurvivingTrainer(Trainer):
         run_folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside, checkpoint = run_folder / UNFINISHED, run_folder / name
+        self._refuse_non_finite(name)
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -109,7 +163,7 @@ class SurvivingTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-                    (aside / name / OWN_STATE).write_text(json.dumps(self._own_state()) + "\n")
+                    write_json(self._own_state(), aside / name / OWN_STATE)
                     put_in_place(aside / name, checkpoint)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)

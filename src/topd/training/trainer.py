@@ -13,9 +13,10 @@ from tqdm import tqdm
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
+from topd.files import append_records
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
-from topd.training.audit import AUDIT_FILE, append_records, audit_records, save_options
+from topd.training.audit import AUDIT_FILE, audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
@@ -375,6 +376,9 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_enough(self.train_dataset, self.args)
+        return super().train(*args, **kwargs)
+
+    def _trained(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.is_main_process:
             save_options(self.args)
-        return super().train(*args, **kwargs)
+        return super()._trained(*args, **kwargs)

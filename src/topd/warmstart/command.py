@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topd.errors import TOPDError
+from topd.guard import guarded
 from topd.quiet import quieten_bars
-from topd.training.command import started, unforeseen
+from topd.sole_writer import sole_writer
+from topd.training.command import started
 from topd.training.output_folder import check_writable
 from topd.training.recorded import Started
 
@@ -43,8 +46,8 @@ def run(argv: Sequence[str]) -> None:
     quieten_bars()
     data, config, model = parse(argv)
     check_writable(config)
-    begun = started(("warmstart", *argv), data, config, model)
-    with unforeseen(Path(config.output_dir)):
+    begun, folder = started(("warmstart", *argv), data, config, model), Path(config.output_dir)
+    with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
         _run(begun, data, config, model)
 
 

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from topd.errors import TOPDError
 from topd.evaluation.responses import Engine, Request, Sampling
-from topd.resumable import earlier_records, lines_of, write_options
+from topd.files import append_records
+from topd.resumable import earlier_records, write_options
 from topd.warmstart.solutions import clean, write_solutions
 
 
@@ -52,8 +53,8 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     settings = {
         **run.teacher, "data": run.data, "samples": run.samples, "responses": len(requests), **asdict(run.sampling),
     }  # fmt: skip
-    limit = max(len(requests), len(lines_of(records_file)))  # a shorter run does not cut what is there
-    records = earlier_records(records_file, settings_file, settings, limit=limit, may_change="responses")
+    needs = ("number", "prompt", "text", "truncated")
+    records = earlier_records(records_file, settings_file, settings, needs=needs, may_change="responses")
     check_prompts(records, requests, out)
     write_options(settings_file, settings)
     done = {record["number"] for record in records}
@@ -64,12 +65,9 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     )
     if missing:
         teacher.check(missing, run.sampling)
-    with records_file.open("a", encoding="utf-8") as file:
-        for batch in progress(teacher, missing, len(requests), run.sampling, console):
-            texts = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]
-            file.write("".join(texts))
-            file.flush()
-            records += batch
+    for batch in progress(teacher, missing, len(requests), run.sampling, console):
+        append_records(batch, records_file)
+        records += batch
 
     wanted = sorted((record for record in records if record["number"] < len(requests)), key=lambda r: r["number"])
     answers = [rows[record["number"] // run.samples].get("answer") for record in wanted]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from topd.data import has_half_character
 from topd.errors import DataError, TOPDError
+from topd.files import replacing, write_records
 
 
 def clean(
@@ -27,13 +27,24 @@ def clean(
     from topd.evaluation.answers import verdict
 
     rows: list[dict[str, Any]] = []
-    counts = dict.fromkeys(("solutions", "of them truncated", "repeated", "blank", "wrong", "without an answer"), 0)
+    kinds = (
+        "solutions",
+        "of them truncated",
+        "repeated",
+        "blank",
+        "half a character",
+        "wrong",
+        "without an answer",
+    )
+    counts = dict.fromkeys(kinds, 0)
     seen: set[tuple[str, str]] = set()
     for record, answer in zip(records, answers, strict=True):
         key = str(record["prompt"]), record["text"]
         found = verdict(record["text"], answer, rule) if rule and answer is not None else None
         if not record["text"].strip():
             counts["blank"] += 1
+        elif has_half_character(record["text"]):  # no file of solutions could hold it, and `topd warmstart` refuses it
+            counts["half a character"] += 1
         elif key in seen:
             counts["repeated"] += 1
         elif found is not None and not found.right:
@@ -55,15 +66,14 @@ def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
     """
     if not rows:
         raise TOPDError(f"No solution is left to write to {out}. Look at the responses in {out.stem}.records.jsonl.")
-    aside = out.with_name(out.name + ".part")
-    if out.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    if out.suffix != ".parquet":
+        write_records(rows, out)
+        return
+    import pyarrow
+    import pyarrow.parquet
 
+    with replacing(out) as aside:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
-    else:
-        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, out)
 
 
 def load_solutions(source: str, *, split: str = "train", limit: int | None = None, truncated: bool = False) -> Any:

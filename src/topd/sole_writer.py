@@ -1,0 +1,65 @@
+"""One process at a time writes into a folder: two would count records twice and replace each other's checkpoints."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from topd.errors import TOPDError
+
+LOCK = "_in_use.lock"
+"""Uploads to the Hub leave out what begins with an underscore."""
+_held: set[Path] = set()
+
+
+@contextmanager
+def sole_writer(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold a folder while the block runs. The system releases it when the process ends, however it ends.
+
+    A process may hold the same folder more than once.
+
+    Args:
+        name: of the lock's file, where several commands may write different files into one folder.
+
+    Raises:
+        TOPDError: another process holds it.
+    """
+    from filelock import FileLock, Timeout  # it takes longer to import than `topd --help` to answer
+
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder.resolve() / name
+    if file in _held:
+        yield
+        return
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise TOPDError(
+            f"{folder} is in use by another command{_owner(file)}. Wait until it has ended, or name another output "
+            f"folder. (If there is no such process, delete {file}.)"
+        ) from None
+    _held.add(file)
+    try:
+        if not file.stat().st_size:  # else it is the lock's own note, where the file system has no locks
+            file.write_text(f"{os.getpid()}\n{platform.node()}\n")
+        yield
+    finally:
+        _held.discard(file)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)  # before the release: afterwards it may be another process's
+            if new:
+                folder.rmdir()  # where nothing was written
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    try:
+        process, machine = file.read_text().split("\n")[:2]
+    except (OSError, ValueError):
+        return ""
+    return f" (process {process} on {machine})"
