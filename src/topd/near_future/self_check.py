@@ -146,7 +146,8 @@ class Check:
     def _stop_unless_head(self) -> None:
         row = self.sample.rollouts.input_ids[1:]
         try:
-            logits = self.model(input_ids=row, use_cache=False).logits[0].float()
+            forward = getattr(self.model, "_original_forward", self.model.forward)  # without accelerate's autocast
+            logits = forward(input_ids=row, use_cache=False).logits[0].float()
             found = output_head(self.model).logits(self.sample.row_states[1]).float()
             error = self.sample.error(found, logits)
         except Exception as failure:
