@@ -7,18 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from one_step import CASES
 
-CASES = {
-    "rollout": {"audit_steps": 1, "candidate_spacing": 2},
-    "rollout, bfloat16 weights": {"dtype": "bfloat16"},
-    "regenerated": {"student_window": "regenerated"},
-    "regenerated, twice the rollouts": {"student_window": "regenerated", "rollouts": 8},
-    "capped": {"method": "opd-capped", "cap_selection": "random"},
-    "teacher's contexts": {"guidance_context": "teacher"},
-    "hidden states, entropic": {"embedding": "student_hidden", "transport_solver": "entropic"},
-    "plain": {"method": "opd"},
-    "plain, one pass": {"method": "opd", "opd_loss": "one_pass"},
-}
 MOST_WAITS = 190
 """Of the host for the device in a TOPD step that calibrates its forks, sampling apart."""
 PER_ROLLOUT = 3

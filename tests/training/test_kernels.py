@@ -1,10 +1,18 @@
-"""TRL's divergence as our token loss: the same heads, the same numbers."""
+"""TRL's divergence as our token loss: the same heads, the same numbers.
+
+With TRITON_INTERPRET=1 its Triton kernels run instead of their twins in torch, through Triton's interpreter: see
+`make triton`.
+"""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
+from trl.kernels import chunked_divergence
 
 from topd.algorithm import Head, LikelihoodTerms, token_kl_from_hidden
 from topd.training import kernels
@@ -19,6 +27,25 @@ HEADS = {
     "cooled each its own way": ({"temperature": 0.6, "scale": 1.1}, {"temperature": 1.7}),
     "one softcap, two temperatures": ({"temperature": 0.6, "bias": True}, {"temperature": 1.7, "softcap": 1.5}),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks and blocks, as with a real vocabulary; under the interpreter no way around the kernels."""
+    for name, size in {"TOKEN_CHUNK_SIZE": 2, "VOCAB_CHUNK_SIZE": 8, "_BLOCK_SIZE": 4}.items():
+        monkeypatch.setattr(chunked_divergence, name, size)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(chunked_divergence, "_use_triton", lambda device: True)
+        for twin in ("_stats_tile", "_jsd_tile", "_backward_tile"):
+            monkeypatch.setattr(chunked_divergence, twin, None)
+
+
+@pytest.mark.slow
+def test_the_same_through_triton_s_interpreter():
+    pytest.importorskip("triton", reason="make triton installs it in an environment of its own")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-m", "not slow"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
