@@ -7,7 +7,8 @@ unpadded and without a cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ def check_model(model: Any) -> Ways:
     lengths = lengths_of(inner)
     device_type = next(inner.parameters()).device.type
     plainly = evaluating(model), torch.autocast(device_type, enabled=False), own_settings_only(inner)
-    with plainly[0], plainly[1], plainly[2], lengths.out_of_reach():
+    with plainly[0], plainly[1], plainly[2], without_autocast(inner, backbone_of(inner)), lengths.out_of_reach():
         check = Check(inner)
         ways = check.ways()
         if lengths.limits:
@@ -52,6 +53,18 @@ def check_model(model: Any) -> Ways:
     bounded = {name: min(getattr(ways, name), longest) for name in FAST}
     kept = ways.cache_bytes if bounded["shared_prefix"] else 0.0
     return replace(ways, **bounded, switch=lengths.switch, end=min(ends, default=None), cache_bytes=kept)
+
+
+@contextmanager
+def without_autocast(*modules: nn.Module) -> Iterator[None]:
+    """Forward passes as the class has them: without the autocast that accelerate and `autocasting` put around them."""
+    wrapped = [module for module in modules if "forward" in vars(module) and not hasattr(module, "_hf_hook")]
+    forwards = [vars(module).pop("forward") for module in wrapped]
+    try:
+        yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            vars(module)["forward"] = forward
 
 
 def beyond_limits(check: Check, lengths: Lengths, ways: Ways) -> Ways:
@@ -146,8 +159,7 @@ class Check:
     def _stop_unless_head(self) -> None:
         row = self.sample.rollouts.input_ids[1:]
         try:
-            forward = getattr(self.model, "_original_forward", self.model.forward)  # without accelerate's autocast
-            logits = forward(input_ids=row, use_cache=False).logits[0].float()
+            logits = self.model(input_ids=row, use_cache=False).logits[0].float()
             found = output_head(self.model).logits(self.sample.row_states[1]).float()
             error = self.sample.error(found, logits)
         except Exception as failure:
