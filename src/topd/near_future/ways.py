@@ -37,6 +37,7 @@ class Ways:
         packed_rows: the same for windows behind their rollout in one row, with gradients.
         sampling_states: the same for the states that sampling computes.
         left_padding: rows of different lengths may share a batch.
+        trains: a backward pass works.
         trl: where TRL's own forward pass, which passes no position ids, is exact.
         switch: length beyond which the model rotates all positions differently (LongRoPE); None: it never does.
         end: length beyond which states are not defined by the row alone (dynamic NTK); such rows are refused.
@@ -49,6 +50,7 @@ class Ways:
     packed_rows: float = math.inf
     sampling_states: float = math.inf
     left_padding: bool = True
+    trains: bool = True
     trl: Literal["always", "without left padding", "never"] = "always"
     switch: int | None = None
     end: int | None = None

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from topd.errors import TOPDError
 from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
-from topd.near_future.ways import Ways, ways_of
+from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.training.config import TOPDConfig
 from topd.training.precision import autocasting
 from topd.training.sharding import held_whole
@@ -70,6 +70,12 @@ class BothModels:
             for model in local:
                 stack.enter_context(held_whole(model, self.accelerator))
             self._tried = [ways_of(self.accelerator.unwrap_model(model), in_step=in_parts) for model in local]
+        student = self._tried[0]
+        if not student.trains:
+            raise ArchitectureError(
+                f"{type(self.accelerator.unwrap_model(self.model)).__name__} cannot be a student, only a teacher: its "
+                f"backward pass fails ({student.reasons['trains']})."
+            )
 
     def _trl_is_right(self, batch: dict[str, Any]) -> bool:
         """Whether TRL's own loss is that of the sequences without padding; one notice where it is not.
