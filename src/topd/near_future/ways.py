@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -98,6 +99,8 @@ class Ways:
 
 EXACT = Ways()
 """Every way."""
+_TRYING = RLock()
+"""Threads of a server try a model one after the other."""
 _KNOWN: WeakKeyDictionary[Any, dict[str | None, Ways]] = WeakKeyDictionary()
 
 
@@ -119,7 +122,9 @@ def ways_of(model: Any, in_step: bool = False) -> Ways:
 
     attention = getattr(model.config, "_attn_implementation", None)
     known = _KNOWN.setdefault(model, {})
-    if attention not in known:
+    with _TRYING:
+        if attention in known:
+            return known[attention]
         known[attention] = in_step_of(model, check_model(model)) if in_step else check_model(model)
         notice = notice_of(model, known[attention])
         if notice:
