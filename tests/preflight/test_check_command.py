@@ -28,7 +28,7 @@ TINY = [
 def test_ready(capsys):
     assert main(["check", *RECIPE, "--samples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.rstrip().endswith("Ready: 14 checks, nothing found.")
+    assert out.rstrip().endswith("Ready: 15 checks, nothing found.")
     assert "what to do" in out
 
 
@@ -36,7 +36,7 @@ def test_without_any_option_the_embedded_pair_shows_that_the_installation_is_who
     assert main(["check", "--samples", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("embedded:student-standard from embedded:teacher")
-    assert out.rstrip().endswith("Ready: 14 checks, nothing found.")
+    assert out.rstrip().endswith("Ready: 15 checks, nothing found.")
 
 
 def test_a_pair_and_nothing_else(capsys):

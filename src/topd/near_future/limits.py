@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 LIMIT = re.compile(r"window|chunk|top_?k|block|span|local|keep|compress")
 """Names of config entries that may say how far attention reaches."""
 NO_LIMIT = re.compile(
@@ -34,7 +32,7 @@ class Lengths:
         end: length beyond which rotations depend on what ran before (dynamic NTK), so that nothing is exact.
     """
 
-    model: nn.Module
+    model: Any
     limits: dict[str, int] = field(default_factory=dict)
     switch: int | None = None
     end: int | None = None
@@ -92,7 +90,7 @@ def ropes_of(config: Any) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def replaced(model: nn.Module, values: dict[str, int], only: dict[str, int] | None = None) -> Iterator[None]:
+def replaced(model: Any, values: dict[str, int], only: dict[str, int] | None = None) -> Iterator[None]:
     """Set attributes of these names in all configs and modules; with `only`, where they have that value."""
     owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
     owners |= {id(c): c for c in [model.config.get_text_config()]}

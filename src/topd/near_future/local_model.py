@@ -64,12 +64,12 @@ class LocalModel:
 
     def _batches(self, lengths: list[int], growth: int) -> Iterator[list[int]]:
         """Numbers of the prefixes that are decoded together."""
+        if not lengths:
+            return
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-        groups = [by_length]
-        if len(set(lengths)) > 1:
-            in_order = [lengths[index] for index in by_length]
-            groups = ways_of(self.model).together(in_order, [-n for n in in_order], growth)
-            groups = [[by_length[place] for place in group] for group in groups]
+        in_order = [lengths[index] for index in by_length]
+        groups = ways_of(self.model).together(in_order, [-n for n in in_order], growth)
+        groups = [[by_length[place] for place in group] for group in groups]
         for group in groups:
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from topd.generation import own_settings_only
-from topd.near_future.branches import Branches, packed, separate
+from topd.near_future.branches import Branches, packed, rollout_hidden, separate
 from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
 from topd.near_future.model_parts import backbone_of, evaluating, output_head
 from topd.near_future.padding import last_states, left_padded
@@ -128,6 +128,7 @@ class Check:
             left_padding=padded,
             trl=self._trl(),
             cached_prefix=self.cached_prefix,
+            trains=self._try("trains", self._trains),
             cache_bytes=self.cache_bytes,
             reasons=self.reasons,
         )
@@ -206,22 +207,25 @@ class Check:
             )
         )
 
-    def _gradient_error(self, way: Callable[[], Tensor], truth: Callable[[], Tensor]) -> str | None:
-        """Of small parameters: states can agree where gradients do not (a bias that is left out, and is zero so far).
+    def _trains(self) -> str | None:
+        """A backward pass through rows as they are trained."""
+        small = self._small_parameters()
+        if small:
+            gradients_of(lambda: rollout_hidden(self.backbone, self.sample.rollouts[1:]), small)
+        return None
 
-        Not for models in parts, whose backward pass all processes would have to join.
-        """
+    def _small_parameters(self) -> list[nn.Parameter]:
+        """Those whose gradients cost little. None of a model in parts, whose backward pass all processes must join."""
         if any(isinstance(module, FSDPModule) or hasattr(module, "ds_id") for module in self.model.modules()):
+            return []
+        return [p for p in self.backbone.parameters() if p.dim() <= 1 and p.is_floating_point()]
+
+    def _gradient_error(self, way: Callable[[], Tensor], truth: Callable[[], Tensor]) -> str | None:
+        """Of small parameters: states can agree where gradients do not (a bias is left out, and zero so far)."""
+        small = self._small_parameters()
+        if not small:
             return None
-        small = [p for p in self.backbone.parameters() if p.dim() <= 1 and p.is_floating_point()]
-        usual = [p.requires_grad for p in small]
-        try:
-            for parameter in small:
-                parameter.requires_grad_(True)
-            found, expected = gradients_of(way, small), gradients_of(truth, small)
-        finally:
-            for parameter, requires in zip(small, usual, strict=True):
-                parameter.requires_grad_(requires)
+        found, expected = gradients_of(way, small), gradients_of(truth, small)
         largest = max((float(gradient.norm()) for gradient in expected), default=0.0)
         tolerance = 0.3 if next(self.backbone.parameters()).dtype in TOLERANCE else 1e-2
         for ours, theirs in zip(found, expected, strict=True):
@@ -288,12 +292,17 @@ class Check:
 
 def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
     """Gradients of a fixed random sum of states; zeros where a parameter has no part in them."""
-    with torch.enable_grad():
-        found = states().float()
-        weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.device)
-        if not parameters:
-            return []
-        gradients = torch.autograd.grad((found * weight).sum(), parameters, allow_unused=True)
+    usual = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            found = states().float()
+            weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.device)
+            gradients = torch.autograd.grad((found * weight).sum(), parameters, allow_unused=True)
+    finally:
+        for parameter, requires in zip(parameters, usual, strict=True):
+            parameter.requires_grad_(requires)
     return [
         torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True)
     ]

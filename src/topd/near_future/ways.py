@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,7 @@ class Ways:
         packed_rows: the same for windows behind their rollout in one row, with gradients.
         sampling_states: the same for the states that sampling computes.
         left_padding: rows of different lengths may share a batch.
+        trains: a backward pass works.
         trl: where TRL's own forward pass, which passes no position ids, is exact.
         switch: length beyond which the model rotates all positions differently (LongRoPE); None: it never does.
         end: length beyond which states are not defined by the row alone (dynamic NTK); such rows are refused.
@@ -49,6 +51,7 @@ class Ways:
     packed_rows: float = math.inf
     sampling_states: float = math.inf
     left_padding: bool = True
+    trains: bool = True
     trl: Literal["always", "without left padding", "never"] = "always"
     switch: int | None = None
     end: int | None = None
@@ -96,6 +99,8 @@ class Ways:
 
 EXACT = Ways()
 """Every way."""
+_TRYING = RLock()
+"""Threads of a server try a model one after the other."""
 _KNOWN: WeakKeyDictionary[Any, dict[str | None, Ways]] = WeakKeyDictionary()
 
 
@@ -117,7 +122,9 @@ def ways_of(model: Any, in_step: bool = False) -> Ways:
 
     attention = getattr(model.config, "_attn_implementation", None)
     known = _KNOWN.setdefault(model, {})
-    if attention not in known:
+    with _TRYING:
+        if attention in known:
+            return known[attention]
         known[attention] = in_step_of(model, check_model(model)) if in_step else check_model(model)
         notice = notice_of(model, known[attention])
         if notice:

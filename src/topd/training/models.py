@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from topd.errors import TOPDError
 from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
-from topd.near_future.ways import Ways, ways_of
+from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.training.config import TOPDConfig
 from topd.training.precision import autocasting
 from topd.training.sharding import held_whole
@@ -66,10 +66,14 @@ class BothModels:
             return
         in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
         local = [model for model in (self.model_wrapped, self.teacher_model) if model is not None]
-        with ExitStack() as stack:
-            for model in local:
-                stack.enter_context(held_whole(model, self.accelerator))
+        with self._models_whole(all_of_them=True):
             self._tried = [ways_of(self.accelerator.unwrap_model(model), in_step=in_parts) for model in local]
+        student = self._tried[0]
+        if not student.trains:
+            raise ArchitectureError(
+                f"{type(self.accelerator.unwrap_model(self.model)).__name__} cannot be a student, only a teacher: its "
+                f"backward pass fails ({student.reasons['trains']})."
+            )
 
     def _trl_is_right(self, batch: dict[str, Any]) -> bool:
         """Whether TRL's own loss is that of the sequences without padding; one notice where it is not.
@@ -98,11 +102,12 @@ class BothModels:
         return False
 
     @contextmanager
-    def _models_whole(self) -> Iterator[None]:
-        """The models that generate here: held whole."""
-        teacher = [] if self._server and self.args.embedding != "teacher_hidden" else [self.teacher_model]
+    def _models_whole(self, all_of_them: bool = False) -> Iterator[None]:
+        """The models that generate here (or both), held whole."""
+        needed = self._server is None or self.args.embedding == "teacher_hidden"
+        needed = needed or (all_of_them and self.teacher_model is not None)
         with ExitStack() as stack:
-            for model in [self.model_wrapped, *teacher]:
+            for model in [self.model_wrapped, *([self.teacher_model] if needed else [])]:
                 stack.enter_context(held_whole(model, self.accelerator))
             yield
 

@@ -134,7 +134,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             super()._stop_on(what)
 
     @contextmanager
-    def _models_whole(self) -> Iterator[None]:
+    def _models_whole(self, all_of_them: bool = False) -> Iterator[None]:
         with held_whole(self.model_wrapped, self.accelerator):
             yield
 

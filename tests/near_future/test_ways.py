@@ -1,0 +1,150 @@
+"""Each model is tried once; what does not equal separate sequences is not used."""
+
+import math
+
+import pytest
+import torch
+from sweep import examine_states, rollouts_of
+from test_shared_prefix import SIZES
+from tiny_architectures import tiny
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from topd.errors import ContextError
+from topd.near_future import DistilledModel, LocalModel, fixed
+from topd.near_future.limits import lengths_of
+from topd.near_future.ways import ArchitectureError, Ways, in_step_of, notice_of, ways_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*takes slower ways")
+FAMILIES = {  # class: what is exact, of (windows over one prefix, guided windows in one row, left padding)
+    "Qwen3ForCausalLM": (True, True, True),
+    "GPT2LMHeadModel": (True, True, True),
+    "GPTJForCausalLM": (False, False, True),
+    "BloomForCausalLM": (False, False, True),
+    "Llama4ForCausalLM": (False, False, True),
+    "DeepseekV3ForCausalLM": (False, True, True),
+    "GptOssForCausalLM": (False, False, True),
+    "Qwen3_5ForCausalLM": (False, False, True),
+    "RwkvForCausalLM": (False, False, False),
+}
+
+
+def scaled(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_windows_and_gradients_equal_separate_sequences(name):
+    model = tiny(name)
+    ways = ways_of(model)
+    assert (ways.shared_prefix > 0, ways.packed_rows > 0, ways.left_padding) >= FAMILIES[name]
+    examine_states(model)
+
+
+def test_a_model_is_tried_once(monkeypatch):
+    model = tiny("LlamaForCausalLM")
+    assert ways_of(model) == Ways(cache_bytes=ways_of(model).cache_bytes)
+    monkeypatch.setattr("topd.near_future.self_check.check_model", None)
+    ways_of(model)
+
+
+def test_a_prefix_takes_the_bytes_that_its_cache_has():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    assert ways_of(model).cache_bytes == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
+
+
+def test_a_long_sliding_window_is_tried_with_a_short_one_and_put_back():
+    torch.manual_seed(0)
+    model = scaled(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)))
+    with pytest.warns(UserWarning, match="longer than 64 tokens .*sliding_window = 64"):
+        ways = ways_of(model)
+    assert (ways.shared_prefix, ways.packed_rows, ways.sampling_states) == (64, 64, math.inf)
+    assert model.config.sliding_window == 64
+    pair = DistilledModel(model, fixed(LocalModel(model, 0, [1])))
+    rollouts = rollouts_of(model, (4, 7, 6))
+    assert pair.read(rollouts).prefix is not None
+    model.config.sliding_window = 16  # as if the rows were longer: what was found no longer holds
+    assert not pair.shares_prefix(rollouts, window_length=50)
+
+
+def test_a_window_that_no_layer_uses_limits_nothing():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=["full_attention"] * 2)
+    model = scaled(Gemma3ForCausalLM(config))
+    assert ways_of(model).shared_prefix == math.inf
+
+
+def test_rows_on_both_sides_of_longrope_s_switch_run_apart():
+    ways = Ways(switch=10)
+    assert ways.together([8, 12, 9, 14], [4, 2, 5, 0]) == [[0, 2], [1, 3]]
+    assert ways.together([8, 9], [1, 0], growth=1) == [[0, 1]]
+    assert ways.together([8, 9, 8], [1, 0, 1], growth=5) == [[0, 2], [1]]
+
+
+def test_rows_without_left_padding_run_by_length():
+    assert Ways(left_padding=False).together([5, 7, 5], [2, 0, 2]) == [[0, 2], [1]]
+
+
+def test_longrope_beyond_the_switch_is_exact():
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = tiny(
+        "Phi3ForCausalLM", max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters=rope | {"original_max_position_embeddings": 16},
+    )  # fmt: skip
+    assert ways_of(model).switch == 16
+    examine_states(model)
+
+
+def test_dynamic_ntk_beyond_its_context_is_refused():
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = scaled(LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 20}, rope_parameters=rope)))
+    assert lengths_of(model).end == 20
+    source = LocalModel(model, 0, [1])
+    assert len(source.continue_([torch.arange(3, 13)], 5)) == 1
+    with pytest.raises(ContextError, match="longer than 20"):
+        source.continue_([torch.arange(3, 23)], 5)
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    with pytest.raises(ArchitectureError, match=r"not causal.*is_decoder"):
+        ways_of(tiny("BertLMHeadModel", is_decoder=False))
+
+
+def test_a_head_that_does_more_is_refused():
+    model = tiny("LlamaForCausalLM")
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits.square()))
+    with pytest.raises(ArchitectureError, match="output head"):
+        ways_of(model)
+
+
+def test_processes_in_step_make_no_choice_by_length():
+    ways = Ways(shared_prefix=64, packed_rows=math.inf)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=47))
+    assert in_step_of(model, ways) == Ways(shared_prefix=0)
+    with pytest.raises(ArchitectureError, match="DDP"):
+        in_step_of(model, Ways(left_padding=False))
+
+
+def test_the_notice_says_what_is_slower_and_why():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=47))
+    assert notice_of(model, Ways()) is None
+    reasons = {"packed_rows": "sliding_window = 4,096"}
+    notice = notice_of(model, Ways(shared_prefix=0, packed_rows=4096, reasons=reasons))
+    assert notice == (
+        "GPT2LMHeadModel takes slower ways, which give the same results: windows are generated from fresh prefixes "
+        "(not exact otherwise); each guided window goes through it behind its own copy of the prefix where a row is "
+        "longer than 4,096 tokens (sliding_window = 4,096)."
+    )
