@@ -40,8 +40,9 @@ LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
     "v_head_dim": 48, "first_k_dense_replace": LAYERS, "head_dim": 32,
 }  # fmt: skip
-LINEAR = {
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+LINEAR = {  # wider, so that products and not the small operations of a decoding step take most of the time
+    "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     "layer_types": ["linear_attention"] * (LAYERS - 1) + ["full_attention"],
 }  # fmt: skip
 
