@@ -9,7 +9,7 @@ CORE := tests/algorithm tests/near_future tests/training tests/warmstart tests/e
 # The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.13` takes others.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo quick test newest oldest triton slow faults check bench docs env clean
+.PHONY: demo quick test newest oldest triton cuda slow faults check bench docs env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
 	$(BIN)/topd demo
@@ -26,6 +26,10 @@ newest oldest: %: .venv-%/.made  ## the core of the tests with the highest (lowe
 
 triton: .venv-triton/.made  ## TRL's Triton loss through Triton's interpreter against ours (1 GB of triton, no GPU)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/training/test_kernels.py
+
+cuda: env  ## on a CUDA GPU: its tests, then its benchmark (under ten minutes)
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m benchmarks --case cuda --out runs/cuda.json
 
 slow: env  ## the slow proofs: real pretrained model, clean-clone demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
