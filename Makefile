@@ -4,7 +4,12 @@ BIN := .venv/bin
 ENV := .venv/.made
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo quick test slow faults check bench docs env clean
+# The core: what depends on the versions of torch, transformers, trl, accelerate, peft and the solvers.
+CORE := tests/algorithm tests/near_future tests/training tests/warmstart tests/examples tests/analysis tests/preflight
+# The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.13` takes others.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo quick test newest oldest triton cuda slow faults check bench docs env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
 	$(BIN)/topd demo
@@ -15,6 +20,16 @@ quick: env  ## the same in under 2 minutes
 test: env  ## lint, types, import directions, then every test that is not marked slow
 	$(MAKE) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+newest oldest: %: .venv-%/.made  ## the core of the tests with the highest (lowest) versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 -m "not slow" $(CORE)
+
+triton: .venv-triton/.made  ## TRL's Triton loss through Triton's interpreter against ours (1 GB of triton, no GPU)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/training/test_kernels.py
+
+cuda: env  ## on a CUDA GPU: its tests, then its benchmark (under ten minutes)
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m benchmarks --case cuda --out runs/cuda.json
 
 slow: env  ## the slow proofs: real pretrained model, clean-clone demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -48,5 +63,25 @@ $(ENV): constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(ENV)
 
+.venv-newest/.made: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet '$(TORCH)'
+	.venv-newest/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-oldest/.made: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet '$(TORCH)'
+	$(PYTHON) .ci/lowest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[test]'
+	touch $@
+
+.venv-triton/.made: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-triton/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	.venv-triton/bin/pip install --quiet triton
+	touch $@
+
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .venv-newest .venv-oldest .venv-triton runs site

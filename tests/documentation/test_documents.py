@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 
 import documents
 import pytest
@@ -149,3 +150,15 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "TOPDTrainer" in (tmp_path / "api" / "training.html").read_text()
     assert 'src="http' not in (tmp_path / "index.html").read_text()
+
+
+def test_the_table_of_supported_versions_is_that_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = " ".join([*project["dependencies"], *project["optional-dependencies"]["peft"]])
+    lock = (ROOT / "constraints.txt").read_text().splitlines()
+    page = (ROOT / "docs/getting_started.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+)[^|]* \| ([\d.]+) \| [\d.]+ \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for name, lowest, locked in rows:
+        assert re.search(rf"\b{name}>={re.escape(lowest)}(,| |$)", wanted)
+        assert f"{name}=={locked}" in lock
