@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOKENIZER, tiny_model, tiny_trainer
+from tiny import TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
 
 from topd.errors import TOPDError
@@ -78,8 +78,8 @@ def test_a_merge_that_changes_the_logits_is_refused(monkeypatch: pytest.MonkeyPa
         merged_adapter(adapted(tiny_model(0).eval(), target_modules=["embed_tokens"]))
 
 
-@pytest.mark.parametrize("method", ["opd", "topd"])
-def test_an_adapter_on_the_output_head_is_in_the_loss_and_learns(tmp_path: Path, method: str) -> None:
+def test_an_adapter_on_the_output_head_is_in_the_loss_and_learns() -> None:
+    """For the warm start; TRL refuses it in distillation."""
     student = adapted(tiny_model(0), target_modules=["lm_head"])
     states = torch.randn(3, student.config.hidden_size)
     expected = student.get_output_embeddings()(states)
@@ -87,13 +87,10 @@ def test_an_adapter_on_the_output_head_is_in_the_loss_and_learns(tmp_path: Path,
     torch.testing.assert_close(head.logits(states), expected, rtol=1e-4, atol=1e-4)
     with student.disable_adapter():
         assert not torch.allclose(output_head(student).logits(states), expected, atol=1e-2)
-    trainer = tiny_trainer(tmp_path, student=student, method=method, max_steps=2)
-    before = {name: weight.clone() for name, weight in trainer.model.named_parameters() if "lora_" in name}
-    trainer.train()
-    now = dict(trainer.model.named_parameters())
-    moved = {name: not torch.equal(now[name], weight) for name, weight in before.items()}
-    assert moved
-    assert all(moved.values())
+    head.logits(states).square().mean().backward()
+    gradients = {name: weight.grad for name, weight in student.named_parameters() if "lora_" in name}
+    assert gradients
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
 def test_a_kind_of_adapter_that_the_loss_cannot_follow_is_refused() -> None:
