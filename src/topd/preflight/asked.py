@@ -50,7 +50,8 @@ def libraries(setup: Setup) -> Finding | None:
 
 def packages(setup: Setup) -> dict[str, str]:
     """What the options need, and the option that needs it."""
-    config, model, needed = setup.config, setup.model, {}
+    config, model = setup.config, setup.model
+    needed: dict[str, str] = {}
     if config.use_vllm:
         needed["vllm"] = "use_vllm"
     kwargs: list[Any] = [config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}]
@@ -117,11 +118,12 @@ def adapters(setup: Setup) -> Finding | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from trl import get_peft_config
 
-    name, config = "adapters", get_peft_config(setup.model)
+    name = "adapters"
+    config: Any = get_peft_config(setup.model)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(setup.student.config, trust_remote_code=False)
         try:
-            adapted: Any = get_peft_model(student, config)  # type: ignore[arg-type]
+            adapted: Any = get_peft_model(student, config)
         except (ValueError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             return Finding(name, "error", reason, "--lora_target_modules: names of the student's linear layers.")
