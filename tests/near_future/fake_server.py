@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(int(fault), {"message": "it does not work"})
         else:
             if fault == "slow":
-                time.sleep(0.6)
+                time.sleep(2.5)
             with self.fake.counted():
                 self.fake.requests.append(body)
                 self._answer(200, self.fake.spoil(self.fake.complete(body)))
