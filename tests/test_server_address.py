@@ -103,10 +103,11 @@ def test_messages_hold_no_secret_even_where_the_server_repeats_it():
     none_in(str(refused.value) + str(lost.value))
 
 
-def test_options_read_back_in_another_process_say_what_is_missing(monkeypatch):
+@pytest.mark.parametrize("kept", ["http://***@host:8000", "http://host/v1?api_key=***", "http://host:8000/v1?***"])
+def test_options_read_back_in_another_process_say_what_is_missing(kept, monkeypatch):
     monkeypatch.setattr("topd.server_address._given", {})
     with pytest.raises(ServerError, match=r"lacks its password or key.*teacher_server_key_env, --server-key-env"):
-        OpenAIServer("http://***@host:8000")
+        OpenAIServer(kept)
 
 
 def test_the_command_line_takes_a_key_and_shows_no_secret(tmp_path, capsys, monkeypatch):

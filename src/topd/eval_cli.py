@@ -147,9 +147,8 @@ def load_engine(
         from topd.evaluation.server_engine import LIMITS, ServerEngine
 
         limits = replace(LIMITS, concurrency=options.concurrency)
-        engine = ServerEngine(options.server, source, limits, options.server_key_env, with_reasoning)
-        return engine, model | {"engine": "server", "dtype": None}, True
-    engine: Any
+        server = ServerEngine(options.server, source, limits, options.server_key_env, with_reasoning)
+        return server, model | {"engine": "server", "dtype": None}, True
     if options.engine == "vllm":
         engine, tokenizer, config = _vllm(source, options)
     else:

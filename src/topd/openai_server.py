@@ -147,7 +147,7 @@ class OpenAIServer:
         line = " ".join(text[: 10 * length].split())[:length]
         for secret in self._address.secrets:
             line = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, line)
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        return visible(line)
 
     def other_form(self, path: str, what: object) -> ServerError:
         """For an answer that is not of the form that OpenAI's servers give it."""
@@ -299,7 +299,7 @@ class OpenAIServer:
     def _say(self, message: str) -> None:
         if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
             self._last_message = time.monotonic()
-            logger.warning(visible(message))
+            logger.warning(message)
 
 
 def refuse_unfinished(reason: object) -> None:

@@ -106,7 +106,7 @@ def parse_address(url: str, name: str, key_variable: str | None = None) -> Addre
         raise ServerError(f"{name}: {shown!r} is no address. Write http://HOST:PORT (or https).")
     auth = (parsed.username, parsed.password) if parsed.userinfo else None
     query, key = dict(parsed.params), _key(name, key_variable)
-    if HIDDEN in (*(auth or ()), *query.values()):
+    if HIDDEN in (*(auth or ()), *query, *query.values()):
         raise ServerError(
             f"{name}: {shown!r} lacks its password or key, which is never written down. Give the address anew, or the "
             "name of an environment variable that holds the key (teacher_server_key_env, --server-key-env)."

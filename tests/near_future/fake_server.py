@@ -23,7 +23,8 @@ class FakeServer:
     """What it does.
 
     Attributes:
-        faults: what befalls the next completion requests, one each: "500", "400", "reset", "slow", "not json".
+        faults: what befalls the next completion requests, one each: "500", "400", "reset", "slow" (no answer), or
+            "not json".
         text_only: leaves the token ids out, as servers do that know no `return_token_ids`.
         requests: bodies of the completion requests that it answered.
         most_at_once: the most completion requests that were open together.
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(int(fault), {"message": "it does not work"})
         else:
             if fault == "slow":
-                time.sleep(0.6)
+                self.fake.closing.wait()
             with self.fake.counted():
                 self.fake.requests.append(body)
                 self._answer(200, self.fake.spoil(self.fake.complete(body)))

@@ -69,10 +69,14 @@ def test_no_prefixes_need_no_server():
     assert windows.continue_([], 6).tokens.shape == (0, 6)
 
 
-@pytest.mark.parametrize("faults", [["500"] * 3, ["reset"] * 2, ["500", "reset", "slow", "500"]])
-def test_a_server_that_fails_now_and_then_is_asked_again(fake, faults):
+@pytest.mark.parametrize(
+    ("faults", "timeout"), [(["500"] * 3, 60), (["reset"] * 2, 60), (["500", "reset", "slow", "500"], 4)]
+)
+def test_a_server_that_fails_now_and_then_is_asked_again(fake, faults, timeout):
+    windows = windows_of(fake, Limits(timeout, 120, 4))
+    windows.server.models()  # it is there
     fake.faults = list(faults)
-    check_windows(windows_of(fake, Limits(0.3, 10, 4)).continue_(PREFIXES, 6), expected())
+    check_windows(windows.continue_(PREFIXES, 6), expected())
     assert fake.faults == []
 
 
@@ -94,9 +98,10 @@ def test_a_dead_server_is_waited_for_and_then_given_up_with_the_remedy(tmp_path,
 
 
 def test_a_server_that_comes_back_is_used(fake):
-    limits = Limits(1, 20, 2)
+    windows = windows_of(fake, Limits(60, 120, 2))
+    windows.server.models()
     fake.faults = ["reset"] * 8
-    check_windows(windows_of(fake, limits).continue_(PREFIXES, 6), expected())
+    check_windows(windows.continue_(PREFIXES, 6), expected())
 
 
 @pytest.mark.parametrize(("fault", "message"), [("400", "refuses /v1/completions: HTTP 400"), ("not json", "not JSON")])
