@@ -7,7 +7,8 @@ unpadded and without a cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ def check_model(model: Any) -> Ways:
     inner = model.base_model.model if is_peft_model(model) else model
     lengths = lengths_of(inner)
     device_type = next(inner.parameters()).device.type
-    plainly = evaluating(model), torch.autocast(device_type, enabled=False), own_settings_only(inner)
+    plainly = evaluating(model), own_settings_only(inner), without_autocast(inner, device_type)
     with plainly[0], plainly[1], plainly[2], lengths.out_of_reach():
         check = Check(inner)
         ways = check.ways()
@@ -147,8 +148,7 @@ class Check:
     def _stop_unless_head(self) -> None:
         row = self.sample.rollouts.input_ids[1:]
         try:
-            forward = getattr(self.model, "_original_forward", self.model.forward)  # without accelerate's autocast
-            logits = forward(input_ids=row, use_cache=False).logits[0].float()
+            logits = self.model(input_ids=row, use_cache=False).logits[0].float()
             found = output_head(self.model).logits(self.sample.row_states[1]).float()
             error = self.sample.error(found, logits)
         except Exception as failure:
@@ -305,6 +305,20 @@ def _alike(some: Reading | None, other: Reading) -> bool:
         for pairs in zip(some.prefix, other.prefix, strict=True)
         for a, b in zip(*pairs, strict=True)
     )
+
+
+@contextmanager
+def without_autocast(model: Any, device_type: str) -> Iterator[None]:
+    """In the dtype of the weights, also where accelerate has put autocast around the model's forward."""
+    usual = model.forward
+    if "_original_forward" in vars(model):
+        model.forward = model._original_forward
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if "_original_forward" in vars(model):
+            model.forward = usual
 
 
 def _in_words(error: Exception) -> str:
