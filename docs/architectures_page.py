@@ -29,7 +29,7 @@ def architectures_page(text: str, rows: list[dict[str, Any]]) -> str:
         return PLACE.sub(lambda place: place[1] + NOTHING + place[2], text)
     counts = Counter(row["way"] for row in rows)
     lines = [
-        f"{len(rows)} classes: " + ", ".join(f"{counts[way]} {words}" for way, words in WAYS.items()) + ".",
+        f"{len(rows)} classes recorded: " + ", ".join(f"{counts[way]} {words}" for way, words in WAYS.items()) + ".",
         "",
         "| class | way | not shared, or reason | examined |",
         "|---|---|---|---|",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sweep import examine_states, rollouts_of
+from sweep import examine_states
 from test_shared_prefix import SIZES
 from tiny_architectures import tiny
 from transformers import (
@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from topd.errors import ContextError
-from topd.near_future import DistilledModel, LocalModel, fixed
-from topd.near_future.limits import lengths_of
+from topd.near_future import LocalModel
+from topd.near_future.limits import LOWERED, lengths_of
+from topd.near_future.self_check import Check
 from topd.near_future.ways import ArchitectureError, Ways, in_step_of, notice_of, ways_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes slower ways")
@@ -60,23 +61,44 @@ def test_a_model_is_tried_once(monkeypatch):
     ways_of(model)
 
 
+def test_a_model_under_accelerate_s_autocast_is_tried_in_its_own_dtype():
+    model = tiny("LlamaForCausalLM")
+    model._original_forward = model.forward
+    model.forward = wrapped = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    ways = ways_of(model)
+    assert (ways.sampling_states, ways.left_padding, ways.reasons) == (math.inf, True, {})
+    assert model.forward is wrapped
+
+
 def test_a_prefix_takes_the_bytes_that_its_cache_has():
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     assert ways_of(model).cache_bytes == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
 
 
-def test_a_long_sliding_window_is_tried_with_a_short_one_and_put_back():
+def test_a_long_sliding_window_is_tried_with_a_short_one_and_put_back(monkeypatch):
     torch.manual_seed(0)
     model = scaled(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)))
-    with pytest.warns(UserWarning, match="longer than 64 tokens .*sliding_window = 64"):
+    tried = []
+
+    def exact_below_the_window(check):
+        tried.append(check.model.config.sliding_window)
+        return "a token leaves the window" if check.model.config.sliding_window < 17 else None
+
+    monkeypatch.setattr(Check, "_packed_rows", exact_below_the_window)
+    with pytest.warns(UserWarning, match=r"longer than 64 tokens .*sliding_window = 64"):
         ways = ways_of(model)
-    assert (ways.shared_prefix, ways.packed_rows, ways.sampling_states) == (64, 64, math.inf)
+    assert tried == [64, LOWERED]
+    assert (ways.shared_prefix, ways.packed_rows, ways.sampling_states) == (math.inf, 64, math.inf)
     assert model.config.sliding_window == 64
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [1])))
-    rollouts = rollouts_of(model, (4, 7, 6))
-    assert pair.read(rollouts).prefix is not None
-    model.config.sliding_window = 16  # as if the rows were longer: what was found no longer holds
-    assert not pair.shares_prefix(rollouts, window_length=50)
+
+
+def test_rows_beyond_a_limit_where_a_model_sees_later_tokens_are_refused():
+    model = tiny("DogeForCausalLM", keep_window_size=20)
+    assert ways_of(model).end == 20
+    with pytest.raises(ContextError, match=r"longer than 20.*not causal"):
+        LocalModel(model, 0, [1]).continue_([torch.arange(3, 19)], 5)
+    with pytest.raises(ArchitectureError, match="not causal"):
+        ways_of(tiny("DogeForCausalLM", keep_window_size=8))
 
 
 def test_a_window_that_no_layer_uses_limits_nothing():

@@ -42,8 +42,8 @@ def check_model(model: Any) -> Ways:
     inner = model.base_model.model if is_peft_model(model) else model
     lengths = lengths_of(inner)
     device_type = next(inner.parameters()).device.type
-    plainly = evaluating(model), torch.autocast(device_type, enabled=False), own_settings_only(inner)
-    with plainly[0], plainly[1], plainly[2], without_autocast(inner, backbone_of(inner)), lengths.out_of_reach():
+    plainly = evaluating(model), own_settings_only(inner), without_autocast(inner, device_type)
+    with plainly[0], plainly[1], plainly[2], lengths.out_of_reach():
         check = Check(inner)
         ways = check.ways()
         if lengths.limits:
@@ -53,18 +53,6 @@ def check_model(model: Any) -> Ways:
     bounded = {name: min(getattr(ways, name), longest) for name in FAST}
     kept = ways.cache_bytes if bounded["shared_prefix"] else 0.0
     return replace(ways, **bounded, switch=lengths.switch, end=min(ends, default=None), cache_bytes=kept)
-
-
-@contextmanager
-def without_autocast(*modules: nn.Module) -> Iterator[None]:
-    """Forward passes as the class has them: without the autocast that accelerate and `autocasting` put around them."""
-    wrapped = [module for module in modules if "forward" in vars(module) and not hasattr(module, "_hf_hook")]
-    forwards = [vars(module).pop("forward") for module in wrapped]
-    try:
-        yield
-    finally:
-        for module, forward in zip(wrapped, forwards, strict=True):
-            vars(module)["forward"] = forward
 
 
 def beyond_limits(check: Check, lengths: Lengths, ways: Ways) -> Ways:
@@ -317,6 +305,20 @@ def _alike(some: Reading | None, other: Reading) -> bool:
         for pairs in zip(some.prefix, other.prefix, strict=True)
         for a, b in zip(*pairs, strict=True)
     )
+
+
+@contextmanager
+def without_autocast(model: Any, device_type: str) -> Iterator[None]:
+    """In the dtype of the weights, also where accelerate has put autocast around the model's forward."""
+    usual = model.forward
+    if "_original_forward" in vars(model):
+        model.forward = model._original_forward
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if "_original_forward" in vars(model):
+            model.forward = usual
 
 
 def _in_words(error: Exception) -> str:
