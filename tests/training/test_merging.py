@@ -11,6 +11,7 @@ from tiny import TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
 
 from topd.errors import TOPDError
+from topd.near_future.model_parts import output_head
 from topd.training import merging
 from topd.training.loaded import loaded_model, save_merged
 from topd.training.merging import merged_adapter
@@ -75,3 +76,23 @@ def test_a_merge_that_changes_the_logits_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(merging, "untie_adapted_head", lambda base: None)
     with pytest.raises(TOPDError, match=r"logits change by .* of their spread"):
         merged_adapter(adapted(tiny_model(0).eval(), target_modules=["embed_tokens"]))
+
+
+def test_an_adapter_on_the_output_head_is_in_the_loss_and_learns() -> None:
+    """For the warm start; TRL refuses it in distillation."""
+    student = adapted(tiny_model(0), target_modules=["lm_head"])
+    states = torch.randn(3, student.config.hidden_size)
+    expected = student.get_output_embeddings()(states)
+    head = output_head(student)
+    torch.testing.assert_close(head.logits(states), expected, rtol=1e-4, atol=1e-4)
+    with student.disable_adapter():
+        assert not torch.allclose(output_head(student).logits(states), expected, atol=1e-2)
+    head.logits(states).square().mean().backward()
+    gradients = {name: weight.grad for name, weight in student.named_parameters() if "lora_" in name}
+    assert gradients
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_a_kind_of_adapter_that_the_loss_cannot_follow_is_refused() -> None:
+    with pytest.raises(TOPDError, match="only plain LoRA"):
+        output_head(adapted(tiny_model(0), target_modules=["lm_head"], use_dora=True))

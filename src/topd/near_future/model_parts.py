@@ -9,6 +9,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from topd.algorithm import Head
+from topd.errors import TOPDError
 
 
 def backbone_of(model: Any) -> nn.Module:
@@ -34,12 +35,31 @@ def output_head(model: Any, temperature: float = 1.0) -> Head:
             scale = float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
     bias = getattr(layer, "bias", None)
     return Head(
-        weight=whole(layer.weight),
+        weight=_weight(layer),
         bias=None if bias is None else whole(bias),
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
         temperature=temperature,
     )
+
+
+def _weight(layer: Any) -> Tensor:
+    """[vocabulary, width] what the layer multiplies with: of a LoRA layer the base's weight and its active adapters'.
+
+    Raises:
+        TOPDError: an adapter on the output head that is no plain LoRA.
+    """
+    weight = whole(layer.weight)
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+        return weight
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_variant:
+            raise TOPDError(
+                "On the output head only plain LoRA adapters work, no DoRA: leave lm_head out of the targets."
+            )
+        if adapter in layer.lora_A:
+            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+    return weight
 
 
 def whole(parameter: Tensor) -> Tensor:
