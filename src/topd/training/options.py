@@ -143,7 +143,9 @@ def check_kinds(config: Any) -> None:
             raise ValueError(f"{option.name} is {value!r:.60}; write {_in_words(hint)}.")
 
 
-_hints = cache(get_type_hints)
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _is_plain(hint: Any) -> bool:
@@ -162,7 +164,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) < 2**63
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
     if hint is str:
         return isinstance(value, str) and "\0" not in value
     if hint is None or hint is type(None):

@@ -51,7 +51,7 @@ def options_of(*parts: Any) -> dict[str, Any]:
 def changed_options(options: Mapping[str, Any], *parts: Any) -> list[str]:
     """Names of options that differ from the defaults of these dataclasses."""
     defaults = {option.name: plain(option.default) for part in parts for option in fields(part)}
-    empty = (None, [], {}, "")  # some defaults are filled in with another kind of nothing
+    empty: tuple[Any, ...] = (None, [], {}, "")  # some defaults are filled in with another kind of nothing
     return [
         name
         for name, value in options.items()
