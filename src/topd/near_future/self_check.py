@@ -309,16 +309,19 @@ def _alike(some: Reading | None, other: Reading) -> bool:
 
 @contextmanager
 def without_autocast(model: Any, device_type: str) -> Iterator[None]:
-    """In the dtype of the weights, also where accelerate has put autocast around the model's forward."""
-    usual = model.forward
-    if "_original_forward" in vars(model):
-        model.forward = model._original_forward
+    """In the dtype of the weights, also where autocast stands around the forward pass of the model or its backbone."""
+    wrapped = [
+        module
+        for module in (model, backbone_of(model))
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook")  # hooks move tensors between devices
+    ]
+    forwards = [vars(module).pop("forward") for module in wrapped]
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if "_original_forward" in vars(model):
-            model.forward = usual
+        for module, forward in zip(wrapped, forwards, strict=True):
+            vars(module)["forward"] = forward
 
 
 def _in_words(error: Exception) -> str:
