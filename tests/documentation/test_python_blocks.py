@@ -14,9 +14,8 @@ SMALL = {
     "use_cpu": True, "report_to": "none",
 }  # fmt: skip
 """Options that a block does not give: the stand-ins are small, and so is the machine."""
-ONE_ROW = pytest.mark.xfail(reason="the README's example has one prompt and batches of 8", strict=True)
 BLOCKS = [
-    pytest.param(block, id=f"{documents.name_of(page)}-{number}", marks=[ONE_ROW] * (page.name == "README.md"))
+    pytest.param(block, id=f"{documents.name_of(page)}-{number}")
     for page in documents.PAGES
     for number, block in enumerate(documents.blocks(page, "python"))
 ]
