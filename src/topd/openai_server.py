@@ -44,8 +44,7 @@ MOST_BYTES = 256 * 2**20
 LISTENING = 0.1
 """Seconds between two looks at whether waiting is to end."""
 
-_REPR = reprlib.Repr()
-"""Of what a server sent: a few entries, however large or deep it is."""
+_REPR = reprlib.Repr()  # a few entries of what a server sent, however large or deep it is
 _REPR.maxstring = _REPR.maxother = 200
 
 Read = Callable[[int, Any], Any]
