@@ -70,7 +70,14 @@ class RoutedTeacher(DistilledModel):
 
     @torch.no_grad()
     def continue_(
-        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
+        self,
+        rollouts: Rollouts,
+        reading: Reading,
+        greedy: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        length: int,
+        from_candidate: bool = False,
     ) -> Windows:
         assert isinstance(reading, Readings)
         tokens = torch.zeros(len(rows), length, dtype=torch.long, device=rows.device)
@@ -78,8 +85,9 @@ class RoutedTeacher(DistilledModel):
         for (teacher, mine), part in zip(self._shares(rollouts), reading.of_teacher, strict=True):
             here = torch.isin(rows, mine)
             windows = teacher.continue_(
-                rollouts[mine], part, greedy[mine], torch.searchsorted(mine, rows[here]), positions[here], length
-            )
+                rollouts[mine], part, greedy[mine], torch.searchsorted(mine, rows[here]), positions[here], length,
+                from_candidate,
+            )  # fmt: skip
             tokens[here], mask[here] = windows.tokens, windows.mask
         return Windows(tokens, mask)
 
