@@ -62,6 +62,7 @@ def step(
     trainer._stage = stage = CountsWaits(waits)
     trainer.model.train()
     with place(trainer):
+        trainer._try_ways()  # once per process, so not part of a step's waits
         waits.clear()
         loss = trainer.training_step(trainer.model, rows)
         counted = dict(stage.waits) | {"by line": dict(waits.most_common())}
