@@ -29,7 +29,7 @@ IN_LAYOUT = "topd"
 class Rule:
     """A layer's own rule of which earlier tokens a token attends to, by position in an unpadded sequence."""
 
-    function: Callable[..., Tensor] = causal_mask_function
+    function: Callable[..., Any] = causal_mask_function
 
     @property
     def causal(self) -> bool:

@@ -79,9 +79,10 @@ def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache 
             read = end
             rows = [number * len(places) + slot for slot, at in enumerate(places) if at - padding == end]
             _copy_states(cache, branches, rows, place.numel())
-    for layer in branches.layers:
+    layers: list[Any] = branches.layers
+    for layer in layers:
         if hasattr(layer, "keys"):
-            layer.update = lambda keys, values, *_, **__: (keys, values)  # type: ignore[method-assign]
+            layer.update = lambda keys, values, *_, **__: (keys, values)
     return branches
 
 

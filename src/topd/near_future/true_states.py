@@ -99,7 +99,7 @@ def alone(backbone: nn.Module, ids: Tensor) -> Tensor:
 def ordinary_tokens(model: Any) -> Tensor:
     """Ids that have no special meaning to the model."""
     config = model.config.get_text_config()
-    special = {padding_id(model)}
+    special: set[int | None] = {padding_id(model)}
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
         value = getattr(config, name, None)
         special |= set(value) if isinstance(value, list) else {value}

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.demo.pair import resolve_model
+from topd.errors import DataError, TOPDError
 from topd.generation import end_token_ids
 from topd.prompting import prompt_ids
 from topd.training.command import loading
@@ -110,6 +111,8 @@ def describe(role: str, name: str, trust_remote_code: bool = False, revision: st
     folder = resolve_model(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     tokenizer = tokenizer_of(folder, trust_remote_code, revision)
+    if tokenizer is None:
+        raise TOPDError(f"{name} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
     config = loading("config", folder, AutoConfig.from_pretrained, folder, **options)
     try:
         generation = GenerationConfig.from_pretrained(folder, revision=revision or "main")

@@ -132,7 +132,7 @@ def _check_kind(name: str, value: Any, kinds: Any) -> None:
 
 def check_kinds(config: Any) -> None:
     """Raise `ValueError` where an option that holds text, a number or a truth value was given another kind of value."""
-    hints = _hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]
     for option in fields(config):
         value, hint = getattr(config, option.name), hints[option.name]
         if value is option.default or not _is_plain(hint) or (_is_text(hint) and isinstance(value, os.PathLike)):

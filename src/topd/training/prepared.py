@@ -96,8 +96,8 @@ def prepared_models(
             args.teacher_model_init_kwargs = None
     if not (isinstance(student, str) or isinstance(teacher, str)) and trained_together(student, teacher):
         base = base_of_student(student, peft)
-        notes = (_in_words_shared(student), NEW_ADAPTER if peft is not None else "")
-        return Prepared(student, base, tuple(filter(None, notes)), shared=True)
+        shared = (_in_words_shared(student), NEW_ADAPTER if peft is not None else "")
+        return Prepared(student, base, tuple(filter(None, shared)), shared=True)
 
     trust, options = args.trust_remote_code, _dict(args.model_init_kwargs)
     ours, theirs = (
