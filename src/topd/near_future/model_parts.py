@@ -14,11 +14,10 @@ from topd.errors import TOPDError
 
 def backbone_of(model: Any) -> nn.Module:
     """The decoder without its output head (adapters stay in place)."""
-    inner: Any = model.base_model.model if is_peft_model(model) else model
+    inner = model.base_model.model if is_peft_model(model) else model
     backbone: nn.Module = inner.base_model
-    if backbone is inner:  # its base_model_prefix names no attribute (Llama 4's text model)
-        named: nn.Module | None = getattr(inner, "model", None)
-        backbone = named if named is not None else inner.get_decoder()
+    if inner.base_model is inner:  # its base_model_prefix names no attribute (Llama 4's text model)
+        backbone = getattr(inner, "model", None) or inner.get_decoder()
     return backbone
 
 
