@@ -298,7 +298,7 @@ class OpenAIServer:
     def _say(self, message: str) -> None:
         if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
             self._last_message = time.monotonic()
-            logger.warning(message)
+            logger.warning(visible(message))
 
 
 def refuse_unfinished(reason: object) -> None:

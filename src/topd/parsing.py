@@ -42,7 +42,10 @@ def read_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, or holds what the module names. The message gives the line.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
     try:
         node = loader.get_single_node()
         if node is None:

@@ -116,7 +116,7 @@ def test_a_small_demo_writes_everything(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("topd.demo.run.QUICK", Size(steps=2, held_out=24, sampled=1, probe_rollouts=8, batch=8))
     results = run_demo(tmp_path, quick=True)
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["teacher"]["greedy"] == results["teacher"]["greedy"] > 0.8
+    assert written["teacher"]["greedy"] == results["teacher"]["greedy"] > 0.5
     assert [arm["name"] for arm in written["arms"]] == ["opd", "topd"]
     for arm in written["arms"]:
         for how in ("greedy", "sampled"):

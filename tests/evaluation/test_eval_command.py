@@ -25,7 +25,8 @@ ARGUMENTS = ["eval", "--limit", "12", "--samples", "3", "--batch", "8", "--tempe
 
 
 def run(out: Path, *more: str) -> int:
-    return main([*ARGUMENTS, "--out", str(out), *more])
+    benchmark = [] if "--benchmark" in more or "--compare" in more else ["--benchmark", "embedded"]
+    return main([*ARGUMENTS, *benchmark, "--out", str(out), *more])
 
 
 def records(out: Path, model: str = "student", benchmark: str = "embedded") -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ SMALL = ["--limit", "4", "--samples", "1", "--max-new-tokens", "8"]
 PROMPTS = ["--data", "embedded", *SMALL, "--limit", "16"]
 PAIR = [
     "--student", "embedded:student-standard", "--teacher", "embedded:teacher", "--data", "embedded",
-    "--rollouts", "3", "--batch", "1", "--max-new-tokens", "30", "--window-length", "4",
+    "--rollouts", "8", "--batch", "1", "--max-new-tokens", "30", "--window-length", "4",
 ]  # fmt: skip
 COMMANDS = {
     "eval": ["eval", "--model", STUDENT, "--benchmark", "embedded", *SMALL, "--out", "OUT"],
@@ -126,7 +126,7 @@ def test_a_chat_template_that_raises(tmp_path, capsys, fault):
     (tmp_path / "mine.jsonl").write_text('{"problem": "what is 1+1?", "answer": "2"}\n')
     command = ["eval", "--model", str(tmp_path / "model"), "--benchmark", str(tmp_path / "mine.jsonl"), *SMALL[2:]]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
-    assert "The chat template refuses a prompt, or is broken (TemplateError: no user role)" in message(capsys)
+    assert "The chat template cannot render a conversation: no user role" in message(capsys)
     fault("a chat template that raises", "a message; what was done is kept")
 
 
@@ -140,7 +140,8 @@ def test_an_output_folder_that_cannot_be(tmp_path, capsys, command):
 @pytest.mark.parametrize("name", ["..", "..=embedded:student-standard", "runs/.."])
 def test_results_are_not_written_above_out(tmp_path, capsys, name):
     assert main(["eval", "--model", name, *SMALL, "--out", str(tmp_path / "out")]) == 2
-    assert "its results need another name than '..'" in message(capsys)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
+    assert "Traceback" not in message(capsys)
 
 
 def test_an_error_of_ours_ends_in_a_message_and_a_traceback_in_a_file(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from bad_pairs import conversations, copy_of
 from test_checks import MESSAGES, assert_says, setup_for, template
 
 from topd.cli import main
+from topd.errors import TOPDError
 from topd.preflight import asked, machine, prompts, quality
 
 PAIR = ("embedded:student-standard", "embedded:teacher")
@@ -103,9 +104,8 @@ def test_a_folder_below_a_file_is_no_output_folder(tmp_path):
 def test_a_template_that_renders_to_nothing_is_an_error(tmp_path):
     student = template(copy_of("student-standard", tmp_path / "student"), MESSAGES.replace("m['content']", "''"))
     setup = setup_for(student, "embedded:teacher", "--data", conversations(tmp_path / "data.jsonl"))
-    finding = prompts.sample(setup)
-    assert finding.verdict == "error"
-    assert_says(finding, "have no tokens", "renders them to nothing")
+    with pytest.raises(TOPDError, match="it writes nothing"):
+        prompts.sample(setup)
 
 
 def test_rollouts_that_are_all_cut_are_a_warning():

@@ -35,7 +35,7 @@ def test_ready(capsys):
 def test_without_any_option_the_embedded_pair_shows_that_the_installation_is_whole(capsys):
     assert main(["check", "--samples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("embedded:student-standard from embedded:teacher")
+    assert out.startswith("embedded:long-student from embedded:long-teacher")
     assert out.rstrip().endswith("Ready: 15 checks, nothing found.")
 
 

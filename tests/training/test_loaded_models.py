@@ -139,7 +139,8 @@ def test_the_commands_take_adapters(adapter, tmp_path, capsys):
     few = ["--rollouts", "2", "--batch", "2", "--max-new-tokens", "12", "--window-length", "4"]
     assert main(["probe", *pair, *few, "--out", str(tmp_path / "probe")]) == 0
     assert main(["correct", *pair, *few, "--steps", "1", "--arms", "opd", "--out", str(tmp_path / "correct")]) == 0
-    command = ["eval", "--model", str(folder), "--limit", "2", "--samples", "1", "--max-new-tokens", "8"]
+    command = ["eval", "--model", str(folder), "--limit", "2", "--samples", "1", "--max-new-tokens", "8",
+               "--benchmark", "embedded"]  # fmt: skip
     assert main([*command, "--out", str(tmp_path / "eval")]) == 0
     settings = json.loads((tmp_path / "eval" / "adapter" / "embedded.settings.json").read_text())
     assert settings["fingerprint"]

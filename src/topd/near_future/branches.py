@@ -46,6 +46,10 @@ def hidden_with_branches(
     """Last hidden states at the contexts of the response tokens and of the window tokens.
 
     Args:
+        model: of transformers.
+        backbone: its decoder.
+        rollouts: that the windows branch off.
+        branches: the windows.
         ways: what is exact for the model; None: asks `ways_of`.
 
     Returns:

@@ -148,8 +148,8 @@ class Check:
     def _stop_unless_head(self) -> None:
         row = self.sample.rollouts.input_ids[1:]
         try:
-            logits = self.model(input_ids=row, use_cache=False).logits[0].float()
-            found = output_head(self.model).logits(self.sample.row_states[1]).float()
+            logits = self.model(input_ids=row, use_cache=False).logits[0]
+            found = output_head(self.model).logits(self.sample.row_states[1])
             error = self.sample.error(found, logits)
         except Exception as failure:
             error = _in_words(failure)

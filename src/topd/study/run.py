@@ -119,9 +119,9 @@ KEPT_METRICS = (
 def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By metric, its value at each step that has one."""
     return {
-        name: {str(entry["step"]): float(f"{entry[name]:.4g}") for entry in log if name in entry}
+        name: {str(entry["step"]): float(f"{entry[name]:.4g}") for entry in log if entry.get(name) is not None}
         for name in KEPT_METRICS
-        if any(name in entry for entry in log)
+        if any(entry.get(name) is not None for entry in log)
     }
 
 
