@@ -103,7 +103,8 @@ def test_responses_do_not_depend_on_the_batch(evaluated: Path, tmp_path: Path) -
 def test_killed_and_started_again_it_ends_the_same(evaluated: Path, tmp_path: Path) -> None:
     """kill -9 in the middle, a torn last line, then the same command."""
     file = tmp_path / "student" / "embedded.samples.jsonl"
-    command = [sys.executable, "-m", "topd.cli", *ARGUMENTS, "--out", str(tmp_path), "--model", STUDENT, "--batch", "1"]
+    command = [sys.executable, "-m", "topd.cli", *ARGUMENTS, "--benchmark", "embedded", "--out", str(tmp_path),
+               "--model", STUDENT, "--batch", "1"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     deadline = time.monotonic() + 120
     while (not file.exists() or file.read_bytes().count(b"\n") < 10) and time.monotonic() < deadline:
@@ -125,11 +126,12 @@ def test_a_broken_line_in_the_middle_costs_its_own_sample_only(
     shutil.copytree(evaluated / "student", tmp_path / "student")
     file = tmp_path / "student" / "embedded.samples.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([*lines[:5], lines[5][:20] + "\n", *lines[6:]]))
+    broken = next(at for at, line in enumerate(lines) if json.loads(line)["sample"] == 2)
+    file.write_text("".join([*lines[:broken], lines[broken][:20] + "\n", *lines[broken + 1 :]]))
     assert write_result(tmp_path / "student")["benchmarks"]["embedded"]["samples"] == 2  # all that each problem has
     assert run(tmp_path, "--model", STUDENT) == 0
     assert "35 of 36 are there" in capsys.readouterr().out
-    assert file.read_text().splitlines(keepends=True) == [*lines[:5], *lines[6:], lines[5]]
+    assert file.read_text().splitlines(keepends=True) == [*lines[:broken], *lines[broken + 1 :], lines[broken]]
 
 
 @pytest.mark.parametrize(

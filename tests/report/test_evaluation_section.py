@@ -65,7 +65,7 @@ def test_evaluations_that_cannot_be_read_or_compared(tmp_path: Path) -> None:
     (folder / "topd" / "mine.settings.json").write_text("[")
     page = page_of(folder)
     assert "not every problem of mine has a sample yet" in page.text
-    assert "it was left out" in page.text
+    assert "mine.settings.json cannot be read" in page.text
     assert "1 model on 3 benchmarks" in page.text
     write_evaluation(folder / "opd", "mine", np.ones((31, 1)))
     with pytest.raises(TOPDError, match="asked other problems under the name mine"):

@@ -104,6 +104,7 @@ def test_the_command_says_it_once(tmp_path, caplog, capsys, preflight):
 def dtypes_of(trainer):
     """(role, whether gradients are kept) -> the dtypes that linear layers compute in during two training steps."""
     seen = {}
+    trainer._try_ways()  # before the first use, in the models' own dtype
     for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         for name in ("q_proj", "down_proj"):
             for module in (each for path, each in model.named_modules() if path.endswith(name)):
