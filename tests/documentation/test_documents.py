@@ -100,7 +100,7 @@ def script_of(name):
 def test_the_tables_of_results_are_what_the_studies_say():
     script = script_of("results_page")
     text = script.PAGE.read_text(encoding="utf-8")
-    assert text.count("<!-- table: ") == len(script.PLACE.findall(text)) >= 6
+    assert text.count("<!-- table: ") == len(script.PLACE.findall(text)) >= 3
     assert script.results_page(text) == text, "run python docs/results_page.py"
     other = text.replace("| topd |", "| topd, changed |", 1)
     assert script.results_page(other) == text
