@@ -168,6 +168,6 @@ def test_what_is_ours_and_what_a_user_does_stay_as_they_are():
         raise SavingError("mine")
     with pytest.raises(KeyboardInterrupt), guarded(None):
         raise KeyboardInterrupt
-    assert "permissions" in str(in_words(PermissionError(13, "Permission denied", "/root/out"), None))
+    assert "permissions" in str(in_words(PermissionError(13, "Permission denied", "/mine/out"), None))
     assert "pip install 'topd[report]'" in str(in_words(ImportError(name="matplotlib"), None))
     assert "chat template" in str(in_words(jinja2.TemplateSyntaxError("odd", 1), Path("/nowhere/at/all")))
