@@ -11,10 +11,10 @@ TORCH ?= torch==2.13.0
 
 .PHONY: demo quick test newest oldest triton cuda slow faults check bench docs env clean
 
-demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo (under 10 minutes)
+demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo
 	$(BIN)/topd demo
 
-quick: env  ## the same in under 2 minutes
+quick: env  ## the same, shorter
 	$(BIN)/topd demo --quick --out runs/quick
 
 test: env  ## lint, types, import directions, then every test that is not marked slow

@@ -46,7 +46,7 @@ def test_waits_stop_growing_however_often_it_fails():
 def test_a_server_that_never_answered_is_given_up_soon(url, monkeypatch):
     monkeypatch.setattr("topd.openai_server.FIRST_CONTACT", 0.4)
     began = time.monotonic()
-    with pytest.raises(ServerError, match=r"cannot be reached .*ConnectError.*mend the address"):
+    with pytest.raises(ServerError, match=r"cannot be reached .*ConnectError.*correct the address"):
         OpenAIServer(url).models()
     assert time.monotonic() - began < 4
 

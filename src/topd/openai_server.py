@@ -102,7 +102,7 @@ class OpenAIServer:
     """
 
     def __init__(
-        self, url: str, limits: Limits = Limits(), name: str = "The server", remedy: str = "Mend or restart it.",
+        self, url: str, limits: Limits = Limits(), name: str = "The server", remedy: str = "Fix or restart it.",
         key_variable: str | None = None,
     ) -> None:  # fmt: skip
         self._address = parse_address(url, name, key_variable)
@@ -288,7 +288,7 @@ class OpenAIServer:
     def _given_up(self, path: str, problem: str) -> ServerError:
         if not self._reached:
             return ServerError(
-                f"{self.named} cannot be reached ({path}: {problem}). Start it first, or mend the address: "
+                f"{self.named} cannot be reached ({path}: {problem}). Start it first, or correct the address: "
                 "http://HOST:PORT, as it is seen from this machine."
             )
         return ServerError(

@@ -56,7 +56,7 @@ def test_a_wrong_address_is_told_in_seconds(command, patience, no_weights, tmp_p
     assert time.monotonic() - began < 20  # 5 s, and a busy machine
     assert f"server at {NOBODY} cannot be reached" in error
     assert "connection attempts failed" in error
-    assert "mend the address" in error
+    assert "correct the address" in error
     assert "Traceback" not in error
 
 

@@ -44,7 +44,7 @@ ARMS: tuple[Method, ...] = ("opd", "topd")
 
 @dataclass(frozen=True)
 class Size:
-    """How long a demo is: the full one under 10 minutes on two cores, the quick one under 2."""
+    """How long a demo is."""
 
     steps: int
     held_out: int

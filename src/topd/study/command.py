@@ -157,7 +157,7 @@ def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, e
         each(records)
     if failed:
         told = "\n".join(f"  {line}" for line in failed[:5])
-        raise TOPDError(f"{len(failed)} runs failed; the others are kept. Mend the cause and start again:\n{told}")
+        raise TOPDError(f"{len(failed)} runs failed; the others are kept. Fix the cause and start again:\n{told}")
     return records
 
 

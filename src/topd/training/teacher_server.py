@@ -13,7 +13,7 @@ from topd.openai_server import Limits, OpenAIServer
 from topd.training.config import TOPDConfig
 
 REMEDY = (
-    "Mend or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
+    "Fix or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
     "teacher_server_patience and teacher_server_timeout say how long it is waited for."
 )
 
