@@ -5,7 +5,7 @@ ENV := .venv/.made
 export HF_HUB_OFFLINE ?= 1
 
 # The core: what depends on the versions of torch, transformers, trl, accelerate, peft and the solvers.
-CORE := tests/algorithm tests/near_future tests/training tests/warmstart tests/examples tests/analysis tests/preflight
+CORE := tests/algorithm tests/near_future tests/teachers tests/loading tests/training tests/warmstart tests/examples tests/analysis tests/check
 # The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.13` takes others.
 TORCH ?= torch==2.13.0
 

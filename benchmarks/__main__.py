@@ -23,7 +23,7 @@ from benchmarks import CASES, Size
 from benchmarks.environment import environment, load_average, plain, say
 from benchmarks.row import Row
 from benchmarks.table import markdown, print_table
-from topd.files import write_json
+from topd.runs.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

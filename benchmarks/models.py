@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from topd.demo.task import make_problems
-from topd.demo.tokenizer import build_tokenizer
+from topd.embedded.task import make_problems
+from topd.embedded.tokenizer import build_tokenizer
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -7,10 +7,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from topd.cli.train import DataArguments
+from topd.cli.warmstart import SolutionArguments
 from topd.training import TOPDConfig
-from topd.training.command import DataArguments
 from topd.warmstart import WarmStartConfig
-from topd.warmstart.command import SolutionArguments
 
 PAGE = Path(__file__).with_name("options.md")
 SECTIONS = {

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from topd import TOPDConfig, TOPDTrainer
-from topd.data import load_prompts
+from topd.loading.data import load_prompts
 
 DROPPED = range(12, 18)  # layers of the teacher that the student lacks: the middle ones matter least
 COLUMNS = ("loss", "token_loss/mean", "distance/q50", "false_alarm_share", "forks/per_rollout")

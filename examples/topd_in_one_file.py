@@ -23,8 +23,8 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import cosine_similarity, one_hot, pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from topd.demo.pair import pair_folder
-from topd.demo.task import is_correct, make_problems
+from topd.embedded.pair import pair_folder
+from topd.embedded.task import is_correct, make_problems
 
 WINDOW_LENGTH = 50  # K, tokens of a window (the paper)
 STUDENT_WINDOW = "rollout"  # its own next tokens, or "candidate", or "regenerated": the paper's text fits all three

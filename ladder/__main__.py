@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ladder.levels import LEVELS
-from topd.files import write_json
+from topd.runs.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

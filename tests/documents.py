@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from topd.check_cli import check_parser, parsed
-from topd.cli import _parser
-from topd.training.command import parse
-from topd.warmstart.command import parse as parse_warmstart
+from topd.cli.check import check_parser, parsed
+from topd.cli.main import _parser
+from topd.cli.train import parse
+from topd.cli.warmstart import parse as parse_warmstart
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

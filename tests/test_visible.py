@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from topd import cli
+from topd.check.finding import Finding
+from topd.check.table import findings_table
 from topd.errors import TOPDError
-from topd.openai_server import OpenAIServer
-from topd.preflight.finding import Finding
-from topd.preflight.table import findings_table
 from topd.report.reading import clean
+from topd.teachers.openai_server import OpenAIServer
 from topd.visible import visible
 
 HOSTILE = "\x1b[2Ja\x9b31mb\u202ec\u2066d\u200fe\x07\r\x7f"

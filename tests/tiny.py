@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.demo.build import new_model
-from topd.demo.task import make_problems
-from topd.demo.tokenizer import build_tokenizer
+from topd.embedded.task import make_problems
+from topd.embedded.tokenizer import build_tokenizer
 from topd.training import TOPDConfig, TOPDTrainer
 
 TOKENIZER = build_tokenizer()

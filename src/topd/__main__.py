@@ -2,7 +2,7 @@
 
 import sys
 
-from topd.cli import main
+from topd.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,9 +11,9 @@ from topd.algorithm import token_kl
 from topd.analysis.correct import ARMS, CorrectOptions, Corrector, find_forks
 from topd.analysis.correct_command import OPTIONS, RECORDS, RESULT
 from topd.analysis.probe import ProbeOptions, measure
-from topd.cli import main
-from topd.demo.pair import pair_folder
-from topd.demo.task import is_correct, make_problems
+from topd.cli.main import main
+from topd.embedded.pair import pair_folder
+from topd.embedded.task import is_correct, make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.training import TOPDConfig
 from topd.training.gradient_ratio import last_parameters

@@ -9,7 +9,7 @@ from tiny import TOKENIZER, tiny_model
 
 from topd.analysis.probe import ProbeOptions, measure, probe
 from topd.analysis.probe_summary import Probe, token_table
-from topd.demo.task import make_problems
+from topd.embedded.task import make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
 
 

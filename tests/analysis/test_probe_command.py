@@ -5,7 +5,7 @@ import json
 import pytest
 
 from topd.analysis.probe_command import OPTIONS, RECORDS, RESULT
-from topd.cli import main
+from topd.cli.main import main
 
 ARGUMENTS = ["probe", "--rollouts", "6", "--batch", "2", "--max-new-tokens", "24", "--window-length", "5", "3"]
 

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from topd.demo.accuracy import correct_answers
 from topd.demo.build import RECIPES
-from topd.demo.pair import pair_folder
 from topd.demo.run import Size, run_demo
-from topd.demo.task import (
+from topd.embedded.pair import pair_folder
+from topd.embedded.task import (
     TEACHER,
     Problem,
     Style,
@@ -23,8 +22,9 @@ from topd.demo.task import (
     sample_problem,
     write_solution,
 )
-from topd.demo.tokenizer import build_tokenizer
+from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import TOPDError
+from topd.evaluation.embedded import correct_answers
 
 LEVELS = ("short", "long")
 

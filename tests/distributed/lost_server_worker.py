@@ -20,9 +20,9 @@ from doomed_runs import STEPS, equal
 from tiny import TOKENIZER, prompts, tiny_config, tiny_model
 
 from topd.errors import RunInterrupted, ServerError
-from topd.openai_server import WaitingStopped
+from topd.runs.checkpoints import damage
+from topd.teachers.openai_server import WaitingStopped
 from topd.training import TOPDTrainer
-from topd.training.checkpoints import damage
 
 ENDS = {"lost": (ServerError, ServerError("no server here")), "stopped": (RunInterrupted, WaitingStopped())}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.worker import run_case
-from near_future.fake_server import serving
+from teachers.fake_server import serving
 from tiny import TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
 

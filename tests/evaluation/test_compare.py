@@ -12,7 +12,7 @@ import pytest
 from made_evaluations import write_evaluation
 from rich.console import Console
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm
 from topd.evaluation.compare import compare, evaluation_folders

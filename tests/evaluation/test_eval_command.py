@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fake_openai import fake_server
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.evaluation.answers import verdict
 from topd.evaluation.compare import COMPARISON
 from topd.evaluation.results import RESULT, write_result

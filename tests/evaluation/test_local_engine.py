@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
 
-from topd.demo.task import make_problems
+from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
 from topd.evaluation.local_engine import LocalEngine, OwnRandomNumbers
 from topd.evaluation.responses import Request, Response, Sampling, prompt_ids

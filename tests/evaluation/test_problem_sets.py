@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from topd.demo.task import make_problems
+from topd.embedded.task import make_problems
 from topd.errors import TOPDError
 from topd.evaluation import benchmarks
 from topd.evaluation.benchmarks import BENCHMARKS, load_benchmark

@@ -5,12 +5,12 @@ import json
 import pytest
 from fake_openai import fake_server, good_answer
 
-from topd import openai_server
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import ServerError
 from topd.evaluation.responses import Request, Sampling
 from topd.evaluation.server_engine import ServerEngine
-from topd.openai_server import TRIES, Limits
+from topd.teachers import openai_server
+from topd.teachers.openai_server import TRIES, Limits
 
 TEXT = [Request(n, f"prompt number {n}") for n in range(12)]
 

@@ -20,8 +20,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 import topd.near_future.matching
 import topd.training.trainer
 from topd.demo.build import new_model
-from topd.demo.task import make_problems
-from topd.demo.tokenizer import build_tokenizer
+from topd.embedded.task import make_problems
+from topd.embedded.tokenizer import build_tokenizer
 from topd.training import TOPDConfig, TOPDTrainer
 
 ONE_FILE = Path(__file__).parents[2] / "examples" / "topd_in_one_file.py"
@@ -275,7 +275,7 @@ def test_the_file_is_short_and_stands_alone() -> None:
             assert node.level == 0
             imported.add(node.module or "")
     ours = {name for name in imported if name.split(".")[0] == "topd"}
-    assert all(name.startswith("topd.demo") for name in ours)
+    assert all(name.startswith("topd.embedded") for name in ours)
     others = {name.split(".")[0] for name in imported - ours}
     assert others - sys.stdlib_module_names <= {"torch", "transformers", "scipy", "numpy"}
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import prompts, tiny_trainer
 
-from topd.demo.pair import pair_folder
+from topd.embedded.pair import pair_folder
 from topd.errors import RunInterrupted, TOPDError
+from topd.runs.checkpoints import newest_whole
 from topd.training import TOPDTrainer, surviving, trainer
-from topd.training.checkpoints import newest_whole
 
 STEPS = 5
 PROCESSES = multiprocessing.get_context("forkserver")

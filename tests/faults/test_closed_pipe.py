@@ -8,8 +8,8 @@ import sys
 import pytest
 from report.made_records import record, write_arm
 
-from topd.closed_pipe import output_may_close
-from topd.training.interrupts import StopWhenAsked
+from topd.runs.closed_pipe import output_may_close
+from topd.runs.interrupts import StopWhenAsked
 
 TRAIN = [
     "train", "--model_name_or_path", "embedded:student-standard",

@@ -11,12 +11,12 @@ import jinja2
 import pytest
 from report.made_records import record, write_arm, write_correct
 
-from topd.cli import main
-from topd.demo.pair import pair_folder
+from topd.cli.main import main
+from topd.embedded.pair import pair_folder
 from topd.errors import SavingError
 from topd.evaluation.local_engine import LocalEngine
 from topd.evaluation.responses import Response
-from topd.guard import guarded, in_words
+from topd.runs.guard import guarded, in_words
 
 STUDENT = "student=embedded:student-standard"
 SMALL = ["--limit", "4", "--samples", "1", "--max-new-tokens", "8"]

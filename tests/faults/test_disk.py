@@ -13,10 +13,10 @@ import transformers
 from doomed_runs import equal, exit_status, result_of
 from tiny import tiny_model, tiny_trainer
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import ResumeError, SavingError
-from topd.training import surviving
-from topd.training.checkpoints import CHECKSUMS, UNFINISHED, checkpoint_to_resume, damage, newest_whole
+from topd.runs import resumable_trainer as surviving
+from topd.runs.checkpoints import CHECKSUMS, UNFINISHED, checkpoint_to_resume, damage, newest_whole
 
 SAVES = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -233,8 +233,8 @@ def test_a_new_run_keeps_the_records_of_an_earlier_one(tmp_path):
 
 
 def test_records_with_any_line_separator_survive_the_cut(tmp_path):
-    from topd.files import append_records
-    from topd.training.audit import cut_records
+    from topd.runs.files import append_records
+    from topd.runs.resumable import cut_records
 
     file = tmp_path / "audit.jsonl"
     records = [{"step": step, "prompt": "a\u2028b\x85c"} for step in (1, 2, 3)]

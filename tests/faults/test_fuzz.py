@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_data import NAMES, ROWS, accept_or_explain, write
 from trl import ModelConfig
 
-from topd.cli import main
+from topd.cli.main import main
+from topd.cli.train import DataArguments, parse
 from topd.errors import TOPDError
-from topd.training.command import DataArguments, parse
+from topd.loading.options import _fits
 from topd.training.config import TOPDConfig
-from topd.training.options import _fits
 
 KINDS = (ModelConfig, TOPDConfig, DataArguments)
 HINTS = {

@@ -7,7 +7,7 @@ import time
 import pytest
 from doomed_runs import STEPS, equal, exit_status, result_of, start
 
-from topd.training.checkpoints import newest_whole
+from topd.runs.checkpoints import newest_whole
 
 MOMENTS = [
     "rollouts sampled",

@@ -8,14 +8,14 @@ import time
 import pytest
 from doomed_runs import STEPS, equal
 from doomed_runs import result_of as result_with_evaluations
-from near_future.fake_server import serving
+from teachers.fake_server import serving
 from tiny import TOKENIZER, prompts, tiny_config, tiny_model
 from transformers import TrainerCallback
 
-from topd import openai_server
 from topd.errors import RunInterrupted, ServerError
+from topd.runs.checkpoints import damage
+from topd.teachers import openai_server
 from topd.training import TOPDTrainer
-from topd.training.checkpoints import damage
 
 OPTIONS = {
     "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "audit_steps": 1, "eval_strategy": "steps",

@@ -6,8 +6,8 @@ from tiny import tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
 from topd.errors import NonFiniteError
-from topd.training.checkpoints import damage
-from topd.training.non_finite import first_non_finite
+from topd.runs.checkpoints import damage
+from topd.runs.non_finite import first_non_finite
 
 SAVES = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}
 

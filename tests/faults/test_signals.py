@@ -11,10 +11,10 @@ from doomed_runs import equal, exit_status, result_of, start
 from tiny import tiny_trainer
 from transformers import TrainerCallback
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import RunInterrupted
-from topd.training.checkpoints import damage
-from topd.training.interrupts import StopWhenAsked
+from topd.runs.checkpoints import damage
+from topd.runs.interrupts import StopWhenAsked
 
 
 class Flow:

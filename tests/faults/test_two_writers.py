@@ -8,14 +8,14 @@ import sys
 import pytest
 from tiny import tiny_trainer
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import TOPDError
-from topd.sole_writer import LOCK, sole_writer
+from topd.runs.sole_writer import LOCK, sole_writer
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from topd.sole_writer import sole_writer
+from topd.runs.sole_writer import sole_writer
 with sole_writer(Path(sys.argv[1]), *sys.argv[2:]):
     print("held", flush=True)
     time.sleep(600)

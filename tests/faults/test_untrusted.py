@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_trainer
 
-from topd.analysis_cli import load_pair
-from topd.cli import main
-from topd.demo.pair import pair_folder
+from topd.cli.analyses import load_pair
+from topd.cli.main import main
+from topd.embedded.pair import pair_folder
 from topd.errors import ResumeError
-from topd.training.checkpoints import CHECKSUMS
+from topd.runs.checkpoints import CHECKSUMS
 
 SAVES = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}
 EMBEDDED = ["--data", "embedded", "--max_completion_length", "8", "--use_cpu", "true", "--bf16", "false"]

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from documents import assert_parses, commands_of
 
-from topd.cli import _parser
-from topd.training.command import parse
-from topd.warmstart.command import parse as parse_warmstart
+from topd.cli.main import _parser
+from topd.cli.train import parse
+from topd.cli.warmstart import parse as parse_warmstart
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
 ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))

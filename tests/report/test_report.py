@@ -14,7 +14,7 @@ import pytest
 from made_records import HOSTILE, candidate, record, write_arm, write_correct, write_probe, write_results
 from read_page import Page, assert_harmless, page_of
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.report import ReportError, write_report
 from topd.report.analyses import Case, Window
 from topd.report.case import typical

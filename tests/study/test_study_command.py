@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_studies import plan
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import TOPDError
 from topd.study import command
 from topd.study.run import settings_of

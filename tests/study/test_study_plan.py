@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_studies import plan
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.study.config import plan_of, read_plan
 from topd.study.run import job_of
 

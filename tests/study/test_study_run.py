@@ -6,10 +6,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from preflight.bad_pairs import other_tokenizer
+from check.bad_pairs import other_tokenizer
 from small_studies import files_of, plan
 
-from topd.demo.pair import resolve_model
+from topd.embedded.pair import resolve_model
 from topd.errors import TokenizerMismatchError
 from topd.study import command
 from topd.study.run import Curve, Job, known_record, run_job, scratch_folder

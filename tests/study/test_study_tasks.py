@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_studies import files_of, plan
 
-from topd.demo.pair import resolve_model
+from topd.embedded.pair import resolve_model
 from topd.errors import ContextError, TOPDError
 from topd.study.tasks import task_of
 

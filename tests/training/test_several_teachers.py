@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from tiny import prompts, tiny_config, tiny_model, tiny_trainer
 
-from topd.cli import main
+from topd.cli.main import main
 from topd.errors import TOPDError
 from topd.training import several_teachers
 from topd.training.several_teachers import MOPDTrainer

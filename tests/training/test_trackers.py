@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_trainer
 
+from topd.runs.stages import STAGES
 from topd.training.metrics import NEAR_FUTURE_METRICS
-from topd.training.stages import STAGES
 
 Series = dict[str, list[float]]
 """By the tracker's name of a metric, its values in the order of steps."""

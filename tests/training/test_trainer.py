@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from check.bad_pairs import swap_two_tokens
 from datasets import Dataset
-from preflight.bad_pairs import swap_two_tokens
 from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
-from topd.demo.pair import pair_folder
+from topd.embedded.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
+from topd.runs.stages import STAGES
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
 from topd.training.metrics import NEAR_FUTURE_METRICS
-from topd.training.stages import STAGES
 
 VARIANTS = [
     {"method": "opd-capped"},

@@ -12,8 +12,8 @@ import pytest
 from datasets import load_dataset
 from fake_openai import fake_server
 
-from topd.cli import main
-from topd.demo.task import is_correct
+from topd.cli.main import main
+from topd.embedded.task import is_correct
 from topd.warmstart.generate import different
 from topd.warmstart.solutions import clean, load_solutions
 

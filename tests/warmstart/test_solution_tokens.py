@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 from tiny import tiny_model
 
-from topd.demo.tokenizer import build_tokenizer
+from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import TOPDError
-from topd.prompting import prompt_ids
+from topd.loading.prompts import prompt_ids
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 from topd.warmstart.tokens import as_generated, check_that_it_can_stop, endings
 

@@ -9,14 +9,14 @@ import torch
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from topd.cli import main
-from topd.demo.accuracy import greedy_accuracy
-from topd.demo.pair import pair_folder
-from topd.demo.task import TEACHER, make_problems, write_solution
-from topd.demo.tokenizer import build_tokenizer
+from topd.cli.main import main
+from topd.cli.warmstart import SolutionArguments
+from topd.cli.warmstart import solutions as training_rows
+from topd.embedded.pair import pair_folder
+from topd.embedded.task import TEACHER, make_problems, write_solution
+from topd.embedded.tokenizer import build_tokenizer
+from topd.evaluation.embedded import greedy_accuracy
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
-from topd.warmstart.command import SolutionArguments
-from topd.warmstart.command import solutions as training_rows
 
 RECIPE = ["warmstart", "--config", "recipes/embedded-warmstart.yaml"]
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]

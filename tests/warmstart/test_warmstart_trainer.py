@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny import TOKENIZER, tiny_model
 from trl import SFTTrainer
 
-from topd.demo.task import TEACHER, make_problems, write_solution
+from topd.embedded.task import TEACHER, make_problems, write_solution
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from topd.analysis.probe import ProbeOptions, measure
 from topd.analysis.probe_summary import ROUNDING
-from topd.generation import end_token_ids, padding_id
 from topd.near_future import (
     DistilledModel,
     LocalModel,
@@ -29,6 +28,7 @@ from topd.near_future import (
     Windows,
     near_future_transport,
 )
+from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
 from topd.analysis.probe_summary import Probe, token_table
-from topd.files import append_records, write_json
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
-from topd.resumable import Records, earlier_records, write_options
+from topd.runs.files import append_records, write_json
+from topd.runs.resumable import Records, earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
 

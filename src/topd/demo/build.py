@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from topd.demo.accuracy import greedy_accuracy
-from topd.demo.pair import pair_folder
-from topd.demo.task import (
+from topd.embedded.pair import pair_folder
+from topd.embedded.task import (
     LONG_STUDENT,
     STUDENTS,
     TEACHER,
@@ -27,8 +26,9 @@ from topd.demo.task import (
     sample_problem,
     write_solution,
 )
-from topd.demo.tokenizer import MAX_LENGTH, build_tokenizer
-from topd.files import write_json
+from topd.embedded.tokenizer import MAX_LENGTH, build_tokenizer
+from topd.evaluation.embedded import greedy_accuracy
+from topd.runs.files import write_json
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from transformers import (
 
 from topd.analysis.probe import ProbeOptions
 from topd.analysis.probe_command import ProbeRun, run_probe
-from topd.demo.accuracy import MAX_NEW_TOKENS, correct_answers
-from topd.demo.pair import pair_folder
 from topd.demo.table import results_table
-from topd.demo.task import Problem, make_problems
+from topd.embedded.pair import pair_folder
+from topd.embedded.task import Problem, make_problems
+from topd.evaluation.embedded import MAX_NEW_TOKENS, correct_answers
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
-from topd.files import write_json
-from topd.quiet import quieten
+from topd.runs.files import write_json
+from topd.runs.quiet import quieten
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
 from topd.version import __version__

@@ -52,7 +52,7 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
         TOPDError: rule "math" without the package math-verify.
     """
     if rule == "embedded":
-        from topd.demo.task import extract_answer
+        from topd.embedded.task import extract_answer
 
         extracted = extract_answer(text)
         return Verdict(extracted, extracted == answer, extracted is not None)

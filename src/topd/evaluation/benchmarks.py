@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from topd.data import load_prompts
 from topd.errors import DataError, TOPDError
 from topd.evaluation import lm_eval_answers
 from topd.evaluation.answers import Rule
+from topd.loading.data import load_prompts
 
 PromptStyle = Literal["boxed", "lm-eval"]
 """boxed: ours. lm-eval: the prompt and the reading of answers of lm-evaluation-harness, which the paper used."""
@@ -133,7 +133,7 @@ def _label_and_source(name: str) -> tuple[str, str | None]:
 
 
 def _embedded(label: str, count: int) -> list[dict[str, Any]]:
-    from topd.demo.task import DATA, make_problems
+    from topd.embedded.task import DATA, make_problems
 
     problems = make_problems(count, EMBEDDED_SEED, held_out=True, level=DATA[label])
     return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]

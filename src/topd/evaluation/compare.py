@@ -11,8 +11,8 @@ from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm
 from topd.evaluation.power import power_of
 from topd.evaluation.results import Results, benchmarks_in, read_results
-from topd.files import write_json
 from topd.paper import MEAN
+from topd.runs.files import write_json
 
 COMPARISON = "comparison.json"
 PAPER_GAIN = 0.044

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from topd.errors import ContextError
 from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
-from topd.generation import end_token_ids, own_settings_only, padding_id
+from topd.near_future.generation import end_token_ids, own_settings_only, padding_id
 
 
 class LocalEngine:

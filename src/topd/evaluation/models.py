@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from topd.demo.pair import resolve_model
+from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 
 _WEIGHTS = (

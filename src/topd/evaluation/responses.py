@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from topd import prompting
 from topd.errors import TOPDError
+from topd.loading import prompts as prompting
 
 SEED_STRIDE = 1_000_003
 """A response's own seed is `seed * SEED_STRIDE + number`."""

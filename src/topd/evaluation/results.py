@@ -11,8 +11,8 @@ import numpy as np
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_interval, majority_value, pass_at_k, sampling_error
 from topd.evaluation.statistics import Floats
-from topd.files import read_object, read_records, write_json
 from topd.paper import TABLE_1
+from topd.runs.files import read_object, read_records, write_json
 
 RESULT = "eval.json"
 SETTINGS, SAMPLES = ".settings.json", ".samples.jsonl"

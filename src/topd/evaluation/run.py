@@ -18,8 +18,8 @@ from topd.evaluation.benchmarks import ProblemSet
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.responses import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
-from topd.files import append_records
-from topd.resumable import earlier_records, write_options
+from topd.runs.files import append_records
+from topd.runs.resumable import earlier_records, write_options
 from topd.version import __version__
 
 SAMPLE_STRIDE = 100_000

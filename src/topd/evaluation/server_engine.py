@@ -7,8 +7,8 @@ from typing import Any
 
 from topd.errors import ServerError
 from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling
-from topd.generation import NEUTRAL
-from topd.openai_server import Limits, OpenAIServer, UnusableAnswer, refuse_unfinished
+from topd.near_future.generation import NEUTRAL
+from topd.teachers.openai_server import Limits, OpenAIServer, UnusableAnswer, refuse_unfinished
 
 LIMITS = Limits(timeout=3600.0, concurrency=64)
 """A long response may take an hour where many are under way."""

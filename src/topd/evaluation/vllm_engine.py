@@ -8,7 +8,7 @@ from typing import Any
 from topd.errors import TOPDError
 from topd.evaluation.local_engine import check_context
 from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling, prompt_ids
-from topd.generation import NEUTRAL
+from topd.near_future.generation import NEUTRAL
 
 
 class VllmEngine:

@@ -4,9 +4,6 @@ from topd.near_future.branches import Branches, hidden_with_branches
 from topd.near_future.distilled_model import DistilledModel, fixed
 from topd.near_future.local_model import LocalModel
 from topd.near_future.matching import near_future_transport
-from topd.near_future.remote_teacher import RemoteTeacher
-from topd.near_future.remote_windows import RemoteWindows, connect, served_as
-from topd.near_future.routed_teacher import RoutedTeacher
 from topd.near_future.shared_prefix import Reading
 from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
@@ -19,17 +16,12 @@ __all__ = [
     "DistilledModel",
     "LocalModel",
     "Reading",
-    "RemoteTeacher",
-    "RemoteWindows",
     "Rollouts",
-    "RoutedTeacher",
     "Ways",
     "Windows",
-    "connect",
     "fixed",
     "hidden_with_branches",
     "near_future_transport",
     "rollout_windows",
-    "served_as",
     "ways_of",
 ]

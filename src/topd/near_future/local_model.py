@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from topd.algorithm.head import at_least_float32
-from topd.generation import own_settings_only
+from topd.near_future.generation import own_settings_only
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.padding import left_padded
 from topd.near_future.shared_prefix import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from topd.algorithm import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 from topd.algorithm.transport import GroundCost
 from topd.near_future.distilled_model import DistilledModel
-from topd.near_future.remote_teacher import RemoteTeacher
 from topd.near_future.windows import Rollouts, Windows, comparable
+
+if TYPE_CHECKING:
+    from topd.teachers.top_k import RemoteTeacher
 
 Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
 """Static input embeddings of a model, or its last hidden states over the windows."""

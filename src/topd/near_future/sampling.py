@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topd.generation import end_token_ids, padding_id
 from topd.near_future.distilled_model import DistilledModel, fixed
+from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.local_model import LocalModel
 from topd.near_future.windows import Rollouts
 

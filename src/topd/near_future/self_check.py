@@ -17,8 +17,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from topd.generation import own_settings_only
 from topd.near_future.branches import Branches, packed, rollout_hidden, separate
+from topd.near_future.generation import own_settings_only
 from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
 from topd.near_future.model_parts import backbone_of, evaluating, output_head
 from topd.near_future.padding import last_states, left_padded

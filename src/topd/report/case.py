@@ -12,11 +12,11 @@ from matplotlib.patches import FancyBboxPatch
 from rich.console import Console
 from rich.text import Text
 
-from topd.files import replacing
 from topd.report.analyses import Case, load_correct
 from topd.report.analysis_sections import Strip, case_text
 from topd.report.reading import ReportError
 from topd.report.svg import BLUE, INK
+from topd.runs.files import replacing
 
 _ROW, _LETTER, _LEFT = 0.34, 0.085, 2.3
 """Inches: height of a strip, width of a letter, where tokens begin."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from topd.files import write_text
 from topd.report.analysis_sections import correct_section, probe_section
 from topd.report.distances import distance_figures
 from topd.report.evaluation import evaluation_section, load_evaluations
@@ -26,6 +25,7 @@ from topd.report.rollouts import LEVELS, choose_rollouts
 from topd.report.runs import Run, load_runs
 from topd.report.study import study_section
 from topd.report.words import signed
+from topd.runs.files import write_text
 
 _HERE = Path(__file__).parent
 MOST_TOKENS = 30

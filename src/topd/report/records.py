@@ -17,7 +17,7 @@ from topd.report.reading import (
     read_provenance,
     strings,
 )
-from topd.server_address import without_secrets
+from topd.teachers.server_address import without_secrets
 
 MAX_CANDIDATES = 2000
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from topd.errors import TOPDError
-from topd.files import PART, write_json
+from topd.runs.files import PART, write_json
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import SCRATCH, Job, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise

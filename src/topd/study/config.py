@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import TOPDError
-from topd.server_address import without_secrets
+from topd.teachers.server_address import without_secrets
 
 REFERENCE = "opd"
 """The arm that every other one is compared with."""

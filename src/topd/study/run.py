@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topd.files import write_json
+from topd.runs.files import write_json
 from topd.study.config import ArmPlan, StudyPlan
 from topd.study.tasks import Task, task_of
 
@@ -63,8 +63,8 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PrinterCallback
 
-    from topd.demo.pair import resolve_model
-    from topd.quiet import quieten
+    from topd.embedded.pair import resolve_model
+    from topd.runs.quiet import quieten
     from topd.training import TOPDTrainer
 
     quieten()
@@ -141,15 +141,15 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from topd.demo.pair import resolve_model
-    from topd.training.command import loading
-    from topd.training.loaded import check_whole
-    from topd.training.tokenizers import check_tokenizers
+    from topd.embedded.pair import resolve_model
+    from topd.loading.by_name import load_by_name
+    from topd.loading.models import check_whole
+    from topd.loading.tokenizers import check_tokenizers
 
     check_whole("student", plan.student)
     check_whole("teacher", plan.teacher)
     student, teacher = (
-        loading("tokenizer", resolve_model(name), AutoTokenizer.from_pretrained)
+        load_by_name("tokenizer", resolve_model(name), AutoTokenizer.from_pretrained)
         for name in (plan.student, plan.teacher)
     )
     check_tokenizers(student, teacher)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from topd.errors import TOPDError
-from topd.files import read_json
+from topd.runs.files import read_json
 from topd.study.config import REFERENCE
 from topd.study.summary import answers, beside, summarise
 from topd.version import STUDY_VERSION

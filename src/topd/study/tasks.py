@@ -47,7 +47,7 @@ class EmbeddedTask:
         self.plan = plan
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
-        from topd.demo.task import make_problems
+        from topd.embedded.task import make_problems
 
         return [
             {"prompt": problem.prompt}
@@ -55,12 +55,12 @@ class EmbeddedTask:
         ]
 
     def held_out(self) -> list[Any]:
-        from topd.demo.task import make_problems
+        from topd.embedded.task import make_problems
 
         return make_problems(self.plan.held_out, seed=1_000_000, held_out=True, level=self.plan.level)
 
     def tuning(self) -> list[Any]:
-        from topd.demo.task import make_problems
+        from topd.embedded.task import make_problems
 
         asked = {problem.prompt for problem in self.held_out()}
         count = self.plan.held_out + self.plan.tune_problems
@@ -68,14 +68,14 @@ class EmbeddedTask:
         return [problem for problem in others if problem.prompt not in asked][: self.plan.tune_problems]
 
     def curve(self) -> list[Any]:
-        from topd.demo.task import make_problems
+        from topd.embedded.task import make_problems
 
         return make_problems(self.plan.curve_problems, seed=3_000_000, held_out=True, level=self.plan.level)
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
         import torch
 
-        from topd.demo.accuracy import correct_answers
+        from topd.evaluation.embedded import correct_answers
 
         if sampled:
             torch.manual_seed(0)
@@ -89,8 +89,8 @@ class OwnTask:
     """
 
     def __init__(self, plan: StudyPlan) -> None:
-        from topd.data import load_prompts
         from topd.evaluation.benchmarks import load_benchmark
+        from topd.loading.data import load_prompts
 
         self.plan = plan
         self.rows = [{"prompt": row["prompt"]} for row in load_prompts(str(plan.data))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topd.files import write_json, write_text
 from topd.near_future import Rollouts
+from topd.runs.files import write_json
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
 
 RECORD_VERSION = 1
-AUDIT_FILE = "audit.jsonl"
 
 
 def audit_records(
@@ -66,29 +64,6 @@ def audit_records(
             }
         )
     return records
-
-
-def cut_records(path: Path, step: int) -> None:
-    """Keep the records up to an optimizer step, from which the run goes on: later ones are made again.
-
-    At step 0 they all belong to an earlier run, and are kept in `audit.earlier.jsonl`.
-    """
-    if not path.is_file():
-        return
-    if step == 0:
-        path.replace(path.with_name("audit.earlier.jsonl"))
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would part texts at U+2028
-    kept = [line for line in lines if _up_to(line, step)]
-    write_text("".join(line + "\n" for line in kept), path)
-
-
-def _up_to(line: str, step: int) -> bool:
-    """Whether it is a record of such a step; the last line may have been cut off."""
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def _number(value: Tensor | float) -> float:

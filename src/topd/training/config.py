@@ -12,9 +12,9 @@ from topd.algorithm.downweighting import Selection
 from topd.algorithm.forks import ForkRule
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
+from topd.loading.options import check_kinds
 from topd.near_future.matching import Embedding, Solver
-from topd.server_address import without_secrets
-from topd.training.options import check_kinds
+from topd.teachers.server_address import without_secrets
 
 Method = Literal["opd", "opd-capped", "topd"]
 

@@ -7,7 +7,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss, known_token_loss
 from topd.algorithm.head import at_least_float32
 from topd.algorithm.tiles import Direction
-from topd.near_future.remote_teacher import unpack
+from topd.teachers.top_k import unpack
 
 
 def loss_on_device(

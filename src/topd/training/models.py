@@ -10,11 +10,13 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from topd.errors import TOPDError
-from topd.near_future import DistilledModel, LocalModel, RemoteTeacher, RemoteWindows, fixed
+from topd.loading.precision import autocasting
+from topd.loading.sharding import held_whole
+from topd.near_future import DistilledModel, LocalModel, fixed
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
+from topd.teachers.server_windows import RemoteWindows
+from topd.teachers.top_k import RemoteTeacher
 from topd.training.config import TOPDConfig
-from topd.training.precision import autocasting
-from topd.training.sharding import held_whole
 
 logger = get_logger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from topd.generation import own_settings_only
-from topd.prompting import one_beginning, without_nulls
+from topd.loading.prompts import one_beginning, without_nulls
+from topd.near_future.generation import own_settings_only
 
 
 class OwnRollouts:

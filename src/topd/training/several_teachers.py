@@ -13,12 +13,9 @@ from datasets import Dataset
 from trl import DistillationTrainer
 
 from topd.errors import DataError, TOPDError
-from topd.near_future import DistilledModel, RoutedTeacher
-from topd.training.batch import TEACHER
-from topd.training.config import TOPDConfig
-from topd.training.loaded import model_to_train, names_of
-from topd.training.prepared import (
-    SAFE,
+from topd.loading.by_name import SAFE
+from topd.loading.models import model_to_train, names_of
+from topd.loading.pair import (
     base_of_student,
     check_base_is_fixed,
     head_rows,
@@ -27,8 +24,12 @@ from topd.training.prepared import (
     trained_together,
     with_rows,
 )
-from topd.training.sharding import held_whole, shard_teacher
-from topd.training.tokenizers import compare_tokenizers
+from topd.loading.sharding import held_whole, shard_teacher
+from topd.loading.tokenizers import compare_tokenizers
+from topd.near_future import DistilledModel
+from topd.teachers.routed import RoutedTeacher
+from topd.training.batch import TEACHER
+from topd.training.config import TOPDConfig
 from topd.training.trainer import TOPDTrainer
 
 logger = get_logger(__name__)

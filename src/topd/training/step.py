@@ -35,15 +35,8 @@ from topd.algorithm import (
     score_tokens,
 )
 from topd.algorithm.tiles import Direction
-from topd.near_future import (
-    DistilledModel,
-    Reading,
-    RemoteTeacher,
-    Rollouts,
-    near_future_transport,
-    rollout_windows,
-)
-from topd.near_future.remote_teacher import unpack
+from topd.near_future import DistilledModel, Reading, Rollouts, near_future_transport, rollout_windows
+from topd.teachers.top_k import RemoteTeacher, unpack
 from topd.training.choices import choose_candidates, choose_capped, choose_guided, choose_low_loss
 from topd.training.fork_threshold import LowLossQuartile
 from topd.training.futures import Look, NearFuture, WindowPairs, joined

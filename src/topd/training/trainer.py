@@ -13,10 +13,24 @@ from tqdm import tqdm
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
-from topd.files import append_records
+from topd.loading.dataset_checks import check_datasets, check_enough, check_prompts, check_tokens
+from topd.loading.models import names_of
+from topd.loading.pair import head_rows, prepared_models
+from topd.loading.precision import watch_rounding
+from topd.loading.sharding import shard_teacher, unsharded
+from topd.loading.tokenizers import check_context
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
-from topd.training.audit import AUDIT_FILE, audit_records, save_options
+from topd.runs.files import append_records
+from topd.runs.model_card import PAPER
+from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
+from topd.runs.output_folder import check_writable
+from topd.runs.recorded import RecordedTrainer
+from topd.runs.resumable import AUDIT_FILE
+from topd.runs.rollback import RollbackTrainer
+from topd.runs.stages import STAGES, Stopwatch
+from topd.teachers.from_options import check_without_weights, contexts, teacher_server, teacher_windows
+from topd.training.audit import audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
@@ -24,23 +38,10 @@ from topd.training.fork_threshold import LowLossQuartile
 from topd.training.futures import NearFuture
 from topd.training.gradient_ratio import EVERY, last_parameters
 from topd.training.guided import Guided, guided_windows
-from topd.training.loaded import names_of
 from topd.training.metrics import near_future_metrics
-from topd.training.model_card import PAPER
 from topd.training.models import BothModels
-from topd.training.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
-from topd.training.output_folder import check_writable
-from topd.training.precision import watch_rounding
-from topd.training.prepared import head_rows, prepared_models
-from topd.training.prompt_rows import check_datasets, check_enough, check_prompts, check_tokens
-from topd.training.recorded import RecordedTrainer
-from topd.training.rollback import RollbackTrainer
 from topd.training.rollouts import OwnRollouts
-from topd.training.sharding import shard_teacher, unsharded
-from topd.training.stages import STAGES, Stopwatch
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
-from topd.training.teacher_server import check_without_weights, contexts, teacher_server, teacher_windows
-from topd.training.tokenizers import check_context
 
 logger = get_logger(__name__)
 

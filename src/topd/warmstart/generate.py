@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from topd.errors import TOPDError
 from topd.evaluation.responses import Engine, Request, Sampling
-from topd.files import append_records
-from topd.resumable import earlier_records, write_options
+from topd.runs.files import append_records
+from topd.runs.resumable import earlier_records, write_options
 from topd.warmstart.solutions import clean, write_solutions
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from topd.data import has_half_character
 from topd.errors import DataError, TOPDError
-from topd.files import replacing, write_records
+from topd.loading.data import has_half_character
+from topd.runs.files import replacing, write_records
 
 
 def clean(
@@ -77,7 +77,7 @@ def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def load_solutions(source: str, *, split: str = "train", limit: int | None = None, truncated: bool = False) -> Any:
-    """Prompts and completions in TRL's form, text or messages, from any source of `topd.data`.
+    """Prompts and completions in TRL's form, text or messages, from any source of `topd.loading.data`.
 
     Args:
         truncated: keep responses that the limit cut short. They would teach the student to stop there, since the
@@ -86,7 +86,7 @@ def load_solutions(source: str, *, split: str = "train", limit: int | None = Non
     Raises:
         DataError: a row is broken, or none is left.
     """
-    from topd.data import load_prompts, read_flag
+    from topd.loading.data import load_prompts, read_flag
 
     data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag})
     kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Leaving truncated ones out")

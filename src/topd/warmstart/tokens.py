@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from topd.errors import TOPDError
-from topd.prompting import closing_id, solution_ids
+from topd.loading.prompts import closing_id, solution_ids
 
 LOOKED_AT = 1000
 """Rows of a prepared dataset that are searched for end tokens."""

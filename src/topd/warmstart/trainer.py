@@ -14,19 +14,20 @@ from trl.trainer.utils import create_model_from_path
 
 from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError
-from topd.generation import end_token_ids
+from topd.loading.by_name import SAFE
+from topd.loading.dataset_checks import check_one
+from topd.loading.models import model_to_train, names_of
+from topd.loading.pair import base_of_student, check_base_is_fixed, trained_together, with_rows
+from topd.loading.precision import watch_rounding
+from topd.loading.sharding import shard_teacher
+from topd.loading.tokenizers import compare_tokenizers
+from topd.near_future.generation import end_token_ids
 from topd.near_future.model_parts import backbone_of, output_head
+from topd.runs.non_finite import StopOnNonFiniteGradient
+from topd.runs.output_folder import check_writable
+from topd.runs.recorded import RecordedTrainer
+from topd.runs.resumable_trainer import SurvivingTrainer
 from topd.training.kernels import loss_on_device
-from topd.training.loaded import model_to_train, names_of
-from topd.training.non_finite import StopOnNonFiniteGradient
-from topd.training.output_folder import check_writable
-from topd.training.precision import watch_rounding
-from topd.training.prepared import SAFE, base_of_student, check_base_is_fixed, trained_together, with_rows
-from topd.training.prompt_rows import check_one
-from topd.training.recorded import RecordedTrainer
-from topd.training.sharding import shard_teacher
-from topd.training.surviving import SurvivingTrainer
-from topd.training.tokenizers import compare_tokenizers
 from topd.warmstart.config import WarmStartConfig
 from topd.warmstart.tokens import as_generated, check_that_it_can_stop
 

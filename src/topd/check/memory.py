@@ -1,0 +1,216 @@
+"""About how much memory a run needs on one device, and whether it is there.
+
+P is a number of parameters, b the bytes of one; h, f, q, k the widths of hidden states, feed-forward, queries and keys;
+L layers, V tokens in the vocabulary; B rollouts at a time, N tokens of them; K the window length; a the bytes of an
+activation.
+
+    always there    student P b, optimizer 2 P b (AdamW), teacher P b
+    sampling        keys and values 2 L k b of N tokens; logits of one token, 2 x B V 4
+    looking ahead   keys and values of both models for N tokens, at most window_memory, and for the windows;
+                    hidden states N h a of both; two tiles of rows x V x 4
+    the loss        gradients P b; hidden states; two tiles; the head's gradient V h 4; activations, of
+                    (8 h + 4 f + 4 q + 4 k) a a token and layer, where a is 2.6 under bf16 autocast (norms stay in
+                    float32), which also keeps 2 P of weights in bf16; with gradient checkpointing L + 2 times h a, and
+                    one layer in full, values and gradients. TRL's own loss (method opd) on a CPU: 12 N V 4 for tiles
+
+The need is what is always there and the largest of the three. The formula for activations was counted on Qwen3 and
+Llama blocks (within 20 %); fragmentation, the libraries themselves and other processes come on top. Our choice.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from topd.algorithm.tiles import tile_rows
+from topd.check.finding import Finding
+from topd.check.setup import Described, Setup
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STATES = {"8bit": 2.0, "4bit": 1.0, "sgd": 0.0, "adafactor": 0.01, "lion": 4.0, "rmsprop": 4.0, "adagrad": 4.0}
+"""Bytes of optimizer state a parameter by a part of its name; others keep two values like the parameter."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulae need of a model."""
+
+    parameters: int
+    bytes: int
+    layers: int
+    hidden: int
+    feed_forward: int
+    queries: int
+    keys: int
+    vocabulary: int
+
+    @property
+    def weights(self) -> float:
+        return self.parameters * self.bytes
+
+    @property
+    def cache(self) -> float:
+        """Keys and values of one token."""
+        return 2 * self.layers * self.keys * self.bytes
+
+    @property
+    def layer_elements(self) -> float:
+        """Kept for the backward pass of one token in one layer."""
+        return 8 * self.hidden + 4 * self.feed_forward + 4 * self.queries + 4 * self.keys
+
+
+@cache
+def shape(model: Described, dtype: str) -> Shape:
+    """From the config; parameters are counted on a model without storage."""
+    config: Any = model.text_config
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    experts = getattr(config, "num_experts_per_tok", None)
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if experts and getattr(config, "moe_intermediate_size", None):
+        feed_forward = experts * config.moe_intermediate_size
+    return Shape(
+        sum(p.numel() for p in empty.parameters()),
+        BYTES[stored_dtype(model, dtype)],
+        config.num_hidden_layers,
+        config.hidden_size,
+        feed_forward,
+        heads * width,
+        (getattr(config, "num_key_value_heads", None) or heads) * width,
+        config.vocab_size,
+    )
+
+
+def stored_dtype(model: Described, dtype: str) -> str:
+    """Of the weights: what was asked for; with "auto", what the config says."""
+    name = str(model.config.dtype or "float32") if dtype == "auto" else dtype
+    return name.removeprefix("torch.")
+
+
+def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, float]]:
+    """Bytes by phase and part; see the module."""
+    config = setup.config
+    if not setup.teacher_here:
+        teacher = replace(teacher, parameters=0, layers=0, hidden=0)
+    rollouts = config.per_device_train_batch_size
+    at_once = rollouts * config.gradient_accumulation_steps  # sampled and looked at together
+    prompt = max(map(len, setup.sample.values()))
+    response = config.max_completion_length or 0
+    tokens, response_tokens = prompt + response, response * at_once
+    trained = student.parameters * (0.01 if setup.adapters else 1)
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    state = next((size for name, size in _STATES.items() if name in optimizer), 2 * student.bytes)
+    activation = 2.6 if autocasts(setup) else float(student.bytes)
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    tiles = 2 * tile_rows(student.vocabulary, None, device) * student.vocabulary * 4.0
+    if device.type == "cpu" and not (config.looks_ahead or config.opd_in_one_pass):
+        tiles = 12.0 * rollouts * response * student.vocabulary * 4  # TRL's loss without Triton, as measured
+    windows = (config.candidate_share or 0.05) * response * config.window_length if config.looks_ahead else 0.0
+    states = response_tokens * (student.hidden + teacher.hidden) * float(student.bytes)
+    kept = at_once * tokens * (student.cache + teacher.cache)
+    in_loss = rollouts * (tokens + (0.7 * windows if config.guides else 0.0))
+    per_layer = in_loss * student.layer_elements * activation
+    checkpointed = (student.layers + 2) * in_loss * student.hidden * activation + 2 * per_layer
+
+    return {
+        "always": {
+            "student": student.weights,
+            "optimizer": trained * state,
+            "teacher": teacher.weights,
+        },
+        "sampling": {
+            "keys and values": 0.0 if config.use_vllm else at_once * tokens * student.cache,
+            "logits": 2.0 * at_once * student.vocabulary * 4,
+        },
+        "looking ahead": {
+            "keys and values": min(config.window_memory * GIB, kept) if config.looks_ahead else 0.0,
+            "windows": at_once * windows * (student.cache + teacher.cache),
+            "hidden states": states,
+            "loss tiles": tiles,
+        },
+        "the loss": {
+            "gradients": trained * student.bytes,
+            "activations": checkpointed if config.gradient_checkpointing else per_layer * student.layers,
+            "weights in bf16": 2.0 * student.parameters if autocasts(setup) and student.bytes > 2 else 0.0,
+            "hidden states": states,
+            "loss tiles": tiles,
+            "head's gradient": 0.0 if setup.adapters else student.vocabulary * student.hidden * 4.0,
+        },
+    }
+
+
+def autocasts(setup: Setup) -> bool:
+    """Whether the loss is computed under autocast. TRL's own loss enters it where weights are sharded only."""
+    config = setup.config
+    ours = config.looks_ahead or config.opd_in_one_pass or not setup.teacher_here
+    return bool(config.bf16 or config.fp16) and (ours or sharded())
+
+
+def available(setup: Setup) -> tuple[float, str]:
+    """Bytes that are free, and where."""
+    if torch.cuda.is_available() and not setup.config.use_cpu:
+        return float(torch.cuda.mem_get_info()[0]), f"free on {torch.cuda.get_device_name()}"
+    return float(psutil.virtual_memory().available), "of RAM available"
+
+
+def memory(setup: Setup) -> Finding:
+    """The estimate against what the machine has."""
+    try:
+        shapes = [shape(model, setup.dtypes[model.role]) for model in setup.pair]
+    except (ValueError, AttributeError, KeyError) as error:
+        return Finding(
+            "memory", "warning", f"cannot be estimated for this architecture ({error})", "Watch the first step."
+        )
+    phases = needs(setup, *shapes)
+    always = phases.pop("always")
+    name, largest = max(phases.items(), key=lambda phase: sum(phase[1].values()))
+    total = sum(always.values()) + sum(largest.values())
+    free, where = available(setup)
+    parts = [f"{part} {in_words(size)}" for part, size in (always | largest).items() if size > 0.02 * total]
+    found = (
+        f"about {in_words(total)} at the peak ({name}): {', '.join(parts)}; {in_words(free)} {where}. Parameters: "
+        f"{shapes[0].parameters / 1e6:,.1f} M (student), {shapes[1].parameters / 1e6:,.1f} M (teacher)"
+    )
+    if sharded():
+        return Finding("memory", "ok", f"{found}. Sharding divides the weights, gradients and optimizer; not counted")
+    remedy = _remedy(setup, max((always | largest).items(), key=lambda part: part[1])[0])
+    if total > 1.5 * free:
+        return Finding("memory", "error", found, remedy)
+    return Finding("memory", "warning" if total > 0.9 * free else "ok", found, remedy if total > 0.9 * free else "")
+
+
+def _remedy(setup: Setup, part: str) -> str:
+    known = {
+        "optimizer": "Train adapters (--use_peft true) or take --optim adamw_torch_8bit, or shard with FSDP.",
+        "student": "Train adapters (--use_peft true) with --dtype bfloat16, or shard with FSDP.",
+        "gradients": "Train adapters (--use_peft true), or shard with FSDP.",
+        "teacher": '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\', or shard with FSDP.',
+        "activations": "--gradient_checkpointing true, or a smaller --per_device_train_batch_size with more "
+        "--gradient_accumulation_steps.",
+        "keys and values": "A smaller --per_device_train_batch_size, --max_completion_length or --window_memory.",
+    }
+    return known.get(part, "A smaller --per_device_train_batch_size or --max_completion_length.")
+
+
+def sharded() -> bool:
+    """Whether `accelerate launch` spreads the weights over processes."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
+
+
+def in_words(size: float) -> str:
+    """1234567890 is 1.1 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if size >= 10 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"

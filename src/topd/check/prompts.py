@@ -1,0 +1,94 @@
+"""The data as the models will read it, and whether it fits their contexts."""
+
+from __future__ import annotations
+
+import statistics
+
+from topd.check.finding import Finding, ok
+from topd.check.setup import Setup
+from topd.errors import ContextError
+from topd.loading.dataset_checks import step_size
+from topd.loading.prompts import prompt_text
+from topd.loading.tokenizers import check_context
+
+
+def sample(setup: Setup) -> Finding:
+    """The first prompt with its special tokens, lengths, and what looks wrong in it."""
+    tokenizer = setup.student.tokenizer
+    rows = list(setup.sample.values())
+    lengths = [len(ids) for ids in rows]
+    answers = sum(answer is not None for answer in setup.answers)
+    first = str(tokenizer.decode(rows[0]))
+    if not min(lengths):
+        return Finding(
+            "data", "error", f"{lengths.count(0):,} of {len(rows):,} prompts that were tokenized have no tokens",
+            "The chat template renders them to nothing: correct it (chat_template.jinja), or give prompts as text.",
+        )  # fmt: skip
+    found = (
+        f"{len(setup.prompts):,} prompts ({'messages' if setup.conversational else 'text'}), {answers:,} with answers; "
+        f"{min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; the first reads "
+        f"{first if len(first) <= 240 else first[:160] + ' ... ' + first[-60:]!r}"
+    )
+    if beginning := _beginning(setup):
+        return Finding("data", "warning", f"{beginning[0]}; {found}", beginning[1])
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) if tokenizer.unk_token_id is not None else 0
+    if unknown:
+        return Finding(
+            "data", "warning",
+            f"{unknown / sum(lengths):.1%} of the prompts' tokens are {tokenizer.unk_token!r}; {found}",
+            "The tokenizer does not know what the data is written in: choose another pair, or clean the data.",
+        )  # fmt: skip
+    return ok("data", found)
+
+
+def _beginning(setup: Setup) -> tuple[str, str] | None:
+    """What is wrong with the first prompt's BOS, and what to do."""
+    tokenizer, row = setup.student.tokenizer, next(iter(setup.sample))
+    bos, name, prompt = tokenizer.bos_token_id, repr(tokenizer.bos_token), setup.prompts[row]
+    text = prompt_text(tokenizer, prompt, setup.template_options)
+    plain = tokenizer(text, add_special_tokens=not setup.conversational)["input_ids"]
+    if bos is not None and plain[:2] == [bos, bos]:
+        return (
+            f"the first prompt begins with {name} twice, of which one is left out",
+            "Template and tokenizer both write it, or the data and the tokenizer: remove it from one of them.",
+        )
+    if bos is not None and setup.conversational and plain[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        return (
+            f"the chat template does not begin with {name}, which the tokenizer puts before text",
+            "If the models were trained with it, let the template begin with {{ bos_token }}.",
+        )
+    return None
+
+
+def batch(setup: Setup) -> Finding:
+    """Whole batches only are trained on: fewer prompts than one are no step at all."""
+    config = setup.config
+    (step, found), prompts = step_size(config), len(setup.prompts)
+    if prompts < step:
+        return Finding(
+            "batch", "error", f"{found}, the data has {prompts:,}: there would be no step",
+            "Add prompts, or lower --per_device_train_batch_size or --gradient_accumulation_steps.",
+        )  # fmt: skip
+    steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * (prompts // step))
+    return ok("batch", f"{found}; {steps:,} steps, {steps * step / prompts:.2g} times through the data")
+
+
+def context(setup: Setup) -> Finding:
+    """Prompt + response + window within both models' contexts."""
+    config, tokenizer = setup.config, setup.student.tokenizer
+    longest = max(setup.sample.values(), key=len)
+    response, window = config.max_completion_length or 0, config.window_length if config.looks_ahead else 0
+    try:
+        check_context(
+            len(longest), str(tokenizer.decode(longest)), response, window,
+            {model.role: model.config for model in setup.pair},
+        )  # fmt: skip
+    except ContextError as error:
+        found, _, remedy = str(error).partition(". ")
+        return Finding("context", "error", found, remedy)
+    limits = " and ".join(
+        f"{getattr(model.text_config, 'max_position_embeddings', None) or 'no limit'} ({model.role})"
+        for model in setup.pair
+    )
+    needed = len(longest) + response + window
+    return ok("context", f"{len(longest)} prompt + {response} response + {window} window = {needed} tokens of {limits}")

@@ -1,0 +1,138 @@
+"""With both models loaded: does the teacher know more, and do the figures of a few rollouts make sense?"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+
+from topd.algorithm import score_tokens
+from topd.check.finding import Finding, ok
+from topd.check.setup import Setup
+from topd.embedded.task import read_problem
+from topd.evaluation.answers import Rule, verdict
+from topd.near_future import Rollouts
+from topd.near_future.sampling import local_pair, sample_rollouts
+from topd.near_future.ways import notice_of, ways_of
+
+LARGE_KL = 3.0
+"""Mean token loss (nats) above which pairs rarely are what they were meant to be. Our choice."""
+READ: dict[Rule, str] = {
+    "embedded": "the last words of each, as in the embedded task",
+    "math": "the last \\boxed{} of each, as mathematics",
+}
+"""What is judged, by rule."""
+
+
+def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
+    """Responses of the student to prompts spread over the data."""
+    return sample_rollouts(
+        student, setup.student.tokenizer, _prompts(setup, spread(setup, count), student),
+        max_new_tokens=max_new_tokens, temperature=setup.config.temperature,
+    )  # fmt: skip
+
+
+def spread(setup: Setup, count: int) -> list[int]:
+    """Rows of the data, among those that are tokenized."""
+    rows = list(setup.sample)
+    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
+
+
+def _prompts(setup: Setup, rows: list[int], model: Any) -> list[torch.Tensor]:
+    device = next(model.parameters()).device
+    return [torch.tensor(setup.sample[row], device=device) for row in rows]
+
+
+def ways(student: Any, teacher: Any) -> Finding:
+    """Which ways of running both models are exact, as `ways_of` finds by trying them."""
+    found, notices = [], []
+    for role, model in (("student", student), ("teacher", teacher)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is said here
+            notice = notice_of(model, ways_of(model))
+        found.append(f"{role}: {'windows over one prefix, guided windows in one row' if notice is None else notice}")
+        notices += [notice] if notice else []
+    if not notices:
+        return ok("ways", "; ".join(found))
+    return Finding("ways", "warning", "; ".join(found), "Results are the same; expect more time per step.")
+
+
+def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:
+    """Mean token loss and the teacher's log-likelihood of what the student says; how many responses do not end."""
+    models = local_pair(student, teacher, setup.student.tokenizer, micro_batch=4)
+    mask = rollouts.loss_mask.bool()
+    hidden = [model.hidden(rollouts)[mask] for model in models]
+    scores = score_tokens(
+        hidden[0], models[0].head(), hidden[1], models[1].head(), rollouts.response_ids[mask], "reverse"
+    )
+    kl, nll = float(scores.kl.mean()), float(scores.teacher_nll.mean())
+    ends = torch.tensor(setup.student.end_tokens, device=mask.device)
+    unfinished = int((~(torch.isin(rollouts.response_ids, ends) & mask).any(-1)).sum())
+    found = (
+        f"{len(rollouts)} rollouts of {mask.sum() / len(rollouts):.0f} tokens: mean token loss {kl:.2f} nats, the "
+        f"teacher's log-likelihood {-nll:.2f} nats a token, {unfinished} not ended after {mask.shape[1]} tokens"
+    )
+    if not bool(scores.kl.isfinite().all()):
+        return Finding(
+            "rollouts", "error", found, "A model gives NaN or infinite logits: load it in float32 or bfloat16."
+        )
+    remedies = []
+    if kl > LARGE_KL:
+        remedies.append(
+            "The pair hardly agrees: look at tokenizer, template and end tokens above, or warm the student up first."
+        )
+    if unfinished == len(rollouts):
+        found, longest = f"every rollout is cut; {found}", setup.config.max_completion_length or 0
+        remedies.append(
+            "Raise --max_completion_length, or warm the student up first: it may not know how to end."
+            if mask.shape[1] >= longest
+            else f"--max-new-tokens {longest} shows whether they end within the run's max_completion_length."
+        )
+    if remedies:
+        return Finding("rollouts", "warning", found, " ".join(remedies))
+    return ok("rollouts", found)
+
+
+def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> Finding:
+    """Greedy answers of both models to prompts that have one, judged."""
+    rows = [row for row in spread(setup, count) if setup.answers[row] is not None]
+    if not rows:
+        return ok("teacher", "the prompts have no answers to judge by")
+    rule = rule_of(setup)
+    if rule == "math" and importlib.util.find_spec("math_verify") is None:
+        return Finding(
+            "teacher", "warning", "answers are not judged: the package math-verify is missing",
+            "pip install 'topd[eval]'.",
+        )  # fmt: skip
+    tokenizer, right = setup.student.tokenizer, {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        prompts = _prompts(setup, rows, model)
+        said = sample_rollouts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0)
+        texts = tokenizer.batch_decode(said.response_ids, skip_special_tokens=True)
+        right[role] = sum(
+            verdict(text, str(setup.answers[row]), rule).right for text, row in zip(texts, rows, strict=True)
+        )
+    found = (
+        f"greedy answers right, of {len(rows)}: teacher {right['teacher']}, student {right['student']} ({READ[rule]})"
+    )
+    if right["teacher"] < right["student"]:
+        return Finding(
+            "teacher", "warning", found, "The student may have little to learn here: check with more samples."
+        )
+    if right["teacher"] == 0:
+        return Finding(
+            "teacher", "warning", found,
+            f"Nothing is right within {max_new_tokens} tokens: check the answers' format, or raise --max-new-tokens.",
+        )  # fmt: skip
+    return ok("teacher", found)
+
+
+def rule_of(setup: Setup) -> Rule:
+    """How answers are judged: by the embedded task's rule where every answer is that of such a problem, modulo 100."""
+    for prompt, answer in zip(setup.prompts, setup.answers, strict=True):
+        problem = read_problem(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        if answer is not None and (problem is None or problem.answer != str(answer)):
+            return "math"
+    return "embedded"

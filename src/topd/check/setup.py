@@ -1,0 +1,125 @@
+"""What is known of a run before any weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from topd.embedded.pair import resolve_model
+from topd.errors import DataError, TOPDError
+from topd.loading.by_name import load_by_name
+from topd.loading.prompts import prompt_ids
+from topd.loading.tokenizers import tokenizer_of
+from topd.near_future.generation import end_token_ids
+from topd.training.config import TOPDConfig
+
+SAMPLE = 256
+"""Prompts that are tokenized to learn their lengths."""
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """A model without its weights.
+
+    Attributes:
+        role: "student" or "teacher".
+        name: as given.
+        folder: as `from_pretrained` takes it.
+    """
+
+    role: str
+    name: str
+    folder: str
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    generation: GenerationConfig
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config()
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end a response, by TRL's rule: the generation config's, and the tokenizer's."""
+        return sorted(end_token_ids(self.generation, self.tokenizer))
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run that is to be.
+
+    Attributes:
+        prompts: text, or messages; all of them.
+        answers: of the prompts, None where there is none.
+        data: where they come from, as given.
+        config: the options of `topd train`.
+        dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
+        adapters: whether only adapters are trained (PEFT).
+        teacher_here: whether the teacher's weights are; else it only says what `teacher_window_server` serves.
+        model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
+        evaluation: number of prompts for the evaluation loss, or why they cannot be read; None: none are named.
+    """
+
+    student: Described
+    teacher: Described
+    config: TOPDConfig
+    prompts: Sequence[Any]
+    answers: Sequence[str | None]
+    data: str
+    dtypes: Mapping[str, str]
+    adapters: bool = False
+    teacher_here: bool = True
+    model: Any = None
+    evaluation: int | DataError | None = None
+
+    @property
+    def pair(self) -> tuple[Described, Described]:
+        return self.student, self.teacher
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.prompts[0], str)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        options: Any = self.config.chat_template_kwargs or {}
+        return dict(options)
+
+    @cached_property
+    def sample(self) -> dict[int, list[int]]:
+        """Row and token ids of prompts spread over the data and of the longest one, which comes last.
+
+        Raises:
+            TOPDError: the chat template fails.
+        """
+        chosen = [*range(0, len(self.prompts), max(1, len(self.prompts) // SAMPLE))][:SAMPLE]
+        longest = max(range(len(self.prompts)), key=lambda i: _characters(self.prompts[i]))
+        rows = {i: self.prompts[i] for i in [*chosen, longest]}
+        return {i: prompt_ids(self.student.tokenizer, row, self.template_options) for i, row in rows.items()}
+
+
+def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> Described:
+    """Read tokenizer and configs.
+
+    Raises:
+        TOPDError: they cannot be read.
+    """
+    folder = resolve_model(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    tokenizer = tokenizer_of(folder, trust_remote_code, revision)
+    if tokenizer is None:
+        raise TOPDError(f"{name} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
+    config = load_by_name("config", folder, AutoConfig.from_pretrained, folder, **options)
+    try:
+        generation = GenerationConfig.from_pretrained(folder, revision=revision or "main")
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    return Described(role, name, folder, tokenizer, config, generation)
+
+
+def _characters(prompt: Any) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)

@@ -1,0 +1,135 @@
+"""`topd warmstart`: models, solutions and options from a YAML file and the command line, then `WarmStartTrainer`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topd.cli.arguments import resume_from, started
+from topd.errors import TOPDError
+from topd.runs.guard import guarded
+from topd.runs.output_folder import check_writable
+from topd.runs.quiet import quieten_bars
+from topd.runs.recorded import Started
+from topd.runs.sole_writer import sole_writer
+
+
+@dataclass
+class SolutionArguments:
+    """Where solutions come from."""
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Solutions: what `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
+            "dataset with the columns `prompt` (text or messages) and `completion` (text)."
+        },
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    data_limit: int | None = field(default=None, metadata={"help": "Use only the first so many solutions."})
+    eval_data: str | None = field(default=None, metadata={"help": "Solutions for the evaluation loss."})
+    keep_truncated: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on responses that the length limit cut, too. They teach the student to stop there; our "
+            "choice: no."
+        },
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
+    quieten_bars()
+    data, config, model = parse(argv)
+    check_writable(config)
+    begun, folder = started(("warmstart", *argv), data, config, model), Path(config.output_dir)
+    with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
+        _run(begun, data, config, model)
+
+
+def _run(begun: Started, data: SolutionArguments, config: Any, model: Any) -> None:
+    from trl import get_peft_config, get_quantization_config
+
+    from topd.embedded.pair import resolve_model
+    from topd.loading.by_name import SAFE, load_by_name
+    from topd.loading.models import check_whole
+    from topd.loading.tokenizers import tokenizer_of
+    from topd.runs.checkpoints import saving
+    from topd.runs.console import speak
+    from topd.runs.summary import print_summary, weights
+    from topd.warmstart.trainer import WarmStartTrainer
+
+    if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
+        raise TOPDError(
+            "Name the student, the teacher and the solutions: --model_name_or_path, --teacher_model_name_or_path (not "
+            "needed with --kd_ratio 0), --data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes "
+            "solutions."
+        )
+    check_whole("student", model.model_name_or_path)
+    if config.distils:
+        check_whole("teacher", config.teacher_model_name_or_path)
+    resume = resume_from(config)
+    student_name = model.model_name_or_path
+    teacher_name = config.teacher_model_name_or_path if config.distils else None
+    datasets = {"train": data.data, "eval": data.eval_data}
+    loaded = {part: solutions(source, data, config) for part, source in datasets.items() if source}
+    tokenizer = tokenizer_of(resolve_model(student_name), config.trust_remote_code, model.model_revision)
+    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
+    config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
+    trainer = load_by_name(
+        "models", f"{student_name} and {teacher_name}" if teacher_name else student_name, WarmStartTrainer,
+        student_name, teacher_model=teacher_name, args=config, train_dataset=loaded["train"],
+        eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )  # fmt: skip
+    trainer.started = begun
+    lines, folder = speak(trainer), Path(config.output_dir)
+    trainer.train(resume_from_checkpoint=resume)
+    with saving(f"The trained model in {folder}", folder):
+        save(trainer, folder)
+    if trainer.is_world_process_zero():
+        where = [*weights(folder), f"Go on: topd train --model_name_or_path {shlex.quote(str(folder))}"]
+        print_summary(trainer.state.log_history, where, trainer.state.global_step, lines.first)
+
+
+def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
+    """The options of `topd warmstart`."""
+    from trl import ModelConfig
+
+    from topd.loading.options import parse_options
+    from topd.warmstart.config import WarmStartConfig
+
+    data, config, model = parse_options(argv, (SolutionArguments, WarmStartConfig, ModelConfig), "topd warmstart")
+    return data, config, model
+
+
+def solutions(source: str, data: SolutionArguments, config: Any) -> Any:
+    """The rows as TRL's trainer takes them."""
+    from topd.warmstart.solutions import load_solutions
+
+    rows = load_solutions(source, split=data.data_split, limit=data.data_limit, truncated=data.keep_truncated)
+    if config.chat_template_kwargs:
+        return rows.add_column("chat_template_kwargs", [config.chat_template_kwargs] * len(rows))
+    return rows
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """A model that `topd train` takes: whole weights. A LoRA adapter is merged, and kept in `adapter/` besides."""
+    from accelerate.utils import is_peft_model
+
+    from topd.loading.adapters import merged_adapter
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_peft_model(model):
+        trainer.save_model(str(folder / "adapter"))
+        if trainer.accelerator.is_main_process:
+            alone = trainer.accelerator.num_processes == 1  # sharded weights take no forward pass in one process
+            merged_adapter(model, check=alone).save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))

@@ -1,0 +1,1 @@
+"""Everything that is loaded by name: models, adapters, tokenizers, data, prompts, options."""

@@ -1,0 +1,107 @@
+"""Check a trainer's dataset before training: one dataset, with a prompt in every row, and enough rows for a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from topd.errors import DataError
+from topd.loading.data import PROMPT_COLUMNS
+
+COLUMN = "prompt"
+_REMEDIES = {
+    "messages": "dataset.map(lambda row: {'prompt': row['messages'][:-1]}) keeps all but the last answer",
+    "conversations": "dataset.map(lambda row: {'prompt': row['conversations'][:-1]}) keeps all but the last answer",
+} | {name: f"dataset.rename_column({name!r}, 'prompt')" for name in PROMPT_COLUMNS if name != COLUMN}
+"""What to do where the prompts are in another column."""
+
+
+def check_datasets(train: Any, evaluation: Any) -> None:
+    """Raise `DataError` unless what a trainer is given is a dataset of prompts; evaluation may be several by name."""
+    parts = {"train_dataset": train}
+    if isinstance(evaluation, Mapping):
+        parts |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
+    else:
+        parts["eval_dataset"] = evaluation
+    for name, dataset in parts.items():
+        if dataset is not None:
+            check_dataset(dataset, name)
+
+
+def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
+    """Raise `DataError` unless this is one dataset with a prompt in every row.
+
+    Args:
+        dataset: what a trainer is given; of a stream only the columns are checked, its rows come with each batch.
+        name: of the argument, for the message.
+    """
+    check_one(dataset, name)
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and COLUMN not in columns:
+        remedy = next((_REMEDIES[column] for column in columns if column in _REMEDIES), "rename the one with prompts")
+        raise DataError(f"{name} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}. {remedy}.")
+    if columns is not None and hasattr(dataset, "__len__"):
+        check_prompts(dataset[COLUMN], name)
+
+
+def check_one(dataset: Any, name: str = "train_dataset") -> None:
+    """Raise `DataError` where several datasets were given in the place of one."""
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"{name} has the splits {', '.join(map(str, dataset))}. Pass one of them: {name}=dataset["
+            f"{next(iter(dataset), 'train')!r}]."
+        )
+
+
+def check_prompts(prompts: Iterable[Any], name: str = "train_dataset") -> None:
+    """Raise `DataError`, naming rows from 0, unless every prompt is text or messages."""
+    broken = [f"row {row}: {found}" for row, prompt in enumerate(prompts) if (found := _fault(prompt))]
+    if broken:
+        more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise DataError(
+            f"{name} has prompts that cannot be used: {'; '.join(broken[:3])}{more}. Fix or remove these rows: text, "
+            "or messages with role and content."
+        )
+
+
+def check_tokens(prompt_ids: Sequence[Sequence[int]]) -> None:
+    """Raise `DataError` where a prompt has no tokens: a template renders it to nothing."""
+    if not all(map(len, prompt_ids)):
+        raise DataError(
+            "A prompt has no tokens after the chat template: correct the template (chat_template.jinja), or give "
+            "prompts as text."
+        )
+
+
+def _fault(prompt: Any) -> str | None:
+    """What is wrong with a prompt."""
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "the prompt is empty" if not prompt else "the prompt is blank"
+    if not isinstance(prompt, list) or not prompt:
+        return f"the prompt is {prompt!r:.40}"
+    for message in prompt:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            return f"{message!r:.40} is not a message with role and content"
+        if message["content"] is None and not message.get("tool_calls"):
+            return f"the {message['role']}'s message has no content"
+    return None
+
+
+def step_size(args: Any) -> tuple[int, str]:
+    """Prompts that one optimizer step takes, and where the number comes from."""
+    sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    step = math.prod(sizes)
+    return step, f"a step takes {step:,} prompts ({' x '.join(map(str, sizes))}: per device, accumulated, processes)"
+
+
+def check_enough(dataset: Any, args: Any) -> None:
+    """Raise `DataError` where there is no data, or less than one step takes: nothing would be trained."""
+    if dataset is None:
+        raise DataError("There is nothing to train on: pass train_dataset, a dataset with the column 'prompt'.")
+    step, found = step_size(args)
+    if hasattr(dataset, "__len__") and len(dataset) < step:
+        raise DataError(
+            f"{found[0].upper()}{found[1:]}, and train_dataset has {len(dataset):,}: there would be no step. Add "
+            "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps."
+        )

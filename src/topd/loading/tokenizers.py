@@ -1,0 +1,121 @@
+"""Do student and teacher speak of the same tokens, and does the text fit their contexts?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from topd.errors import ContextError, TokenizerMismatchError, TOPDError
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, show: int = 5) -> None:
+    """Raise `TokenizerMismatchError`, naming tokens, unless every token has the same id in both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    groups = {
+        "only the student has": [f"{t!r} ({i})" for t, i in ours.items() if t not in theirs],
+        "only the teacher has": [f"{t!r} ({i})" for t, i in theirs.items() if t not in ours],
+        "different ids": [f"{t!r} ({i} and {theirs[t]})" for t, i in ours.items() if theirs.get(t, i) != i],
+    }
+    found = "; ".join(
+        f"{what}: {', '.join(sorted(tokens)[:show])}{f' and {len(tokens) - show} more' if len(tokens) > show else ''}"
+        for what, tokens in groups.items()
+        if tokens
+    )
+    raise TokenizerMismatchError(
+        f"Student and teacher do not share a tokenizer ({len(ours)} and {len(theirs)} tokens): {found}. "
+        "The token loss compares probabilities token by token, so both must come from the same family; for different "
+        "tokenizers use TRL's GOLDTrainer."
+    )
+
+
+def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revision: str | None) -> str | None:
+    """Compare the student's tokenizer with the teacher's, wherever that can be found; else say that they were not.
+
+    Args:
+        ours: the student's.
+        teacher: a name, or a loaded model, whose tokenizer is looked for where the model came from.
+
+    Raises:
+        TokenizerMismatchError: they differ.
+    """
+    theirs = tokenizer_of(teacher, trust_remote_code, revision)
+    if theirs is not None:
+        check_tokenizers(ours, theirs)
+        return None
+    return (
+        "The tokenizers were not compared: the teacher's is not known, because the model was passed without the name "
+        "of a folder that holds one. Make sure that both models were trained with the same tokenizer."
+    )
+
+
+def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:
+    """The tokenizer of a name; of a loaded model, that of the folder or Hub name that it came from, None without one.
+
+    Raises:
+        TOPDError: a name has none.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if isinstance(model, str):
+        from topd.loading.by_name import load_by_name
+
+        options |= {"revision": revision} if revision else {}
+        tokenizer = load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
+        if not _has_vocabulary(tokenizer):
+            raise TOPDError(f"{model} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
+        return tokenizer
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options) if name else None
+    except Exception:  # whatever a library raises: a folder without one, a Hub name without a network
+        return None
+    return tokenizer if tokenizer is not None and _has_vocabulary(tokenizer) else None
+
+
+def _has_vocabulary(tokenizer: Any) -> bool:
+    """For a folder with a config and no tokenizer transformers makes one of special tokens alone."""
+    return not set(tokenizer.get_vocab().values()) <= set(tokenizer.added_tokens_decoder)
+
+
+def check_rows(tokenizer: Any, ours: int, theirs: int) -> str | None:
+    """Whether both output heads have a row for every token, and what to know where added tokens alone have none.
+
+    Args:
+        ours, theirs: rows of the student's and of the teacher's head. The larger one is cut to the smaller.
+
+    Raises:
+        TokenizerMismatchError: the student would be cut below its tokenizer, or tokens of the vocabulary have no row.
+    """
+    kept = min(ours, theirs)
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= kept}
+    if not beyond:
+        return None
+    shown = ", ".join(f"{token!r} ({i})" for token, i in sorted(beyond.items(), key=lambda item: item[1])[:5])
+    found = (
+        f"The {'teacher' if theirs < ours else 'student'}'s output head has {kept:,} rows, and the student's tokenizer "
+        f"has tokens beyond: {shown}{f' and {len(beyond) - 5} more' if len(beyond) > 5 else ''}"
+    )
+    if theirs < ours or not set(beyond.values()) <= set(tokenizer.added_tokens_decoder):
+        raise TokenizerMismatchError(
+            f"{found}. Use the tokenizer that the models were trained with, or a pair of one family; tokens that you "
+            "added need a row in both models (resize_token_embeddings) and training in both."
+        )
+    return f"{found}. Prompts must not hold them."
+
+
+def check_context(
+    prompt_length: int, prompt: str, response_length: int, window_length: int, configs: Mapping[str, PreTrainedConfig]
+) -> None:
+    """Raise `ContextError` if prompt + response + window is longer than a model's context."""
+    for role, config in configs.items():
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        needed = prompt_length + response_length + window_length
+        if limit is not None and needed > limit:
+            raise ContextError(
+                f"A prompt of {prompt_length} tokens + max_completion_length {response_length} + window_length "
+                f"{window_length} = {needed} tokens do not fit the {role}'s context of {limit}. Shorten or drop the "
+                f"prompt, or lower max_completion_length or window_length. It begins: {prompt[:160]!r}."
+            )

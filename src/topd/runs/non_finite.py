@@ -1,0 +1,119 @@
+"""A NaN or infinity stops the run before the optimizer moves, and says where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from topd.errors import NonFiniteError
+from topd.runs.files import write_json
+from topd.near_future import Rollouts
+from topd.runs.checkpoints import newest_whole
+
+
+def non_finite_error(
+    what: str, step: int, output_dir: str, rollouts: Rollouts | None, row_loss: torch.Tensor | None, decode: Any
+) -> NonFiniteError:
+    """Name the step and the rollouts at fault, write them to `non_finite.json`, and return the error to raise.
+
+    Args:
+        what: "loss", "gradient of layer X", ...
+        row_loss: [rollout] mean token loss (nats); the rows that are not finite are at fault, else the largest.
+        decode: token ids to text.
+    """
+    newest, _ = newest_whole(Path(output_dir))
+    kept = f"the last whole checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; {kept}."]
+    if rollouts is not None and row_loss is not None:
+        bad = (~row_loss.isfinite()).nonzero().squeeze(-1).tolist() or [int(row_loss.argmax())]
+        records = [
+            {
+                "step": step,
+                "rollout": row,
+                "token_loss_nats": float(row_loss[row]),
+                "prompt": decode(rollouts.prefix(row, 0)),
+                "response": decode(rollouts.response_ids[row][rollouts.response_mask[row].bool()]),
+            }
+            for row in bad
+        ]
+        where = Path(output_dir) / "non_finite.json"
+        write_json(records, where)
+        first = records[0]
+        lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
+    lines.append(
+        f"{'Resume from it' if newest else 'Start again'} with a lower learning_rate or a smaller guidance_weight; if "
+        "it comes back on the same rollout, look for -inf or NaN in the models' logits there (half precision, masked "
+        "vocabulary)."
+    )
+    return NonFiniteError(" ".join(lines))
+
+
+@contextmanager
+def naming_nan_in_sampling(step: int, output_dir: str) -> Iterator[None]:
+    """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        what = "student's next-token distribution while sampling rollouts"
+        raise non_finite_error(what, step, output_dir, None, None, None) from error
+
+
+class StopOnNonFiniteGradient(TrainerCallback):
+    """Looks at every gradient before the optimizer steps (not with fp16, whose scaler skips such steps itself)."""
+
+    def __init__(self, raise_error: Any) -> None:
+        self.raise_error = raise_error
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            return
+        gradients = {n: p.grad for n, p in kwargs["model"].named_parameters() if p.grad is not None}
+        sums = [gradient.sum() for gradient in gradients.values()]  # not finite where any entry is not
+        if not sums or _all_finite(sums):
+            return
+        for name, gradient in gradients.items():
+            if not bool(gradient.isfinite().all()):  # a sum of finite entries may overflow
+                self.raise_error(f"gradient of {name}")
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """The first trained weight that is NaN or infinite, of what this process holds; None if all are finite."""
+    weights = {name: _held_here(each) for name, each in model.named_parameters() if each.requires_grad}
+    sums = [weight.sum() for weight in weights.values() if weight.numel()]
+    if not sums or _all_finite(sums):
+        return None
+    return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
+
+
+def _held_here(weight: Any) -> torch.Tensor:
+    """A shard, under FSDP or DeepSpeed."""
+    shard: torch.Tensor = getattr(weight, "ds_tensor", weight).detach()
+    return shard.to_local() if isinstance(shard, DTensor) else shard
+
+
+def non_finite_weights(name: str, step: int, what: str, output_dir: Path) -> NonFiniteError:
+    """The error for weights that must not be saved."""
+    newest, _ = newest_whole(output_dir)
+    go_on = (
+        f"Resume from {newest}, the last whole checkpoint," if newest else "No checkpoint was saved yet. Start again"
+    )
+    return NonFiniteError(
+        f"The weight {name} is not finite after step {step}, so {what} was not saved. {go_on} with a lower "
+        "learning_rate."
+    )
+
+
+def _all_finite(values: list[torch.Tensor]) -> bool:
+    """One look at the device for all of them."""
+    return bool(torch.stack([value.double().to(values[0].device) for value in values]).isfinite().all())

@@ -1,0 +1,131 @@
+"""A teacher of whom this process has no weights: token losses and windows come from a server (vLLM)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.algorithm import KnownTokens
+from topd.errors import ServerError, TOPDError
+from topd.near_future.shared_prefix import Reading
+from topd.near_future.windows import Rollouts, Windows
+from topd.teachers.server_windows import RemoteWindows
+
+ROUNDING = 1e-4
+"""How far above 0 a log-probability may be, in nats, from rounding."""
+
+
+class RemoteTeacher:
+    """Stands where a `DistilledModel` stands; instead of hidden states it has the likeliest tokens of each position.
+
+    Args:
+        windows: the server.
+        known: tokens of each position whose probability it is asked for, beside the sampled one.
+    """
+
+    cache_bytes_per_token = 0
+
+    def __init__(self, windows: RemoteWindows, known: int) -> None:
+        self.windows, self.known = windows, known
+
+    def head(self) -> None:
+        """There is none: see `hidden`."""
+
+    def embeddings(self) -> Tensor:
+        raise TOPDError("A teacher behind a server has no embeddings here: use embedding=student or student_hidden.")
+
+    def states_of(self, prefixes: object, windows: object) -> Tensor:
+        return self.embeddings()
+
+    def hidden_in_windows(self, rollouts: object, branches: object) -> Tensor:
+        return self.embeddings()
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        """[rollout, position, 2, known + 1] `KnownTokens` of each response token, packed; nothing where it is masked.
+
+        Raises:
+            ServerError: see `OpenAIServer.post`; or it gives no log-probabilities of prompts, or values that are none.
+        """
+        real = rollouts.response_mask.bool()
+        prompts = [rollouts.prefix(row, int(real[row].sum())).tolist() for row in range(len(rollouts))]
+        body = {"model": self.windows.model, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": self.known}
+        bodies = [body | {"prompt": prompt} for prompt in prompts]
+        lengths = real.sum(1).tolist()
+
+        def read(row: int, answer: Any) -> list[list[tuple[int, float]]]:
+            return self._of_response(answer, prompts[row], lengths[row])
+
+        tokens = torch.zeros(*real.shape, self.known + 1, dtype=torch.long)
+        log_probs = torch.full(tokens.shape, -torch.inf)
+        log_probs[:, :, 0] = 0.0  # masked positions: sure of one token
+        with self.windows.together():
+            answers = self.windows.server.post_all("/v1/completions", bodies, read)
+        for row, positions in enumerate(answers):
+            for position, found in enumerate(positions):
+                tokens[row, position, : len(found)] = torch.tensor([token for token, _ in found])
+                log_probs[row, position, : len(found)] = torch.tensor([log_prob for _, log_prob in found])
+        return pack(KnownTokens(tokens, log_probs)).to(rollouts.response_ids.device)
+
+    def read(self, rollouts: Rollouts, keep_prefix: bool = True) -> Reading:
+        return Reading(self.hidden(rollouts))
+
+    def continue_(
+        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
+    ) -> Windows:
+        """The teacher's near future from each place in the rollouts; as in `DistilledModel`."""
+        return self.windows.continue_(rollouts.prefixes(rows, positions), length)
+
+    def _of_response(self, answer: Any, prompt: list[int], length: int) -> list[list[tuple[int, float]]]:
+        """(token, log-probability) at each response position, the sampled token first."""
+        given = answer["choices"][0].get("prompt_logprobs")
+        if given is None or len(given) != len(prompt):
+            raise ServerError(
+                f"{self.windows.server.named} gives no log-probabilities of the prompt's tokens. "
+                "Token losses from a server need vLLM (prompt_logprobs); or give the teacher's weights as well."
+            )
+        found = []
+        for token, entries in zip(prompt[len(prompt) - length :], given[len(prompt) - length :], strict=True):
+            known = self._log_probs(entries)
+            others = sorted(((v, p) for v, p in known.items() if v != token), key=lambda pair: -pair[1])
+            found.append([(token, known[token]), *others[: self.known]])
+        return found
+
+    def _log_probs(self, entries: Any) -> dict[int, float]:
+        """Log-probability (nats) of each token of one position. Raises `ServerError` for what cannot be one."""
+        known = {int(name): float(entry["logprob"]) for name, entry in entries.items()}
+        named = self.windows.server.named
+        for token, value in known.items():
+            if not math.isfinite(value):
+                raise ServerError(
+                    f"{named} gives {value} as the log-probability of token {token}: the teacher computes NaN or "
+                    "infinity there. Serve it in bfloat16 or float32; float16 overflows."
+                )
+            if value > ROUNDING:
+                raise ServerError(
+                    f"{named} gives {value} as the log-probability of token {token}, which is above 0. Serve the "
+                    "teacher with raw log-probabilities (vLLM: --logprobs-mode raw_logprobs)."
+                )
+            if not self.windows.knows(token):
+                raise ServerError(
+                    f"{named} gives a log-probability of token {token}; the student has {self.windows.vocabulary} "
+                    "tokens. Serve the teacher that belongs to this student."
+                )
+        total = math.fsum(math.exp(value) for value in known.values())
+        if total > 1 + len(known) * ROUNDING:
+            raise ServerError(
+                f"{named} gives probabilities that add up to {total:.4g}. Serve the teacher with raw log-probabilities "
+                "(vLLM: --logprobs-mode raw_logprobs)."
+            )
+        return {token: min(value, 0.0) for token, value in known.items()}
+
+
+def pack(known: KnownTokens) -> Tensor:
+    """As one tensor [..., 2, known], to travel with the batch; token ids are exact in float32 below 2**24."""
+    return torch.stack([known.tokens.float(), known.log_probs.float()], dim=-2)
+
+
+def unpack(packed: Tensor) -> KnownTokens:
+    return KnownTokens(packed[..., 0, :].long(), packed[..., 1, :])
