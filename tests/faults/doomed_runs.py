@@ -13,8 +13,9 @@ from tiny import prompts, tiny_trainer
 
 from topd.embedded.pair import pair_folder
 from topd.errors import RunInterrupted, TOPDError
+from topd.runs import resumable_trainer as surviving
 from topd.runs.checkpoints import newest_whole
-from topd.training import TOPDTrainer, surviving, trainer
+from topd.training import TOPDTrainer, trainer
 
 STEPS = 5
 PROCESSES = multiprocessing.get_context("forkserver")
