@@ -81,9 +81,9 @@ def test_a_fork_is_above_the_upper_quartile_of_the_low_loss_places_of_all_rollou
     high = groups["high"]
     expected = {}
     for row in range(len(PROBLEMS)):
-        parted = (high.rows == row) & (high.distances[wanted.main] > threshold + 1e-6)
+        parted = (high.places.rows == row) & (high.distances[wanted.main] > threshold + 1e-6)
         if parted.any():
-            expected[row] = float(scores.kl[row, high.positions[parted]].max())
+            expected[row] = float(scores.kl[row, high.places.positions[parted]].max())
     assert {fork.rollout: fork.token_loss for fork in forks} == pytest.approx(expected, abs=1e-5)
 
 

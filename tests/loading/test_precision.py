@@ -136,5 +136,5 @@ def test_bf16_losses_are_near_those_of_float32(tmp_path):
 
 def test_the_plain_loss_of_trl_computes_as_trl_does(tmp_path):
     """Bit for bit the same as `DistillationTrainer`: tests/training/test_parity_with_trl.py."""
-    seen = dtypes_of(tiny_trainer(tmp_path, bf16=True, max_steps=1, method="opd"))
+    seen = dtypes_of(tiny_trainer(tmp_path, bf16=True, max_steps=1, method="opd", opd_loss="trl"))
     assert seen["student", True] == seen["teacher", False] == {torch.float32}

@@ -29,14 +29,14 @@ class DistillationLoss(NamedTuple):
         loss: the weighted sum of token losses and likelihood terms.
         token_loss: [teacher_position] the KL at each position, unweighted, also where its weight is 0.
         nll: [term] -log p_S(token_k | position_k), unweighted.
-        unseen: [teacher_position] the student's probability of all tokens of which the teacher's is not known; None
-            where it is known of all.
+        outside_top_k: [teacher_position] the student's probability outside the teacher's known tokens; None where the
+            teacher's probability of every token is known.
     """
 
     loss: Float[Tensor, ""]
     token_loss: Float[Tensor, "teacher_positions"]
     nll: Float[Tensor, "term"]
-    unseen: Float[Tensor, "teacher_positions"] | None = None
+    outside_top_k: Float[Tensor, "teacher_positions"] | None = None
 
 
 def distillation_loss(

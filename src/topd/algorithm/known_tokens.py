@@ -5,8 +5,8 @@ Student and teacher are compared on the known tokens and one bucket for all othe
     sum over known v of p_S(v) (log p_S(v) - log p_T(v)) + r_S (log r_S - log r_T),    r = 1 - sum over known v of p(v)
 
 This is the KL after merging the others. It never exceeds the full KL; what it lacks is r_S times the KL between student
-and teacher within the others. So it is biased towards 0, the more so the more of the student is unseen (r_S).
-The paper has the full vocabulary; merging is our choice (and TRL's, for a teacher behind a server).
+and teacher within the others. So it is biased towards 0, more so the more probability the student has outside the top
+k (r_S). The paper has the full vocabulary; merging is our choice (and TRL's, for a teacher behind a server).
 """
 
 from typing import NamedTuple
@@ -41,11 +41,11 @@ class KnownKL(NamedTuple):
 
     Attributes:
         kl: [position] nats.
-        unseen: [position] the student's probability of all tokens that are not known, detached.
+        outside_top_k: [position] the student's probability of all tokens that are not known, detached.
     """
 
     kl: Float[Tensor, "positions"]
-    unseen: Float[Tensor, "positions"]
+    outside_top_k: Float[Tensor, "positions"]
 
 
 def known_token_kl(
@@ -93,12 +93,12 @@ def known_token_loss(
         direction: as in `known_token_kl`.
     """
     log_probs = gathered_log_probs(hidden[: len(weights)], head, teacher.tokens)
-    token_loss, unseen = known_token_kl(log_probs, teacher, direction)
+    token_loss, outside_top_k = known_token_kl(log_probs, teacher, direction)
     loss, nll = (weights * token_loss).sum(), token_loss.new_zeros(0)
     if terms is not None:
         nll = -gathered_log_probs(hidden[terms.position], head, terms.token[:, None]).squeeze(-1)
         loss = loss + (terms.weight * nll).sum()
-    return DistillationLoss(loss, token_loss.detach(), nll.detach(), unseen)
+    return DistillationLoss(loss, token_loss.detach(), nll.detach(), outside_top_k)
 
 
 @torch.no_grad()

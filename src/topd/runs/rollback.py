@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from topd.errors import ServerError
-from topd.teachers.server_windows import RemoteWindows
+from topd.teachers.server_windows import ServerWindows
 from topd.teachers.openai_server import WaitingStopped
 from topd.runs.interrupts import run_interrupted
 from topd.runs.resumable_trainer import SurvivingTrainer
@@ -34,12 +34,12 @@ class RollbackTrainer(SurvivingTrainer):
         RunInterrupted: likewise.
     """
 
-    _server: RemoteWindows | None = None
+    _server: ServerWindows | None = None
     _put_back: Callable[[], None] | None = None
     _evaluation_due = False
     _saved_at = 0
 
-    def _use_server(self, server: RemoteWindows) -> None:
+    def _use_server(self, server: ServerWindows) -> None:
         server.server.stopped = lambda: self._interrupt.received is not None
         server.together = self._all_or_none
         self._server = server

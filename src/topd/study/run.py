@@ -164,6 +164,7 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
 
     quiet: dict[str, Any] = {
         "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "bf16": False,
+        "opd_loss": "trl",
         "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, job.steps // 20),
     }  # fmt: skip

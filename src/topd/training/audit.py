@@ -26,31 +26,31 @@ def audit_records(
     method: str,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """One record a rollout: prompt, tokens with their loss (nats), and every candidate with both windows."""
+    """One record per rollout: prompt, tokens with their loss (nats), and every candidate with both windows."""
 
     def texts(ids: Tensor) -> list[str]:
         return [str(tokenizer.decode([token])) for token in ids.tolist()]
 
-    records = []
+    records, look, found = [], future.look, future.candidates
     for row in range(min(limit, len(rollouts))):
         mask = rollouts.response_mask[row].bool()
-        tokens, losses = texts(rollouts.response_ids[row][mask]), future.token_loss[row][mask]
+        tokens, losses = texts(rollouts.response_ids[row][mask]), look.token_loss[row][mask]
         candidates = []
-        for index in (future.rows == row).nonzero().squeeze(-1).tolist():
-            position = int(future.positions[index])
-            ours, theirs = int(future.ours.mask[index].sum()), int(future.theirs.mask[index].sum())  # padding left out
-            plan, distance = future.transport.plan[index], float(future.transport.distance[index])
+        for index in (found.places.rows == row).nonzero().squeeze(-1).tolist():
+            position = int(found.places.positions[index])
+            ours, theirs = int(found.ours.mask[index].sum()), int(found.theirs.mask[index].sum())  # padding left out
+            plan, distance = found.transport.plan[index], float(found.distance[index])
             candidates.append({
                 "position": position,
                 "token": tokens[position],
-                "token_loss": _number(future.token_loss[row, position]),
-                "distance": _number(distance) if bool(future.transport.converged[index]) else None,
+                "token_loss": _number(look.token_loss[row, position]),
+                "distance": _number(distance) if bool(found.transport.converged[index]) else None,
                 "threshold": _number(future.threshold),
                 "fork": bool(future.fork[index]),
                 "decision": "guided" if future.guided[index] else "capped" if future.capped[index] else "none",
                 "weight": _number(future.weights[row, position]),
-                "student_window": texts(future.ours.tokens[index][future.ours.mask[index]]),
-                "teacher_window": texts(future.theirs.tokens[index][future.theirs.mask[index]]),
+                "student_window": texts(found.ours.tokens[index][found.ours.mask[index]]),
+                "teacher_window": texts(found.theirs.tokens[index][found.theirs.mask[index]]),
                 "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist() if i < ours and j < theirs],
             })  # fmt: skip
         records.append(

@@ -1,36 +1,65 @@
-"""Which positions the method looks at, caps and guides, by the options."""
+"""Which positions the method looks at, caps and guides; the fork threshold of section 2.1, estimated in training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from topd.algorithm import Transport, highest_loss, select_for_capping
-
-if TYPE_CHECKING:
-    from topd.training.config import TOPDConfig
+from topd.algorithm import false_alarm_threshold, highest_loss, low_loss_threshold, select_for_capping
+from topd.training.futures import Futures
+from topd.training.method import Method, StepContext
 
 LOW_LOSS = 16
 """Low-loss positions per rollout that the fork threshold is estimated from, at most (our choice)."""
+WANTED = 512
+"""Distances at low-loss positions that one estimate rests on: a standard error of some 0.02 in the quantile's rank."""
+MOST_STEPS = 8
+"""Steps that an estimate may take; with small batches it rests on fewer distances."""
 
 
-def choose_candidates(ranking: Tensor, mask: Tensor, options: TOPDConfig, at_most: int | None = None) -> Tensor:
+@dataclass
+class LowLossQuartile:
+    """Collects D_OT at low-loss positions in the first steps, and anew every `every` steps (our choice).
+
+    Args:
+        every: optimizer steps from one estimate to the next.
+    """
+
+    every: int
+    value: float = math.nan
+    _distances: list[float] = field(default_factory=list)
+    _steps: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether low-loss positions are looked at in this step (from 0)."""
+        return step % self.every < MOST_STEPS and (step % self.every == 0 or self._steps > 0)
+
+    def add(self, step: int, distance: Tensor) -> None:
+        """Add a step's distances, of all processes; NaN is left out.
+
+        The first estimate is used from its first step on; a later one replaces it once it is complete.
+        """
+        if step % self.every == 0 and self._steps == 0:
+            self._distances = []
+        self._steps += 1
+        self._distances += distance[distance.isfinite()].tolist()
+        complete = len(self._distances) >= WANTED or self._steps >= MOST_STEPS
+        if complete or math.isnan(self.value) or step < MOST_STEPS:
+            self.value = low_loss_threshold(torch.tensor(self._distances))
+        if complete:
+            self._steps = 0
+
+
+def choose_candidates(ranking: Tensor, mask: Tensor, method: Method, at_most: int | None = None) -> Tensor:
     """High-loss positions; the control "random" takes equally many positions of each rollout at random instead."""
-    if options.guides and options.guidance_at == "random":
+    if method.guides and method.guidance_at == "random":
         ranking = torch.rand(ranking.shape, device=ranking.device)
-    chosen = highest_loss(
-        ranking,
-        mask,
-        share=options.candidate_share,
-        count=options.candidate_count,
-        threshold=options.candidate_threshold,
-        spacing=options.candidate_spacing,
-    )
+    chosen = highest_loss(ranking, mask, share=method.candidate_share)
     if at_most is not None:
-        chosen &= highest_loss(ranking, mask, share=None, count=at_most, spacing=options.candidate_spacing)
+        chosen &= highest_loss(ranking, mask, share=None, count=at_most)
     return chosen
 
 
@@ -43,21 +72,29 @@ def choose_low_loss(token_loss: Tensor, mask: Tensor, candidates: Tensor) -> Ten
     return chosen
 
 
-def choose_capped(
-    distance: Tensor, fork: Tensor, options: TOPDConfig, gather: Callable[[Tensor], Tensor], process: int
-) -> Tensor:
-    """Whose token loss is capped: the bottom share by rank over all processes (section 5.1), or its controls."""
-    if options.method == "topd":
-        return ~fork & distance.isfinite() if options.cap_false_alarms else torch.zeros_like(fork)
-    owner = gather(torch.full_like(distance, process))
-    chosen = select_for_capping(gather(distance), options.cap_selection, options.false_alarm_share)
-    return chosen[owner == process]
+def fork_threshold(candidates: Futures, low_loss: Futures | None, method: Method, context: StepContext) -> float:
+    """D_OT above which a candidate is a fork, by `fork_rule`, over all processes. Updates `context.quartile`."""
+    if method.fork_rule == "threshold":
+        assert method.fork_threshold is not None
+        return method.fork_threshold
+    if context.quartile is None:
+        return false_alarm_threshold(context.gather(candidates.distance), method.false_alarm_share)
+    if low_loss is not None:
+        context.quartile.add(context.step, context.gather(low_loss.distance))
+    return context.quartile.value
 
 
-def choose_guided(fork: Tensor, transport: Transport, options: TOPDConfig) -> Tensor:
+def choose_capped(distance: Tensor, fork: Tensor, method: Method, context: StepContext) -> Tensor:
+    """Whose token loss is capped: false alarms, or the bottom share by rank over all processes, or its controls."""
+    if method.caps is None or method.caps == "false_alarms":
+        return ~fork & distance.isfinite() if method.caps else torch.zeros_like(fork)
+    owner = context.gather(torch.full_like(distance, context.process))
+    chosen = select_for_capping(context.gather(distance), method.caps, method.false_alarm_share)
+    return chosen[owner == context.process]
+
+
+def choose_guided(fork: Tensor, candidates: Futures, method: Method) -> Tensor:
     """Where the trajectory loss applies: at forks; the control "false_alarms" takes the others."""
-    if not options.guides:
+    if not method.guides:
         return torch.zeros_like(fork)
-    if options.guidance_at == "false_alarms":
-        return transport.converged & ~fork
-    return fork
+    return candidates.transport.converged & ~fork if method.guidance_at == "false_alarms" else fork

@@ -12,17 +12,18 @@ from accelerate.logging import get_logger
 from topd.errors import TOPDError
 from topd.loading.precision import autocasting
 from topd.loading.sharding import held_whole
-from topd.near_future import DistilledModel, LocalModel, fixed
+from topd.near_future import DistilledModel, LocalModel
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
-from topd.teachers.server_windows import RemoteWindows
-from topd.teachers.top_k import RemoteTeacher
+from topd.teachers.protocol import Teacher
+from topd.teachers.server_windows import ServerWindows
+from topd.teachers.top_k import TopKTeacher
 from topd.training.config import TOPDConfig
 
 logger = get_logger(__name__)
 
 
 class BothModels:
-    """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `RemoteTeacher`."""
+    """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `TopKTeacher`."""
 
     accelerator: Accelerator
     args: TOPDConfig
@@ -33,7 +34,7 @@ class BothModels:
     eos_token_ids: list[int]
     _tokenizer: Any
     _forward_redirection: Any
-    _server: RemoteWindows | None
+    _server: ServerWindows | None
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     _tried: list[Ways] | None = None
@@ -42,16 +43,16 @@ class BothModels:
     def _student(self) -> DistilledModel:
         return self._distilled(self.accelerator.unwrap_model(self.model))
 
-    def _teacher(self) -> DistilledModel | RemoteTeacher:
+    def _teacher(self) -> Teacher:
         if self.teacher_model is None:
             assert self._server is not None
-            return RemoteTeacher(self._server, self.args.teacher_top_k)
+            return TopKTeacher(self._server, self.args.teacher_top_k)
         return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
-    def _distilled(self, model: Any, server: RemoteWindows | None = None) -> DistilledModel:
+    def _distilled(self, model: Any, server: ServerWindows | None = None) -> DistilledModel:
         return DistilledModel(
             model,
-            fixed(self._local(model) if server is None else server),
+            self._local(model) if server is None else server,
             lambda function, *args: self._forward_redirection(model, model, function, *args),
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
@@ -132,4 +133,4 @@ class BothModels:
         return [] if self.teacher_model is None else [self.teacher_model]
 
     def _local(self, model: Any) -> LocalModel:
-        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
+        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids)

@@ -26,10 +26,10 @@ from topd.loading.pair import (
 )
 from topd.loading.sharding import held_whole, shard_teacher
 from topd.loading.tokenizers import compare_tokenizers
-from topd.near_future import DistilledModel
+from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
-from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
+from topd.training.guidance import TEACHER
 from topd.training.trainer import TOPDTrainer
 
 logger = get_logger(__name__)
@@ -115,7 +115,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             return shard_teacher(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    def _teacher(self) -> DistilledModel:
+    def _teacher(self) -> Teacher:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
         return self._routed

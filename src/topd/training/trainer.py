@@ -19,7 +19,7 @@ from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher, unsharded
 from topd.loading.tokenizers import check_context
-from topd.near_future import DistilledModel, Rollouts, fixed
+from topd.near_future import DistilledModel, Rollouts
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.runs.files import append_records
 from topd.runs.model_card import PAPER
@@ -31,19 +31,30 @@ from topd.runs.rollback import RollbackTrainer
 from topd.runs.stages import STAGES, Stopwatch
 from topd.teachers.from_options import check_without_weights, contexts, teacher_server, teacher_windows
 from topd.training.audit import audit_records, save_options
-from topd.training.batch import pack, rollouts_of, unpack
 from topd.training.budget import CandidateBudget, budget_message
+from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
-from topd.training.fork_threshold import LowLossQuartile
 from topd.training.futures import NearFuture
 from topd.training.gradient_ratio import EVERY, last_parameters
-from topd.training.guided import Guided, guided_windows
+from topd.training.guidance import (
+    Guided,
+    guided_windows,
+    pack,
+    pack_states,
+    rollouts_of,
+    unpack,
+    unpack_states,
+)
+from topd.training.method import Method, StepContext
 from topd.training.metrics import near_future_metrics
 from topd.training.models import BothModels
 from topd.training.rollouts import OwnRollouts
-from topd.training.step import look_ahead, opd_loss, score, topd_loss
+from topd.training.step import LossInputs, look_ahead, opd_loss, score, topd_loss
 
 logger = get_logger(__name__)
+
+KIND, OPD, TOPD = "topd_step", "opd", "topd"
+"""Entry of the batch that says which loss a step has; without it, TRL's own."""
 
 
 class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, DistillationTrainer):
@@ -123,7 +134,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
             else None
         )
         self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
-        self._guidance_loss, self._unseen = 0.0, 0.0
+        self._guidance_loss, self._outside_top_k = 0.0, 0.0
         self._warned = False
         by_low_loss = args.looks_ahead and args.fork_rule == "low_loss_quartile"
         self._quartile = LowLossQuartile(args.recalibration_steps) if by_low_loss else None
@@ -185,48 +196,49 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
         if at_most == 0:  # a step of plain OPD, to compare with
             return batch | self._for_opd(batch)
 
-        rollouts, teacher = rollouts_of(batch), self._teacher()
-        kept, self._sampling = self._student().sampled(rollouts, self._sampling, self._generates_own_windows()), None
+        rollouts, method = rollouts_of(batch), Method.of(self.args)
+        student, teacher = self._student(), self._teacher()
+        sampled, self._sampling = student.sampled(rollouts, self._sampling, method.student_window != "rollout"), None
+        context = StepContext(
+            self._stage, self._gather_ragged, self.accelerator.process_index, sampled, at_most,
+            self._quartile, self.state.global_step, self.args.window_memory,
+        )  # fmt: skip
         with self._models_whole(), self.compute_loss_context_manager():
-            future = look_ahead(
-                rollouts, self._student(), teacher, self.args, self._stage, gather=self._gather_ragged,
-                process=self.accelerator.process_index, kept=kept, at_most=at_most,
-                quartile=self._quartile, step=self.state.global_step,
-            )  # fmt: skip
+            future = look_ahead(rollouts, student, teacher, method, context)
+        look = future.look
         self._warn_without_distances(future)
-        self._step_size = (*self._step_size[:2], float(len(future.rows)))
-        self._stop_unless_finite(future.token_loss, rollouts)
-        batch |= {"weights": future.weights, "entropy": future.entropy, "teacher_hidden": future.teacher_hidden}
+        self._step_size = (*self._step_size[:2], float(len(future.candidates)))
+        self._stop_unless_finite(look.token_loss, rollouts)
+        batch |= pack_states(look.teacher_states) | {"weights": future.weights, "entropy": look.entropy}
 
         guided = None
-        if self.args.guides:
-            guided = guided_windows(future, rollouts, self.args)
-            if self.args.guidance_context == "teacher" and self.args.teacher_context_loss != "cross_entropy":
+        if method.guides:
+            guided = guided_windows(future.chosen, method)
+            if method.guidance_context == "teacher" and method.teacher_context_loss != "cross_entropy":
                 with self._stage("scoring"), self.compute_loss_context_manager():
                     guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
             num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum()
             batch |= pack(guided) | {"num_forks": num_forks}
 
-        self._record(future, guided, rollouts)
-        return batch
+        self._record(future, guided, rollouts, method)
+        return batch | {KIND: [TOPD] * len(rollouts)}
 
     def _for_opd(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What our own loss of plain OPD needs; nothing where TRL's is used."""
-        one_pass = self.args.opd_in_one_pass and self.model.training
+        text = not (self._is_vlm or self.tools) or self.args.opd_loss == "one_pass"
+        one_pass = self.args.opd_in_one_pass and self.model.training and text
         if self.teacher_model is not None and not one_pass and (self._is_vlm or self._trl_is_right(batch)):
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
-            return {"teacher_hidden": self._teacher().hidden(rollouts_of(batch))}
-
-    def _generates_own_windows(self) -> bool:
-        return self.args.student_window != "rollout"
+            states = self._teacher().prefill(rollouts_of(batch), keep_prefix=False).states
+        return pack_states(states) | {KIND: [OPD] * len(batch["completion_ids"])}
 
     def _measures_gradients(self) -> bool:
         """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
         return self.args.guides and self.model.training and self.state.global_step % EVERY == 0
 
     def _warn_without_distances(self, future: NearFuture) -> None:
-        distances = self._gather_ragged(future.transport.distance)
+        distances = self._gather_ragged(future.candidates.distance)
         if self._warned or len(distances) == 0 or bool(distances.isfinite().any()):
             return
         self._warned = True
@@ -248,29 +260,31 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
     # The loss
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        if "teacher_hidden" not in inputs:
+        kind = inputs[KIND][0] if KIND in inputs else None
+        if kind is None:  # TRL's own loss
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         rollouts, teacher = rollouts_of(inputs), self._teacher()
-        student = DistilledModel(unwrapped_student, fixed(self._local(unwrapped_student)), temperature=self.temperature)
-        mask = rollouts.loss_mask.bool()
-        if "weights" not in inputs:  # plain OPD
+        student = DistilledModel(unwrapped_student, self._local(unwrapped_student), temperature=self.temperature)
+        mask, method, states = rollouts.loss_mask.bool(), Method.of(self.args), unpack_states(inputs)
+        if kind == OPD:
             num_tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            result = opd_loss(rollouts, student, teacher, inputs["teacher_hidden"], self.args, num_tokens)
+            result = opd_loss(rollouts, student, teacher, LossInputs(states, num_tokens), method.direction)
             entropy = result.nll
         else:
             processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
-            result = topd_loss(
-                rollouts, student, teacher, inputs["teacher_hidden"], inputs["weights"], unpack(inputs), self.args,
-                num_tokens=num_items_in_batch,
-                num_forks=inputs["num_forks"].clamp(min=1) / processes if self.args.guides else torch.tensor(1),
+            parts = LossInputs(
+                states, num_items_in_batch, inputs["weights"], unpack(inputs),
+                num_forks=inputs["num_forks"].clamp(min=1) / processes if method.guides else None,
                 measured=last_parameters(student.backbone) if self._measures_gradients() else None,
             )  # fmt: skip
+            result = topd_loss(rollouts, student, teacher, parts, method)
             inputs["guidance_loss"] = result.trajectory
             if result.gradient_ratio is not None:
                 inputs["gradient_ratio"] = result.gradient_ratio
             entropy = inputs["entropy"][mask].sum()
-        if result.unseen is not None:
-            inputs["unseen"] = result.unseen.sum() / (num_items_in_batch if self.model.training else mask.sum())
+        if result.outside_top_k is not None:
+            total = result.outside_top_k.sum()
+            inputs["outside_top_k"] = total / (num_items_in_batch if self.model.training else mask.sum())
         return result.loss, entropy, mask.sum()
 
     def compute_loss(
@@ -285,8 +299,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
                 self._guidance_loss += float(self.accelerator.gather(inputs.pop("guidance_loss")).mean())
             if "gradient_ratio" in inputs:
                 self._metrics["train"]["guidance/grad_ratio"].append(float(inputs.pop("gradient_ratio")))
-            if "unseen" in inputs:
-                self._unseen += float(self.accelerator.gather(inputs.pop("unseen")).mean())
+            if "outside_top_k" in inputs:
+                self._outside_top_k += float(self.accelerator.gather(inputs.pop("outside_top_k")).mean())
         return outputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -311,9 +325,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
         """Raise, naming the rollouts at fault: where the token loss is not finite, else where it is largest."""
         rollouts = self._last_batch
         student, teacher = self._student(), self._teacher()
-        with self.compute_loss_context_manager():
-            states = student.hidden(rollouts), teacher.hidden(rollouts)
-            token_loss = score(rollouts, states[0], student, states[1], teacher, self.args).kl
+        with torch.no_grad(), self.compute_loss_context_manager():
+            token_loss = score(rollouts, student, teacher, Method.of(self.args))[0].kl
         mask = rollouts.loss_mask
         raise non_finite_error(
             what,
@@ -326,8 +339,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
 
     # Metrics and audit
 
-    def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts) -> None:
-        for name, value in near_future_metrics(future, guided, rollouts, self._gather_ragged).items():
+    def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method) -> None:
+        for name, value in near_future_metrics(future, guided, rollouts, method, self._gather_ragged).items():
             self._metrics["train"][name].append(value)
         due = self.args.audit_steps and self.state.global_step % self.args.audit_steps == 0
         if due and self.accelerator.is_main_process:
@@ -348,8 +361,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
             self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
             self._guidance_loss = 0.0
         if self.teacher_model is None:
-            self._metrics["train"]["token_loss/unseen"].append(self._unseen)
-            self._unseen = 0.0
+            self._metrics["train"]["token_loss/outside_top_k"].append(self._outside_top_k)
+            self._outside_top_k = 0.0
 
     def _keep_to_budget(self, budget: CandidateBudget, seconds: dict[str, float]) -> None:
         """Tell the budget what the step took, on average over processes, so that all decide alike."""

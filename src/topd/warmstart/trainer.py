@@ -22,12 +22,12 @@ from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
 from topd.loading.tokenizers import compare_tokenizers
 from topd.near_future.generation import end_token_ids
+from topd.near_future.kernels import loss_on_device
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.runs.non_finite import StopOnNonFiniteGradient
 from topd.runs.output_folder import check_writable
 from topd.runs.recorded import RecordedTrainer
 from topd.runs.resumable_trainer import SurvivingTrainer
-from topd.training.kernels import loss_on_device
 from topd.warmstart.config import WarmStartConfig
 from topd.warmstart.tokens import as_generated, check_that_it_can_stop
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from trl.kernels import chunked_divergence
 
 from topd.algorithm import Head, LikelihoodTerms, token_kl_from_hidden
-from topd.training import kernels
+from topd.near_future import kernels
 
 POSITIONS, VOCABULARY, WIDTH, TEACHER_WIDTH = 5, 13, 3, 4
 HEADS = {

@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss, known_token_loss
+from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss
 from topd.algorithm.head import at_least_float32
 from topd.algorithm.tiles import Direction
-from topd.teachers.top_k import unpack
 
 
 def loss_on_device(
     hidden: Tensor,
     head: Head,
     teacher_hidden: Tensor,
-    teacher_head: Head | None,
+    teacher_head: Head,
     weights: Tensor,
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
@@ -22,13 +21,10 @@ def loss_on_device(
     """`distillation_loss`, in nats; reverse is KL(student || teacher).
 
     On CUDA the token losses are TRL's wherever it can express both heads (our choice); likelihood terms always ours.
-    Without a teacher's head, `teacher_hidden` is what a server knows of its tokens, packed.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size (ours only; TRL's does not look).
     """
-    if teacher_head is None:
-        return known_token_loss(hidden, head, unpack(teacher_hidden), weights, terms, direction)
     arguments = trl_arguments(head, teacher_head)
     if hidden.is_cuda and at_least_float32(hidden).itemsize == 4 and arguments is not None:
         return trl_loss(hidden, head, teacher_hidden, teacher_head, weights, terms, direction, arguments)
