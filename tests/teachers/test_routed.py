@@ -36,7 +36,7 @@ def rollouts():
 
 def test_logits_are_those_of_the_rollout_s_own_teacher(teachers, rollouts):
     routed = RoutedTeacher(teachers)
-    hidden = routed.hidden(rollouts)
+    hidden = routed.prefill(rollouts).hidden
     assert hidden.shape[-1] == sum(WIDTHS)
     assert torch.equal(hidden, routed.prefill(rollouts).hidden)
     logits = routed.head().logits(hidden)
@@ -64,7 +64,7 @@ def test_windows_are_those_of_the_rollout_s_own_teacher(teachers, rollouts):
 def test_a_part_of_the_rollouts_keeps_its_teachers(teachers, rollouts):
     routed = RoutedTeacher(teachers)
     part = slice(1, 4)  # teachers 0 and 1 only
-    torch.testing.assert_close(routed.hidden(rollouts[part]), routed.hidden(rollouts)[part], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(routed.prefill(rollouts[part]).hidden, routed.prefill(rollouts).hidden[part], rtol=1e-4, atol=1e-4)
 
 
 def test_heads_that_treat_logits_otherwise_are_refused(teachers):
