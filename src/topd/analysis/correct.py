@@ -26,8 +26,7 @@ from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windo
 from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
 from topd.training.futures import Futures
-from topd.training.gradient_ratio import last_parameters
-from topd.training.guidance import Guided, guided_windows
+from topd.training.guidance import Guided, guided_windows, last_parameters
 from topd.training.method import Method
 from topd.training.step import LossInputs, Pair, StepLoss, futures, topd_loss
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from topd.algorithm import (
     DistillationLoss,
+    Head,
     LikelihoodTerms,
     TokenScores,
     cap_weights,
@@ -42,8 +43,7 @@ from topd.near_future import (
 from topd.teachers.protocol import Teacher
 from topd.training.choices import choose_candidates, choose_capped, choose_guided, choose_low_loss, fork_threshold
 from topd.training.futures import Futures, Look, NearFuture
-from topd.training.gradient_ratio import gradient_ratio
-from topd.training.guidance import Guided, guided_rows
+from topd.training.guidance import Guided, gradient_ratio, guided_rows
 from topd.training.method import Method, Stage, StepContext, StudentWindow
 
 ALONE = StepContext()
@@ -239,58 +239,61 @@ def opd_loss(
 def topd_loss(
     rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
 ) -> StepLoss:
-    """L_OPD + lambda L_traj, in one pass over the vocabulary where both have the student's own contexts.
+    """L_OPD + lambda L_traj, in one pass over the vocabulary where both stand in the student's contexts.
 
-    L_traj = sum_i KL(y_i || p_S(. | c_i)) is `trajectory_loss`. Here it is its two parts: the cross-entropy to the
-    targets y_i, as likelihood terms of the same pass as L_OPD, and minus their entropy, which has no gradient.
+    L_traj is `trajectory_loss`, sum_i KL(y_i || p_S(. | c_i)), as its two parts: the cross-entropy to the targets y_i,
+    as likelihood terms of the same pass as L_OPD, and minus the entropy of y_i, which has no gradient.
     """
     mask, guided, head = rollouts.loss_mask.bool(), inputs.guided, student.head()
     known = {name: values[mask] for name, values in inputs.teacher_states.items()}
-    token_weights = (mask.float() if inputs.weights is None else inputs.weights)[mask] / inputs.num_tokens
+    weights = (mask.float() if inputs.weights is None else inputs.weights)[mask] / inputs.num_tokens
     on_rollout = method.student_window == "rollout" and method.guidance_context == "student"
-    hidden, window_hidden = student.hidden_and_windows(
-        rollouts, None if guided is None or on_rollout else guided.branches
-    )
+    branches = None if guided is None or on_rollout else guided.branches
+    hidden, window_hidden = student.hidden_and_windows(rollouts, branches)
+
+    def opd(states: Tensor, terms: LikelihoodTerms | None = None) -> DistillationLoss:
+        return teacher.loss(states, head, known, weights, terms, method.direction)
+
     if guided is None:
-        opd = teacher.loss(hidden[mask], head, known, token_weights, direction=method.direction)
-        return StepLoss(opd.loss, opd.loss.new_zeros(()), opd.loss.new_zeros(()), opd.outside_top_k)
+        alone = opd(hidden[mask])
+        return StepLoss(alone.loss, alone.loss.new_zeros(()), alone.loss.new_zeros(()), alone.outside_top_k)
 
     states, row = guided_rows(hidden, window_hidden, mask, guided, on_rollout)
-    assert inputs.num_forks is not None
-    denominator = inputs.num_tokens if method.guidance_reduction == "per_token" else inputs.num_forks
-    scale = method.guidance_weight * position_weights(guided.targets, method.guidance_reduction) / denominator
+    scale = guidance_scale(guided, inputs, method)
+    terms = likelihood_terms(guided.targets, row, scale)
 
-    def opd_of(states: Tensor, terms: LikelihoodTerms | None = None) -> DistillationLoss:
-        own = states if terms is not None else states[: len(token_weights)]
-        return teacher.loss(own, head, known, token_weights, terms, method.direction)
-
-    def guidance_of(states: Tensor) -> Tensor:
+    def guidance(states: Tensor) -> Tensor:
         if guided.teacher_hidden is not None:
-            return teacher_context_loss(states[len(token_weights) :], student, teacher, guided, scale, method)
+            return teacher_context_loss(states[len(weights) :], head, teacher, guided, scale, method)
         nothing = {name: values[:0] for name, values in known.items()}
-        return teacher.loss(states, head, nothing, token_weights[:0], likelihood_terms(guided.targets, row, scale)).loss
+        return teacher.loss(states, head, nothing, weights[:0], terms).loss
 
     if guided.teacher_hidden is None:
-        terms = likelihood_terms(guided.targets, row, scale)
-        both = opd_of(states, terms)
+        both = opd(states, terms)
         minus_entropy = (scale * negative_entropy(guided.targets)).sum()
-        loss, outside = both.loss + minus_entropy, both.outside_top_k
-        guidance = ((terms.weight * both.nll).sum() + minus_entropy).detach()
+        loss, trajectory = both.loss + minus_entropy, (terms.weight * both.nll).sum() + minus_entropy
     else:
-        opd, traj = opd_of(states), guidance_of(states)
-        loss, outside, guidance = opd.loss + traj, opd.outside_top_k, traj.detach()
+        both, trajectory = opd(states[: len(weights)]), guidance(states)
+        loss = both.loss + trajectory
     ratio = None
     if inputs.measured and bool(guided.targets.guided.any()):
-        ratio = gradient_ratio(states, inputs.measured, guidance_of, lambda states: opd_of(states).loss)
-    return StepLoss(loss, guidance / method.guidance_weight, loss.new_zeros(()), outside, ratio)
+        ratio = gradient_ratio(states, inputs.measured, guidance, lambda states: opd(states[: len(weights)]).loss)
+    return StepLoss(loss, trajectory.detach() / method.guidance_weight, loss.new_zeros(()), both.outside_top_k, ratio)
+
+
+def guidance_scale(guided: Guided, inputs: LossInputs, method: Method) -> Tensor:
+    """[rollout * branch, window_position] what each position's KL is multiplied by in lambda L_traj."""
+    assert inputs.num_forks is not None
+    denominator = inputs.num_tokens if method.guidance_reduction == "per_token" else inputs.num_forks
+    return method.guidance_weight * position_weights(guided.targets, method.guidance_reduction) / denominator
 
 
 def teacher_context_loss(
-    states: Tensor, student: DistilledModel, teacher: Teacher, guided: Guided, scale: Tensor, method: Method
+    states: Tensor, head: Head, teacher: Teacher, guided: Guided, scale: Tensor, method: Method
 ) -> Tensor:
     """Weighted full-vocabulary KL at the guided positions in the teacher's contexts (another reading of L_traj)."""
     assert guided.teacher_hidden is not None
     positions = guided.targets.guided
     theirs = {"hidden": guided.teacher_hidden.flatten(0, 1)[positions]}
     direction: Direction = "reverse" if method.teacher_context_loss == "reverse_kl" else "forward"
-    return teacher.loss(states, student.head(), theirs, scale[positions], direction=direction).loss
+    return teacher.loss(states, head, theirs, scale[positions], direction=direction).loss

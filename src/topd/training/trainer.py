@@ -9,36 +9,29 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
-from tqdm import tqdm
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
-from topd.loading.dataset_checks import check_datasets, check_enough, check_prompts, check_tokens
+from topd.loading.dataset_checks import check_datasets, check_enough
 from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
-from topd.loading.sharding import shard_teacher, unsharded
-from topd.loading.tokenizers import check_context
+from topd.loading.sharding import shard_teacher
 from topd.near_future import DistilledModel, Rollouts
-from topd.near_future.sampling_states import SamplingStates, has_dropout
-from topd.runs.files import append_records
 from topd.runs.model_card import PAPER
 from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
 from topd.runs.output_folder import check_writable
 from topd.runs.recorded import RecordedTrainer
-from topd.runs.resumable import AUDIT_FILE
 from topd.runs.rollback import RollbackTrainer
-from topd.runs.stages import STAGES, Stopwatch
-from topd.teachers.from_options import check_without_weights, contexts, teacher_server, teacher_windows
-from topd.training.audit import audit_records, save_options
-from topd.training.budget import CandidateBudget, budget_message
+from topd.runs.stages import Stopwatch
+from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
+from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
-from topd.training.futures import NearFuture
-from topd.training.gradient_ratio import EVERY, last_parameters
 from topd.training.guidance import (
-    Guided,
+    RATIO_EVERY,
     guided_windows,
+    last_parameters,
     pack,
     pack_states,
     rollouts_of,
@@ -46,10 +39,10 @@ from topd.training.guidance import (
     unpack_states,
 )
 from topd.training.method import Method, StepContext
-from topd.training.metrics import near_future_metrics
 from topd.training.models import BothModels
 from topd.training.rollouts import OwnRollouts
 from topd.training.step import LossInputs, look_ahead, opd_loss, score, topd_loss
+from topd.training.step_log import StepLog, save_options
 
 logger = get_logger(__name__)
 
@@ -57,7 +50,7 @@ KIND, OPD, TOPD = "topd_step", "opd", "topd"
 """Entry of the batch that says which loss a step has; without it, TRL's own."""
 
 
-class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, DistillationTrainer):
+class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, DistillationTrainer):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -127,61 +120,17 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
             rows = head_rows(self.model)
             self._use_server(teacher_windows(server, args, self._tokenizer, self.eos_token_ids, rows))
         self._stage = Stopwatch()
-        self._sampling: SamplingStates | None = None
         self._budget = (
             CandidateBudget(args.max_overhead, args.recalibration_steps)
             if args.max_overhead and args.looks_ahead
             else None
         )
-        self._step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
-        self._guidance_loss, self._outside_top_k = 0.0, 0.0
-        self._warned = False
         by_low_loss = args.looks_ahead and args.fork_rule == "low_loss_quartile"
         self._quartile = LowLossQuartile(args.recalibration_steps) if by_low_loss else None
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
         watch_rounding(self)
 
     # Rollouts, then the near future
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        check_prompts(prompts, "the batch")  # a stream's rows are not seen before
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        check_tokens(prompt_ids)
-        longest = max(prompt_ids, key=len)
-        check_context(
-            len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, self._longest_window(),
-            contexts(self.model, self.teacher_model, self._server),
-        )  # fmt: skip
-        return prompt_ids, images, fields
-
-    def _longest_window(self) -> int:
-        return self.args.window_length if self.args.looks_ahead else 0
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; what the student computes while sampling is kept for looking ahead."""
-        if self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
-        student = self.accelerator.unwrap_model(self.model)
-        with unsharded(student):
-            if not self.args.looks_ahead or not self.model.training or has_dropout(student):
-                return self._generate_in_groups(*args, **kwargs)
-            self._sampling = SamplingStates()
-            with self._sampling.keeping(student):
-                return self._generate_in_groups(*args, **kwargs)
-
-    def _generate_in_groups(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """TRL's generation; prompts that must not share a batch go one group after the other."""
-        lengths = [len(ids) for ids in prompt_ids]
-        if self._is_vlm or len(set(lengths)) == 1:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        ways = self._student().ways
-        groups = ways.together(lengths, [-n for n in lengths], growth=self.max_completion_length or 0)
-        responses: list[Any] = [None] * len(lengths)
-        for group in groups:
-            sampled = super()._generate_single_turn([prompt_ids[row] for row in group], *args, **kwargs)
-            for row, response in zip(group, sampled, strict=True):
-                responses[row] = response
-        return responses
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._is_vlm:
@@ -235,27 +184,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
 
     def _measures_gradients(self) -> bool:
         """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
-        return self.args.guides and self.model.training and self.state.global_step % EVERY == 0
-
-    def _warn_without_distances(self, future: NearFuture) -> None:
-        distances = self._gather_ragged(future.candidates.distance)
-        if self._warned or len(distances) == 0 or bool(distances.isfinite().any()):
-            return
-        self._warned = True
-        hint = "raise entropic_epsilon or use transport_solver=exact" if self.args.transport_solver != "exact" else (
-            "check that both models' embeddings are finite and that windows are not empty"
-        )  # fmt: skip
-        logger.warning(
-            f"Step {self.state.global_step + 1}: no candidate has a transport distance, so nothing is a fork and the "
-            f"step is plain OPD; {hint}. This is reported once."
-        )
-
-    def _gather_ragged(self, values: Tensor) -> Tensor:
-        """Values of all processes, however many each has."""
-        if self.accelerator.num_processes == 1:
-            return values
-        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
-        return self.accelerator.gather(padded)  # NaN marks what is not there, as it marks unknown distances
+        return self.args.guides and self.model.training and self.state.global_step % RATIO_EVERY == 0
 
     # The loss
 
@@ -303,16 +232,6 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
                 self._outside_top_k += float(self.accelerator.gather(inputs.pop("outside_top_k")).mean())
         return outputs
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        before = sum(self._stage.seconds.values())
-        with self._stage("whole"):
-            output = super().training_step(model, inputs, num_items_in_batch)
-        whole = self._stage.seconds.pop("whole")
-        self._stage.seconds["backward"] += whole - (sum(self._stage.seconds.values()) - before)
-        if self._step % self.current_gradient_accumulation_steps == 0:
-            self._finish_step_metrics()
-        return output
-
     # A NaN stops the run
 
     def _stop_unless_finite(self, loss: Tensor, rollouts: Rollouts) -> None:
@@ -336,46 +255,6 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, BothModels, OwnRollouts, Dis
             token_loss.sum(-1) / mask.sum(-1).clamp(min=1),
             self._tokenizer.decode,
         )
-
-    # Metrics and audit
-
-    def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method) -> None:
-        for name, value in near_future_metrics(future, guided, rollouts, method, self._gather_ragged).items():
-            self._metrics["train"][name].append(value)
-        due = self.args.audit_steps and self.state.global_step % self.args.audit_steps == 0
-        if due and self.accelerator.is_main_process:
-            records = audit_records(
-                rollouts, future, self._tokenizer,
-                step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
-            )  # fmt: skip
-            append_records(records, self._folder / AUDIT_FILE)
-
-    def _finish_step_metrics(self) -> None:
-        seconds = self._stage.take()
-        if self._budget is not None:
-            self._keep_to_budget(self._budget, seconds)
-        for name in STAGES:
-            if name in seconds:
-                self._metrics["train"][f"seconds/{name}"].append(seconds[name])
-        if self.args.guides:
-            self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
-            self._guidance_loss = 0.0
-        if self.teacher_model is None:
-            self._metrics["train"]["token_loss/outside_top_k"].append(self._outside_top_k)
-            self._outside_top_k = 0.0
-
-    def _keep_to_budget(self, budget: CandidateBudget, seconds: dict[str, float]) -> None:
-        """Tell the budget what the step took, on average over processes, so that all decide alike."""
-        numbers = torch.tensor([*(seconds.get(name, 0.0) for name in STAGES), *self._step_size], dtype=torch.float64)
-        mean = self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="mean").tolist()
-        was_measuring = budget.measuring
-        budget.record(dict(zip(STAGES, mean, strict=False)), *mean[len(STAGES) :])
-        if budget.model is None:
-            return
-        tokens, rollouts, candidates = mean[len(STAGES) :]
-        self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
-        if was_measuring and self.accelerator.is_main_process:
-            tqdm.write(f"topd: {budget_message(budget, tokens / rollouts)}")  # above the progress bar
 
     def _own_state(self) -> dict[str, Any]:
         parts = {"budget": self._budget, "quartile": self._quartile}
