@@ -13,7 +13,8 @@ from topd.cli.train import parse
 from topd.cli.warmstart import parse as parse_warmstart
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "studies").glob("*.md"))]
 FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 ON_CPU = ("--use_cpu", "true", "--bf16", "false")
 
