@@ -31,20 +31,20 @@ def test_an_evaluation_is_shown_as_table_1_with_its_differences(tmp_path: Path) 
     told = compare([folder / label for label in ("warm", "opd", "topd")], folder)
     page = page_of(folder)
     assert_harmless(page)
-    assert "3 models on 3 benchmarks, 5 samples of each problem (temperature 0.6, top_p 0.95)." in page.text
+    assert "3 models on 3 benchmarks, 5 samples per problem (temperature 0.6, top_p 0.95)." in page.text
     mean = told["models"]["topd"]["mean"]
     row = told["comparisons"][-1]
     assert (row["model"], row["column"]) == ("topd", "mean")
     for expected in (
         "aime24 hmmt25 mine mean", f"{100 * mean['mean']:.1f} {100 * mean['low']:.1f}–{100 * mean['high']:.1f}",
-        "+ TOPD 63.3 40.0 – 52.2", "Points more than warm", f"mean {100 * row['mean']:+.1f} +",
+        "+ TOPD 63.3 40.0 – 52.2", "Points minus warm", f"mean {100 * row['mean']:+.1f} +",
         f"{100 * row['power']['detectable']:.1f} {row['power']['problems']} ", "30 × 5",
         f"{100 * summary(read_results(folder / 'opd')['mine'])['majority']['mean']:.1f} (",
     ):  # fmt: skip
         assert expected in page.text, expected
     assert "46.7 40.0" not in page.text  # aime25 was not asked
     (label,) = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
-    assert label.startswith("Points more than warm: opd, aime24 ")
+    assert label.startswith("Points minus warm: opd, aime24 ")
     assert f"topd, mean {100 * row['mean']:+.1f}." in label
 
 
@@ -53,8 +53,8 @@ def test_an_evaluation_stands_beside_a_run_and_one_alone_compares_nothing(tmp_pa
     folder = write_evaluation(tmp_path / HOSTILE[0].replace("/", ""), HOSTILE[5], np.eye(6))
     page = Page(write_report(run, compare=[folder]))
     assert_harmless(page)
-    assert f"1 model on {HOSTILE[5]}, 6 samples of each problem" in page.text
-    assert "Points more than" not in page.text
+    assert f"1 model on {HOSTILE[5]}, 6 samples per problem" in page.text
+    assert "Points minus" not in page.text
     assert "The paper’s Table 1" not in page.text
     assert len(page.all("article")) == 1
 

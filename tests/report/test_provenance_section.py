@@ -4,7 +4,7 @@ import yaml
 from made_records import write_arm
 
 from topd.report.page import write_report
-from topd.report.reading import read_provenance
+from topd.report.reading import read_run_file
 
 RECORD = {
     "command": "topd train --config <b>.yaml",
@@ -38,7 +38,7 @@ def test_models_data_command_and_changes_are_on_the_page(tmp_path):
         "from checkpoint-2 (learning_rate: 0.001 -&gt; 0.0001)", 'href="#provenance"',
     ):  # fmt: skip
         assert text in page
-    assert "Not everything could be read" not in page
+    assert "Some records could not be read" not in page
 
 
 def test_a_run_yaml_that_cannot_be_read_is_noted_and_odd_values_are_shown(tmp_path):
@@ -54,4 +54,4 @@ def test_a_run_yaml_that_cannot_be_read_is_noted_and_odd_values_are_shown(tmp_pa
     assert "an unknown number of parameters" in page
     for number, content in enumerate(("provenance: 3", "[1]", "")):
         assert 'id="provenance"' not in page_of(tmp_path / f"none{number}", content)
-    assert read_provenance(tmp_path / "nowhere", []) == {}
+    assert read_run_file(tmp_path / "nowhere", []) == ({}, {})

@@ -41,7 +41,7 @@ def test_how_it_was_sampled_is_told(page: Page, tmp_path: Path) -> None:
 def test_its_figures_are_a_forest_and_curves_by_steps_tokens_and_seconds(page: Page) -> None:
     labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
     assert [label.split(":")[0] for label in labels] == [
-        "Points more than OPD", "Accuracy by optimizer steps", "Accuracy by tokens read and generated",
+        "Difference from OPD in points", "Accuracy by optimizer steps", "Accuracy by tokens read and generated",
         "Accuracy by seconds of training",
     ]  # fmt: skip
     assert "topd, greedy −2.0; topd, sampled −2.0" in labels[0]

@@ -1,9 +1,12 @@
-"""The case study (Fig. 3 of the paper): one fork, token by token, as text and as a picture."""
+"""What `topd correct` left behind: its section, and the case study (Fig. 3 of the paper) as text and as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
@@ -12,21 +15,163 @@ from matplotlib.patches import FancyBboxPatch
 from rich.console import Console
 from rich.text import Text
 
-from topd.report.analyses import Case, load_correct
-from topd.report.analysis_sections import Strip, case_text
-from topd.report.reading import ReportError
+from topd.paper import LOCAL_CORRECTION
+from topd.report.distances import correct_figure
+from topd.report.elements import Group, Section, Table, decimals, interval_of, numbers, p_value
+from topd.report.reading import ReportError, check_version, clean, mapping, number, read_lines, read_object, strings
+from topd.report.rollouts import visible
 from topd.report.svg import BLUE, INK
 from topd.runs.files import replacing
 
+MEASURES = {
+    "distance": "D_OT to the teacher's window",
+    "teacher_log_likelihood": "Teacher's log-likelihood of the window, nats/token",
+    "agreement": "Share of tokens equal to the teacher's",
+    "right": "Share of continuations with the right answer",
+}
+MOST_CASES = 40
 _ROW, _LETTER, _LEFT = 0.34, 0.085, 2.3
 """Inches: height of a strip, width of a letter, where tokens begin."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The student's window at one time: tokens, D_OT to the teacher's, whether the continuation ends right."""
+
+    name: str
+    tokens: tuple[str, ...]
+    distance: float | None
+    right: bool | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fork that was corrected: the teacher's window, and the student's before and after each arm."""
+
+    rollout: int
+    position: int
+    prefix: str
+    teacher: tuple[str, ...]
+    windows: tuple[Window, ...]
+
+
+@dataclass
+class CorrectRecords:
+    """A local correction: `correct.json`, and its forks."""
+
+    result: Mapping[str, Any]
+    cases: list[Case]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A window token by token; True: the teacher's window has the token too, in the same order."""
+
+    name: str
+    note: str
+    tokens: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class CaseText:
+    """A fork as the page shows it."""
+
+    title: str
+    prefix: str
+    strips: list[Strip]
+
+
+def load_correct(folder: Path, notes: list[str]) -> CorrectRecords | None:
+    """The local correction in a folder or in its subfolder `correct`; None if there is none."""
+    folder = folder if (folder / "correct.json").is_file() else folder / "correct"
+    result = read_object(folder / "correct.json", notes)
+    if not result:
+        return None
+    check_version(result, folder / "correct.json")
+    return CorrectRecords(
+        result, list(read_lines(folder / "correct_records.jsonl", "correct_records.jsonl", notes, _case))
+    )
+
+
+def _case(record: Mapping[str, Any]) -> Case:
+    outcomes = {"before": mapping(record.get("before"))} | {
+        str(arm): mapping(outcome) for arm, outcome in mapping(record.get("after")).items()
+    }
+    return Case(
+        rollout=int(record.get("rollout") or 0),
+        position=int(record.get("position") or 0),
+        prefix=clean(record.get("prefix") or ""),
+        teacher=strings(record.get("teacher_window")),
+        windows=tuple(
+            Window(clean(name), strings(outcome.get("window")), number(outcome.get("distance")), outcome.get("right"))
+            for name, outcome in outcomes.items()
+        ),
+    )
+
+
+def correct_section(correct: CorrectRecords, index: int = 0, of: str = "") -> Section:
+    """`index`: of the run on the page; `of`: its name, where there are several."""
+    measures = mapping(correct.result.get("measures"))
+    steps = number(mapping(mapping(correct.result.get("run")).get("options")).get("steps"))
+    section = Section(
+        f"Local correction{of}",
+        f"At each of {number(correct.result.get('forks')) or 0:.0f} forks the student takes "
+        f"{'' if steps is None else f'{steps:.0f} '}gradient steps on that one window, always from the same weights, "
+        "and then continues from the same prefix. TOPD trains on the plan that defines D_OT. No arm trains on the "
+        "other measures, so they are better evidence.",
+    )
+    distances: dict[str, list[float]] = {}
+    for window in (window for case in correct.cases for window in case.windows):
+        if window.distance is not None:
+            distances.setdefault(window.name, []).append(window.distance)
+    figure = correct_figure(distances, f"correct-{index}")
+    section.add("figures", [figure] if figure else [])
+    groups = [
+        Group(_rows(mapping(measures[name]), LOCAL_CORRECTION if name == "distance" else {}), words)
+        for name, words in MEASURES.items()
+        if name in measures
+    ]
+    head = ("", "Mean", "95 % interval", "Quartiles", "Minus OPD", "p", "Paper")
+    caption = "Means over forks with 95 % bootstrap intervals; difference from OPD: paired, p by random sign flips."
+    section.add("table", Table("Table of local correction", head, groups, caption, paper=True))
+    section.add("cases", [case_text(case) for case in correct.cases[:MOST_CASES]])
+    left_out = len(correct.cases) - MOST_CASES
+    more = "1 more case in" if left_out == 1 else f"{left_out:,} more cases in"
+    return section.add("note", f"{more} the records." if left_out > 0 else "")
+
+
+def _rows(measure: Mapping[str, Any], paper: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Arm, mean, interval, quartiles, difference from OPD with p, the paper's mean."""
+    compared = mapping(measure.get("beside_opd"))
+    rows: list[tuple[str, ...]] = []
+    for arm, found in mapping(measure.get("arms")).items():
+        row, other = numbers(found), numbers(compared.get(arm))
+        quartiles = " · ".join(decimals(row.get(name), 2) for name in ("q1", "median", "q3"))
+        difference = f"{other['mean']:+.3f}".replace("-", "−") if "mean" in other else ""
+        own = f"{paper[arm]:.3f}" if arm in paper else ""
+        mean, p = decimals(row.get("mean")), p_value(other.get("p"))
+        rows.append((clean(arm), mean, interval_of(row), quartiles, difference, p, own))
+    return rows
+
+
+def case_text(case: Case) -> CaseText:
+    """The teacher's window and each of the student's, one strip each."""
+    strips = [Strip("teacher", "", [(visible(token), True) for token in case.teacher])]
+    for window in case.windows:
+        shared = SequenceMatcher(None, case.teacher, window.tokens, autojunk=False).get_matching_blocks()
+        same = {place for block in shared for place in range(block.b, block.b + block.size)}
+        note = "" if window.distance is None else f"D_OT {window.distance:.3f}"
+        note += "" if window.right is None else ", ends right" if window.right else ", ends wrong"
+        tokens = [(visible(token), place in same) for place, token in enumerate(window.tokens)]
+        strips.append(Strip(window.name, note, tokens))
+    prefix = case.prefix if len(case.prefix) <= 240 else f"…{case.prefix[-240:]}"
+    return CaseText(f"Rollout {case.rollout + 1}, token {case.position + 1}", prefix, strips)
 
 
 def load_case(folder: Path, fork: int | None = None) -> tuple[int, Case]:
     """A fork of a local correction, numbered from 1; by default the typical one.
 
-    Typical: the middle one by how much nearer to the teacher TOPD brings the student than OPD does, among those where
-    either changed anything. A fork picked for how well it looks would show nothing.
+    Typical: the median fork by D_OT after TOPD minus D_OT after OPD, among those where either changed the window.
 
     Raises:
         ReportError: there is no such fork, or no local correction in the folder.

@@ -1,8 +1,8 @@
-"""The figures of audited candidates: how far apart their futures are, and whether the token loss tells."""
+"""Figures about D_OT: audited candidates, a probe (the paper's Figs. 2 and 6), a local correction (its Fig. 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,20 +10,23 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from topd.paper import PROBE
-from topd.report.records import Point
-from topd.report.svg import BLUE, INK, ORANGE, VERMILION, Figure, drawing, legend
+from topd.paper import GROUPS, LOCAL_CORRECTION, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
+from topd.report.elements import Figure, decimals
+from topd.report.rollouts import Point
+from topd.report.svg import BLUE, GREEN, INK, ORANGE, VERMILION, drawing, legend
 
 Floats = NDArray[np.float64]
 
 SCATTER_UP_TO = 400
 """More candidates than this are drawn as a density."""
+_MOST_DOTS = 300
+"""Values shown as dots behind a box."""
 BINS, BIN_PLACES = 8, 5
 """Bins of the mean's line, as many as Fig. 6 has, and the fewest candidates that one is drawn for (our choice)."""
 
 
 def distance_figures(points: Sequence[Point]) -> list[Figure]:
-    """How far apart the futures of the audited candidates are."""
+    """D_OT of the candidates in audited rollouts."""
     return [figure for figure in (_histogram(points), loss_against_distance(points)) if figure]
 
 
@@ -38,7 +41,7 @@ def _histogram(points: Sequence[Point]) -> Figure | None:
                for what, some in (("forks", forks), ("false alarms", alarms))]  # fmt: skip
     with drawing("histogram", f"Histogram of transport distances: {'; '.join(medians)}.") as figure:
         axes = figure.axes[0]
-        bins = np.linspace(0, max(1.0, *forks, *alarms), 41)
+        bins = np.linspace(0, 1.02 * max([*forks, *alarms]) or 1.0, 41)
         below, _ = np.histogram(alarms, bins)
         above, _ = np.histogram(forks, bins)
         bar = {"width": 0.86 * bins[1], "align": "edge"}
@@ -56,8 +59,8 @@ def _histogram(points: Sequence[Point]) -> Figure | None:
     return Figure(
         "Forks and false alarms by distance",
         figure.svg,
-        "All audited candidates with a distance. Unless a threshold is set, each batch draws its own line between the "
-        "two, so they may overlap.",
+        "Candidates with a distance, in audited rollouts only. The threshold may change during training, so the two "
+        "may overlap.",
     )
 
 
@@ -101,7 +104,8 @@ def _scatter(places: Sequence[tuple[float | None, float | None, str]], axis: str
         f"{axis} against distance",
         figure.svg,
         f"{related}, {len(known):,} candidates. The paper's Fig. 6 has the teacher's NLL on its x axis (9 to 33 nats) "
-        f"and reports {PROBE['pearson']} and {PROBE['spearman']}. Bins: equal width, at least {BIN_PLACES} candidates.",
+        f"and reports {PROBE['pearson']} and {PROBE['spearman']}. Bins have equal width and at least {BIN_PLACES} "
+        "candidates.",
     )
 
 
@@ -135,10 +139,98 @@ def correlation(a: Floats, b: Floats) -> str:
     """Pearson's r with three decimals, or a dash if one side does not vary."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return "–"
-    return f"{np.corrcoef(a, b)[0, 1]:.3f}".replace("-", "−")
+    return decimals(float(np.corrcoef(a, b)[0, 1]))
 
 
 def _ranks(values: Floats) -> Floats:
     """Ranks from 1, equal values sharing their mean rank."""
     _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[inverse]
+
+
+def groups_figure(main: Mapping[str, Sequence[float]], name: str) -> Figure | None:
+    groups = {words: main[group] for group, words in GROUPS.items() if main.get(group)}
+    if not groups:
+        return None
+    described = "; ".join(f"{words} median {np.median(values):.3g}" for words, values in groups.items())
+    with drawing(name, f"Transport distance by group of places: {described}.") as figure:
+        paper = [PROBE[group] for group, words in GROUPS.items() if words in groups]
+        _boxes(figure.axes[0], groups, paper, "paper's median")
+    return Figure(
+        "Transport distance by token loss",
+        figure.svg,
+        "Boxes: quartiles and median; whiskers: the farthest values within 1.5 box lengths. At each position the "
+        "student's window is compared with the teacher's continuation of the same prefix. Compare the paper's Fig. 2.",
+    )
+
+
+def readings_figure(distances: Mapping[str, Mapping[str, Sequence[float]]], name: str) -> Figure | None:
+    """The paper's Fig. 2a in each reading of the student's window: one panel each."""
+    shown = {kind: groups for kind, groups in distances.items() if all(groups.values())}
+    if len(shown) < 2:
+        return None
+    near = "; ".join(
+        f"{kind}, "
+        + ", ".join(f"{GROUPS[group]} {np.mean(np.less(values, NEAR_ZERO)):.1%}" for group, values in g.items())
+        for kind, g in shown.items()
+    )
+    farthest = max(value for groups in shown.values() for values in groups.values() for value in values)
+    bins = np.arange(0, farthest + 2 * NEAR_ZERO, NEAR_ZERO).tolist()
+    with drawing(
+        name, f"Histograms of transport distance, share below {NEAR_ZERO}: {near}.", panels=len(shown), width=9.4
+    ) as figure:
+        for (kind, groups), axes in zip(shown.items(), figure.axes, strict=True):
+            for (group, values), colour in zip(groups.items(), (VERMILION, BLUE, GREEN), strict=True):
+                label = GROUPS[group] if axes is figure.axes[0] else None
+                axes.hist(values, bins, density=True, histtype="step", color=colour, linewidth=1.2, label=label)
+            axes.set_title(kind, loc="left", fontsize=9)
+            axes.set_xlabel("D_OT")
+        figure.axes[0].set_ylabel("density")
+        legend(figure)
+    paper = ", ".join(f"{NEAR_ZERO_SHARES[group]:.1%} of the {words} ones" for group, words in GROUPS.items())
+    return Figure(
+        "The student's window in each reading",
+        figure.svg,
+        f"The same positions and teacher windows. The first bin holds D_OT below {NEAR_ZERO}: in the paper's Fig. 2a "
+        f"{paper} (read off the figure).",
+        wide=True,
+    )
+
+
+def correct_figure(values: Mapping[str, Sequence[float]], name: str) -> Figure | None:
+    """D_OT to the teacher's window before and after each arm."""
+    if not values:
+        return None
+    described = "; ".join(f"{arm} mean {np.mean(some):.3g}" for arm, some in values.items())
+    with drawing(name, f"Transport distance before and after: {described}.", height=3.2) as figure:
+        _boxes(figure.axes[0], values, [LOCAL_CORRECTION.get(arm) for arm in values], "paper's mean")
+        figure.axes[0].tick_params(axis="x", labelrotation=18)
+    return Figure(
+        "Distance between the student's and the teacher's window",
+        figure.svg,
+        "The same forks, each corrected from the same weights. Boxes: quartiles and median; dotted line: mean. Compare "
+        "the paper's Fig. 5.",
+    )
+
+
+def _boxes(axes: Axes, groups: Mapping[str, Sequence[float]], paper: Sequence[float | None], label: str) -> None:
+    rng = np.random.default_rng(0)
+    for place, values in enumerate(groups.values()):
+        shown = np.asarray(values if len(values) <= _MOST_DOTS else rng.choice(values, _MOST_DOTS, replace=False))
+        spread = place + rng.uniform(-0.16, 0.16, len(shown))
+        axes.scatter(spread, shown, s=5, color=BLUE, alpha=0.25, linewidths=0)
+    line = {"color": INK, "linewidth": 1.1}
+    axes.boxplot(
+        list(groups.values()), positions=range(len(groups)), widths=0.5, showfliers=False, showmeans=True,
+        meanline=True, patch_artist=True, boxprops={"facecolor": to_rgba(INK, 0.1), "edgecolor": INK, "linewidth": 0.9},
+        whiskerprops=line, capprops=line, medianprops={"color": BLUE, "linewidth": 1.8},
+        meanprops={"color": GREEN, "linewidth": 1.4, "linestyle": ":"},
+    )  # fmt: skip
+    known = [(place, value) for place, value in enumerate(paper) if value is not None]
+    axes.plot([place for place, _ in known], [value for _, value in known], "D", color=ORANGE, markersize=5)
+    if known:
+        axes.annotate(label, known[-1], (-6, 6), textcoords="offset points", ha="right", fontsize=8.5)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylabel("D_OT")
+    axes.set_ylim(bottom=min(-0.02, axes.dataLim.y0))

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from topd.report.elements import Figure
 from topd.report.reading import number
 from topd.report.records import Arm
-from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Figure, drawing, legend
+from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, drawing, label_lines
 
 Floats = NDArray[np.float64]
 
@@ -28,115 +29,95 @@ STAGES = (
 )
 _MOST_POINTS = 300
 """A longer curve is drawn as the means of so many equal parts."""
+_NEAR_ZERO = 0.3
+"""An axis starts at 0 where the lowest value is below this share of the highest; otherwise the change is shown."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric by step, one line an arm."""
+    """One metric by step, one line per arm; `band`: the metrics of its lower and upper bound."""
 
     name: str
     key: str
     title: str
     unit: str
     caption: str
+    band: tuple[str, str] | None = None
 
-
-@dataclass(frozen=True)
-class Band:
-    """A metric by step, with what lies about it as a band."""
-
-    name: str
-    low: str
-    middle: str
-    high: str
-    title: str
-    unit: str
-    caption: str
-
-
-DISTANCE = Band(
-    "distance",
-    "distance/q25",
-    "distance/q50",
-    "distance/q75",
-    "Transport distance of candidates",
-    "D_OT",
-    "Median D_OT between the student's and the teacher's next tokens. The band: middle half of candidates.",
-)
-ACCURACY = Band(
-    "accuracy",
-    "accuracy/low",
-    "accuracy",
-    "accuracy/high",
-    "Accuracy",
-    "share",
-    "Share of held-out problems answered right while training goes on. The band: 95 % interval over problems.",
-)
 
 CURVES = (
     Curve(
-        "own-token",
-        "guidance/own_token_share",
-        "Own-token share",
-        "share",
-        "How much of the guidance asks the student for the token that it wrote itself: the part that only sharpens.",
+        "loss", "token_loss/mean", "Token loss", "nats",
+        "{direction} over the full vocabulary, mean over all response tokens of the student's rollouts in a step.",
     ),
     Curve(
-        "guidance-loss",
-        "guidance/loss",
-        "Guidance loss",
-        "nats",
+        "eval-loss", "eval_loss", "Evaluation loss", "nats",
+        "The trainer's evaluation loss on the evaluation data set, at each evaluation.",
+    ),
+    Curve(
+        "accuracy", "accuracy", "Accuracy", "share",
+        "Share of held-out problems solved during training. Band: 95 % interval over problems.",
+        ("accuracy/low", "accuracy/high"),
+    ),
+    Curve(
+        "distance", "distance/q50", "Transport distance of candidates", "D_OT",
+        "Median D_OT between the student's and the teacher's next tokens, over all candidates of a step. Band: the "
+        "middle half of the candidates.",
+        ("distance/q25", "distance/q75"),
+    ),
+    Curve(
+        "alarms", "false_alarm_share", "False alarms among candidates", "share",
+        "Share of all candidates of a step that are not forks. With fork_rule batch_quantile the rule fixes this "
+        "share; with the other rules it is a measurement.",
+    ),
+    Curve(
+        "own-token", "guidance/own_token_share", "Own-token share", "share",
+        "Share of the guidance target that is the student's own token. This part only sharpens the student.",
+    ),
+    Curve(
+        "guidance-loss", "guidance/loss", "Guidance loss", "nats",
         "KL(aligned target ‖ student), mean over guided window positions, before it is multiplied by λ.",
     ),
     Curve(
-        "length",
-        "completions/mean_length",
-        "Response length",
-        "tokens",
-        "Mean length of the student's responses. A sudden change often explains one in the loss.",
+        "length", "completions/mean_length", "Response length", "tokens",
+        "Mean length of the student's responses. A sudden change often explains a change of the loss.",
     ),
-)
+)  # fmt: skip
 
 
 def curve_figures(arms: Sequence[Arm]) -> list[Figure]:
     """What was logged by step."""
-    forward = any(number(arm.options.get("beta")) == 0 for arm in arms)
-    direction = "KL(teacher ‖ student)" if forward else "KL(student ‖ teacher)"
-    loss = Curve(
-        "loss",
-        "token_loss/mean",
-        "Token loss",
-        "nats",
-        f"{direction} over the full vocabulary, mean over the response tokens of the student's own rollouts.",
-    )
-    alarms = Curve(
-        "alarms",
-        "false_alarm_share",
-        "False alarms among candidates",
-        "share",
-        "Share of high-loss tokens whose futures stay close. Under the default rule, which calls a fixed share of each "
-        "batch false alarms, this follows the rule; under a fixed distance threshold it is a measurement.",
-    )
-    figures = [_curve(loss, arms), _quantiles(arms), _band(DISTANCE, arms), _curve(alarms, arms), _band(ACCURACY, arms)]
-    figures += [_curve(curve, arms) for curve in CURVES]
-    return [figure for figure in [*figures, _seconds(arms)] if figure]
+    figures = [_curve(curve, arms) for curve in CURVES]
+    return [figure for figure in [figures[0], _quantiles(arms), *figures[1:], _seconds(arms)] if figure]
 
 
 def _curve(curve: Curve, arms: Sequence[Arm]) -> Figure | None:
-    lines = {arm.name: thin(*series) for arm in arms if (series := arm.series(curve.key))[0]}
-    if not lines:
+    shown = [arm for arm in arms if arm.series(curve.key)[0]]
+    if not shown:
         return None
+    lines = {arm.name: thin(*arm.series(curve.key)) for arm in shown}
     described = "; ".join(f"{name} {_ends(*line)}" for name, line in lines.items())
     with drawing(curve.name, f"{curve.title} by training step, in {curve.unit}: {described}.") as figure:
         axes = figure.axes[0]
-        for name, line in lines.items():
-            colour, style = arm_styles(arms)[name]
-            axes.plot(*line, style, color=colour, label=name, marker="o", markersize=2.5 if len(line[0]) < 4 else 0)
+        for arm in shown:
+            colour, style = arm_styles(arms)[arm.name]
+            if curve.band:
+                low, high = (dict(zip(*arm.series(key), strict=True)) for key in curve.band)
+                both = sorted(low.keys() & high.keys())
+                steps, bottom = thin(both, [low[step] for step in both])
+                top = thin(both, [high[step] for step in both])[1]
+                axes.fill_between(steps, bottom, top, color=colour, alpha=0.16, linewidth=0)
+            line = lines[arm.name]
+            axes.plot(*line, style, color=colour, marker="o", markersize=2.5 if len(line[0]) < 4 else 0)
         _by_step(axes, curve.unit)
+        from_zero = _fit(axes, top=1.0 if curve.unit == "share" else None)
         if len(arms) > 1:
-            legend(figure)
-        _from_zero(axes, top=1.0 if curve.unit == "share" else None)
-    return Figure(curve.title, figure.svg, curve.caption)
+            label_lines(axes, [(line[1][-1], name, arm_styles(arms)[name][0]) for name, line in lines.items()])
+    forward = any(number(arm.options.get("beta")) == 0 for arm in arms)
+    caption = curve.caption.format(direction="KL(teacher ‖ student)" if forward else "KL(student ‖ teacher)")
+    return Figure(
+        curve.title, figure.svg, caption if from_zero else f"{caption} The vertical axis does not start at 0."
+    )
 
 
 def _quantiles(arms: Sequence[Arm]) -> Figure | None:
@@ -152,47 +133,25 @@ def _quantiles(arms: Sequence[Arm]) -> Figure | None:
     with drawing(
         "quantiles", f"Quantiles of the token loss by step, in nats: {described}.", panels=len(shown)
     ) as figure:
+        everything = [value for arm in shown for key, _, _ in QUANTILES for value in arm.series(key)[1]]
         for arm, axes in zip(shown, figure.axes, strict=True):
             colour, _ = arm_styles(arms)[arm.name]
+            ends = []
             for key, label, style in QUANTILES:
                 steps, values = thin(*arm.series(key))
-                axes.plot(steps, values, style, color=colour, label=label)
+                axes.plot(steps, values, style, color=colour)
+                ends += [(values[-1], label, INK)] if len(values) else []
             axes.set_title(arm.name if len(arms) > 1 else "", loc="left", fontsize=9)
             axes.tick_params(axis="y", which="minor", length=0)
             _by_step(axes, "nats" if axes is figure.axes[0] else "", ticks=5 if len(shown) == 1 else 3)
-        _whole_decades(
-            figure.axes[0], [value for arm in shown for key, _, _ in QUANTILES for value in arm.series(key)[1]]
-        )
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.canvas.legend(handles, labels, loc="outside upper right", ncols=3)
+            _whole_decades(axes, everything)
+            if axes is figure.axes[-1]:
+                label_lines(axes, ends)
     return Figure(
         "Token loss, quantiles",
         figure.svg,
-        "Half, nine tenths and 99 hundredths of the tokens of a step lie below these lines (logarithmic scale): "
-        "the loss sits in few tokens.",
+        "50 %, 90 % and 99 % of the tokens of a step have a loss below these lines (logarithmic scale).",
     )
-
-
-def _band(band: Band, arms: Sequence[Arm]) -> Figure | None:
-    shown = [arm for arm in arms if arm.series(band.middle)[0]]
-    if not shown:
-        return None
-    described = "; ".join(f"{arm.name}, {_ends(*arm.series(band.middle))}" for arm in shown)
-    with drawing(band.name, f"{band.title} by step: {described}.") as figure:
-        axes = figure.axes[0]
-        for arm in shown:
-            colour, style = arm_styles(arms)[arm.name]
-            low, middle, high = (dict(zip(*arm.series(key), strict=True)) for key in (band.low, band.middle, band.high))
-            both = sorted(low.keys() & high.keys())
-            steps, bottom = thin(both, [low[step] for step in both])
-            top = thin(both, [high[step] for step in both])[1]
-            axes.fill_between(steps, bottom, top, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(*thin(list(middle), list(middle.values())), style, color=colour, label=arm.name)
-        _by_step(axes, band.unit)
-        _from_zero(axes, top=1.0 if band.unit == "share" else None)
-        if len(shown) > 1:
-            legend(figure)
-    return Figure(band.title, figure.svg, band.caption)
 
 
 def _seconds(arms: Sequence[Arm]) -> Figure | None:
@@ -205,12 +164,13 @@ def _seconds(arms: Sequence[Arm]) -> Figure | None:
         f"{name}: " + ", ".join(f"{label} {value:.3g}" for label, value in zip(names, seconds, strict=True) if value)
         for name, seconds in table.items()
     )
-    with drawing("seconds", f"Mean seconds of a step by stage: {described}.", height=1.5 + 0.6 * len(table)) as figure:
+    with drawing("seconds", f"Mean seconds per step by stage: {described}.", height=1.5 + 0.6 * len(table)) as figure:
         axes = figure.axes[0]
         widths = np.array(list(table.values()))
         starts = np.cumsum(widths, axis=1) - widths
         for stage, (_, label, colour) in enumerate(STAGES):
-            axes.barh(list(table), widths[:, stage], left=starts[:, stage], height=0.55, color=colour, label=label)
+            if widths[:, stage].any():
+                axes.barh(list(table), widths[:, stage], left=starts[:, stage], height=0.55, color=colour, label=label)
         for row, total in enumerate(widths.sum(axis=1)):
             axes.annotate(f"{total:.3g} s", (total, row), (5, 0), textcoords="offset points", va="center")
         axes.margins(x=0.14)
@@ -218,7 +178,7 @@ def _seconds(arms: Sequence[Arm]) -> Figure | None:
         axes.grid(False)
         axes.set_xlabel("seconds per step")
         figure.canvas.legend(loc="outside upper right", ncols=3, columnspacing=1.2, handlelength=1)
-    return Figure("Where the time goes", figure.svg, "Mean wall-clock seconds of each stage, over the logged steps.")
+    return Figure("Time per step", figure.svg, "Mean wall-clock seconds of each stage, over all logged steps.")
 
 
 def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[Floats, Floats]:
@@ -249,10 +209,13 @@ def arm_styles(arms: Sequence[Arm]) -> dict[str, tuple[str, str]]:
     return styles
 
 
-def _from_zero(axes: Axes, top: float | None = None) -> None:
-    """From 0 (or the least value, if negative) to a little above the highest value."""
-    low, high = min(0.0, axes.dataLim.y0), max(axes.dataLim.y1, 0.0)
-    axes.set_ylim(low, top or high + 0.06 * (high - low) or 1.0)
+def _fit(axes: Axes, top: float | None = None) -> bool:
+    """Limits that show the change; `top`: the highest possible value. Return whether 0 is within them."""
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    room = 0.06 * (high - min(low, 0.0) if low < _NEAR_ZERO * high else high - low) or 0.1 * abs(high) or 1.0
+    bottom = 0.0 if 0 <= low < _NEAR_ZERO * high or low == high == 0 else low - room
+    axes.set_ylim(bottom, min(high + room, top) if top is not None and high <= top else high + room)
+    return bottom <= 0
 
 
 def _whole_decades(axes: Axes, values: Sequence[float]) -> None:

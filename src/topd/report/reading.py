@@ -64,16 +64,15 @@ def read_lines(path: Path, shown_as: str, notes: list[str], convert: Callable[[d
         notes.append(f"{lines_were} left out of {shown_as}: not a complete JSON record.")
 
 
-def read_provenance(folder: Path, notes: list[str]) -> Mapping[str, Any]:
-    """What a run recorded of itself in `run.yaml`; empty where there is none."""
+def read_run_file(folder: Path, notes: list[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Options and provenance from a run's `run.yaml`; empty where there is none."""
     file = folder / "run.yaml"
-    if not file.is_file():
-        return {}
     try:
-        return mapping(mapping(read_yaml(file.read_text(encoding="utf-8", errors="replace"))).get("provenance"))
+        content = mapping(read_yaml(file.read_text(encoding="utf-8", errors="replace"))) if file.is_file() else {}
     except (OSError, ValueError):
         notes.append(f"{folder.name}/run.yaml cannot be read; it was left out.")
-        return {}
+        content = {}
+    return {name: value for name, value in content.items() if name != "provenance"}, mapping(content.get("provenance"))
 
 
 def check_version(record: Mapping[str, Any], path: Path, newest: int = RECORD_VERSION) -> None:

@@ -1,4 +1,10 @@
-"""What training left behind: an arm is one trainer output folder, read into small dataclasses."""
+"""All records of a run.
+
+A run is a trainer output folder (an arm); or a folder with `results.json` and such arms in it; or what `topd study`
+or `topd eval` wrote; or what `topd probe` or `topd correct` wrote, alone or in the subfolders `probe` and `correct`.
+Every file and every key may be missing. What cannot be read is counted in `notes`. Only records written by a newer
+version are refused.
+"""
 
 from __future__ import annotations
 
@@ -7,70 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topd.evaluation.compare import COMPARISON, evaluations_in
+from topd.report.case import CorrectRecords, load_correct
+from topd.report.probe import ProbeRecords, load_probe
 from topd.report.reading import (
+    ReportError,
+    check_version,
     clean,
+    mapping,
     mappings,
     number,
     plan,
     read_lines,
     read_object,
-    read_provenance,
+    read_run_file,
     strings,
 )
+from topd.report.rollouts import Candidate, Point, Rollout, losses_of
+from topd.report.study import load_study
 from topd.teachers.server_address import without_secrets
 
 MAX_CANDIDATES = 2000
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A high-loss position, and what became of it. `distance` (D_OT) is None where it was not measured."""
-
-    position: int
-    token: str
-    token_loss: float | None
-    distance: float | None
-    fork: bool
-    decision: str = "none"
-    weight: float = 1.0
-    student_window: tuple[str, ...] = ()
-    teacher_window: tuple[str, ...] = ()
-    plan: tuple[tuple[int, int, float], ...] = ()
-    """(student position, teacher position, mass)"""
-    teacher_nll: float | None = None
-    """-log p_T of the token, nats; a probe records it."""
-
-    @property
-    def kind(self) -> str:
-        """fork, alarm (a false alarm), or unknown if there is no distance."""
-        if self.distance is None:
-            return "unknown"
-        return "fork" if self.fork else "alarm"
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One audited response: text and token loss (nats, None where not finite) of each token, and its candidates."""
-
-    step: int
-    method: str
-    prompt: str
-    tokens: tuple[str, ...]
-    token_loss: tuple[float | None, ...]
-    candidates: tuple[Candidate, ...]
-    title: str = ""
-    """Heading on the page; empty: the step."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A candidate as a dot: nats, D_OT, its `kind`, and the teacher's NLL of the token (nats) where it is recorded."""
-
-    token_loss: float | None
-    distance: float | None
-    kind: str
-    teacher_nll: float | None = None
 
 
 @dataclass
@@ -79,8 +43,9 @@ class Arm:
 
     Attributes:
         log: metrics by step, oldest first.
-        options: what the run was started with.
-        provenance: what it was made of, from its `run.yaml`.
+        options: topd's own options of the run.
+        settings: all options of the run, from its `run.yaml`.
+        provenance: models, data and versions, from its `run.yaml`.
         rollouts: the newest audited rollouts, newest first.
         points: all audited candidates, also those of rollouts that are not kept.
         audited: number of audited rollouts.
@@ -89,6 +54,7 @@ class Arm:
     name: str
     log: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
@@ -136,7 +102,7 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
         {**entry, "step": int(entry["step"])} for entry in mappings(log) if number(entry.get("step")) is not None
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
-    arm.provenance = read_provenance(folder, notes)
+    arm.settings, arm.provenance = read_run_file(folder, notes)
     if isinstance(server := arm.options.get("teacher_window_server"), str):
         arm.options["teacher_window_server"] = without_secrets(server)  # an older run may have kept them
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
@@ -169,13 +135,12 @@ def _newest(rollouts: list[Rollout], keep: int) -> list[Rollout]:
 def _rollout(record: Mapping[str, Any]) -> Rollout:
     spoken = record.get("rollout") or {}
     tokens = strings(spoken.get("tokens"))
-    losses = [number(loss) for loss in spoken.get("token_loss") or ()][: len(tokens)]
     return Rollout(
         step=int(record.get("step") or 0),
         method=clean(record.get("method") or ""),
         prompt=clean(record.get("prompt") or ""),
         tokens=tokens,
-        token_loss=(*losses, *[None] * (len(tokens) - len(losses))),
+        token_loss=losses_of(spoken, tokens),
         candidates=tuple(_candidate(candidate) for candidate in record.get("candidates") or ()),
     )
 
@@ -194,3 +159,75 @@ def _candidate(record: Mapping[str, Any]) -> Candidate:
         teacher_window=strings(record.get("teacher_window")),
         plan=plan(record.get("plan")),
     )
+
+
+@dataclass
+class Run:
+    """All records of a run. `notes` say, in sentences, what could not be read; `evaluations` are models' folders."""
+
+    name: str
+    arms: list[Arm]
+    results: dict[str, Any]
+    notes: list[str]
+    probe: ProbeRecords | None = None
+    correct: CorrectRecords | None = None
+    study: dict[str, Any] | None = None
+    evaluations: list[Path] = field(default_factory=list)
+
+
+def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
+    """Read a run folder.
+
+    Args:
+        folder: see the module.
+        keep: at least so many candidates of each arm stay with their windows, newest steps first.
+
+    Raises:
+        ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder. Give the output folder of a run.")
+    notes: list[str] = []
+    results = read_object(folder / "results.json", notes)
+    check_version(results, folder / "results.json")
+    folders = [path for path in sorted(folder.iterdir()) if is_arm(path) and not path.name.startswith("checkpoint-")]
+    named = [arm["name"] for arm in mappings(results.get("arms")) if isinstance(arm.get("name"), str)]
+    folders.sort(key=lambda path: named.index(path.name) if path.name in named else len(named))
+    if is_arm(folder):
+        folders = [folder]
+    probe, correct = load_probe(folder, notes, keep), load_correct(folder, notes)
+    study = load_study(folder, notes)
+    evaluations = _evaluations(folder, notes)
+    if not (folders or results or probe or correct or study or evaluations):
+        raise ReportError(
+            f"{folder} holds no records of a run: expected results.json, trainer_state.json, audit.jsonl, study.json, "
+            "probe.json, correct.json or what topd eval wrote. Give the output folder of a run, and set audit_steps to "
+            "record rollouts."
+        )
+    arms = [load_arm(path, notes, keep) for path in folders]
+    missing = [name for name in named if name not in {arm.name for arm in arms}]
+    if missing:
+        notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
+    return Run(clean(folder.resolve().name), arms, results, notes, probe, correct, study, evaluations)
+
+
+def _evaluations(folder: Path, notes: list[str]) -> list[Path]:
+    """The models' folders in a folder, in the order of its comparison, if there is one."""
+    order = list(mapping(read_object(folder / COMPARISON, notes).get("models")))
+    return sorted(evaluations_in(folder), key=lambda path: order.index(path.name) if path.name in order else len(order))
+
+
+def load_runs(folders: list[Path], *, keep: int = MAX_CANDIDATES) -> list[Run]:
+    """Several runs to be compared: their names are made different, and each arm says which run it is of."""
+    runs = [load_run(folder, keep=keep) for folder in folders]
+    if len(runs) == 1:
+        return runs
+    names = [run.name for run in runs]
+    for place, (run, folder) in enumerate(zip(runs, folders, strict=True), 1):
+        if names.count(run.name) > 1:
+            parent = clean(folder.resolve().parent.name)
+            run.name = f"{parent[:24]}/{run.name}" if parent not in names else f"{run.name} {place}"
+        for arm in run.arms:
+            arm.name = run.name if len(run.arms) == 1 else f"{run.name}/{arm.name}"
+    return runs

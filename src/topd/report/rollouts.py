@@ -1,24 +1,89 @@
-"""What the page shows of audited rollouts: shaded text, and for each candidate both futures and their alignment."""
+"""Rollouts and their candidates, and what the page shows of them: shaded text, both futures and their alignment."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from topd.report.records import Arm, Candidate, Rollout
+from topd.report.reading import number
+
+if TYPE_CHECKING:
+    from topd.report.records import Arm
 
 LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Token losses, in nats, from which the next darker shade begins."""
 
 NAMED_FROM = 3
-"""Tokens from this shade on say their loss; neighbours of a lighter shade are one piece."""
+"""Tokens from this shade on carry their loss; neighbours of a lighter shade are one piece."""
 TOKEN_BUDGET = 300_000
 """Tokens shown on the whole page (about 15 bytes each), whatever the number of candidates."""
 _LONG_ROLLOUT = 400
 """A rollout with more tokens is shown only around its candidates, with so many tokens on either side:"""
 _AROUND = 40
 _KINDS = {"fork": "Fork", "alarm": "False alarm", "unknown": "No distance"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A high-loss position, and what became of it. `distance` (D_OT) is None where it was not measured."""
+
+    position: int
+    token: str
+    token_loss: float | None
+    distance: float | None
+    fork: bool
+    decision: str = "none"
+    weight: float = 1.0
+    student_window: tuple[str, ...] = ()
+    teacher_window: tuple[str, ...] = ()
+    plan: tuple[tuple[int, int, float], ...] = ()
+    """(student position, teacher position, mass)"""
+    teacher_nll: float | None = None
+    """-log p_T of the token, nats; a probe records it."""
+
+    @property
+    def kind(self) -> str:
+        """fork, alarm (a false alarm), or unknown if there is no distance."""
+        if self.distance is None:
+            return "unknown"
+        return "fork" if self.fork else "alarm"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One audited response: text and token loss (nats, None where not finite) of each token, and its candidates."""
+
+    step: int
+    method: str
+    prompt: str
+    tokens: tuple[str, ...]
+    token_loss: tuple[float | None, ...]
+    candidates: tuple[Candidate, ...]
+    title: str = ""
+    """Heading on the page; empty: the step."""
+
+    @property
+    def heading(self) -> str:
+        """The heading on the page."""
+        return self.title or f"Step {self.step:,}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate as a dot: nats, D_OT, its `kind`, and the teacher's NLL of the token (nats) where it is recorded."""
+
+    token_loss: float | None
+    distance: float | None
+    kind: str
+    teacher_nll: float | None = None
+
+
+def losses_of(record: Mapping[str, Any], tokens: tuple[str, ...]) -> tuple[float | None, ...]:
+    """The recorded loss of each token, None where there is none."""
+    losses = [number(loss) for loss in record.get("token_loss") or ()][: len(tokens)]
+    return (*losses, *[None] * (len(tokens) - len(losses)))
 
 
 @dataclass(frozen=True)
@@ -62,12 +127,13 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Card:
-    """A candidate on the page. `number` counts within its rollout, `id` on the page."""
+    """A candidate on the page. `rank`: from 1, by distance, largest first; `place`: of its rollout on the page."""
 
-    id: int
-    number: int
+    rank: int
+    place: int
+    arm: str
+    rollout: Rollout
     candidate: Candidate
-    before: str
     alignment: Alignment | None
 
     @property
@@ -83,13 +149,20 @@ class Card:
     @property
     def decision(self) -> str:
         """What the method did at this token."""
-        done = {"": "", "none": "not acted on", "capped": f"loss capped, weight {self.candidate.weight:.2g}"}
+        done = {"": "", "none": "not used", "capped": f"loss capped, weight {self.candidate.weight:.2g}"}
         return done.get(self.candidate.decision, self.candidate.decision)
+
+    @property
+    def before(self) -> str:
+        """The end of the prefix from which both models continue."""
+        start, end = max(0, self.candidate.position - 90), max(0, self.candidate.position)
+        text = ("" if start else self.rollout.prompt) + "".join(self.rollout.tokens[start:end])
+        return text if len(text) <= 90 else f"…{text[-90:]}"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A rollout on the page, with the cards of its candidates by id. `left_out` counts those without one."""
+    """A rollout on the page, with the cards of its candidates by rank. `left_out` counts those without one."""
 
     arm: str
     rollout: Rollout
@@ -103,11 +176,6 @@ class Shown:
         prompt = self.rollout.prompt
         return prompt if len(prompt) <= 1200 else f"{prompt[:800]} […] {prompt[-300:]}"
 
-    @property
-    def title(self) -> str:
-        """The heading."""
-        return self.rollout.title or f"Step {self.rollout.step:,}"
-
 
 def choose_rollouts(arms: Sequence[Arm], limit: int) -> list[Shown]:
     """The newest rollouts of all arms with up to `limit` candidates; those with measured distances go first."""
@@ -116,31 +184,38 @@ def choose_rollouts(arms: Sequence[Arm], limit: int) -> list[Shown]:
         measured = any(candidate.distance is not None for candidate in pair[1].candidates)
         return not measured, -pair[1].step
 
-    shown: list[Shown] = []
-    cards, tokens = 0, 0
+    chosen: list[tuple[Arm, Rollout, list[Candidate]]] = []
+    count, tokens = 0, 0
     pairs = [(arm, rollout) for arm in arms for rollout in arm.rollouts]
     for arm, rollout in sorted(pairs, key=order):
-        if cards >= limit or tokens >= TOKEN_BUDGET:
+        if count >= limit or tokens >= TOKEN_BUDGET:
             break
-        chosen: list[Candidate] = []
-        for candidate in rollout.candidates[: limit - cards]:
+        candidates: list[Candidate] = []
+        for candidate in rollout.candidates[: limit - count]:
             tokens += len(candidate.student_window) + len(candidate.teacher_window)
-            chosen.append(candidate)
+            candidates.append(candidate)
             if tokens >= TOKEN_BUDGET:
                 break
-        shown.append(_show(arm.name, rollout, chosen, cards))
-        cards += max(len(chosen), 1)
-        tokens += sum(1 for piece in shown[-1].pieces if piece.level)
-    return sorted(shown, key=lambda item: -item.rollout.step)
+        chosen.append((arm, rollout, candidates))
+        count += max(len(candidates), 1)
+        tokens += sum(1 for loss in rollout.token_loss[:_LONG_ROLLOUT] if shade(loss))
+    return _ranked(sorted(chosen, key=lambda item: -item[1].step))
 
 
-def _show(arm: str, rollout: Rollout, candidates: list[Candidate], first_id: int) -> Shown:
-    cards = {
-        first_id + index: Card(first_id + index, index + 1, candidate, _before(rollout, candidate), align(candidate))
-        for index, candidate in enumerate(candidates)
-    }
-    marks = {card.candidate.position: id_ for id_, card in cards.items()}
-    return Shown(arm, rollout, _pieces(rollout, marks), cards, len(rollout.candidates) - len(candidates))
+def _ranked(chosen: Sequence[tuple[Arm, Rollout, list[Candidate]]]) -> list[Shown]:
+    """Rank all candidates by distance, largest first, those without one last; then show their rollouts."""
+    places = [(place, candidate) for place, (_, _, candidates) in enumerate(chosen) for candidate in candidates]
+    places.sort(key=lambda pair: (pair[1].distance is None, -(pair[1].distance or 0.0)))
+    cards: list[dict[int, Card]] = [{} for _ in chosen]
+    for rank, (place, candidate) in enumerate(places, 1):
+        arm, rollout, _ = chosen[place]
+        cards[place][rank] = Card(rank, place, arm.name, rollout, candidate, align(candidate))
+    shown = []
+    for (arm, rollout, candidates), own in zip(chosen, cards, strict=True):
+        marks = {card.candidate.position: rank for rank, card in own.items()}
+        left_out = len(rollout.candidates) - len(candidates)
+        shown.append(Shown(arm.name, rollout, _pieces(rollout, marks), own, left_out))
+    return shown
 
 
 def _pieces(rollout: Rollout, marks: dict[int, int]) -> list[Piece]:
@@ -169,13 +244,6 @@ def _pieces(rollout: Rollout, marks: dict[int, int]) -> list[Piece]:
     if length > next_:
         pieces.append(Piece("", skipped=length - next_))
     return pieces
-
-
-def _before(rollout: Rollout, candidate: Candidate) -> str:
-    """The end of the prefix from which both models go on."""
-    start, end = max(0, candidate.position - 90), max(0, candidate.position)
-    text = ("" if start else rollout.prompt) + "".join(rollout.tokens[start:end])
-    return text if len(text) <= 90 else f"…{text[-90:]}"
 
 
 def align(candidate: Candidate) -> Alignment | None:

@@ -1,6 +1,7 @@
 "use strict";
-// Filters candidates by kind, token and text, opens the one that a mark points to, and draws a candidate's alignment
-// when it is opened. The page can be read without it. What a model wrote only ever becomes text, never markup.
+// Shows ten candidates and ten rollouts and more on demand, filters candidates, opens the one that a link points to,
+// draws a candidate's alignment when it is opened, and marks tables that scroll sideways. Without this script the page
+// shows everything. Text from a model only ever becomes text, never markup.
 (() => {
   const cards = [...document.querySelectorAll("details.card")];
   const rollouts = [...document.querySelectorAll("article.rollout")];
@@ -33,7 +34,7 @@
 
   const draw = (card) => {
     const ladder = card.querySelector(".ladder");
-    const future = futures[card.id.slice(1)];
+    const future = futures[card.id.slice(1) - 1];
     if (!ladder || !future || ladder.firstChild) return;
     const [student, teacher, links, best] = future;
     const same = new Set(best.filter(([i, j]) => student[i] === teacher[j]).map(([i]) => i));
@@ -65,48 +66,90 @@
     return texts.get(card);
   };
 
-  const apply = () => {
-    const { kind, token, query } = Object.fromEntries(new FormData(form));
-    const wanted = query.trim() ? query.toLowerCase() : "";
-    const filtered = Boolean(kind || token || wanted);
-    let shown = 0;
-    for (const card of cards) {
-      const { kind: itsKind, token: itsToken } = card.dataset;
-      card.hidden =
-        (kind && itsKind !== kind) || (token && itsToken !== token) || Boolean(wanted && !textOf(card).includes(wanted));
-      shown += card.hidden ? 0 : 1;
+  // A list that shows the first of its matching items and has a paragraph with buttons for more.
+  const paged = (items, more) => {
+    const [report, step, all] = more ? more.children : [];
+    const first = more ? Number(step.dataset.by) : 0;
+    const list = { limit: first, matches: () => true };
+    list.apply = () => {
+      let matching = 0;
+      for (const item of items) {
+        const wanted = list.matches(item);
+        matching += wanted ? 1 : 0;
+        item.hidden = !wanted || matching > list.limit;
+      }
+      if (!more) return matching;
+      more.hidden = items.length === 0;
+      report.value = `${Math.min(matching, list.limit)} of ${matching} shown` +
+        (matching < items.length ? ` (${items.length} without the filter)` : "");
+      step.hidden = all.hidden = matching <= list.limit;
+      return matching;
+    };
+    // The focus follows: a button that disappears would otherwise leave it at the top of the page.
+    const grow = (limit) => {
+      const next = items.filter((item) => list.matches(item))[list.limit];
+      list.limit = limit;
+      list.apply();
+      if (next) (next.querySelector("summary, a") || next).focus({ preventScroll: true });
+    };
+    if (more) {
+      step.addEventListener("click", () => grow(list.limit + first));
+      all.addEventListener("click", () => grow(Infinity));
     }
-    for (const rollout of rollouts) {
-      rollout.hidden = filtered && !rollout.querySelector("details.card:not([hidden])");
-    }
-    form.elements.count.value = filtered ? `${shown} of ${cards.length}` : "";
-    document.getElementById("nothing").hidden = shown > 0 || !filtered;
+    list.reveal = (item) => {
+      list.limit = Math.max(list.limit, items.filter((each) => list.matches(each)).indexOf(item) + 1);
+      list.apply();
+    };
+    list.apply();
+    return list;
+  };
+  const cardList = paged(cards, document.getElementById("more-candidates"));
+  const rolloutList = paged(rollouts, document.getElementById("more-rollouts"));
+
+  const filter = () => {
+    const { kind, source, token, query } = Object.fromEntries(new FormData(form));
+    const text = query.trim() ? query.toLowerCase() : "";
+    cardList.matches = (card) =>
+      (!kind || card.dataset.kind === kind) && (!source || card.dataset.source === source) &&
+      (!token || card.dataset.token === token) && (!text || textOf(card).includes(text));
+    document.getElementById("nothing").hidden = cardList.apply() > 0;
   };
 
   const open = () => {
-    const card = document.getElementById(location.hash.slice(1));
-    if (!card || !card.matches("details.card")) return;
-    if (card.hidden) {
+    const target = document.getElementById(location.hash.slice(1));
+    if (!target || !target.matches("details.card, article.rollout")) return;
+    const list = target.matches("details.card") ? cardList : rolloutList;
+    if (!list.matches(target)) {
       form.reset();
-      apply();
+      filter();
     }
-    card.open = true;
-    draw(card);
-    card.scrollIntoView({ block: "nearest" });
-    card.querySelector("summary").focus({ preventScroll: true });
+    list.reveal(target);
+    if (list === cardList) {
+      target.open = true;
+      draw(target);
+      target.querySelector("summary").focus({ preventScroll: true });
+    }
+    target.scrollIntoView({ block: "nearest" });
   };
 
   if (form) {
-    form.hidden = cards.length === 0;
-    form.addEventListener("input", apply);
+    form.hidden = false;
+    form.addEventListener("input", filter);
     form.addEventListener("submit", (event) => event.preventDefault());
   }
   document.addEventListener("toggle", (event) => event.target.matches("details.card") && draw(event.target), true);
   const afterJump = () => requestAnimationFrame(() => setTimeout(open)); // a jump to a fragment takes the focus away
   addEventListener("hashchange", afterJump);
   document.addEventListener("click", (event) => {
-    const mark = event.target.closest("a.mark");
-    if (mark && mark.getAttribute("href") === location.hash) afterJump();
+    const link = event.target.closest("a[href^='#']");
+    if (link && link.getAttribute("href") === location.hash) afterJump();
   });
   afterJump();
+
+  const nav = document.querySelector("nav");
+  new ResizeObserver(() => document.documentElement.style.setProperty("--nav", `${nav.offsetHeight}px`)).observe(nav);
+
+  const hint = (region) => region.classList.toggle("wider", region.scrollWidth > region.clientWidth + 1);
+  const watch = new ResizeObserver((entries) => entries.forEach((entry) => hint(entry.target)));
+  document.querySelectorAll(".scroll").forEach((region) => watch.observe(region));
 })();

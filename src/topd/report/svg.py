@@ -1,17 +1,18 @@
-"""A matplotlib figure as SVG that lives inside a page: its text, fonts and colours follow the page, light or dark."""
+"""Matplotlib figures as SVG inside the page: text, fonts and colours follow the page, light or dark."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Canvas
 
 INK = "#808080"
@@ -65,19 +66,6 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A finished figure: `svg` carries its own text alternative, `caption` says what, in which unit, estimated how.
-
-    `wide`: it takes the whole width of the page, and can be moved sideways on a narrow one.
-    """
-
-    title: str
-    svg: str
-    caption: str
-    wide: bool = False
-
-
 class Drawing:
     """One figure being drawn: `axes` to draw on, and the finished `svg` afterwards."""
 
@@ -109,7 +97,76 @@ def drawing(
 
 def legend(figure: Drawing) -> None:
     """Above the axes, where it never covers data."""
-    figure.canvas.legend(loc="outside upper right", ncols=4, columnspacing=1.2)
+    if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+        figure.canvas.legend(loc="outside upper right", ncols=4, columnspacing=1.2)
+
+
+def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name lines at their right ends instead of in a legend; names that would overlap are moved apart.
+
+    Args:
+        axes: with its limits and scale set.
+        ends: y of the line's end, its name and its colour.
+    """
+    height = 72 * axes.get_figure().get_figheight() * 0.72 / axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
+    gap = 10.5 / height
+    scale, limits = axes.transScale, axes.transLimits
+    places = [min(max(limits.transform(scale.transform((1, y)))[1], 0.0), 1.0) for y, _, _ in ends]
+    order = sorted(range(len(ends)), key=places.__getitem__)
+    for before, after in pairwise(order):
+        places[after] = max(places[after], places[before] + gap)
+    excess = max(0.0, places[order[-1]] - 1.0) if order else 0.0
+    for place, (_, name, colour) in zip(places, ends, strict=True):
+        axes.annotate(
+            name if len(name) <= 24 else f"{name[:23]}…", (1, place - excess), (4, 0), xycoords="axes fraction",
+            textcoords="offset points", va="center", color=colour, fontsize=8.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+MARKS = [(BLUE, "o"), (GREEN, "D"), (VERMILION, "s"), (PURPLE, "^"), (ORANGE, "v"), (SKY, "P")]
+"""Colour and shape of each series: they differ by both."""
+_ROW, _SERIES = 0.1, 0.16
+"""Inches: between rows of a forest, and of each series in a row."""
+
+Estimate = tuple[float, float, float]
+"""Mean, and the ends of its interval."""
+
+
+def forest(name: str, alt: str, rows: Mapping[str, Mapping[str, Estimate]], unit: str, *, width: float = 4.6) -> str:
+    """Differences as dots with intervals, one row each, about the line of no difference.
+
+    Args:
+        name, alt, width: see `drawing`.
+        rows: by label, from the top; by series, which may be missing in some.
+        unit: of the estimates.
+    """
+    series = list(dict.fromkeys(one for row in rows.values() for one in row))
+    height = 0.75 + len(rows) * (_ROW + _SERIES * len(series)) + 0.2 * (len(series) > 1)
+    with drawing(name, alt, height=height, width=width) as figure:
+        axes = figure.axes[0]
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for index, one in enumerate(series):
+            shift = (index - (len(series) - 1) / 2) * _SERIES / (_ROW + _SERIES * len(series))
+            _dots(axes, {at + shift: found[one] for at, found in enumerate(rows.values()) if one in found}, one, index)
+        axes.set_yticks(range(len(rows)), [label if len(label) <= 34 else f"{label[:33]}…" for label in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(False)
+        axes.grid(axis="x")
+        axes.set_xlabel(unit)
+        if len(series) > 1:
+            legend(figure)
+    return figure.svg
+
+
+def _dots(axes: Axes, found: Mapping[float, Estimate], label: str, index: int) -> None:
+    """Filled where the interval excludes 0."""
+    colour, mark = MARKS[index % len(MARKS)]
+    at = list(found)
+    means, lows, highs = zip(*found.values(), strict=True)
+    axes.hlines(at, lows, highs, color=colour, linewidth=1.4)
+    face = [colour if low > 0 or high < 0 else to_rgba(colour, 0.0) for low, high in zip(lows, highs, strict=True)]
+    axes.scatter(means, at, s=22, marker=mark, facecolors=face, edgecolors=colour, linewidths=1.2, zorder=3)
+    axes.plot([], [], mark, color=colour, markersize=5, label=label[:28])
 
 
 def inline(document: str, name: str, alt: str) -> str:

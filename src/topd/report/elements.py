@@ -1,0 +1,164 @@
+"""What sections are made of (text, tables, figures), and numbers as the page writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from topd.report.reading import number
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share in percent, or with `signed` a difference in points; interval and p are None where not recorded."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    signed: bool = False
+
+
+Row = Sequence[str | Score | None]
+"""Cells, the row's header first."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a table under an optional heading. `style`: "paper" for the paper's figures, "total" for a last line."""
+
+    rows: Sequence[Row]
+    heading: str = ""
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that scrolls sideways where it is too wide.
+
+    Attributes:
+        label: its name for screen readers.
+        head: column headings, the first one over the row headers.
+        caption: may hold markup of ours.
+        paper: the last column holds the paper's figures.
+    """
+
+    label: str
+    head: Sequence[str]
+    groups: Sequence[Group]
+    caption: str = ""
+    paper: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether cells are scores, which are drawn on a scale."""
+        return any(isinstance(cell, Score) for group in self.groups for row in group.rows for cell in row)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A finished figure: `svg` carries its own text alternative, `caption` says what, in which unit, estimated how.
+
+    `wide`: it takes the whole width of the page, and scrolls sideways on a narrow one.
+    """
+
+    title: str
+    svg: str
+    caption: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. `blocks`: (name of the macro in `elements.html` that draws it, its data)."""
+
+    title: str
+    lede: str = ""
+    blocks: list[tuple[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: str, data: Any) -> Section:
+        """Append a block, unless there is nothing in it."""
+        if data and (not isinstance(data, Table) or any(group.rows for group in data.groups)):
+            self.blocks.append((kind, data))
+        return self
+
+    @property
+    def id(self) -> str:
+        """The title as an id."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+def decimals(value: float | None, digits: int = 3) -> str:
+    """With a true minus sign; a dash where not known."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def plain(value: float) -> str:
+    """One decimal."""
+    return decimals(value, 1)
+
+
+def signed(value: float) -> str:
+    """One decimal, always with a sign."""
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # never -0.0
+
+
+def span(values: Mapping[str, Any], form: Callable[[float], str] = plain) -> str:
+    """A share in percent with its interval, or with `signed` a difference in points; a dash where a part is missing."""
+    mean, low, high = (number(values.get(name)) for name in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return "–"
+    return f"{form(100 * mean)} ({form(100 * low)} to {form(100 * high)})"
+
+
+def p_value(value: Any) -> str:
+    """Two digits; empty where not known."""
+    p = number(value)
+    return "" if p is None else f"{p:.2g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 fork, 2 forks."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def value_with_interval(values: Mapping[str, float], digits: int = 3, key: str = "value") -> str:
+    """0.25 (0.20 to 0.30); empty where there is no value."""
+    interval = interval_of(values, digits)
+    return decimals(values.get(key), digits) + (f" ({interval})" if interval else "") if key in values else ""
+
+
+def interval_of(values: Mapping[str, float], digits: int = 3) -> str:
+    """0.20 to 0.30; empty where not known."""
+    known = "low" in values and "high" in values
+    return f"{decimals(values['low'], digits)} to {decimals(values['high'], digits)}" if known else ""
+
+
+def numbers(found: Any) -> dict[str, float]:
+    """The numbers of a JSON object."""
+    found = found if isinstance(found, dict) else {}
+    return {name: value for name, raw in found.items() if (value := number(raw)) is not None}
+
+
+def percent(found: Any) -> dict[str, float]:
+    """The same, times 100."""
+    return {name: 100 * value for name, value in numbers(found).items()}
+
+
+def joined(options: Mapping[Any, Any]) -> str:
+    """name value, name value"""
+    return ", ".join(f"{name} {value}" for name, value in options.items())

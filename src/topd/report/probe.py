@@ -1,0 +1,208 @@
+"""What `topd probe` left behind, and its section: D_OT by group of tokens compared with the paper's pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
+from topd.report.distances import groups_figure, loss_against_distance, readings_figure, teacher_nll_against_distance
+from topd.report.elements import Group, Section, Table, decimals, interval_of, numbers, percent, value_with_interval
+from topd.report.reading import check_version, clean, mapping, mappings, number, plan, read_lines, read_object, strings
+from topd.report.rollouts import Candidate, Point, Rollout, losses_of, visible
+
+MOST_TOKENS = 24
+
+
+@dataclass
+class ProbeRecords:
+    """A probe.
+
+    Attributes:
+        result: `probe.json`.
+        distances: by reading of the student's window, the main one first, and by group, D_OT of each position.
+        points: high-loss positions.
+        rollouts: those that are kept, high-loss positions as candidates.
+    """
+
+    result: Mapping[str, Any]
+    distances: dict[str, dict[str, list[float]]]
+    points: list[Point] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+
+
+def load_probe(folder: Path, notes: list[str], keep: int) -> ProbeRecords | None:
+    """The probe in a folder or in its subfolder `probe`; None if there is none."""
+    folder = folder if (folder / "probe.json").is_file() else folder / "probe"
+    result = read_object(folder / "probe.json", notes)
+    if not result:
+        return None
+    check_version(result, folder / "probe.json")
+    variant, threshold = str(result.get("variant")), number(result.get("threshold"))
+    readings = {clean(kind): str(name) for kind, name in mapping(result.get("readings")).items()} or {"": variant}
+    found = ProbeRecords(result, {kind: {group: [] for group in GROUPS} for kind in readings})
+    count = 0
+    for rollout, distances in read_lines(
+        folder / "probe_records.jsonl", "probe_records.jsonl", notes,
+        lambda record: _probed(record, readings, variant, threshold),
+    ):  # fmt: skip
+        for kind, group, distance in distances:
+            found.distances[kind][group].append(distance)
+        found.points += [Point(c.token_loss, c.distance, c.kind, c.teacher_nll) for c in rollout.candidates]
+        if count < keep:
+            found.rollouts.append(rollout)
+            count += max(1, len(rollout.candidates))
+    return found
+
+
+def _probed(
+    record: Mapping[str, Any], readings: Mapping[str, str], variant: str, threshold: float | None
+) -> tuple[Rollout, list[tuple[str, str, float]]]:
+    """A rollout with its high-loss positions as candidates, and (reading, group, D_OT) of all positions."""
+    candidates, distances = [], []
+    for place in record["places"]:
+        measured = mapping(place.get("distance"))
+        for kind, name in readings.items():
+            distance = number(measured.get(name))
+            if distance is not None and place["group"] in GROUPS:
+                distances.append((kind, place["group"], distance))
+        if place["group"] == "high":
+            candidates.append(_candidate(place, number(measured.get(variant)), threshold))
+    tokens = strings(record.get("tokens"))
+    return Rollout(
+        step=0,
+        method="",
+        prompt=clean(record.get("prompt") or ""),
+        tokens=tokens,
+        token_loss=losses_of(record, tokens),
+        candidates=tuple(sorted(candidates, key=lambda candidate: candidate.position)),
+        title=f"Probe, rollout {int(record.get('rollout') or 0) + 1}",
+    ), distances
+
+
+def _candidate(place: Mapping[str, Any], distance: float | None, threshold: float | None) -> Candidate:
+    return Candidate(
+        position=int(place["position"]),
+        token=clean(place.get("token") or ""),
+        token_loss=number(place.get("token_loss")),
+        distance=distance,
+        fork=distance is not None and threshold is not None and distance > threshold,
+        decision="",
+        student_window=strings(place.get("student_window")),
+        teacher_window=strings(place.get("teacher_window")),
+        plan=plan(place.get("plan")),
+        teacher_nll=number(place.get("teacher_nll")),
+    )
+
+
+def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> Section:
+    """`index`: of the run on the page; `of`: its name, where there are several."""
+    result = probe.result
+    run, threshold = mapping(result.get("run")), number(result.get("threshold"))
+    lede = f"Before training: {clean(run.get('student', ''))} against {clean(run.get('teacher', ''))}, "
+    lede += f"{number(result.get('rollouts')) or 0:.0f} rollouts."
+    if threshold is not None:
+        lede += f" Threshold: the upper quartile of D_OT at low-loss tokens, {threshold:.4g}. A high-loss token below "
+        lede += "the threshold is a false alarm."
+    section = Section(f"Probe{of}", lede)
+    section.add(
+        "table",
+        Table(
+            "Table of the probe", ("", "This pair", "95 % interval", "Paper"), [Group(_lines(result))],
+            "95 % bootstrap intervals over rollouts. The paper’s pair: Qwen3-30B-A3B and Qwen3-4B.", paper=True,
+        ),
+    )  # fmt: skip
+    figures = [
+        groups_figure(next(iter(probe.distances.values())), f"groups-{index}"),
+        readings_figure(probe.distances, f"readings-{index}"),
+        loss_against_distance(probe.points, f"probe-loss-{index}"),
+        teacher_nll_against_distance(probe.points, f"probe-nll-{index}"),
+    ]
+    section.add("figures", [figure for figure in figures if figure])
+    variants = mapping(result.get("variants"))
+    readings = {clean(kind): mapping(variants.get(name)) for kind, name in mapping(result.get("readings")).items()}
+    if len(readings) > 1:
+        section.add("heading", "The student’s window in each reading")
+        section.add(
+            "table",
+            Table(
+                "Table of the readings", ("", *readings, "Paper"), [Group(_readings(readings))],
+                "The same positions and teacher windows. In parentheses: 95 % bootstrap intervals over rollouts.",
+                paper=True,
+            ),
+        )  # fmt: skip
+    if len(variants) > 1:
+        section.add("heading", "The same positions with other settings")
+        head = ("Window / embedding / cost / K", "High", "Random", "Low", "False alarms, %", "Pearson", "Spearman")
+        rows = [_variant(clean(name), mapping(found)) for name, found in variants.items()]
+        section.add("table", Table("Table of variants", head, [Group(rows)]))
+    return section.add("tokens", _tokens(result))
+
+
+def _lines(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Quantity, value, interval, the paper's; without those that are not recorded."""
+    groups = {group: mapping(mapping(result.get("groups")).get(group)) for group in GROUPS}
+    lines = [
+        (f"Median D_OT, {words} (n = {n:.0f})", numbers(groups[group]), "median", PROBE[group], 3)
+        for group, words in GROUPS.items()
+        if (n := number(groups[group].get("n"))) is not None
+    ]
+    lines += [
+        (f"D_OT below {NEAR_ZERO}, {words}, %", percent(groups[group].get("near_zero")), "value",
+         100 * NEAR_ZERO_SHARES[group], 1)
+        for group, words in GROUPS.items()
+    ]  # fmt: skip
+    lines += [
+        (words, numbers(result.get(name)), "value", PROBE[name.removesuffix("_nll")], 3)
+        for name, words in CORRELATIONS.items()
+    ]
+    alarms = percent(result.get("false_alarm_share"))
+    lines.append(("False alarms among high-loss tokens, %", alarms, "value", 100 * PROBE["false_alarm_share"], 1))
+    return [
+        (words, decimals(values[key], digits), interval_of(values, digits), f"{paper:.{digits}f}")
+        for words, values, key, paper, digits in lines
+        if key in values
+    ]
+
+
+def _readings(readings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row per quantity: its value in each reading, and the paper's."""
+    rows: list[tuple[str, ...]] = []
+
+    def add(words: str, found: list[dict[str, float]], paper: str, digits: int, key: str = "value") -> None:
+        if any(key in each for each in found):
+            rows.append((words, *(value_with_interval(each, digits, key) for each in found), paper))
+
+    in_groups = {group: [mapping(mapping(each.get("groups")).get(group)) for each in readings.values()]
+                 for group in GROUPS}  # fmt: skip
+    for group, words in GROUPS.items():
+        near = [percent(each.get("near_zero")) for each in in_groups[group]]
+        add(f"D_OT below {NEAR_ZERO}, {words}, %", near, f"{100 * NEAR_ZERO_SHARES[group]:.1f}", 1)
+    for group, words in GROUPS.items():
+        add(f"Median D_OT, {words}", [numbers(each) for each in in_groups[group]], f"{PROBE[group]:.3f}", 3, "median")
+    alarms = [percent(each.get("false_alarm_share")) for each in readings.values()]
+    add("False alarms, %", alarms, f"{100 * PROBE['false_alarm_share']:.1f}", 1)
+    for group, words in GROUPS.items():
+        begins = [percent(each.get("begins_with_candidate")) for each in in_groups[group]]
+        add(f"Begins with the candidate, {words}, %", begins, "", 1)
+    return rows
+
+
+def _variant(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    groups = mapping(found.get("groups"))
+    medians = [decimals(number(mapping(groups.get(group)).get("median"))) for group in GROUPS]
+    share = number(mapping(found.get("false_alarm_share")).get("value"))
+    values = [decimals(number(mapping(found.get(key)).get("value"))) for key in ("pearson", "spearman")]
+    return (name, *medians, decimals(None if share is None else 100 * share, 1), *values)
+
+
+def _tokens(result: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:
+    """Token, times it had a high loss, times it was a false alarm, the same as a percentage."""
+    rows = []
+    for entry in mappings(result.get("tokens"))[:MOST_TOKENS]:
+        n, alarms = int(number(entry.get("n")) or 0), int(number(entry.get("false_alarms")) or 0)
+        if n:
+            rows.append((visible(clean(entry.get("token", ""))), n, alarms, 100 * alarms / n))
+    return sorted(rows, key=lambda row: (-row[3], -row[1]))

@@ -1,0 +1,295 @@
+"""The top of the page: verdicts, what was compared, and which records each count comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topd.paper import MEAN
+from topd.report.elements import (
+    Group,
+    Table,
+    decimals,
+    duration,
+    joined,
+    listed,
+    percent,
+    plural,
+    signed,
+    value_with_interval,
+)
+from topd.report.reading import clean, mapping, mappings, number
+from topd.report.records import Arm, Run
+from topd.report.results import NAMES, Evaluated, problems, shared_settings
+
+LEVEL = 0.05
+"""A difference is significant if its 95 % interval excludes 0 and p, where recorded (after Holm), is below this."""
+MOST_VERDICTS = 4
+LONGEST = 600
+"""Characters of a value that are shown."""
+ByArm = list[tuple[str, list[str], bool]]
+"""Rows of a table with a column per arm: name, value in each arm, whether they differ."""
+
+
+# Verdicts
+
+
+def verdicts(run: Run) -> list[str]:
+    """What a demo and a study say about TOPD and OPD, one sentence each; none where nothing was compared."""
+    found = []
+    difference = mapping(mapping(run.results.get("difference")).get("greedy"))
+    count = problems(run.results)
+    if text := _verdict(
+        "TOPD", "OPD on this pair", difference, ["greedy", plural(count, "problem") if count else "", "1 training seed"]
+    ):
+        found.append(text)
+    return found + ([text] if run.study and (text := _study_verdict(run.study)) else [])
+
+
+def _study_verdict(study: Mapping[str, Any]) -> str:
+    """TOPD against OPD, and how many of the other arms differ."""
+    arms = {clean(name): mapping(mapping(arm).get("greedy")) for name, arm in mapping(study.get("arms")).items()}
+    compared = {name: mapping(arm.get("beside_opd")) for name, arm in arms.items()}
+    compared = {name: each for name, each in compared.items() if number(each.get("mean")) is not None}
+    held_out = number(mapping(study.get("plan")).get("held_out"))
+    parts = []
+    if topd := compared.pop("topd", None):
+        on = [
+            "greedy",
+            plural(int(held_out), "problem") if held_out else "",
+            plural(len(topd.get("seeds") or ()), "training seed"),
+        ]
+        parts.append(_verdict("TOPD", "OPD on this pair", topd, on))
+    if compared:
+        different = [name for name, each in compared.items() if significant(each)]
+        of = f"{plural(len(compared), 'other arm')}" if parts else plural(len(compared), "arm")
+        what = f"{len(different)} of {of} ({listed(different)})" if different else f"None of {of}"
+        parts.append(f"{what} {'are' if len(different) > 1 else 'is'} significantly different from OPD.")
+    return " ".join(filter(None, parts))
+
+
+def evaluation_verdicts(models: Sequence[Evaluated], found: Mapping[str, Any]) -> list[str]:
+    """Each model against the first, on the mean of the benchmarks where there are several."""
+    verdicts = []
+    settings = [words for words in shared_settings(models) if words.startswith("temperature")]
+    for model in models[1:]:
+        rows = [row for row in found.get("comparisons", ()) if row["model"] == model.label]
+        if not rows:
+            continue
+        row = next((row for row in rows if row["column"] == MEAN), rows[-1])
+        shared = [name for name in model.summaries if name in models[0].summaries]
+        count = sum(model.summaries[name]["problems"] for name in shared)
+        names = "mean of " * (len(shared) > 1) + listed([clean(name) for name in shared])
+        verdicts.append(_verdict(model.label, models[0].label, row, [names, *settings, plural(count, "problem")]))
+    left = len(verdicts) - MOST_VERDICTS
+    return verdicts[:MOST_VERDICTS] + (
+        [f"The Evaluation section has {plural(left, 'more comparison')}."] if left > 0 else []
+    )
+
+
+def significant(difference: Mapping[str, Any]) -> bool:
+    """Whether the 95 % interval excludes 0 and p, after Holm's correction where there is one, is below `LEVEL`."""
+    low, high, p = number(difference.get("low")), number(difference.get("high")), _p(difference)
+    return low is not None and high is not None and (low > 0 or high < 0) and (p is None or p < LEVEL)
+
+
+def _p(difference: Mapping[str, Any]) -> float | None:
+    p = number(difference.get("p_holm"))
+    return number(difference.get("p")) if p is None else p
+
+
+def _verdict(what: str, other: str, difference: Mapping[str, Any], on: Sequence[str]) -> str:
+    """One sentence; empty without a difference and its interval."""
+    mean, low, high = (number(difference.get(name)) for name in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return ""
+    outcome = "not significantly different from"
+    if significant(difference):
+        outcome = f"significantly {'better' if mean > 0 else 'worse'} than"
+    numbers = f"{signed(100 * mean)} points, {signed(100 * low)} to {signed(100 * high)}"
+    p = _p(difference)
+    if (low > 0 or high < 0) and not significant(difference):
+        numbers += f", but p = {p:.2g}" + (" after Holm’s correction" if "p_holm" in difference else "")
+    return f"{what} is {outcome} {other}: {numbers}, {', '.join(filter(None, on))}."
+
+
+# What was run
+
+
+def lede(arms: Sequence[Arm]) -> str:
+    """What was trained, in a sentence."""
+    if not arms:
+        return ""
+    steps = sorted({arm.steps for arm in arms})
+    span = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+    names = listed([NAMES.get(method, method) for method in dict.fromkeys(arm.method for arm in arms)])
+    return f"{names}, {span} {'step' if steps[-1] == 1 else 'steps'}{' each' if len(arms) > 1 else ''}."
+
+
+def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Pair, data, batch, precision, device, seed, time and versions, as far as recorded; each value once."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        parts = [*map(_of_arm, run.arms), _of_run(run)]
+        for name, value in (item for part in parts for item in part.items()):
+            if value:
+                found.setdefault(name, {})[clean(value)] = None
+    several = {name: "; ".join(values)[:LONGEST] for name, values in found.items()}
+    return [(name, several[name]) for name in _SETUP if name in several]
+
+
+_SETUP = ("Pair", "Data", "Batch", "Precision", "Device", "Seed", "Total time", "Versions")
+
+
+def _of_arm(arm: Arm) -> dict[str, str]:
+    record, options = arm.provenance, arm.settings
+    student, teacher = (mapping(record.get(name)) for name in ("student", "teacher"))
+    data = mapping(record.get("data"))
+    seed = options.get("seed", arm.options.get("seed"))
+    versions = mapping(record.get("versions"))
+    return {
+        "Pair": f"{_short(student)} distilled from {_short(teacher)}" if student and teacher else "",
+        "Data": f"{_count(data.get('rows'))} prompts, digest {data.get('digest')}" if data else "",
+        "Batch": _batch(options, number(record.get("processes")) or 1),
+        "Precision": joined(mapping(record.get("precision"))),
+        "Device": " × ".join(str(record[name]) for name in ("processes", "device") if name in record),
+        "Seed": "" if seed is None else str(seed),
+        "Versions": joined(versions),
+    }
+
+
+def _of_run(run: Run) -> dict[str, str]:
+    seconds, seed = number(run.results.get("seconds_total")), run.results.get("seed")
+    own = mapping(run.results.get("versions"))
+    recorded = any(arm.provenance.get("versions") for arm in run.arms)
+    source = mapping(run.probe.result.get("run")) if run.probe else mapping((run.study or {}).get("plan"))
+    known = any(arm.provenance.get("student") for arm in run.arms)
+    pair = [clean(source[name]) for name in ("student", "teacher") if source.get(name)]
+    return {
+        "Pair": " distilled from ".join(pair) if len(pair) == 2 and not known else "",
+        "Seed": "" if seed is None else str(seed),
+        "Total time": "" if seconds is None else duration(seconds),
+        "Versions": "" if recorded else joined({str(name): str(value)[:80] for name, value in own.items()}),
+    }
+
+
+def _short(model: Mapping[str, Any]) -> str:
+    """A model's name without its folder, and its size."""
+    size = number(model.get("parameters"))
+    name = str(model.get("name")).rstrip("/")
+    name = name.rpartition("/")[2] if name.startswith(("/", ".")) else name
+    return name + ("" if size is None else f" ({size / 1e9:.1f} B)" if size >= 1e9 else f" ({size / 1e6:.1f} M)")
+
+
+def _batch(options: Mapping[str, Any], processes: float) -> str:
+    """Rollouts per optimizer step, and how they are made up."""
+    each, steps = number(options.get("per_device_train_batch_size")), number(options.get("gradient_accumulation_steps"))
+    if each is None:
+        return ""
+    parts = [(each, "per device"), (steps or 1, "accumulation steps"), (processes, "processes")]
+    made = " × ".join(f"{count:.0f} {what}" for count, what in parts if count != 1 or what == "per device")
+    total = each * (steps or 1) * processes
+    rate = options.get("learning_rate")
+    return f"{total:,.0f} rollouts per step ({made})" + ("" if rate is None else f", learning rate {rate}")
+
+
+# Counts
+
+
+def counts(runs: Sequence[Run]) -> Table:
+    """Candidates, forks and false alarms, by the records that they were counted in."""
+    rows = [row for run in runs for row in _counts(run, f"{run.name}: " if len(runs) > 1 else "")]
+    head = ("Counted in", "Rollouts", "Candidates", "Forks", "False alarms", "False alarms, %")
+    caption = "Every count of forks on this page is from one of these sources. Candidates are high-loss tokens; those "
+    caption += "without a distance are neither forks nor false alarms."
+    return Table("Table of counts by source", head, [Group(rows)], caption)
+
+
+def _counts(run: Run, of: str) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for arm in run.arms:
+        name = f"{of}{arm.name}" if len(run.arms) > 1 or not of else of.rstrip(": ")
+        if arm.audited:
+            rows.append(
+                (f"{name}, audited rollouts of training", f"{arm.audited:,}", *_kinds([p.kind for p in arm.points]))
+            )
+        if (share := arm.mean("false_alarm_share")) is not None:
+            candidates, forks = arm.mean("candidates/per_rollout"), arm.mean("forks/per_rollout")
+            each = ("–" if value is None else f"{value:.2f} per rollout" for value in (candidates, forks))
+            logged = plural(len(arm.series("false_alarm_share")[0]), "logged step")
+            rows.append((f"{name}, whole run: mean over {logged}", "all", *each, "–", decimals(100 * share, 1)))
+    if run.probe:
+        rollouts = number(run.probe.result.get("rollouts"))
+        *kinds, counted = _kinds([point.kind for point in run.probe.points])
+        known = value_with_interval(percent(run.probe.result.get("false_alarm_share")), 1) or counted
+        rows.append((f"{of}probe before training", "–" if rollouts is None else f"{rollouts:,.0f}", *kinds, known))
+    return rows
+
+
+def _kinds(kinds: Sequence[str]) -> tuple[str, str, str, str]:
+    forks, alarms = kinds.count("fork"), kinds.count("alarm")
+    share = f"{100 * alarms / (forks + alarms):.1f}" if forks + alarms else "–"
+    return f"{len(kinds):,}", f"{forks:,}", f"{alarms:,}", share
+
+
+# Tables with a column per arm
+
+
+def option_rows(arms: Sequence[Arm]) -> ByArm:
+    """Option, its value in each arm, and whether they differ; those that differ first."""
+    found = [
+        {key: _cut(json.dumps(value, ensure_ascii=False, default=str), 160) for key, value in arm.options.items()}
+        for arm in arms
+    ]
+    return sorted(_by_arm(found, sorted({key for each in found for key in each})), key=lambda row: not row[2])
+
+
+def provenance_rows(arms: Sequence[Arm]) -> ByArm:
+    """Models, data, command and versions of each arm; empty where no arm has a `run.yaml`."""
+    found = [_provenance(arm.provenance) for arm in arms]
+    return _by_arm(found, list(dict.fromkeys(name for each in found for name in each)))
+
+
+def _by_arm(found: Sequence[Mapping[str, str]], names: Sequence[str]) -> ByArm:
+    rows = [(name, [each.get(name, "–") for each in found]) for name in names]
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
+
+
+def _provenance(record: Mapping[str, Any]) -> dict[str, str]:
+    models = {name: part for name, part in record.items() if isinstance(part, dict) and "architecture" in part}
+    data, resumed = mapping(record.get("data")), mappings(record.get("resumed"))
+    found = {name: _model(part) for name, part in models.items()} | {
+        "data": f"{_count(data.get('rows'))} rows, digest {data.get('digest')}" if data else "",
+        "precision": joined(mapping(record.get("precision"))),
+        "device": " x ".join(str(record[name]) for name in ("processes", "device") if name in record),
+        "command": record.get("command", ""),
+        "started": record.get("time", ""),
+        "versions": joined(mapping(record.get("versions"))),
+        "resumed": "; ".join(_resumed(entry) for entry in resumed),
+    }
+    return {clean(name): clean(value)[:LONGEST] for name, value in found.items() if value}
+
+
+def _model(part: Mapping[str, Any]) -> str:
+    revision = f" at {part['revision']}" if part.get("revision") else ""
+    trained = number(part.get("trained"))
+    return (
+        f"{part.get('name')}{revision}: {part.get('architecture')}, {_count(part.get('parameters'))} parameters"
+        f"{f', {trained:,.0f} trained' if trained else ''}, {part.get('dtype')}, weights {part.get('weights')}"
+    )
+
+
+def _resumed(entry: Mapping[str, Any]) -> str:
+    changed = entry.get("changed")
+    changes = ", ".join(map(str, changed)) if isinstance(changed, list) and changed else "unchanged"
+    return f"from {entry.get('from')} ({changes})"
+
+
+def _count(value: Any) -> str:
+    found = number(value)
+    return "an unknown number of" if found is None else f"{found:,.0f}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
