@@ -26,9 +26,10 @@ from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windo
 from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
 from topd.training.futures import Futures
-from topd.training.guidance import Guided, guided_windows, last_parameters
+from topd.training.guidance import Guided, guided_windows
+from topd.training.losses import LossInputs, StepLoss, last_parameters
 from topd.training.method import Method
-from topd.training.step import LossInputs, Pair, StepLoss, futures, topd_loss
+from topd.training.step import Pair, futures, topd_loss
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class TOPDConfig(DistillationConfig):
 
     method: Method = _option(
         "topd",
-        "opd: on-policy distillation, exactly TRL's DistillationTrainer. opd-capped: false alarms suppressed "
+        "opd: on-policy distillation, as TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
     )
     window_length: int = _option(50, "K, tokens of each window. Paper: 50.")

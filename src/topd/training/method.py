@@ -95,6 +95,15 @@ class StepContext:
     step: int = 0
     window_memory: float = 4.0
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether low-loss positions are looked at in this step, for the fork threshold."""
+        return self.quartile is not None and self.quartile.due(self.step)
+
+    def calibration(self, name: str) -> AbstractContextManager[None]:
+        """A `Stage` that counts everything as calibration."""
+        return self.stage("calibration")
+
     def of(self, rollouts: slice) -> StepContext:
         """The same for some of the rollouts."""
         return replace(self, sampled=None if self.sampled is None else self.sampled[rollouts])

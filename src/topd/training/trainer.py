@@ -29,19 +29,17 @@ from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
 from topd.training.guidance import (
-    RATIO_EVERY,
     guided_windows,
-    last_parameters,
     pack,
     pack_states,
     rollouts_of,
     unpack,
     unpack_states,
 )
+from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters
 from topd.training.method import Method, StepContext
-from topd.training.models import BothModels
-from topd.training.rollouts import OwnRollouts
-from topd.training.step import LossInputs, look_ahead, opd_loss, score, topd_loss
+from topd.training.models import BothModels, OwnRollouts
+from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
 
 logger = get_logger(__name__)
@@ -54,7 +52,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
-    every step equals `DistillationTrainer`'s, bit for bit.
+    and `opd_loss="trl"` every step equals `DistillationTrainer`'s, bit for bit; by default it does to rounding.
 
     ```python
     trainer = TOPDTrainer(
@@ -197,7 +195,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         mask, method, states = rollouts.loss_mask.bool(), Method.of(self.args), unpack_states(inputs)
         if kind == OPD:
             num_tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            result = opd_loss(rollouts, student, teacher, LossInputs(states, num_tokens), method.direction)
+            result = opd_loss(rollouts, student, teacher, LossInputs(states, num_tokens), method)
             entropy = result.nll
         else:
             processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
@@ -207,7 +205,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
                 measured=last_parameters(student.backbone) if self._measures_gradients() else None,
             )  # fmt: skip
             result = topd_loss(rollouts, student, teacher, parts, method)
-            inputs["guidance_loss"] = result.trajectory
+            if result.trajectory is not None:
+                inputs["guidance_loss"] = result.trajectory
             if result.gradient_ratio is not None:
                 inputs["gradient_ratio"] = result.gradient_ratio
             entropy = inputs["entropy"][mask].sum()
