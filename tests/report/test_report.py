@@ -430,7 +430,8 @@ def test_a_probe_is_shown_beside_the_paper(tmp_path: Path) -> None:
     page = page_of(write_probe(tmp_path / "mine"))
     assert_harmless(page)
     for expected in (
-        "Before training: small against big, 6 rollouts.", "Median D_OT, high-loss (n = 12)", "0.400", "0.566", "0.250", "0.126",
+        "Before training: small against big, 6 rollouts.", "12 candidates of probe",
+        "Median D_OT, high-loss (n = 12)", "0.400", "0.566", "0.250", "0.126",
         "25.0", "20.0 to 30.0", "29.2", "teacher/cosine/50", "6 of 8 false alarms", "Probe, rollout 1", "Forks 6",
         "False alarms 6",
     ):  # fmt: skip
