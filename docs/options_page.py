@@ -17,7 +17,6 @@ SECTIONS = {
     "method": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD and overhead",
-    "candidate_spacing": "Candidates",
     "teacher_window_server": "A teacher on a server",
     "embedding": "Transport",
     "fork_rule": "Forks",
