@@ -1,7 +1,7 @@
 """The loss of a training step whose weights are known in advance: one pass over the tiles.
 
 The weights are known when TOPD trains, since selection came before; so each tile's gradient is taken while its logits
-are there, and kept. That is (3 width_S + width_T) x vocabulary multiplications a token, where two phases take
+are there, and kept. That is (3 width_S + width_T) x vocabulary multiplications per token; two phases take
 (4 width_S + 2 width_T).
 """
 
@@ -54,7 +54,7 @@ def distillation_loss(
     The first sum is L_OPD with per-token weights (section 5.1), the second the trajectory loss (section 3, written as
     cross-entropy); taking both in one pass is our choice. The KL is on the first `teacher_positions` rows of `hidden`;
     the others carry likelihood terms only. Differentiable in the student's hidden states and in its head's weight and
-    bias; weights and teacher are constant. Gradients are computed now and kept, so that `backward` only scales them: it
+    bias; weights and teacher are constant. Gradients are computed in the forward pass and saved, so that `backward` only scales them: it
     can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen if
     None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
     before the loss scale is known.

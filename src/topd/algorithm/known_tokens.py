@@ -82,7 +82,7 @@ def known_token_loss(
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
 ) -> DistillationLoss:
-    """`distillation_loss` against a teacher of whom a few tokens are known.
+    """`distillation_loss` against the teacher's top-k tokens.
 
     Args:
         hidden: the first rows meet the teacher; the others carry likelihood terms only.
@@ -109,9 +109,9 @@ def score_known_tokens(
     tokens: Int[Tensor, "positions"],
     direction: Direction = "reverse",
 ) -> TokenScores:
-    """`score_tokens` against a teacher of whom a few tokens are known, the sampled one first."""
+    """`score_tokens` against the teacher's top-k tokens, the sampled one first."""
     ours = score_tokens(hidden, head, hidden, head, tokens)  # what concerns the student alone
     token_loss, _ = known_token_kl(gathered_log_probs(hidden, head, teacher.tokens), teacher, direction)
-    likeliest = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    most_likely = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
     teacher_nll = -teacher.log_probs[:, 0].to(token_loss)
-    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, likeliest)
+    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, most_likely)

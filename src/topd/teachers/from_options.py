@@ -12,7 +12,7 @@ from topd.teachers.openai_server import Limits, OpenAIServer
 from topd.teachers.server_windows import ServerWindows, connect, served_as
 
 REMEDY = (
-    "Fix or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
+    "Fix or restart it; a run that had started continues from its last checkpoint (--resume_from_checkpoint true). "
     "teacher_server_patience and teacher_server_timeout say how long it is waited for."
 )
 

@@ -80,7 +80,7 @@ class TOPDConfig(DistillationConfig):
     )
     max_overhead: float | None = _option(
         None,
-        "Longest that a step may take over plain OPD, as a share (0.10: ten percent). The first ten steps measure the "
+        "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
         "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
         "None: no limit. Our choice.",
     )
@@ -88,7 +88,7 @@ class TOPDConfig(DistillationConfig):
     teacher_window_server: str | None = _option(
         None,
         "URL of an OpenAI-compatible server (vLLM, SGLang) that continues the teacher's windows. Without a "
-        "teacher_model the token losses come from it too, from its likeliest tokens (vLLM).",
+        "teacher_model the token losses come from it too, from its most likely tokens (vLLM).",
     )
     teacher_server_model: str | None = _option(
         None, "Name under which that server serves the teacher. None: the only model that it has."
@@ -97,12 +97,12 @@ class TOPDConfig(DistillationConfig):
         None, "Name of the environment variable that holds the server's API key. The key itself is never written down."
     )
     teacher_server_timeout: float = _option(
-        300.0, "Seconds that one request to it may take, from connecting to the last byte of the answer."
+        300.0, "Maximum seconds per request, from connecting to the last byte of the answer."
     )
     teacher_server_patience: float = _option(
-        600.0, "Seconds without an answer after which it is given up; until then requests are repeated."
+        600.0, "Give up after this many seconds of failed retries."
     )
-    teacher_server_concurrency: int = _option(16, "Requests to it at a time, from each process.")
+    teacher_server_concurrency: int = _option(16, "Concurrent requests per process.")
     teacher_top_k: int = _option(
         20,
         "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
@@ -185,7 +185,7 @@ class TOPDConfig(DistillationConfig):
         "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
-    audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")
+    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many optimizer steps. 0: never.")
 
     audit_rollouts: int = _option(2, "Rollouts in each audit record.")
 

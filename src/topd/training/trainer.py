@@ -98,7 +98,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         check_writable(args)
         if teacher_model is None:
             check_without_weights(args)
-        server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
+        server = teacher_server(args, teacher_model is not None)  # a wrong address is reported before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
         adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
