@@ -99,7 +99,7 @@ def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path, capsys
     assert steps[-1]["budget/predicted_overhead"] > 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("topd: max_overhead")]
     assert len(told) == 1
-    assert "cannot be met: even one candidate a rollout is predicted to cost" in told[0]
+    assert "cannot be met: one candidate per rollout is predicted to cost" in told[0]
 
 
 def test_metrics_say_what_the_audit_records_say(tmp_path):

@@ -54,9 +54,9 @@ def distillation_loss(
     The first sum is L_OPD with per-token weights (section 5.1), the second the trajectory loss (section 3, written as
     cross-entropy); taking both in one pass is our choice. The KL is on the first `teacher_positions` rows of `hidden`;
     the others carry likelihood terms only. Differentiable in the student's hidden states and in its head's weight and
-    bias; weights and teacher are constant. Gradients are computed in the forward pass and saved, so that `backward` only scales them: it
-    can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen if
-    None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
+    bias; weights and teacher are constant. Gradients are computed in the forward pass and saved; `backward` scales them
+    and can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen
+    if None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
     before the loss scale is known.
 
     Args:

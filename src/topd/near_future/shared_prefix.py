@@ -159,7 +159,7 @@ def _grow(
     backbone: Any, prefill: Prefill, next_token: NextToken, rollouts: Rollouts,
     where: Tensor, wanted: Tensor, eos: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[branch, token] what each branch (rollout, response position of its first fed token, that token) continues with."""
+    """[branch, token] how each branch (rollout, response position of its first fed token, that token) continues."""
     order = where[:, 0].argsort(stable=True)
     row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)

@@ -68,7 +68,7 @@ class CandidateBudget:
     def measuring(self) -> bool:
         return self.model is None
 
-    def at_most(self) -> int | None:
+    def max_candidates(self) -> int | None:
         """Candidates per rollout in the next step: None, all; 0, do not look ahead."""
         if not self.measuring:
             return self.per_rollout
@@ -124,7 +124,7 @@ def budget_message(budget: CandidateBudget, tokens_per_rollout: float) -> str:
     decided = f"{budget.per_rollout} candidates per rollout, predicted {overhead:.1%} over plain OPD"
     if overhead > budget.max_overhead:
         return (
-            f"max_overhead {budget.max_overhead:.0%} cannot be met: even one candidate per rollout is predicted to cost "
+            f"max_overhead {budget.max_overhead:.0%} cannot be met: one candidate per rollout is predicted to cost "
             f"{overhead:.1%}; using {decided}. Longer rollouts or student_window=rollout make looking ahead cheaper."
         )
     return f"max_overhead {budget.max_overhead:.0%}: {decided}."

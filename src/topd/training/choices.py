@@ -54,14 +54,16 @@ class LowLossQuartile:
             self._steps = 0
 
 
-def choose_candidates(scores: TokenScores, rollouts: Rollouts, method: Method, at_most: int | None = None) -> Places:
+def choose_candidates(
+    scores: TokenScores, rollouts: Rollouts, method: Method, max_per_rollout: int | None = None
+) -> Places:
     """High-loss positions; the control "random" takes equally many positions of each rollout at random instead."""
     order, mask = ranking(scores, method.candidate_ranking), rollouts.loss_mask.bool()
     if method.guides and method.guidance_at == "random":
         order = torch.rand(order.shape, device=order.device)
     chosen = highest_loss(order, mask, share=method.candidate_share)
-    if at_most is not None:
-        chosen &= highest_loss(order, mask, share=None, count=at_most)
+    if max_per_rollout is not None:
+        chosen &= highest_loss(order, mask, share=None, count=max_per_rollout)
     return Places.marked(rollouts, chosen)
 
 

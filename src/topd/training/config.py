@@ -99,9 +99,7 @@ class TOPDConfig(DistillationConfig):
     teacher_server_timeout: float = _option(
         300.0, "Maximum seconds per request, from connecting to the last byte of the answer."
     )
-    teacher_server_patience: float = _option(
-        600.0, "Give up after this many seconds of failed retries."
-    )
+    teacher_server_patience: float = _option(600.0, "Give up after this many seconds of failed retries.")
     teacher_server_concurrency: int = _option(16, "Concurrent requests per process.")
     teacher_top_k: int = _option(
         20,

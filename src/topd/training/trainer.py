@@ -98,7 +98,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         check_writable(args)
         if teacher_model is None:
             check_without_weights(args)
-        server = teacher_server(args, teacher_model is not None)  # a wrong address is reported before weights are loaded
+        server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
         adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
@@ -139,15 +139,15 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         if not (self.args.looks_ahead and self.model.training):
             return batch | self._for_opd(batch)
         self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
-        at_most = self._budget.at_most() if self._budget else None
-        if at_most == 0:  # a step of plain OPD, to compare with
+        max_candidates = self._budget.max_candidates() if self._budget else None
+        if max_candidates == 0:  # a step of plain OPD, to compare with
             return batch | self._for_opd(batch)
 
         rollouts, method = rollouts_of(batch), Method.of(self.args)
         student, teacher = self._student(), self._teacher()
         sampled, self._sampling = student.sampled(rollouts, self._sampling, method.student_window != "rollout"), None
         context = StepContext(
-            self._stage, self._gather_ragged, self.accelerator.process_index, sampled, at_most,
+            self._stage, self._gather_ragged, self.accelerator.process_index, sampled, max_candidates,
             self._quartile, self.state.global_step, self.args.window_memory,
         )  # fmt: skip
         with self._models_whole(), self.compute_loss_context_manager():
