@@ -21,14 +21,6 @@ def test_help_answers_in_under_a_second_without_importing_torch():
     assert time.perf_counter() - started < 1
 
 
-def test_the_public_surface_lists_the_whole_algorithm():
-    import topd
-    from topd import algorithm
-
-    assert set(topd._ALGORITHM) == set(algorithm.__all__)
-    assert all(getattr(topd, name) is getattr(algorithm, name) for name in topd._ALGORITHM)
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
