@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from topd import cli
-from topd.check.finding import Finding
-from topd.check.table import findings_table
+from topd.check.findings import Finding, findings_table
 from topd.errors import TOPDError
 from topd.report.reading import clean
 from topd.teachers.openai_server import OpenAIServer

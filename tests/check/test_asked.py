@@ -7,7 +7,8 @@ import pytest
 from bad_pairs import conversations, copy_of
 from test_checks import MESSAGES, assert_says, setup_for, template
 
-from topd.check import asked, machine, prompts, quality
+from topd.check import machine, prompts, quality
+from topd.check import optional as asked
 from topd.cli.main import main
 from topd.errors import TOPDError
 

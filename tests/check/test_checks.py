@@ -12,7 +12,7 @@ from bad_pairs import short_context as short_context_pair
 
 from topd.check import machine, memory, prompts, quality, templates, tokens
 from topd.check.checks import QUICK, quick_findings
-from topd.check.finding import Finding, worst
+from topd.check.findings import Finding, worst
 from topd.check.setup import Setup
 from topd.cli.check import parsed, setups_of
 from topd.embedded.task import make_problems

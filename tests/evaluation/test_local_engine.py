@@ -9,8 +9,7 @@ from tiny import TOKENIZER, tiny_model
 
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
-from topd.evaluation.local_engine import LocalEngine, OwnRandomNumbers
-from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
+from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, prompt_ids
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]

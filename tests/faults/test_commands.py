@@ -14,8 +14,7 @@ from report.made_records import record, write_arm, write_correct
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.errors import SavingError
-from topd.evaluation.local_engine import LocalEngine
-from topd.evaluation.responses import Response
+from topd.evaluation.engines import LocalEngine, Response
 from topd.runs.guard import guarded, in_words
 
 STUDENT = "student=embedded:student-standard"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model, tiny_trainer
-
 from topd.cli.analyses import load_pair
+
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.errors import ResumeError

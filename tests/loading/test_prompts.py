@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_trainer
 from tokenizers.processors import TemplateProcessing
-
 from topd.cli.analyses import token_ids
+
 from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import TOPDError
-from topd.evaluation.responses import Sampling
-from topd.evaluation.responses import prompt_ids as engine_prompt_ids
+from topd.evaluation.engines import Sampling
+from topd.evaluation.engines import prompt_ids as engine_prompt_ids
 from topd.loading import prompts as prompting
 from topd.loading.prompts import closing_id, prompt_ids, solution_ids, without_nulls
 

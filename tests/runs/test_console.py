@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from topd.runs.console import LogLines, described, in_words, speak
-from topd.runs.summary import places, print_summary
+from topd.runs.console import places, print_summary
 
 LOG = [
     {"step": step, "loss": 0.5 / step, "token_loss/mean": 0.4 / step, "false_alarm_share": 0.25 * step,

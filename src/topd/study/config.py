@@ -1,4 +1,4 @@
-"""What a study compares: read from YAML, checked before anything runs."""
+"""What a study compares: read from YAML and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StudyPlan:
         data: prompts to train on, as `topd train` takes them; without it, the embedded task is trained on and asked.
         benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as `topd eval` takes them.
         rule: of a benchmark that is not known by name: how answers are compared.
-        sampling: with `data`: of one sample a problem (`topd.evaluation.responses.Sampling`).
+        sampling: with `data`: of one sample a problem (`topd.evaluation.engines.Sampling`).
     """
 
     student: str
@@ -194,7 +194,7 @@ def _check(plan: StudyPlan) -> None:
 
 
 def _check_own_data(plan: StudyPlan) -> None:
-    from topd.evaluation.responses import Sampling
+    from topd.evaluation.engines import Sampling
 
     if plan.data is None:
         given = [name for name in ("benchmark", "tune_benchmark", "sampling") if getattr(plan, name)]
