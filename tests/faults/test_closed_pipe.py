@@ -36,7 +36,7 @@ def test_training_goes_on_without_its_output(monkeypatch, capsys, name):
         for line in range(3):
             print(line, file=getattr(sys, name), flush=True)
     if name == "stdout":
-        assert capsys.readouterr().err.count("the run goes on without it") == 1
+        assert capsys.readouterr().err.count("the run continues without it") == 1
 
 
 def test_other_commands_end_quietly(monkeypatch, capsys):

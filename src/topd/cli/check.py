@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     silence_libraries()
     data, config, model = parsed(others)
     if own.server_alone and config.teacher_window_server is None:
-        raise TOPDError("--server-alone means that the teacher is on a server: add --teacher_window_server URL.")
+        raise TOPDError("--server-alone says that the teacher is on a server: add --teacher_window_server URL.")
     setups = setups_of(data, config, model, teacher_here=not own.server_alone)
     if not setups:
         raise TOPDError(

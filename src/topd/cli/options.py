@@ -198,7 +198,7 @@ def prompts(source: str, split: str, limit: int | None, responses: bool = False,
     from datasets import Dataset
 
     if responses:
-        raise TOPDError("The embedded task has no responses. Name a file that has them: --data FILE.jsonl.")
+        raise TOPDError("The embedded task has no given responses. Name a file that has them: --data FILE.jsonl.")
     if limit is not None and not 0 < limit <= MOST_EMBEDDED:
         raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
     if also:

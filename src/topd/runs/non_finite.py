@@ -30,7 +30,7 @@ def non_finite_error(
     """
     newest, _ = newest_whole(Path(output_dir))
     kept = f"the last whole checkpoint is {newest}" if newest else "no checkpoint was saved yet"
-    lines = [f"The {what} is not finite at step {step}. The optimizer has not stepped; {kept}."]
+    lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; {kept}."]
     if rollouts is not None and row_loss is not None:
         bad = (~row_loss.isfinite()).nonzero().squeeze(-1).tolist() or [int(row_loss.argmax())]
         records = [
