@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from topd.near_future import Rollouts
+from topd.runs.console import STAGES, Stopwatch
 from topd.runs.files import append_records, write_json
-from topd.runs.resumable import AUDIT_FILE
-from topd.runs.stages import STAGES, Stopwatch
+from topd.runs.records import AUDIT_FILE
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture

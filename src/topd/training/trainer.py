@@ -18,12 +18,11 @@ from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
 from topd.near_future import DistilledModel, Rollouts
-from topd.runs.model_card import PAPER
+from topd.runs.checkpoints import check_writable
+from topd.runs.console import Stopwatch
 from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
-from topd.runs.output_folder import check_writable
-from topd.runs.recorded import RecordedTrainer
+from topd.runs.recorded import PAPER, RecordedTrainer
 from topd.runs.rollback import RollbackTrainer
-from topd.runs.stages import Stopwatch
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
