@@ -55,7 +55,7 @@ ARMS = {
     "topd on teacher": Arm("teacher", baseline="opd on teacher"),
     "own tokens": Arm(settings={"guidance_target": "own"}),
     "same index": Arm(settings={"guidance_target": "same_index"}),
-    "teacher's contexts": Arm(settings={"guidance_context": "teacher", "teacher_context_loss": "reverse_kl"}),
+    "teacher's contexts": Arm(settings={"guidance_context": "teacher"}),
 }
 """OPD and TOPD on either window; then controls, on the student's window."""
 

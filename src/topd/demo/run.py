@@ -182,7 +182,6 @@ def arm_config(name: Method, out: Path, *, steps: int, batch: int, seed: int) ->
         save_steps=max(1, steps // 2),
         save_total_limit=2,
         audit_steps=max(1, steps // 6),
-        audit_rollouts=6,
         bf16=False,
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),

@@ -69,10 +69,9 @@ def check_without_weights(options: TOPDConfig) -> None:
             "TOPDTrainer needs a teacher: a teacher_model (a name, a folder, or a loaded model), or the "
             "teacher_window_server that it is on."
         )
-    kl_in_its_contexts = options.guidance_context == "teacher" and options.teacher_context_loss != "cross_entropy"
     wrong = {
         f"embedding={options.embedding} (use student)": options.embedding.startswith("teacher"),
-        f"teacher_context_loss={options.teacher_context_loss} (use cross_entropy)": kl_in_its_contexts,
+        "guidance_context=teacher (use student)": options.guidance_context == "teacher",
         f"temperature={options.temperature:g} (use 1: servers give probabilities at 1)": options.temperature != 1,
         f"beta={options.beta:g} (use 1 or 0)": options.beta not in (0.0, 1.0),
     }

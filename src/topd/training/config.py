@@ -22,7 +22,7 @@ from topd.training.method import Ranking, StudentWindow
 Method = Literal["opd", "opd-capped", "topd"]
 
 
-CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "teacher_context_loss", "cap_false_alarms")
+CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "cap_false_alarms")
 """Options of `method=topd` that study what its parts do; no run needs them. `cap_selection` is that of `opd-capped`."""
 
 
@@ -160,11 +160,8 @@ class TOPDConfig(DistillationConfig):
     )
     guidance_context: Literal["student", "teacher"] = _option(
         "student",
-        "student: the student's own contexts (paper). teacher: prefix + the teacher's window (another reading).",
-    )
-    teacher_context_loss: Literal["reverse_kl", "forward_kl", "cross_entropy"] = _option(
-        "reverse_kl",
-        "In the teacher's contexts: reverse_kl, forward_kl (full vocabulary) or cross_entropy (its tokens).",
+        "student: the student's own contexts (paper). Control: teacher, prefix + the teacher's window, with the "
+        "reverse KL over the vocabulary (another reading).",
     )
     guidance_reduction: Literal["mean", "sum", "per_token"] = _option(
         "mean",
@@ -184,8 +181,6 @@ class TOPDConfig(DistillationConfig):
     )
 
     audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many optimizer steps. 0: never.")
-
-    audit_rollouts: int = _option(2, "Rollouts in each audit record.")
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -209,7 +204,6 @@ class TOPDConfig(DistillationConfig):
         least = {"audit_steps": 0} | dict.fromkeys(
             (
                 "window_length",
-                "audit_rollouts",
                 "recalibration_steps",
                 "teacher_server_concurrency",
                 "teacher_top_k",

@@ -113,14 +113,12 @@ class GuidanceLoss:
         guided: the windows.
         scale: [rollout * branch, window_position] what each position's KL is multiplied by.
         terms: the cross-entropies to the targets.
-        direction: of the KL in the teacher's contexts.
     """
 
     opd: OPDLoss
     guided: Guided
     scale: Tensor
     terms: LikelihoodTerms
-    direction: Direction
 
     @classmethod
     def of(cls, opd: OPDLoss, inputs: LossInputs, row: Tensor, method: Method) -> GuidanceLoss:
@@ -130,8 +128,7 @@ class GuidanceLoss:
         targets = inputs.guided.targets
         denominator = inputs.num_tokens if method.guidance_reduction == "per_token" else inputs.num_forks
         scale = method.guidance_weight * position_weights(targets, method.guidance_reduction) / denominator
-        direction: Direction = "reverse" if method.teacher_context_loss == "reverse_kl" else "forward"
-        return cls(opd, inputs.guided, scale, likelihood_terms(targets, row, scale), direction)
+        return cls(opd, inputs.guided, scale, likelihood_terms(targets, row, scale))
 
     @property
     def minus_entropy(self) -> Tensor:
@@ -165,7 +162,7 @@ class GuidanceLoss:
             return teacher.loss(states, head, nothing, self.opd.weights[:0], self.terms).loss
         positions = self.guided.targets.guided
         theirs = {"hidden": self.guided.teacher_hidden.flatten(0, 1)[positions]}
-        return teacher.loss(states[count:], head, theirs, self.scale[positions], direction=self.direction).loss
+        return teacher.loss(states[count:], head, theirs, self.scale[positions]).loss
 
 
 def states_and_rows(

@@ -60,7 +60,6 @@ class Method:
     guidance_target: TargetKind = "transport"
     guidance_at: Literal["forks", "false_alarms", "random"] = "forks"
     guidance_context: Literal["student", "teacher"] = "student"
-    teacher_context_loss: Literal["reverse_kl", "forward_kl", "cross_entropy"] = "reverse_kl"
 
     @classmethod
     def of(cls, config: TOPDConfig) -> Method:

@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 
 RECORD_VERSION = 1
 """Of audit records."""
+AUDIT_ROLLOUTS = 4
+"""Rollouts in each audit record."""
 
 
 class StepLog:
@@ -86,7 +88,7 @@ class StepLog:
         if due and self.accelerator.is_main_process:
             records = audit_records(
                 rollouts, future, self._tokenizer,
-                step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
+                step=self.state.global_step + 1, method=self.args.method, limit=AUDIT_ROLLOUTS,
             )  # fmt: skip
             append_records(records, self._folder / AUDIT_FILE)
 

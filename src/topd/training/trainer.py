@@ -160,7 +160,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         guided = None
         if method.guides:
             guided = guided_windows(future.chosen, method)
-            if method.guidance_context == "teacher" and method.teacher_context_loss != "cross_entropy":
+            if method.guidance_context == "teacher":
                 with self._stage("scoring"), self.compute_loss_context_manager():
                     guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
             num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum()
