@@ -110,7 +110,7 @@ def test_a_template_that_renders_to_nothing_is_an_error(tmp_path):
 
 
 def test_rollouts_that_are_all_cut_are_a_warning():
-    from topd.loading.models import load_pair
+    from topd.loading.pair import load_pair
 
     student, teacher, _ = load_pair(*PAIR)
     setup = setup_for(*PAIR, "--max_completion_length", "5")

@@ -355,7 +355,7 @@ def test_disk(embedded, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def models():
-    from topd.loading.models import load_pair
+    from topd.loading.pair import load_pair
 
     return load_pair("embedded:student-standard", "embedded:teacher")[:2]
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     from topd.check.checks import findings_on_models, quick_findings
     from topd.check.findings import worst
     from topd.cli.train import setups_of
-    from topd.loading.models import load_pair
+    from topd.loading.pair import load_pair
     from topd.runs.console import silence_libraries
 
     silence_libraries()

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     """Check the options, load, probe."""
     from topd.analysis.probe import ProbeOptions
     from topd.analysis.probe_command import ProbeRun, run_probe
-    from topd.loading.models import load_pair
+    from topd.loading.pair import load_pair
     from topd.near_future.generation import end_token_ids
 
     names = checked(options)

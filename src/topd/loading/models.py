@@ -6,17 +6,17 @@ import importlib.util
 import json
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 from topd.loading.by_name import SAFE, load_by_name
+from topd.loading.tokenizers import tokenizer_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,7 +35,7 @@ def loaded_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     if is_adapter(folder):
         tokenizer, model = _adapter(folder, dtype)
     else:
-        tokenizer, model = _tokenizer(folder), _model(folder, dtype)
+        tokenizer, model = tokenizer_of(folder), load_weights(folder, dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -44,7 +44,7 @@ def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
     base, tokenizer = resolve_model(base_of(folder)), None
     if (Path(folder) / "tokenizer_config.json").is_file():
         try:
-            tokenizer = _tokenizer(folder)
+            tokenizer = tokenizer_of(folder)
         except TOPDError as error:
             raise TOPDError(
                 f"{error} This is the adapter's own tokenizer: without a tokenizer_config.json there, that of its base "
@@ -52,8 +52,8 @@ def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
             ) from error
     try:
         if tokenizer is None:
-            tokenizer = _tokenizer(base)
-        model = _model(base, dtype)
+            tokenizer = tokenizer_of(base)
+        model = load_weights(base, dtype)
     except TOPDError as error:
         raise TOPDError(
             f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Correct "
@@ -62,42 +62,15 @@ def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
     return tokenizer, merged(model, folder)
 
 
-def _tokenizer(name: str) -> Any:
-    return load_by_name("tokenizer", name, AutoTokenizer.from_pretrained, trust_remote_code=False)
-
-
-def _model(name: str, dtype: str) -> Any:
-    return load_by_name(
-        "models", name, AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=False, **SAFE
-    )
+def load_weights(name: str, dtype: Any = "auto", **options: Any) -> Any:
+    """A whole model, as `from_pretrained` returns it; see `loaded_model`. `options` override the defaults."""
+    defaults = SAFE | {"dtype": dtype, "trust_remote_code": False}
+    return load_by_name("models", name, AutoModelForCausalLM.from_pretrained, name, **defaults | options)
 
 
 def load_config(folder: str, **options: Any) -> Any:
     """A model's config, without its weights."""
     return load_by_name("config", folder, AutoConfig.from_pretrained, folder, **options)
-
-
-def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tuple[Any, Any, Any]:
-    """Both models with output heads of equal size, see `loaded_model`, and their common tokenizer.
-
-    Raises:
-        TOPDError: one cannot be loaded, or the tokenizers differ.
-    """
-    from topd.loading.pair import cut_head, head_rows, heads_message
-    from topd.loading.tokenizers import check_rows, check_tokenizers
-
-    loaded = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
-    models, (tokenizer, teacher_tokenizer) = [model for model, _ in loaded], [each for _, each in loaded]
-    check_tokenizers(tokenizer, teacher_tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    rows = [head_rows(model) for model in models]
-    notes = [check_rows(tokenizer, *rows), heads_message(*rows) if rows[0] != rows[1] else None]
-    for note in filter(None, notes):
-        print(f"topd: {note}", file=sys.stderr)
-    if rows[0] != rows[1]:
-        cut_head(models[rows.index(max(rows))], min(rows))
-    return models[0], models[1], tokenizer
 
 
 def save_merged(adapter: str, out: str, dtype: str = "auto") -> None:

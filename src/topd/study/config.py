@@ -201,9 +201,7 @@ def _check(plan: StudyPlan) -> None:
         if arm.time_of is not None and arm.time_of not in plain:
             raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} must name another arm without time_of.")
         if arm.time_of is not None and arm.choices:
-            raise ValueError(
-                f"arm {arm.name}: with time_of it uses the tuned options of {REFERENCE}: no choices."
-            )
+            raise ValueError(f"arm {arm.name}: with time_of it uses the tuned options of {REFERENCE}: no choices.")
 
 
 def _check_own_data(plan: StudyPlan) -> None:
