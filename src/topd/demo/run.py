@@ -5,11 +5,9 @@ Both arms have the same student, teacher, prompts, seed and optimizer steps, and
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,9 @@ from topd.loading.models import load_weights
 from topd.loading.tokenizers import tokenizer_of
 from topd.runs.console import progress, silence_libraries
 from topd.runs.files import write_json
+from topd.runs.provenance import PACKAGES, versions
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
-from topd.version import __version__
 
 ARMS: tuple[Method, ...] = ("opd", "topd")
 
@@ -90,7 +88,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
         "overhead": arms[1]["seconds_per_step"] / arms[0]["seconds_per_step"],
         "seconds_total": time.perf_counter() - started,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions((*PACKAGES, "scipy", "POT")),
     }
     write_json(results, out / "results.json")
     console.print(results_table(results))
@@ -249,11 +247,6 @@ def _write_report(out: Path, console: Console) -> None:
         console.print(f"No report page: it needs {error.name} (pip install 'topd\\[report]').")
         return
     console.print(f"Open {write_report(out)} to see the forks. Results: {out / 'results.json'}.")
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "trl", "accelerate", "datasets", "scipy", "POT")
-    return {"topd": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def results_table(results: dict[str, Any]) -> Group:

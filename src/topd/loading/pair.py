@@ -264,7 +264,6 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     Raises:
         TOPDError: one cannot be loaded, or the tokenizers differ.
     """
-
     loaded = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
     models, (tokenizer, teacher_tokenizer) = [model for model, _ in loaded], [each for _, each in loaded]
     check_tokenizers(tokenizer, teacher_tokenizer)
