@@ -218,7 +218,7 @@ def test_without_math_verify_nothing_is_sampled(
         (["--samples", "0"], "--samples must be at least 1"),
         (["--temperature", "0"], "give --samples 1"),
         (["--top-p", "0"], "--top-p must be in"),
-        (["--max-new-tokens", "4000"], "Give at most --max-new-tokens"),
+        (["--max-new-tokens", "4000"], "lower --max-new-tokens to at most"),
         (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "have the same label"),
         (["--model", "nowhere/at/all"], "Cannot load the tokenizer"),
         (["--benchmark", "aime2"], "Known benchmarks are"),

@@ -89,7 +89,7 @@ def test_the_end_token_of_the_generation_config_ends_a_response_too() -> None:
 def test_a_response_that_cannot_fit_is_refused_beforehand(engine: LocalEngine) -> None:
     limit = engine.model.config.max_position_embeddings
     engine.check(REQUESTS, SAMPLING)
-    with pytest.raises(ContextError, match="Give at most --max-new-tokens"):
+    with pytest.raises(ContextError, match="lower --max-new-tokens to at most"):
         engine.check(REQUESTS, Sampling(max_new_tokens=limit))
     long = Request(0, "what is 1" + "+1" * limit + "?")
     with pytest.raises(ContextError, match="or drop the prompt"):

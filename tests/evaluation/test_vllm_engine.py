@@ -81,7 +81,7 @@ def test_what_the_limit_ends_is_truncated() -> None:
 
 @pytest.mark.usefixtures("vllm")
 def test_a_response_that_cannot_fit_is_refused_beforehand() -> None:
-    with pytest.raises(ContextError, match="Give at most"):
+    with pytest.raises(ContextError, match="to at most"):
         engine().check([Request(0, "what is 1+1?")], Sampling(max_new_tokens=100_000))
 
 

@@ -12,7 +12,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a shorter run, at most two minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps of each arm")
-    parser.set_defaults(alone=True)
+    parser.set_defaults(lock_out=True)
     builds = parser.add_subparsers(metavar="build", required=False)
     build = builds.add_parser("build", help="train the embedded models again (about two hours on one core)")
     build.add_argument("--out", type=Path, required=True, help="folder for the models")

@@ -69,8 +69,8 @@ def _run(words: list[str]) -> int:
     if words[:1] and words[0] in OWN_PARSER:
         return int(import_module(f"topd.cli.{words[0]}").main(words[1:]))
     options = parser().parse_args(words)
-    alone = sole_writer(options.out) if getattr(options, "alone", False) else nullcontext()
-    with guarded(_folder(options)), alone:
+    lock = sole_writer(options.out) if getattr(options, "lock_out", False) else nullcontext()
+    with guarded(_folder(options)), lock:
         options.run(options)
     return 0
 

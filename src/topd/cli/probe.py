@@ -108,7 +108,7 @@ def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--out", type=Path, default=Path(out),
         help="folder; run again to resume after an interruption (default: %(default)s)",
     )  # fmt: skip
-    parser.set_defaults(alone=True)
+    parser.set_defaults(lock_out=True)
 
 
 def checked(options: argparse.Namespace) -> dict[str, str]:

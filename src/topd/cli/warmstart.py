@@ -126,8 +126,8 @@ def save(trainer: Any, folder: Path) -> None:
     if is_peft_model(model):
         trainer.save_model(str(folder / "adapter"))
         if trainer.accelerator.is_main_process:
-            alone = trainer.accelerator.num_processes == 1  # sharded weights take no forward pass in one process
-            merged_adapter(model, check=alone).save_pretrained(folder)
+            single = trainer.accelerator.num_processes == 1  # one process cannot run sharded weights
+            merged_adapter(model, check=single).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))

@@ -5,11 +5,9 @@ Both arms have the same student, teacher, prompts, seed and optimizer steps, and
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ from datasets import Dataset
 from rich.console import Console, Group
 from rich.table import Table
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -32,11 +28,13 @@ from topd.embedded.pair import pair_folder
 from topd.embedded.task import Problem, make_problems
 from topd.evaluation.embedded import MAX_NEW_TOKENS, correct_answers
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.loading.models import load_weights
+from topd.loading.tokenizers import tokenizer_of
 from topd.runs.console import progress, silence_libraries
 from topd.runs.files import write_json
+from topd.runs.provenance import PACKAGES, versions
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
-from topd.version import __version__
 
 ARMS: tuple[Method, ...] = ("opd", "topd")
 
@@ -69,15 +67,14 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
     size = QUICK if quick else FULL
     steps = steps or size.steps
     started, console = time.perf_counter(), Console()
-    student_folder = pair_folder(STUDENT)
-    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    tokenizer: Any = tokenizer_of(str(pair_folder(STUDENT)))
     held_out = make_problems(size.held_out, seed=1_000_000 + seed, held_out=True, level="long")
 
     console.print(f"[bold]TOPD demo[/bold]  {STUDENT}, {steps} steps of {size.batch} rollouts, seed {seed}")
-    before = _before(student_folder, tokenizer, held_out, out, size, console)
+    before = _before(tokenizer, held_out, out, size, console)
     correct, arms = {}, []
     for name in ARMS:
-        student, arm = _train(name, student_folder, tokenizer, out / name, size, steps, seed, console)
+        student, arm = _train(name, tokenizer, out / name, size, steps, seed, console)
         with console.status(f"{name}: answering {len(held_out)} held-out problems"):
             correct[name] = _answers(student, tokenizer, held_out, size.sampled, seed)
         arms.append(arm | {how: _interval(values) for how, values in correct[name].items()})
@@ -91,7 +88,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
         "overhead": arms[1]["seconds_per_step"] / arms[0]["seconds_per_step"],
         "seconds_total": time.perf_counter() - started,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions((*PACKAGES, "scipy", "POT")),
     }
     write_json(results, out / "results.json")
     console.print(results_table(results))
@@ -100,11 +97,10 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
 
 
 def _before(
-    student_folder: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], out: Path, size: Size,
-    console: Console,
+    tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], out: Path, size: Size, console: Console
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of teacher and student, and a probe of the pair, before training."""
-    teacher, student = _load(pair_folder(TEACHER)), _load(student_folder)
+    teacher, student = _load(TEACHER), _load(STUDENT)
     with console.status("before training: answering held-out problems"):
         shown = {
             "teacher": {"greedy": _interval(_answers(teacher, tokenizer, held_out, 0, 0)["greedy"])["mean"]},
@@ -126,7 +122,6 @@ def _before(
 
 def _train(
     name: Method,
-    student_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     size: Size,
@@ -143,8 +138,8 @@ def _train(
         ]
     )
     trainer = TOPDTrainer(
-        model=_load(student_folder),
-        teacher_model=_load(pair_folder(TEACHER)),
+        model=_load(STUDENT),
+        teacher_model=_load(TEACHER),
         args=arm_config(name, out, steps=steps, batch=size.batch, seed=seed),
         train_dataset=prompts,
         processing_class=tokenizer,
@@ -240,8 +235,8 @@ def _interval(values: list[float]) -> dict[str, float]:
     return asdict(bootstrap_mean(values))
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def _load(name: str) -> Any:
+    return load_weights(str(pair_folder(name)), torch.float32)
 
 
 def _write_report(out: Path, console: Console) -> None:
@@ -251,11 +246,6 @@ def _write_report(out: Path, console: Console) -> None:
         console.print(f"No report page: it needs {error.name} (pip install 'topd\\[report]').")
         return
     console.print(f"Open {write_report(out)} to see the forks. Results: {out / 'results.json'}.")
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "trl", "accelerate", "datasets", "scipy", "POT")
-    return {"topd": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def results_table(results: dict[str, Any]) -> Group:

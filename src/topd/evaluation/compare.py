@@ -66,7 +66,7 @@ def comparison(models: Mapping[str, dict[str, Results]], gain: float = PAPER_GAI
     comparisons = [
         comparison
         for other in others
-        for comparison in _beside(models[first], models[other], first, other, columns, gain)
+        for comparison in _differences(models[first], models[other], first, other, columns, gain)
     ]
     for comparison, adjusted in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
         comparison["p_holm"] = adjusted
@@ -100,7 +100,7 @@ def _row(results: dict[str, Results], columns: list[str]) -> dict[str, Any]:
     return row
 
 
-def _beside(
+def _differences(
     first: dict[str, Results], other: dict[str, Results], base: str, label: str, columns: list[str], gain: float
 ) -> list[dict[str, Any]]:
     """The other model minus the first, on each benchmark that both have, and on their mean."""

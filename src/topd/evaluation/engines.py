@@ -95,7 +95,7 @@ class LocalEngine:
         limited_by: the user's option for the limit on new tokens, for messages.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, together: int = 32, limited_by: str = "max_new_tokens") -> None:
+    def __init__(self, model: Any, tokenizer: Any, together: int = 32, limited_by: str = "--max-new-tokens") -> None:
         self.model, self.tokenizer, self.together, self.limited_by = model, tokenizer, together, limited_by
         self.eos = end_token_ids(model.generation_config, tokenizer)
 
@@ -164,7 +164,7 @@ class OwnRandomNumbers(LogitsProcessor):
 
 
 def check_context(
-    requests: Sequence[Request], sampling: Sampling, tokenizer: Any, config: Any, limited_by: str = "max_new_tokens"
+    requests: Sequence[Request], sampling: Sampling, tokenizer: Any, config: Any, limited_by: str = "--max-new-tokens"
 ) -> None:
     """Raise `ContextError` if the longest prompt and its response do not fit the model's context."""
     longest = max((ids_of(request, tokenizer, sampling) for request in requests), key=len)

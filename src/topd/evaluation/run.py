@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import platform
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ from topd.evaluation.equivalence import check_installed
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
 from topd.runs.console import progress
 from topd.runs.files import append_records
+from topd.runs.provenance import versions
 from topd.runs.records import earlier_records, write_options
-from topd.version import __version__
 
 _WEIGHTS = (
     "*.safetensors",
@@ -90,7 +87,11 @@ def fingerprint(source: str) -> str | None:
 
 
 SAMPLE_STRIDE = 100_000
-"""A response's number is `sample * SAMPLE_STRIDE + problem`, whatever the number of either."""
+"""A response's number is `sample * SAMPLE_STRIDE + problem`, independent of how many there are."""
+
+
+DECISIVE = ("torch", "transformers", "vllm", "math-verify")
+"""Packages that can change a response or its verdict."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,6 @@ class EvalRun:
         problems = [{"id": problem.id, "answer": problem.answer} for problem in self.problem_set.problems]
         named = {"benchmark": self.problem_set.name, "rule": self.problem_set.rule, "chat": self.chat}
         return {"version": 1, **named, **self.model, **asdict(self.sampling), "problems": problems}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that can change a response or its verdict."""
-    found = {"topd": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "vllm", "math-verify"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
@@ -146,7 +138,7 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     ]
     settings = run.settings()
     records = earlier_records(file, settings_file(folder, name), settings, needs=RECORD_KEYS, may_change="")
-    write_options(settings_file(folder, name), settings | {"versions": versions()})
+    write_options(settings_file(folder, name), settings | {"versions": versions(DECISIVE)})
     places = {problem.id: place for place, problem in enumerate(problems)}
     done = {r["sample"] * SAMPLE_STRIDE + places[r["problem"]] for r in records if r["problem"] in places}
     missing = [request for request in requests if request.number not in done]

@@ -58,7 +58,7 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
     if comparison["comparisons"]:
         first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
         parts += ["", f"[bold]Difference from {first} in points, on the same problems; sign-flip test[/bold]"]
-        parts += [_beside_table(comparison), POWER_LEGEND.format(gain=gain)]
+        parts += [_difference_table(comparison), POWER_LEGEND.format(gain=gain)]
     return Group(*parts, *(f"Note: {escape(note)}." for note in comparison["notes"]))
 
 
@@ -70,7 +70,7 @@ def _paper_table(columns: list[str]) -> Table:
     return table
 
 
-def _beside_table(comparison: dict[str, Any]) -> Table:
+def _difference_table(comparison: dict[str, Any]) -> Table:
     table = _table()
     for name in (
         "",

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 from topd.loading.by_name import SAFE, load_by_name
+from topd.loading.tokenizers import tokenizer_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -34,7 +35,7 @@ def loaded_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     if is_adapter(folder):
         tokenizer, model = _adapter(folder, dtype)
     else:
-        tokenizer, model = _tokenizer(folder), _model(folder, dtype)
+        tokenizer, model = tokenizer_of(folder), load_weights(folder, dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -43,7 +44,7 @@ def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
     base, tokenizer = resolve_model(base_of(folder)), None
     if (Path(folder) / "tokenizer_config.json").is_file():
         try:
-            tokenizer = _tokenizer(folder)
+            tokenizer = tokenizer_of(folder)
         except TOPDError as error:
             raise TOPDError(
                 f"{error} This is the adapter's own tokenizer: without a tokenizer_config.json there, that of its base "
@@ -51,8 +52,8 @@ def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
             ) from error
     try:
         if tokenizer is None:
-            tokenizer = _tokenizer(base)
-        model = _model(base, dtype)
+            tokenizer = tokenizer_of(base)
+        model = load_weights(base, dtype)
     except TOPDError as error:
         raise TOPDError(
             f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Correct "
@@ -61,14 +62,10 @@ def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
     return tokenizer, merged(model, folder)
 
 
-def _tokenizer(name: str) -> Any:
-    return load_by_name("tokenizer", name, AutoTokenizer.from_pretrained, trust_remote_code=False)
-
-
-def _model(name: str, dtype: str) -> Any:
-    return load_by_name(
-        "models", name, AutoModelForCausalLM.from_pretrained, name, dtype=dtype, trust_remote_code=False, **SAFE
-    )
+def load_weights(name: str, dtype: Any = "auto", **options: Any) -> Any:
+    """A whole model, as `from_pretrained` returns it; see `loaded_model`. `options` override the defaults."""
+    defaults = SAFE | {"dtype": dtype, "trust_remote_code": False}
+    return load_by_name("models", name, AutoModelForCausalLM.from_pretrained, name, **defaults | options)
 
 
 def load_config(folder: str, **options: Any) -> Any:

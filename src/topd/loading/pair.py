@@ -14,7 +14,8 @@ from trl.trainer.utils import create_model_from_path
 
 from topd.errors import TokenizerMismatchError, TOPDError
 from topd.loading.by_name import SAFE
-from topd.loading.tokenizers import check_rows, compare_tokenizers, tokenizer_of
+from topd.loading.models import loaded_model, model_to_train
+from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
 
 logger = get_logger(__name__)
 
@@ -81,8 +82,6 @@ def prepared_models(
         TOPDError: student and teacher are the same model with all weights trained, or there is no tokenizer.
         TokenizerMismatchError: their tokenizers differ, or a head has too few rows for the tokenizer.
     """
-    from topd.loading.models import model_to_train
-
     student, teacher = model_to_train("student", student), model_to_train("teacher", teacher)
     if isinstance(student, str):
         args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
@@ -257,6 +256,26 @@ def load(name: str, args: TOPDConfig, options: dict[str, Any]) -> Any:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     return create_model_from_path(name, **options)
+
+
+def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tuple[Any, Any, Any]:
+    """Both models with output heads of equal size, see `loaded_model`, and their common tokenizer.
+
+    Raises:
+        TOPDError: one cannot be loaded, or the tokenizers differ.
+    """
+    loaded = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
+    models, (tokenizer, teacher_tokenizer) = [model for model, _ in loaded], [each for _, each in loaded]
+    check_tokenizers(tokenizer, teacher_tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = [head_rows(model) for model in models]
+    notes = [check_rows(tokenizer, *rows), heads_message(*rows) if rows[0] != rows[1] else None]
+    for note in filter(None, notes):
+        print(f"topd: {note}", file=sys.stderr)
+    if rows[0] != rows[1]:
+        cut_head(models[rows.index(max(rows))], min(rows))
+    return models[0], models[1], tokenizer
 
 
 def loaded_teacher(student: Any, teacher: Any, args: Any, revision: str | None, sharded: bool) -> Any:

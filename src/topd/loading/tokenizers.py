@@ -122,9 +122,9 @@ def check_context(
         if limit is not None and needed > limit:
             window = f" + window_length {window_length}" if window_length else ""
             room = limit - prompt_length - window_length
-            remedy = f"Give at most {limited_by} {room}, or shorten" if room > 0 else "Shorten"
+            lower = [f"lower {limited_by} to at most {room}"] * (room > 0) + ["lower window_length"] * bool(window)
             raise ContextError(
                 f"A prompt of {prompt_length} tokens + {limited_by} {response_length}{window} = {needed} tokens do not "
-                f"fit the {role}'s context of {limit}. {remedy} or drop the prompt"
-                f"{', or lower window_length' if window_length else ''}. It begins: {prompt[:160]!r}."
+                f"fit the {role}'s context of {limit}. {', or '.join(['Shorten or drop the prompt', *lower])}. It "
+                f"begins: {prompt[:160]!r}."
             )

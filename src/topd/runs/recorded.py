@@ -54,7 +54,7 @@ class RecordedTrainer(Trainer):
     _changes: tuple[str, ...] = ()
     _on_any_process: Any
     """Whether a value is true on any process: see `ResumableTrainer`."""
-    _alone: Any
+    _locked_folder: Any
     """Locks the output folder: see `ResumableTrainer`."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ class RecordedTrainer(Trainer):
         resume = resume_from_checkpoint or None
         if resume == AUTO:
             resume = True if newest_whole(folder)[0] else None
-        with self._alone():
+        with self._locked_folder():
             if resume is None:
                 refuse_second_run(folder)
                 self._write_run(None)

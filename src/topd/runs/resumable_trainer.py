@@ -68,7 +68,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
-        with self._alone(), output_may_close(continues=True), ExitStack() as stack:
+        with self._locked_folder(), output_may_close(continues=True), ExitStack() as stack:
             checkpoint = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
             if self.args.save_strategy != "no":  # else there is nothing to resume from: signals keep their defaults
                 stack.enter_context(self._interrupt.listening())
@@ -78,7 +78,7 @@ class ResumableTrainer(Trainer):
         return output
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked_folder(self) -> Iterator[None]:
         """Lock the output folder against other runs."""
         with ExitStack() as stack:
             self._on_main_process(lambda: stack.enter_context(sole_writer(self._folder)))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from threading import Thread
@@ -20,6 +18,7 @@ from rich.console import Console
 
 from topd.errors import TOPDError
 from topd.runs.files import PART, write_json
+from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import SCRATCH, Job, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise
@@ -238,8 +237,7 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
             }
             for name in names
         },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "trl")},
+        "versions": versions(("torch", "transformers", "trl")),
     }
     write_json(result, out / RESULT, indent=None)
     return result

@@ -61,9 +61,10 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Train, answer, write and return the record."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PrinterCallback
+    from transformers import PrinterCallback
 
     from topd.embedded.pair import resolve_model
+    from topd.loading.models import load_weights
     from topd.runs.console import silence_libraries
     from topd.training import TOPDTrainer
 
@@ -78,10 +79,9 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         tokenizer = pair_tokenizer(plan)
         student, teacher = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
         config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL accepts them for names only
-        safe = {"dtype": torch.float32, "use_safetensors": True}
         trainer = TOPDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.student), **safe | student),
-            teacher_model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.teacher), **safe | teacher),
+            model=load_weights(resolve_model(plan.student), torch.float32, **student),
+            teacher_model=load_weights(resolve_model(plan.teacher), torch.float32, **teacher),
             args=config,
             train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)),
             processing_class=tokenizer,

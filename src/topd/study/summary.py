@@ -28,7 +28,7 @@ def summarise(
         `sign_flip_p`; with n seeds it is at least 2 / 2^n. p_holm is adjusted for the number of comparisons (Holm).
     """
     found: dict[str, Any] = {}
-    key = beside(reference)
+    key = difference_key(reference)
     for arm, by_seed in right.items():
         table = np.array([by_seed[each] for each in sorted(by_seed)], dtype=float)
         low, high = crossed_interval(table)
@@ -60,8 +60,8 @@ def summarise(
     return found
 
 
-def beside(reference: str) -> str:
-    """The key of an arm's difference from the reference."""
+def difference_key(reference: str) -> str:
+    """The key of an arm's difference from the reference, as records name it."""
     return f"beside_{reference}"
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from topd.errors import TOPDError
 from topd.runs.files import read_json
 from topd.study.config import REFERENCE
-from topd.study.summary import answers, beside, summarise
+from topd.study.summary import answers, difference_key, summarise
 from topd.version import STUDY_VERSION
 
 WAYS = ("greedy", "sampled")
@@ -66,7 +66,7 @@ def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) ->
         found = summarise(answers(result, how), against)
     rows = []
     for name, arm in found.items():
-        accuracy, difference = arm["accuracy"], arm.get(beside(against))
+        accuracy, difference = arm["accuracy"], arm.get(difference_key(against))
         seconds = list(result["arms"][name]["seconds_training"].values())
         rows.append(
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from topd.embedded.task import make_problems
 from topd.errors import TOPDError
 from topd.study.config import StudyPlan
 
@@ -47,29 +48,21 @@ class EmbeddedTask:
         self.plan = plan
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
-        from topd.embedded.task import make_problems
-
         return [
             {"prompt": problem.prompt}
             for problem in make_problems(count, seed=seed, held_out=False, level=self.plan.level)
         ]
 
     def held_out(self) -> list[Any]:
-        from topd.embedded.task import make_problems
-
         return make_problems(self.plan.held_out, seed=1_000_000, held_out=True, level=self.plan.level)
 
     def tuning(self) -> list[Any]:
-        from topd.embedded.task import make_problems
-
         asked = {problem.prompt for problem in self.held_out()}
         count = self.plan.held_out + self.plan.tune_problems
         others = make_problems(count, seed=2_000_000, held_out=True, level=self.plan.level)
         return [problem for problem in others if problem.prompt not in asked][: self.plan.tune_problems]
 
     def curve(self) -> list[Any]:
-        from topd.embedded.task import make_problems
-
         return make_problems(self.plan.curve_problems, seed=3_000_000, held_out=True, level=self.plan.level)
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
