@@ -25,7 +25,7 @@ newest oldest: %: .venv-%/.made  ## the core of the tests with the highest (lowe
 	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 -m "not slow" $(CORE)
 
 triton: .venv-triton/.made  ## TRL's Triton loss through Triton's interpreter against ours (1 GB of triton, no GPU)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/training/test_kernels.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/near_future/test_kernels.py
 
 cuda: env  ## on a CUDA GPU: its tests, then its benchmark (under ten minutes)
 	$(BIN)/python -m pytest -m cuda

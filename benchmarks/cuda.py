@@ -17,6 +17,7 @@ Parity is checked on the CPU by the other cases and the tests; here each side's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,10 @@ from benchmarks.environment import say
 from benchmarks.measure import interleave, relative_difference, require
 from benchmarks.row import Row, missing_row, time_row
 from topd.algorithm import Head, distillation_loss, token_kl, token_kl_from_hidden
-from topd.near_future import Branches, LocalModel, Rollouts
+from topd.near_future import Branches, LocalModel, Places, Rollouts
 from topd.near_future.branches import packed, rollout_hidden
 from topd.near_future.model_parts import backbone_of
-from topd.near_future.shared_prefix import read
+from topd.near_future.shared_prefix import prefill
 
 PEAK = 790e12
 """bf16 FLOP/s of an H200, measured."""
@@ -169,20 +170,18 @@ def _peak_gb(call: Callable[[], object], device: torch.device) -> str:
 def _windows(shape: Shape, device: torch.device, repeats: int) -> Iterable[Row]:
     model = model_of(shape, device, seed=0).eval()
     rollouts = _rollouts(shape, device, 1, shape.prefix)
-    reading = read(backbone_of(model), rollouts)
-    greedy = model.get_output_embeddings()(reading.hidden).argmax(-1)
+    kept = prefill(backbone_of(model), rollouts)
+    kept = replace(kept, greedy=model.get_output_embeddings()(kept.hidden).argmax(-1))
     source = LocalModel(model, 0, [])
     for count in shape.branches:
         positions = torch.randperm(shape.prefix // 2, device=device)[:count].sort().values + shape.prefix // 2
-        where = torch.zeros_like(positions)
+        places = Places(rollouts, torch.zeros_like(positions), positions)
         sides: dict[str, Callable[[], object]] = {
-            "ours": lambda where=where, at=positions: source.continue_over_prefix(  # type: ignore[misc]
-                rollouts, reading, greedy, where, at, shape.window
-            ),
+            "ours": lambda places=places: source.continue_over_prefix(places, shape.window, kept),  # type: ignore[misc]
             "one scoring forward": lambda: backbone_of(model)(input_ids=rollouts.input_ids, use_cache=False),
         }
         if count == shape.branches[0]:
-            prefixes = rollouts.prefixes(where, positions)
+            prefixes = places.prefixes()
             sides["generate, one batch"] = lambda prefixes=prefixes: source.continue_(prefixes, shape.window)  # type: ignore[misc]
         timing = interleave(sides, repeats)
         for beside in list(sides)[1:]:

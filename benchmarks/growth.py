@@ -55,7 +55,7 @@ def learning(length: int, candidates: int) -> Callable[[], object]:
     """Inputs for, and the call of, the learning part."""
     pair = Pair(Plan(2, length, WINDOW, 1, 0))
     options = pair.config("regenerated")
-    options.candidate_share, options.candidate_count = None, candidates
+    options.candidate_share = candidates / length
     rollouts = random_rollouts(length)
     return lambda: pair.topd(rollouts, None, options)
 

@@ -15,6 +15,7 @@ Parity: the windows equal those of one-by-one `generate`, in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ from benchmarks import Size
 from benchmarks.environment import say
 from benchmarks.measure import interleave, process_clock, require
 from benchmarks.row import Row, time_row
-from topd.near_future import LocalModel, Rollouts, ways_of
+from topd.near_future import LocalModel, Places, Rollouts, ways_of
 from topd.near_future.model_parts import backbone_of
-from topd.near_future.shared_prefix import read
+from topd.near_future.shared_prefix import prefill
 
 FULL, FRESH = "full attention", "generate, one batch"
 GATES = {FULL: 1.5, FRESH: 0.2}
@@ -149,18 +150,16 @@ class Decoding:
         response = torch.randint(3, VOCABULARY, (1, plan.prefix - 16))
         ones = torch.ones_like(response)
         self.rollouts = Rollouts(prompt, torch.ones_like(prompt), response, ones, ones)
-        self.reading = read(backbone_of(model), self.rollouts)
-        self.greedy = model.get_output_embeddings()(self.reading.hidden).argmax(-1)
+        kept = prefill(backbone_of(model), self.rollouts)
+        self.prefill = replace(kept, greedy=model.get_output_embeddings()(kept.hidden).argmax(-1))
         half = response.shape[1] // 2
-        self.positions = torch.randperm(half)[: plan.branches].sort().values + half
-        self.windows = torch.zeros_like(self.positions)
-        self.prefixes = self.rollouts.prefixes(self.windows, self.positions)
+        positions = torch.randperm(half)[: plan.branches].sort().values + half
+        self.places = Places(self.rollouts, torch.zeros_like(positions), positions)
+        self.prefixes = self.places.prefixes()
 
     def over_prefix(self) -> Tensor:
         """[window, window_position]"""
-        return self.source.continue_over_prefix(
-            self.rollouts, self.reading, self.greedy, self.windows, self.positions, self.plan.length
-        ).tokens
+        return self.source.continue_over_prefix(self.places, self.plan.length, self.prefill).tokens
 
     def fresh(self) -> Tensor:
         """The same, from fresh prefixes."""

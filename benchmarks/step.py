@@ -35,11 +35,13 @@ from benchmarks.measure import Timing, relative_difference, require, wall_clock
 from benchmarks.models import random_model
 from benchmarks.row import Row, time_row
 from topd.algorithm import Transport
-from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, branches, fixed, matching
+from topd.near_future import DistilledModel, LocalModel, Prefill, Rollouts, branches, matching
 from topd.near_future.branches import separate
 from topd.near_future.sampling_states import SamplingStates
 from topd.training import TOPDConfig
-from topd.training.guided import guided_windows
+from topd.training.guidance import guided_windows
+from topd.training.losses import LossInputs
+from topd.training.method import Method, StepContext
 from topd.training.step import look_ahead, topd_loss
 
 WHAT = "one optimiser step, stages as the trainer runs them"
@@ -88,7 +90,7 @@ class Pair:
         )  # fmt: skip
 
     def distilled(self, model: Any, share_prefix: bool = True) -> DistilledModel:
-        return DistilledModel(model, fixed(LocalModel(model, PAD, [])), share_prefix=share_prefix)
+        return DistilledModel(model, LocalModel(model, PAD, []), share_prefix=share_prefix)
 
     @torch.no_grad()
     def sample(self) -> tuple[Rollouts, SamplingStates]:
@@ -105,37 +107,36 @@ class Pair:
     def opd(self, rollouts: Rollouts) -> float:
         student, teacher = self.distilled(self.student), self.distilled(self.teacher)
         ones = torch.ones(rollouts.response_ids.shape, device=rollouts.response_ids.device)
-        return self._train(rollouts, student, teacher, teacher.hidden(rollouts), ones, None, self.config())
+        states = {"hidden": teacher.hidden(rollouts)}
+        return self._train(rollouts, student, teacher, states, ones, None, Method.of(self.config()))
 
     def topd(self, rollouts: Rollouts, kept: SamplingStates | None, options: TOPDConfig) -> float:
         student, teacher = self.distilled(self.student), self.distilled(self.teacher)
-        reading = kept.reading(rollouts, options.student_window == "regenerated") if kept else None
-        return self._look_and_train(rollouts, student, teacher, reading, options)
+        sampled = kept.prefill(rollouts, options.student_window == "regenerated") if kept else None
+        return self._look_and_train(rollouts, student, teacher, sampled, Method.of(options))
 
     def literal(self, rollouts: Rollouts, options: TOPDConfig) -> float:
         """Fresh prefixes, separate sequences, one transport problem at a time."""
         student, teacher = (self.distilled(model, share_prefix=False) for model in (self.student, self.teacher))
         with patch.object(matching, "exact_transport", pot_one_by_one), patch.object(branches, "packed", in_turn):
-            return self._look_and_train(rollouts, student, teacher, None, options)
+            return self._look_and_train(rollouts, student, teacher, None, Method.of(options))
 
     def _look_and_train(
-        self, rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, kept: Reading | None,
-        options: TOPDConfig,
+        self, rollouts: Rollouts, student: DistilledModel, teacher: DistilledModel, sampled: Prefill | None,
+        method: Method,
     ) -> float:  # fmt: skip
         self.student.eval()
-        future = look_ahead(rollouts, student, teacher, options, self._stage, kept=kept)
-        guided = guided_windows(future, rollouts, options)
-        return self._train(rollouts, student, teacher, future.teacher_hidden, future.weights, guided, options)
+        future = look_ahead(rollouts, student, teacher, method, StepContext(self._stage, sampled=sampled))
+        guided = guided_windows(future.chosen, method)
+        return self._train(rollouts, student, teacher, future.look.teacher_states, future.weights, guided, method)
 
-    def _train(self, rollouts: Rollouts, student: Any, teacher: Any, teacher_hidden: Tensor, weights: Tensor,
-               guided: Any, options: TOPDConfig) -> float:  # fmt: skip
+    def _train(self, rollouts: Rollouts, student: Any, teacher: Any, states: dict[str, Tensor], weights: Tensor,
+               guided: Any, method: Method) -> float:  # fmt: skip
         self.student.train().zero_grad(set_to_none=True)
         num_forks = guided.targets.guided.any(-1).sum() if guided is not None else rollouts.loss_mask.sum()
+        inputs = LossInputs(states, rollouts.loss_mask.sum(), weights, guided, num_forks.clamp(min=1))
         with self._stage("loss"):
-            loss = topd_loss(
-                rollouts, student, teacher, teacher_hidden, weights, guided, options,
-                num_tokens=rollouts.loss_mask.sum(), num_forks=num_forks.clamp(min=1),
-            ).loss  # fmt: skip
+            loss = topd_loss(rollouts, student, teacher, inputs, method).loss
         with self._stage("backward"):
             loss.backward()
         return float(loss.detach())
@@ -238,11 +239,11 @@ def _rows(
 def _parity(pair: Pair, rollouts: Rollouts, kept: SamplingStates) -> str:
     """The first rollout alone, ours and literal, with targets that do not depend on which of equal plans is taken."""
     one, options = rollouts[:1], pair.config("regenerated")
-    options.candidate_share, options.candidate_count, options.guidance_target = None, 3, "same_index"
-    reading = kept.reading(rollouts, keep_prefix=True)
-    assert reading is not None
+    options.candidate_share, options.guidance_target = 3 / one.response_ids.shape[1], "same_index"
+    sampled = kept.prefill(rollouts, keep_prefix=True)
+    assert sampled is not None
     student, teacher = pair.distilled(pair.student), pair.distilled(pair.teacher)
-    ours = pair._look_and_train(one, student, teacher, reading[:1], options)
+    ours = pair._look_and_train(one, student, teacher, sampled[:1], Method.of(options))
     gradient = _gradient(pair.student)
     literal = pair.literal(one, options)
     require("loss", abs(ours - literal) / abs(literal), 1e-5)

@@ -17,10 +17,10 @@ VERDICT = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: ""}
 
 def print_table(rows: Iterable[Row]) -> None:
     rows = list(rows)
-    table = Table(title="ours / beside: medians of interleaved repeats, [quartiles]", title_justify="left")
-    for name in ("case", "size", "measure", "beside"):
+    table = Table(title="ours / baseline: medians of interleaved repeats, [quartiles]", title_justify="left")
+    for name in ("case", "size", "measure", "baseline"):
         table.add_column(name, overflow="fold")
-    for name in ("ours", "its", "ratio", "gate"):
+    for name in ("ours", "baseline's", "ratio", "gate"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     last = None
@@ -42,7 +42,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
     """The rows of a JSON file as one Markdown table, failures and notes below it."""
     rows = [Row(**{field.name: record[field.name] for field in fields(Row)}) for record in records]
     lines = [
-        "| case | size | measure | beside | ours | its | ratio | gate | |",
+        "| case | size | measure | baseline | ours | baseline's | ratio | gate | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     words = {True: "pass", False: "**fail**", None: ""}

@@ -19,6 +19,7 @@ Parity: all sides give the same tokens on one rollout, in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +31,9 @@ from benchmarks.environment import say
 from benchmarks.measure import interleave, require
 from benchmarks.models import random_model
 from benchmarks.row import Row, time_row
-from topd.near_future import LocalModel, Rollouts
+from topd.near_future import LocalModel, Places, Rollouts
 from topd.near_future.model_parts import backbone_of
-from topd.near_future.shared_prefix import read
+from topd.near_future.shared_prefix import prefill
 
 WHAT = "decoding the windows of one rollout over what scoring kept"
 FORWARD = "one scoring forward"
@@ -95,23 +96,25 @@ def _sides(model: Any, plan: Plan, rollouts: int) -> tuple[dict[str, Callable[[]
     last = plan.prefix - 16
     prompt, response = torch.randint(3, 8192, (rollouts, 16)), torch.randint(3, 8192, (rollouts, last))
     batch = Rollouts(prompt, prompt > 0, response, (response > 0).long(), (response > 0).long())
-    reading = read(backbone_of(model), batch)
-    greedy = model.get_output_embeddings()(reading.hidden).argmax(-1)
+    kept = prefill(backbone_of(model), batch)
+    greedy = model.get_output_embeddings()(kept.hidden).argmax(-1)
+    kept = replace(kept, greedy=greedy)
     positions = torch.cat(
         [torch.randperm(last // 2)[: plan.branches].sort().values + last // 2 for _ in range(rollouts)]
     )
     windows = torch.arange(rollouts).repeat_interleave(plan.branches)
     source = LocalModel(model, PAD, [])
-    prefixes = batch.prefixes(windows, positions)
+    places = Places(batch, windows, positions)
+    prefixes = places.prefixes()
     sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: source.continue_over_prefix(batch, reading, greedy, windows, positions, plan.length).tokens
+        "ours": lambda: source.continue_over_prefix(places, plan.length, kept).tokens
     }
     if plan.peers:
         sides["generate, one batch"] = lambda: source.continue_(prefixes, plan.length).tokens
         if rollouts == 1:
             sides["generate, one by one"] = lambda: _one_by_one(source, prefixes, plan.length)
             sides["copied caches"] = lambda: _copied(
-                model, reading.prefix, windows, prefixes, greedy, positions, plan.length
+                model, kept.prefix, windows, prefixes, greedy, positions, plan.length
             )
     return sides, batch
 

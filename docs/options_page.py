@@ -16,8 +16,7 @@ PAGE = Path(__file__).with_name("options.md")
 SECTIONS = {
     "method": "Method and windows",
     "candidate_ranking": "Candidates",
-    "opd_loss": "Plain OPD, and the cost beside it",
-    "candidate_spacing": "Candidates",
+    "opd_loss": "Plain OPD and overhead",
     "teacher_window_server": "A teacher on a server",
     "embedding": "Transport",
     "fork_rule": "Forks",
@@ -26,7 +25,7 @@ SECTIONS = {
     "teachers": "Several teachers",
     "audit_steps": "Records",
 }
-"""Headings of `TOPDConfig`'s options, by the option from which on they hold."""
+"""Headings of `TOPDConfig`'s options, by the first option under each."""
 
 OTHERS: dict[str, Any] = {
     "`topd train`: data": DataArguments,
@@ -38,14 +37,14 @@ INTRODUCTION = """\
 <!-- Made by docs/options_page.py. Do not edit: change the help of the option, and run it again. -->
 # Options
 
-Every option can stand in the YAML file (`--config`) and on the command line, which wins:
-`topd train --config MY.yaml --window_length 32`. In Python they are arguments of `TOPDConfig`. Whatever is not here is
-an option of TRL's `DistillationConfig`, and so of transformers' `TrainingArguments`, and means what they say;
-`topd train --help` lists all.
+You can set every option in the YAML file (`--config`) and on the command line, which overrides the file:
+`topd train --config MY.yaml --window_length 32`. In Python they are arguments of `TOPDConfig`. All other options are
+those of TRL's `DistillationConfig` and transformers' `TrainingArguments`; `topd train --help` lists them.
 
-**Source** says where the default comes from. "paper": arXiv:2606.00305. "our choice": the paper does not give it. Both:
-the text tells which is which. "–": not of the paper's method (another rule, a control, a machine, a record). Losses are
-in nats, distances in units of the ground cost. The formulas beside the code: [paper_to_code.md](paper_to_code.md).
+**Source** is where the default comes from. "paper": arXiv:2606.00305. "our choice": the paper does not give it. If both
+are named, the text tells which is which. "–": not part of the paper's method (another rule, a control, hardware,
+records). Losses are in nats, distances in units of the ground cost. Formulas and code:
+[paper_to_code.md](paper_to_code.md).
 """
 OF_THE_PAPER = re.compile(r"Paper:|Paper \(|paper\)|the paper\b(?! does not| has)|The paper gives|paper's|sections? \d")
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from topd.cli.check import check_parser, parsed
-from topd.cli.main import _parser
+from topd.cli.main import parser
 from topd.cli.train import parse
 from topd.cli.warmstart import parse as parse_warmstart
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "studies").glob("*.md"))]
 FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 ON_CPU = ("--use_cpu", "true", "--bf16", "false")
 
@@ -64,4 +65,4 @@ def assert_parses(words: Sequence[str]) -> None:
     elif name == "check":
         parsed([*check_parser().parse_known_args(options)[1], *ON_CPU])
     else:
-        assert callable(_parser().parse_args(words).run)
+        assert callable(parser().parse_args(words).run)

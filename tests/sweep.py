@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from tiny import tiny_trainer
 from tiny_architectures import classes, tiny
 from torch import Tensor
 
-from topd.near_future import Branches, DistilledModel, LocalModel, Rollouts, fixed
+from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.training import TOPDTrainer
 
 EOS, LENGTH = 1, 5
 METHODS = {
-    "opd": {"method": "opd"},
+    "opd": {"method": "opd", "opd_loss": "trl"},
     "opd-capped": {"method": "opd-capped", "student_window": "regenerated"},
     "topd": {"method": "topd", "student_window": "regenerated"},
 }
@@ -75,13 +76,13 @@ def why(ways: Ways) -> str:
 
 def examine_states(model: Any) -> None:
     """States, windows, guided windows with gradients, and sampling, with left padding and without."""
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
     for prompts, places in (((4, 7, 6), [(0, 0), (0, 6), (2, 9)]), ((5, 5, 5), [(1, 3)])):
         rollouts = rollouts_of(model, prompts)
         logits = pair.head().logits(pair.hidden(rollouts))
         for row in range(3):
             close(logits[row][rollouts.response_mask[row].bool()], predictions(model, rollouts, row), "states")
-        examine_windows(pair, rollouts, pair.read(rollouts), places)
+        examine_windows(pair, rollouts, pair.prefill(rollouts), places)
         examine_guided_windows(pair, rollouts)
         examine_sampling(pair, rollouts)
 
@@ -90,7 +91,7 @@ def examine_windows(pair: DistilledModel, rollouts: Rollouts, reading: Any, plac
     """Windows equal `generate` on each prefix alone."""
     rows, positions = torch.tensor(places).unbind(1)
     greedy = pair.head().logits(reading.hidden).argmax(-1)
-    windows = pair.continue_(rollouts, reading, greedy, rows, positions, LENGTH)
+    windows = pair.continue_(Places(rollouts, rows, positions), LENGTH, replace(reading, greedy=greedy))
     for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
         prefix = rollouts.prefix(int(row), int(position))
         alone = generated(pair.model, prefix[None], torch.ones_like(prefix)[None])[0]

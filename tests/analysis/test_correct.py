@@ -16,7 +16,7 @@ from topd.embedded.pair import pair_folder
 from topd.embedded.task import is_correct, make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.training import TOPDConfig
-from topd.training.gradient_ratio import last_parameters
+from topd.training.losses import last_parameters
 
 OPTIONS_HERE = CorrectOptions(window_length=10, share=0.06, learning_rate=1e-3, guidance_weight=1.0)
 PROBLEMS = make_problems(6, 3, held_out=False)
@@ -81,9 +81,9 @@ def test_a_fork_is_above_the_upper_quartile_of_the_low_loss_places_of_all_rollou
     high = groups["high"]
     expected = {}
     for row in range(len(PROBLEMS)):
-        parted = (high.rows == row) & (high.distances[wanted.main] > threshold + 1e-6)
+        parted = (high.places.rows == row) & (high.distances[wanted.main] > threshold + 1e-6)
         if parted.any():
-            expected[row] = float(scores.kl[row, high.positions[parted]].max())
+            expected[row] = float(scores.kl[row, high.places.positions[parted]].max())
     assert {fork.rollout: fork.token_loss for fork in forks} == pytest.approx(expected, abs=1e-5)
 
 

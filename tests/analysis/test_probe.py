@@ -151,10 +151,14 @@ def test_the_three_readings_of_the_student_s_window_are_measured_at_the_same_pla
     _, rollouts, _, groups = measured(student_windows=("candidate", "rollout", "regenerated"))
     begun = []
     for found in groups.values():
-        candidate = rollouts.response_ids[found.rows, found.positions]
+        candidate = found.places.tokens
         assert (found.ours["candidate"].tokens[:, 0] == candidate).all()
         for row, position, tokens, mask in zip(
-            found.rows, found.positions, found.ours["rollout"].tokens, found.ours["rollout"].mask, strict=True
+            found.places.rows,
+            found.places.positions,
+            found.ours["rollout"].tokens,
+            found.ours["rollout"].mask,
+            strict=True,
         ):
             wanted = rollouts.response_ids[row, position : position + 5]
             assert tokens[mask].tolist() == wanted[rollouts.response_mask[row, position : position + 5].bool()].tolist()
@@ -178,6 +182,6 @@ def test_high_loss_places_are_those_that_the_ranking_says(ranking):
     )
     value = -teacher if ranking == "teacher_nll" else student - teacher
     for row in range(len(rollouts)):
-        taken = groups["high"].positions[groups["high"].rows == row]
+        taken = groups["high"].places.positions[groups["high"].places.rows == row]
         highest = value[row].masked_fill(~mask[row], -torch.inf).topk(len(taken)).indices
         assert sorted(taken.tolist()) == sorted(highest.tolist())

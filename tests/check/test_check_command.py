@@ -100,7 +100,7 @@ def test_train_begins_with_the_quick_checks(tmp_path, capsys):
     error = message(capsys, *train)
     assert "end tokens: the teacher ends at" in error
     assert "generation_config.json" in error
-    assert "--preflight false trains nevertheless" in error
+    assert "--preflight false trains anyway" in error
     assert main([*train, "--preflight", "false"]) == 0
 
 

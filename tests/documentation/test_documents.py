@@ -10,7 +10,7 @@ import tomllib
 import documents
 import pytest
 import yaml
-from documents import PAGES, ROOT, blocks, commands, name_of
+from documents import DOCS, PAGES, ROOT, blocks, commands, name_of
 
 from topd.errors import TOPDError
 
@@ -37,6 +37,57 @@ def test_links_that_lead_nowhere_are_found(tmp_path, monkeypatch):
             test_links_lead_somewhere(page)
     page.write_text("# A `b`, c\n[a](#a-b-c) [b](page.md) [c](https://example.org) `[d](missing.md)`\n")
     test_links_lead_somewhere(page)
+
+
+def outside_tables_and_code(page):
+    """The lines of a page that are neither a table nor code, with their numbers."""
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = line.lstrip().startswith("```")
+        inside ^= fence
+        if not (inside or fence or line.startswith(("|", ":::", "    ", "<"))):
+            yield number, line
+
+
+@each_page
+def test_text_is_wrapped_at_120_characters(page):
+    """A link or code without a space may be longer."""
+    long = [number for number, line in outside_tables_and_code(page) if len(line) > 120 and splits(line)]
+    assert long == []
+
+
+def splits(line):
+    """Whether a line has a place to break it: a space outside code."""
+    return " " in re.sub(r"`[^`]*`", "", line).strip(" -,.:;")
+
+
+def test_text_that_is_too_long_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{'a ' * 70}\n\n| {'b ' * 70} |\n\n```\n{'c ' * 70}\n```\n\n`{'d ' * 70}`.\n{'e ' * 50}\n")
+    with pytest.raises(AssertionError, match=r"\[1\]"):
+        test_text_is_wrapped_at_120_characters(page)
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 120
+
+
+def test_functions_that_are_linked_exist():
+    """Links with a name in code, such as [`is_fork`](../src/topd/algorithm/forks.py), and the boxes of the picture."""
+    page, picture = ROOT / "docs/how_it_works.md", ROOT / "docs/img/how_it_works.svg"
+    named = {(file, name) for name, file in re.findall(r"\[`(\w+)`\]\((\.\./src/[^)]+)\)", page.read_text())}
+    boxes = {(f"../{file}", name) for file, name in re.findall(r'href="\.\./\.\./([^"#]+)#(\w+)"', picture.read_text())}
+    assert len(boxes) == 9
+    assert boxes <= named, "each box is in the list under the picture"
+    assert [link for link in sorted(named) if link[1] not in defined(page.parent / link[0])] == []
+
+
+def defined(file):
+    """Functions and classes at the top of a module."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, kinds)}
 
 
 @each_page
@@ -138,7 +189,7 @@ def menu(entry):
 
 def test_every_page_is_in_the_menu_once():
     nav = menu(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert sorted(nav) == sorted(["index.md", *(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])])
+    assert sorted(nav) == sorted(["index.md", *(str(page.relative_to(ROOT / "docs")) for page in DOCS)])
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_a_server_gives_the_same_records_and_what_it_gave_is_kept(
     ]  # fmt: skip
     with fake_server(lambda n: 400 if n == 5 else None) as server:
         assert main([*command, "--server", server.url]) == 2
-        assert "run the same command again to go on" in " ".join(capsys.readouterr().err.split())
+        assert "run the same command again to resume" in " ".join(capsys.readouterr().err.split())
         kept = records(tmp_path, "echo", "echo")
         assert 4 <= len(kept) == len(server.seen) - 1
         assert main([*command, "--server", server.url]) == 0
@@ -219,7 +219,7 @@ def test_without_math_verify_nothing_is_sampled(
         (["--temperature", "0"], "give --samples 1"),
         (["--top-p", "0"], "--top-p must be in"),
         (["--max-new-tokens", "4000"], "Give at most --max-new-tokens"),
-        (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "would be called the same"),
+        (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "have the same label"),
         (["--model", "nowhere/at/all"], "Cannot load the tokenizer"),
         (["--benchmark", "aime2"], "Known benchmarks are"),
         (["--compare", "nowhere"], "holds no evaluation"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from topd.errors import TOPDError
-from topd.evaluation.models import label_and_source, labelled_models
+from topd.evaluation.run import label_and_source, labelled_models
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import pytest
 from tiny import TOKENIZER, tiny_model
 
 from topd.errors import ContextError, TOPDError
-from topd.evaluation.responses import Request, Response, Sampling
-from topd.evaluation.vllm_engine import VllmEngine
+from topd.evaluation.engines import Request, Response, Sampling, VllmEngine
 
 TALK = [{"role": "user", "content": "what is 1+1?"}]
 

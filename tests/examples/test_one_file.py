@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-import topd.near_future.matching
+import topd.near_future.distilled_model
 import topd.training.trainer
 from topd.demo.build import new_model
 from topd.embedded.task import make_problems
@@ -77,7 +77,7 @@ def angles_as_they_came(self: Any, x: torch.Tensor, position_ids: torch.Tensor) 
     return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin()] * 2, dim=-1)
 
 
-def cost_as_it_came(*args: Any, plain: Any = topd.near_future.matching.token_cost) -> torch.Tensor:
+def cost_as_it_came(*args: Any, plain: Any = topd.near_future.distilled_model.token_cost) -> torch.Tensor:
     """The trainer's ground cost, and thus its plan and targets, in the models' dtype."""
     cost: torch.Tensor = plain(*args)
     return cost.to(args[2].dtype)
@@ -88,7 +88,7 @@ def _float64_where_the_models_are() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen3RMSNorm, "forward", norm_as_it_came)
         patch.setattr(Qwen3RotaryEmbedding, "forward", angles_as_they_came)
-        patch.setattr(topd.near_future.matching, "token_cost", cost_as_it_came)
+        patch.setattr(topd.near_future.distilled_model, "token_cost", cost_as_it_came)
         yield
 
 
@@ -153,14 +153,15 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def as_one_file_has_them(oracle: Any, step: Step) -> tuple[list[Any], list[Any], list[Any]]:
     """The trainer's rollouts and windows without padding, and the one file's windows at low-loss positions."""
-    batch, future = step.rollouts, step.future
+    batch, found = step.rollouts, step.future.candidates
+    places = found.places
     prompts = [ids[mask == 1] for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
     responses = [ids[mask == 1] for ids, mask in zip(batch.response_ids, batch.loss_mask, strict=True)]
     rollouts = [oracle.Rollout(*pair) for pair in zip(prompts, responses, strict=True)]
     windows = []
-    for index, (row, position) in enumerate(zip(future.rows.tolist(), future.positions.tolist(), strict=True)):
+    for index, (row, position) in enumerate(zip(places.rows.tolist(), places.positions.tolist(), strict=True)):
         prefix = torch.cat([rollouts[row].prompt, rollouts[row].response[:position]])
-        ours, theirs = (side.tokens[index][side.mask[index]] for side in (future.ours, future.theirs))
+        ours, theirs = (side.tokens[index][side.mask[index]] for side in (found.ours, found.theirs))
         windows.append(oracle.Window(prefix, ours, theirs))
     with torch.no_grad():
         low_loss = oracle.look_ahead(step.student, step.teacher, rollouts)[1]
@@ -195,7 +196,7 @@ def test_the_batch_has_what_can_go_wrong(step: Step) -> None:
     rollouts, windows, _ = as_one_file_has_them(one_file(), step)
     fork = step.future.fork.tolist()
     forks = [window for window, parts in zip(windows, fork, strict=True) if parts]
-    forks_of = torch.bincount(step.future.rows[step.future.fork], minlength=ROLLOUTS)
+    forks_of = torch.bincount(step.future.candidates.places.rows[step.future.fork], minlength=ROLLOUTS)
     eos = step.student.config.eos_token_id
     assert len(rollouts) >= 5
     assert len({len(rollout.prompt) for rollout in rollouts}) > 1  # left padding
@@ -206,7 +207,7 @@ def test_the_batch_has_what_can_go_wrong(step: Step) -> None:
     assert any(w.theirs[-1] == eos and len(w.theirs) < WINDOW_LENGTH for w in forks)
     assert forks_of.max() > 1
     assert forks_of.min() == 0
-    assert step.future.token_loss[step.rollouts.loss_mask == 1].mean() > 1  # nats: the models are far apart
+    assert step.future.look.token_loss[step.rollouts.loss_mask == 1].mean() > 1  # nats: the models are far apart
 
 
 def test_candidates_windows_and_forks_equal_the_trainers(step: Step) -> None:
@@ -225,7 +226,7 @@ def test_candidates_windows_and_forks_equal_the_trainers(step: Step) -> None:
         return [oracle.transport(*oracle.at_equal_length(w, eos), embeddings)[1] for w in windows]
 
     distances = distances_of(windows)
-    torch.testing.assert_close(torch.tensor(distances), step.future.transport.distance.float(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(torch.tensor(distances), step.future.candidates.distance.float(), atol=2e-6, rtol=0)
     assert oracle.forks(distances, distances_of(low_loss)) == step.future.fork.tolist()
 
 

@@ -18,6 +18,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from topd.near_future import (
     Branches,
     LocalModel,
+    Places,
     Rollouts,
     Windows,
     hidden_with_branches,
@@ -176,7 +177,7 @@ def test_eos_ends_a_window_and_is_part_of_it_even_where_pad_is_eos():
 
 def test_rollout_windows_stop_at_the_end_of_the_response():
     rollouts, _ = rollouts_and_branches()
-    windows = rollout_windows(rollouts, torch.tensor([0, 1, 1]), torch.tensor([2, 4, 5]), 4)
+    windows = rollout_windows(Places(rollouts, torch.tensor([0, 1, 1]), torch.tensor([2, 4, 5])), 4)
     assert isinstance(windows, Windows)
     assert windows.mask.sum(-1).tolist() == [4, 2, 1]
     assert windows.tokens[0].tolist() == rollouts.response_ids[0, 2:6].tolist()

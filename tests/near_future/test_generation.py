@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,8 @@ from tiny import TOKENIZER, tiny_model, tiny_trainer
 
 from topd.embedded.task import make_problems
 from topd.evaluation.embedded import answer_problems
-from topd.evaluation.local_engine import LocalEngine
-from topd.evaluation.responses import Request, Sampling
-from topd.near_future import DistilledModel, LocalModel, fixed
+from topd.evaluation.engines import LocalEngine, Request, Sampling
+from topd.near_future import DistilledModel, LocalModel, Places
 from topd.near_future.generation import end_token_ids, own_settings_only, padding_id
 from topd.near_future.sampling import sample_rollouts
 
@@ -65,11 +65,11 @@ def test_both_window_paths_give_the_same_windows() -> None:
     rollouts = sample_rollouts(model, TOKENIZER, IDS, max_new_tokens=12)
     rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
     source = LocalModel(model, 0, [TOKENIZER.eos_token_id])
-    distilled = DistilledModel(model, fixed(source))
-    reading = distilled.read(rollouts)
+    distilled = DistilledModel(model, source)
+    reading = distilled.prefill(rollouts)
     greedy = model.get_output_embeddings()(reading.hidden).argmax(-1)
-    shared = distilled.continue_(rollouts, reading, greedy, rows, positions, 6)
-    fresh = source.continue_(rollouts.prefixes(rows, positions), 6)
+    shared = distilled.continue_(Places(rollouts, rows, positions), 6, replace(reading, greedy=greedy))
+    fresh = source.continue_(Places(rollouts, rows, positions).prefixes(), 6)
     assert torch.equal(shared.mask, fresh.mask)
     assert torch.equal(shared.tokens * shared.mask, fresh.tokens * fresh.mask)
 

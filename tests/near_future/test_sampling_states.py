@@ -3,10 +3,10 @@
 import pytest
 import torch
 from special_models import special_model
-from test_shared_prefix import EOS, greedy_of, model_of
+from test_shared_prefix import EOS, known, model_of
 from torch import nn
 
-from topd.near_future import DistilledModel, LocalModel, Rollouts, fixed
+from topd.near_future import DistilledModel, LocalModel, Places, Rollouts
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 
 
@@ -31,13 +31,13 @@ def test_states_and_windows_are_those_of_a_scoring_pass(kind):
     model = model_of(kind)
     for seed in range(3):
         rollouts, states = sampled(model, seed=seed)
-        pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
-        kept, read = states.reading(rollouts, keep_prefix=True), pair.read(rollouts)
+        pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
+        kept, scored = states.prefill(rollouts, keep_prefix=True), pair.prefill(rollouts)
         mask = rollouts.response_mask.bool()
-        assert torch.allclose(kept.hidden[mask], read.hidden[mask], atol=1e-4)
+        assert torch.allclose(kept.hidden[mask], scored.hidden[mask], atol=1e-4)
         rows, positions = mask.nonzero(as_tuple=True)
         windows = [
-            pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 6) for reading in (kept, read)
+            pair.continue_(Places(rollouts, rows, positions), 6, known(model, reading)) for reading in (kept, scored)
         ]
         assert torch.equal(windows[0].tokens, windows[1].tokens)
         assert torch.equal(windows[0].mask, windows[1].mask)
@@ -48,14 +48,14 @@ def test_a_cache_that_does_not_hold_what_attention_gets_is_not_a_prefix(kind):
     """Latents, recurrent states, and sliding windows that have dropped tokens: the rollouts are read once more."""
     model = special_model(kind)
     rollouts, states = sampled(model)
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
     assert pair.sampled(rollouts, states, keep_prefix=True) is None
     assert pair.sampled(rollouts, states, keep_prefix=False).prefix is None
 
 
 def test_without_windows_of_its_own_the_student_keeps_no_prefix():
     rollouts, states = sampled(model_of("llama"))
-    assert states.reading(rollouts, keep_prefix=False).prefix is None
+    assert states.prefill(rollouts, keep_prefix=False).prefix is None
 
 
 def test_a_response_padded_further_is_fine_and_other_rollouts_are_refused():
@@ -64,10 +64,10 @@ def test_a_response_padded_further_is_fine_and_other_rollouts_are_refused():
         rollouts.prompt_ids, rollouts.prompt_mask,
         *(nn.functional.pad(x, (0, 4)) for x in (rollouts.response_ids, rollouts.response_mask, rollouts.loss_mask)),
     )  # fmt: skip
-    assert states.reading(wider, keep_prefix=True).hidden.shape[1] == 16
-    assert states.reading(rollouts[:1], keep_prefix=False) is None
+    assert states.prefill(wider, keep_prefix=True).hidden.shape[1] == 16
+    assert states.prefill(rollouts[:1], keep_prefix=False) is None
     longer = torch.ones(2, 30, dtype=torch.long)
-    assert states.reading(Rollouts(rollouts.prompt_ids, rollouts.prompt_mask, longer, longer, longer), False) is None
+    assert states.prefill(Rollouts(rollouts.prompt_ids, rollouts.prompt_mask, longer, longer, longer), False) is None
 
 
 def test_two_calls_are_refused():
@@ -75,7 +75,7 @@ def test_two_calls_are_refused():
     rollouts, states = sampled(model)
     with states.keeping(model):
         model.generate(input_ids=rollouts.prompt_ids, max_new_tokens=2, pad_token_id=0)
-    assert states.reading(rollouts, keep_prefix=False) is None
+    assert states.prefill(rollouts, keep_prefix=False) is None
 
 
 def test_dropout_at_work_is_seen():

@@ -1,6 +1,7 @@
 """Windows decoded over one prefix are, token for token, those of one-by-one `generate`."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from topd.near_future import DistilledModel, LocalModel, Reading, Rollouts, fixed, recurrent_states, ways_of
-from topd.near_future.shared_prefix import follow_rollout, read
+from topd.near_future import DistilledModel, LocalModel, Places, Prefill, Rollouts, recurrent_states, ways_of
+from topd.near_future.shared_prefix import follow_rollout, prefill
 
 EOS = 1
 SIZES = {
@@ -63,6 +64,11 @@ def greedy_of(model, reading):
     return model.get_output_embeddings()(reading.hidden).argmax(-1)
 
 
+def known(model, reading, scored=None):
+    """A prefill with the model's greedy tokens, as scoring finds them."""
+    return replace(reading, greedy=greedy_of(model, scored or reading))
+
+
 def generated(model, prefix, length, eos=EOS):
     out = model.generate(
         input_ids=prefix[None], attention_mask=torch.ones_like(prefix)[None], max_new_tokens=length, do_sample=False,
@@ -79,9 +85,9 @@ def test_same_tokens_as_generate_one_by_one(kind, padding):
     for seed in range(2):
         rollouts = rollouts_of(model, seed, padding)
         rows, positions = rollouts.response_mask.nonzero(as_tuple=True)  # every position, the first and the last too
-        pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
-        reading = pair.read(rollouts)
-        windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 7)
+        pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
+        reading = pair.prefill(rollouts)
+        windows = pair.continue_(Places(rollouts, rows, positions), 7, known(model, reading))
         for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
             alone = generated(model, rollouts.prefix(int(row), int(position)), 7)
             assert tokens[mask].tolist() == alone
@@ -94,10 +100,12 @@ def test_windows_from_the_candidate_are_the_candidate_and_what_generate_adds_to_
     rollouts = rollouts_of(model)
     eos = int(rollouts.response_ids[0, 3])  # so that some candidates end their response
     rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [eos])), share_prefix=share_prefix)
-    reading = pair.read(rollouts)
+    pair = DistilledModel(model, LocalModel(model, 0, [eos]), share_prefix=share_prefix)
+    reading = pair.prefill(rollouts)
     greedy = greedy_of(model, reading)
-    windows = pair.continue_(rollouts, reading, greedy, rows, positions, length, from_candidate=True)
+    windows = pair.continue_(
+        Places(rollouts, rows, positions), length, replace(reading, greedy=greedy), from_candidate=True
+    )
     ended = 0
     for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
         prefix = rollouts.prefix(int(row), int(position) + 1)
@@ -109,25 +117,15 @@ def test_windows_from_the_candidate_are_the_candidate_and_what_generate_adds_to_
     assert ended
 
 
-def test_sampled_windows_from_the_candidate_begin_with_it():
-    model = model_of("llama")
-    rollouts = rollouts_of(model)
-    rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS], temperature=1.0)))
-    reading = pair.read(rollouts)
-    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 4, from_candidate=True)
-    assert windows.tokens[:, 0].tolist() == rollouts.response_ids[rows, positions].tolist()
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_whatever_the_attention_of_the_model(attention):
     model = model_of("llama")
     model.set_attn_implementation(attention)
     rollouts = rollouts_of(model)
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
-    reading = pair.read(rollouts)
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
+    reading = pair.prefill(rollouts)
     rows, positions = torch.tensor([0, 2, 2]), torch.tensor([1, 0, 4])
-    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 5)
+    windows = pair.continue_(Places(rollouts, rows, positions), 5, known(model, reading))
     for i in range(3):
         alone = generated(model, rollouts.prefix(int(rows[i]), int(positions[i])), 5)
         assert windows.tokens[i][windows.mask[i]].tolist() == alone
@@ -142,29 +140,31 @@ def test_windows_that_follow_the_rollout_cost_no_forward_pass():
     response = response[:, 4:]
     ones = torch.ones_like(response)
     rollouts = Rollouts(prompt, torch.ones_like(prompt), response, ones, ones)
-    reading = read(model.base_model, rollouts)
+    reading = prefill(model.base_model, rollouts)
     source = LocalModel(model, 0, [])
     calls = []
     model.base_model.register_forward_hook(lambda *_: calls.append(1))
     rows, positions = torch.tensor([0, 0, 1]), torch.tensor([0, 5, 2])
-    windows = source.continue_over_prefix(rollouts, reading, greedy_of(model, reading), rows, positions, 6)
+    windows = source.continue_over_prefix(Places(rollouts, rows, positions), 6, known(model, reading))
     assert not calls
     for row, position, tokens in zip(rows, positions, windows.tokens, strict=True):
         assert tokens.tolist() == response[row, position : position + 6].tolist()
-    source.continue_over_prefix(rollouts, reading, greedy_of(model, reading), rows, positions + 3, 6)
+    source.continue_over_prefix(Places(rollouts, rows, positions + 3), 6, known(model, reading))
     assert len(calls) == 2  # the second window reaches 2 tokens beyond the end of its rollout
 
 
 def test_windows_that_leave_the_rollout_at_the_same_place_share_a_branch():
     model = model_of("llama")
     rollouts = rollouts_of(model, padding=False)
-    reading = read(model.base_model, rollouts)
+    reading = prefill(model.base_model, rollouts)
     greedy = rollouts.response_ids.clone()
     greedy[0, 5] += 1  # the first three agree with the rollout until position 5 and part there
     rows, positions = torch.zeros(4, dtype=torch.long), torch.tensor([2, 3, 5, 6])
     fed = []
     model.base_model.register_forward_hook(lambda m, a, k, o: fed.append(k["input_ids"].shape), with_kwargs=True)
-    windows = LocalModel(model, 0, []).continue_over_prefix(rollouts, reading, greedy, rows, positions, 6)
+    windows = LocalModel(model, 0, []).continue_over_prefix(
+        Places(rollouts, rows, positions), 6, replace(reading, greedy=greedy)
+    )
     assert all(shape[1] <= 2 for shape in fed)  # one branch for the first three, at most one more
     assert windows.tokens[0, 3:].tolist() == windows.tokens[2, :3].tolist()
     assert windows.tokens[1, 2:].tolist() == windows.tokens[2, :4].tolist()
@@ -175,32 +175,10 @@ def test_known_tokens_by_hand():
     ones = torch.ones_like(response)
     rollouts = Rollouts(torch.tensor([[3]]), torch.tensor([[1]]), response, ones, ones)
     greedy = torch.tensor([[7, 8, 6, 5]])
-    start = follow_rollout(rollouts, greedy, torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 2, 3]), 3)
+    start = follow_rollout(Places(rollouts, torch.tensor([0, 0, 0, 0]), torch.tensor([0, 1, 2, 3])), greedy, 3)
     assert start.known.tolist() == [3, 2, 1, 1]
     assert start.tokens[0].tolist() == [7, 8, 6]
     assert start.tokens[1, :2].tolist() == [8, 6]
-
-
-def test_sampled_windows_are_draws_from_the_model():
-    """At a position with two likely tokens both appear, about as often as they should."""
-    model = model_of("llama")
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(0.2)
-    rollouts = rollouts_of(model, padding=False)
-    reading = read(model.base_model, rollouts)
-    rows, positions = torch.zeros(3000, dtype=torch.long), torch.full((3000,), 4)
-    torch.manual_seed(0)
-    windows = LocalModel(model, 0, [], temperature=0.7).continue_over_prefix(
-        rollouts, reading, greedy_of(model, reading), rows, positions, 2
-    )
-    probability = (model.get_output_embeddings()(reading.hidden[0, 4]) / 0.7).softmax(-1)
-    share = torch.bincount(windows.tokens[:, 0], minlength=len(probability)) / 3000
-    assert (share - probability).abs().max() < 0.04
-    likely = int(probability.argmax())
-    logits = model(torch.cat([rollouts.prefix(0, 4), torch.tensor([likely])])[None]).logits[0, -1]
-    second = windows.tokens[windows.tokens[:, 0] == likely, 1]
-    share = torch.bincount(second, minlength=len(logits)) / len(second)
-    assert (share - (logits / 0.7).softmax(-1)).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("padding", [True, False])
@@ -210,10 +188,10 @@ def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_genera
     model = special_model(kind)
     assert ways_of(model).shared_prefix == math.inf
     rollouts = rollouts_of(model, padding=padding)
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
-    reading = pair.read(rollouts)
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
+    reading = pair.prefill(rollouts)
     rows, positions = (places[::3] for places in rollouts.response_mask.nonzero(as_tuple=True))
-    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 12)
+    windows = pair.continue_(Places(rollouts, rows, positions), 12, known(model, reading))
     for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
         assert tokens[mask].tolist() == generated(model, rollouts.prefix(int(row), int(position)), 12)
 
@@ -222,16 +200,14 @@ def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_genera
 def test_recurrent_layers_read_a_rollout_once_for_all_of_its_windows(kind):
     model = special_model(kind)
     rollouts = rollouts_of(model, padding=False)[:1]
-    reading = read(model.base_model, rollouts)
+    reading = prefill(model.base_model, rollouts)
     fed = []
     model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     rows, positions = torch.zeros(3, dtype=torch.long), torch.tensor([1, 2, 7])
-    torch.manual_seed(0)
-    LocalModel(model, 0, [], temperature=1.0).continue_over_prefix(
-        rollouts, reading, greedy_of(model, reading), rows, positions, 4
-    )
+    scored = replace(reading, greedy=rollouts.response_ids.remainder(46) + 1)  # every window leaves its rollout at once
+    LocalModel(model, 0, []).continue_over_prefix(Places(rollouts, rows, positions), 4, scored)
     prompt = rollouts.prompt_ids.shape[1]
     assert fed[:3] == [(1, prompt + 1), (1, 1), (1, 5)]  # segments of the rollout, each token once
     assert set(fed[3:]) == {(3, 1)}
@@ -250,9 +226,9 @@ def test_recurrent_states_of_few_branches_are_in_memory_together(counts, expecte
 def test_groups_of_recurrent_branches_give_the_same_windows(monkeypatch):
     model = special_model("qwen3.5")
     rollouts = rollouts_of(model)
-    reading = read(model.base_model, rollouts)
+    reading = prefill(model.base_model, rollouts)
     rows, positions = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 5, 3, 0, 2, 6])
-    inputs = rollouts, reading, greedy_of(model, reading), rows, positions, 9
+    inputs = Places(rollouts, rows, positions), 9, known(model, reading)
     together = LocalModel(model, 0, [EOS]).continue_over_prefix(*inputs)
     monkeypatch.setattr(recurrent_states, "BRANCHES_AT_ONCE", 2)
     fed = []
@@ -272,11 +248,11 @@ def test_a_layer_that_reads_its_mask_takes_the_plain_way_and_is_right():
     )
     with pytest.warns(UserWarning, match="generated from fresh prefixes"):
         rollouts = rollouts_of(model)  # the first use of the model
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
-    reading = pair.read(rollouts)
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
+    reading = pair.prefill(rollouts)
     assert reading.prefix is None
     rows, positions = torch.tensor([0, 2]), torch.tensor([3, 1])
-    windows = pair.continue_(rollouts, reading, greedy_of(model, reading), rows, positions, 6)
+    windows = pair.continue_(Places(rollouts, rows, positions), 6, known(model, reading))
     for i in range(2):
         alone = generated(model, rollouts.prefix(int(rows[i]), int(positions[i])), 6)
         assert windows.tokens[i][windows.mask[i]].tolist() == alone
@@ -287,13 +263,15 @@ def test_no_windows_are_no_windows():
     rollouts = rollouts_of(model)
     nothing = torch.zeros(0, dtype=torch.long)
     windows = LocalModel(model, 0, [EOS]).continue_over_prefix(
-        rollouts, read(model.base_model, rollouts), rollouts.response_ids, nothing, nothing, 5
+        Places(rollouts, nothing, nothing),
+        5,
+        replace(prefill(model.base_model, rollouts), greedy=rollouts.response_ids),
     )
     assert windows.tokens.shape == (0, 5)
 
 
-def test_rows_of_a_reading():
-    reading = Reading(torch.arange(6.0).view(3, 2, 1), [(torch.zeros(3, 1, 4, 2), torch.ones(3, 1, 4, 2))])
+def test_rows_of_a_prefill():
+    reading = Prefill({"hidden": torch.arange(6.0).view(3, 2, 1)}, [(torch.zeros(3, 1, 4, 2), torch.ones(3, 1, 4, 2))])
     part = reading[1:]
     assert part.hidden[:, 0, 0].tolist() == [2.0, 4.0]
     assert part.prefix[0][1].shape == (2, 1, 4, 2)
@@ -307,13 +285,13 @@ def test_windows_decode_under_autocast(kind):
     ids = torch.randint(3, 47, (2, 25))
     ones = torch.ones_like(ids)
     rollouts = Rollouts(ids[:, :5], ones[:, :5], ids[:, 5:], ones[:, 5:], ones[:, 5:])
-    pair = DistilledModel(model, fixed(LocalModel(model, 0, [EOS])))
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
     rows, positions = ones[:, 5:].nonzero(as_tuple=True)
-    exact = pair.read(rollouts)
-    expected = pair.continue_(rollouts, exact, greedy_of(model, exact), rows, positions, 6)
+    exact = pair.prefill(rollouts)
+    expected = pair.continue_(Places(rollouts, rows, positions), 6, known(model, exact))
     with torch.autocast("cpu", torch.bfloat16):
-        for reading in (exact, pair.read(rollouts)):
-            found = pair.continue_(rollouts, reading, greedy_of(model, exact), rows, positions, 6)
+        for reading in (exact, pair.prefill(rollouts)):
+            found = pair.continue_(Places(rollouts, rows, positions), 6, known(model, reading, exact))
             assert (found.tokens == expected.tokens).all(-1).float().mean() > 0.8
 
 
@@ -322,11 +300,11 @@ def test_prefixes_whose_keys_and_values_differ_in_dtype_decode(dtypes):
     """Autocast leaves float32 keys (they are rotated) and bf16 values, and transformers 5.24 keeps both as they are."""
     model = model_of("qwen3")
     rollouts = rollouts_of(model)
-    source, reading = LocalModel(model, 0, [EOS]), read(model.base_model, rollouts)
-    mixed = Reading(reading.hidden, [(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix])
+    source, reading = LocalModel(model, 0, [EOS]), prefill(model.base_model, rollouts)
+    mixed = Prefill(reading.states, [(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix])
     rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
     exact, found = (
-        source.continue_over_prefix(rollouts, each, greedy_of(model, reading), rows, positions, 6)
+        source.continue_over_prefix(Places(rollouts, rows, positions), 6, known(model, each, reading))
         for each in (reading, mixed)
     )
     assert (found.tokens == exact.tokens).all(-1).float().mean() > 0.8

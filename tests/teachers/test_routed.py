@@ -1,12 +1,14 @@
 """Several teachers as one: each rollout gets exactly what its own teacher alone would give it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
 
 from topd.embedded.task import make_problems
 from topd.errors import TOPDError
-from topd.near_future import DistilledModel, LocalModel, fixed
+from topd.near_future import DistilledModel, LocalModel, Places
 from topd.near_future.sampling import sample_rollouts
 from topd.teachers.routed import RoutedTeacher
 
@@ -19,7 +21,7 @@ LENGTH = 6
 def teachers(request):
     def seen(model):
         source = LocalModel(model, TOKENIZER.pad_token_id, [TOKENIZER.eos_token_id])
-        return DistilledModel(model, fixed(source), share_prefix=request.param)
+        return DistilledModel(model, source, share_prefix=request.param)
 
     return [seen(tiny_model(seed, width)) for seed, width in enumerate(WIDTHS)]
 
@@ -34,9 +36,9 @@ def rollouts():
 
 def test_logits_are_those_of_the_rollout_s_own_teacher(teachers, rollouts):
     routed = RoutedTeacher(teachers)
-    hidden = routed.hidden(rollouts)
+    hidden = routed.prefill(rollouts).hidden
     assert hidden.shape[-1] == sum(WIDTHS)
-    assert torch.equal(hidden, routed.read(rollouts).hidden)
+    assert torch.equal(hidden, routed.prefill(rollouts).hidden)
     logits = routed.head().logits(hidden)
     for row, number in enumerate(OF_ROLLOUT.tolist()):
         own = teachers[number]
@@ -47,14 +49,14 @@ def test_logits_are_those_of_the_rollout_s_own_teacher(teachers, rollouts):
 def test_windows_are_those_of_the_rollout_s_own_teacher(teachers, rollouts):
     routed = RoutedTeacher(teachers)
     rows, positions = torch.tensor([[0, 1], [0, 5], [1, 3], [2, 0], [2, 7], [5, 2], [6, 4]]).T
-    reading = routed.read(rollouts)
+    reading = routed.prefill(rollouts)
     greedy = routed.head().logits(reading.hidden).argmax(-1)
-    windows = routed.continue_(rollouts, reading, greedy, rows, positions, LENGTH)
+    windows = routed.continue_(Places(rollouts, rows, positions), LENGTH, replace(reading, greedy=greedy))
     for place, (row, position) in enumerate(zip(rows, positions, strict=True)):
         own = teachers[int(OF_ROLLOUT[row])]
-        alone = own.read(rollouts)
+        alone = own.prefill(rollouts)
         own_greedy = own.head().logits(alone.hidden).argmax(-1)
-        expected = own.continue_(rollouts, alone, own_greedy, row[None], position[None], LENGTH)
+        expected = own.continue_(Places(rollouts, row[None], position[None]), LENGTH, replace(alone, greedy=own_greedy))
         assert torch.equal(windows.mask[place], expected.mask[0])
         assert torch.equal(windows.tokens[place] * windows.mask[place], expected.tokens[0] * expected.mask[0])
 
@@ -62,16 +64,17 @@ def test_windows_are_those_of_the_rollout_s_own_teacher(teachers, rollouts):
 def test_a_part_of_the_rollouts_keeps_its_teachers(teachers, rollouts):
     routed = RoutedTeacher(teachers)
     part = slice(1, 4)  # teachers 0 and 1 only
-    torch.testing.assert_close(routed.hidden(rollouts[part]), routed.hidden(rollouts)[part], rtol=1e-4, atol=1e-4)
+    whole = routed.prefill(rollouts).hidden
+    torch.testing.assert_close(routed.prefill(rollouts[part]).hidden, whole[part], rtol=1e-4, atol=1e-4)
 
 
 def test_heads_that_treat_logits_otherwise_are_refused(teachers):
     other = tiny_model(1)
     other.config.final_logit_softcapping = 30.0
-    seen = DistilledModel(other, fixed(LocalModel(other, 0, [1])))
+    seen = DistilledModel(other, LocalModel(other, 0, [1]))
     with pytest.raises(TOPDError, match="alike"):
         RoutedTeacher([teachers[0], seen])
     larger = tiny_model(1)
     larger.resize_token_embeddings(len(TOKENIZER) + 8)
     with pytest.raises(TOPDError, match="same vocabulary"):
-        RoutedTeacher([teachers[0], DistilledModel(larger, fixed(LocalModel(larger, 0, [1])))])
+        RoutedTeacher([teachers[0], DistilledModel(larger, LocalModel(larger, 0, [1]))])

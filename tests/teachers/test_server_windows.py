@@ -13,8 +13,8 @@ from topd.near_future.sampling import sample_rollouts
 from topd.teachers import openai_server
 from topd.teachers.from_options import teacher_server, teacher_windows
 from topd.teachers.openai_server import TRIES, Limits, OpenAIServer
-from topd.teachers.server_windows import RemoteWindows, connect
-from topd.teachers.top_k import RemoteTeacher, unpack
+from topd.teachers.server_windows import ServerWindows, connect
+from topd.teachers.top_k import TopKTeacher
 from topd.training import TOPDTrainer
 
 EOS = TOKENIZER.eos_token_id
@@ -36,8 +36,8 @@ def fake():
         yield server
 
 
-def windows_of(fake: FakeServer, limits: Limits = FAST) -> RemoteWindows:
-    return RemoteWindows(OpenAIServer(fake.url, limits), fake.name, [EOS])
+def windows_of(fake: FakeServer, limits: Limits = FAST) -> ServerWindows:
+    return ServerWindows(OpenAIServer(fake.url, limits), fake.name, [EOS])
 
 
 def expected(length: int = 6):
@@ -58,7 +58,7 @@ def test_windows_are_those_of_the_model_in_this_process(fake):
 
 def test_a_window_ends_with_eos_also_where_the_server_goes_on(fake):
     ending = int(expected().tokens[0, 2])
-    windows = RemoteWindows(OpenAIServer(fake.url, FAST), fake.name, [ending])
+    windows = ServerWindows(OpenAIServer(fake.url, FAST), fake.name, [ending])
     fake.complete = lambda body, original=fake.complete: original(body | {"stop_token_ids": []})  # type: ignore[method-assign]
     found = windows.continue_(PREFIXES, 6)
     check_windows(found, LocalModel(TEACHER, TOKENIZER.pad_token_id, [ending]).continue_(PREFIXES, 6))
@@ -66,7 +66,7 @@ def test_a_window_ends_with_eos_also_where_the_server_goes_on(fake):
 
 
 def test_no_prefixes_need_no_server():
-    windows = RemoteWindows(OpenAIServer("http://127.0.0.1:9", FAST), "teacher", [EOS])
+    windows = ServerWindows(OpenAIServer("http://127.0.0.1:9", FAST), "teacher", [EOS])
     assert windows.continue_([], 6).tokens.shape == (0, 6)
 
 
@@ -146,7 +146,7 @@ def test_a_server_that_changes_prompts_is_refused(fake):
 
 def test_the_server_tells_the_teacher_s_log_probabilities_of_the_response(fake):
     rollouts = sample_rollouts(tiny_model(0), TOKENIZER, PREFIXES[:4], max_new_tokens=7)
-    known = unpack(RemoteTeacher(windows_of(fake), known=3).hidden(rollouts))
+    known = TopKTeacher(windows_of(fake), known=3).known_tokens(rollouts)
     mask = rollouts.loss_mask.bool()
     logits = TEACHER(rollouts.input_ids, attention_mask=rollouts.attention_mask).logits.detach()
     log_probs = logits[:, rollouts.prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
@@ -194,7 +194,7 @@ def test_a_window_that_the_server_breaks_off_is_asked_for_again(fake, kind):
 
 def test_a_window_that_ends_early_with_an_end_token_is_whole(fake):
     ending = int(expected().tokens[0, 2])
-    found = RemoteWindows(OpenAIServer(fake.url, FAST), fake.name, [ending]).continue_(PREFIXES[:1], 6)
+    found = ServerWindows(OpenAIServer(fake.url, FAST), fake.name, [ending]).continue_(PREFIXES[:1], 6)
     assert found.mask.sum(-1).tolist() == [3]
 
 
@@ -267,7 +267,7 @@ def test_what_is_no_log_probability_is_refused(fake, kind):
     change, message = LOG_PROBS[kind]
     fake.spoil = log_probs_as(change)
     with pytest.raises(ServerError, match=rf"The server at {fake.url[:-3]} .*{message}"):
-        RemoteTeacher(windows, known=2).hidden(rollouts)
+        TopKTeacher(windows, known=2).known_tokens(rollouts)
 
 
 def test_a_log_probability_just_above_0_is_rounding(fake):
@@ -275,7 +275,7 @@ def test_a_log_probability_just_above_0_is_rounding(fake):
     fake.spoil = log_probs_as(
         lambda entries: {token: {"logprob": 1e-6 if i == 0 else -50.0} for i, token in enumerate(entries)}
     )
-    known = unpack(RemoteTeacher(windows_of(fake), known=2).hidden(rollouts))
+    known = TopKTeacher(windows_of(fake), known=2).known_tokens(rollouts)
     assert known.log_probs.max() == 0
 
 
@@ -318,7 +318,7 @@ def test_training_without_the_teacher_s_weights_is_the_same_where_all_tokens_are
     for ours, reference in zip(remote, local, strict=True):
         compared = {k: v for k, v in reference.items() if k.startswith(("loss", "token_loss", "distance", "guidance"))}
         assert {k: ours[k] for k in compared} == pytest.approx(compared, rel=1e-3, nan_ok=True)
-        assert ours["token_loss/unseen"] == pytest.approx(0, abs=1e-5)
+        assert ours["token_loss/outside_top_k"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_metric_says_how_much_of_the_student_the_loss_cannot_see(tmp_path, fake):
@@ -326,7 +326,7 @@ def test_the_metric_says_how_much_of_the_student_the_loss_cannot_see(tmp_path, f
         run_without_weights(tmp_path / str(known), fake, teacher_top_k=known, method="opd", max_steps=1)[0]
         for known in (1, 12)
     )
-    assert 0 < more["token_loss/unseen"] < few["token_loss/unseen"] < 1
+    assert 0 < more["token_loss/outside_top_k"] < few["token_loss/outside_top_k"] < 1
     assert few["loss"] < more["loss"]  # merging tokens only takes away
 
 

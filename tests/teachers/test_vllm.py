@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from topd.embedded.pair import pair_folder
 from topd.embedded.task import make_problems
 from topd.errors import ServerError
-from topd.near_future import LocalModel
+from topd.near_future import LocalModel, Places
 from topd.near_future.sampling import sample_rollouts
 from topd.teachers.openai_server import Limits, OpenAIServer
 from topd.teachers.server_windows import connect
-from topd.teachers.top_k import RemoteTeacher, unpack
+from topd.teachers.top_k import TopKTeacher
 from topd.training import TOPDTrainer
 
 PYTHON = os.environ.get("TOPD_VLLM_PYTHON")
@@ -68,14 +68,14 @@ def test_vllm_continues_and_scores_as_the_model_in_this_process(server):
     problems = [problem.prompt for problem in make_problems(16, 0, held_out=True)]
     rollouts = sample_rollouts(student, tokenizer, problems, max_new_tokens=80)
     rows, positions = (index[::5] for index in rollouts.loss_mask.bool().nonzero(as_tuple=True))
-    prefixes = rollouts.prefixes(rows, positions)
+    prefixes = Places(rollouts, rows, positions).prefixes()
     assert len(prefixes) > 100
     found = windows.continue_(prefixes, 50)
     expected = LocalModel(teacher, tokenizer.pad_token_id, [tokenizer.eos_token_id]).continue_(prefixes, 50)
     equal = ((found.tokens == expected.tokens * expected.mask) & (found.mask == expected.mask)).all(1)
     print(f"{int(equal.sum())} of {len(equal)} windows are equal, {int(found.mask.sum())} tokens")
     assert equal.float().mean() > 0.98  # equally likely tokens may fall either way
-    known = unpack(RemoteTeacher(windows, known=20).hidden(rollouts))
+    known = TopKTeacher(windows, known=20).known_tokens(rollouts)
     with torch.no_grad():
         logits = teacher(rollouts.input_ids, attention_mask=rollouts.attention_mask).logits
     log_probs = logits[:, rollouts.prompt_ids.shape[1] - 1 : -1].log_softmax(-1).gather(-1, known.tokens)

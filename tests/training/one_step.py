@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_trainer
 
-from topd.runs.stages import Stopwatch
+from topd.runs.console import Stopwatch
 
 CASES: dict[str, dict[str, Any]] = {
-    "rollout": {"audit_steps": 1, "candidate_spacing": 2},
+    "rollout": {"audit_steps": 1},
     "rollout, bfloat16 weights": {"dtype": "bfloat16"},
     "regenerated": {"student_window": "regenerated"},
     "regenerated, twice the rollouts": {"student_window": "regenerated", "rollouts": 8},
     "capped": {"method": "opd-capped", "cap_selection": "random"},
     "teacher's contexts": {"guidance_context": "teacher"},
     "hidden states, entropic": {"embedding": "student_hidden", "transport_solver": "entropic"},
-    "plain": {"method": "opd"},
+    "plain": {"method": "opd", "opd_loss": "trl"},
     "plain, one pass": {"method": "opd", "opd_loss": "one_pass"},
 }
 """Options of steps. Prompts differ in length, so some rollouts are padded on the left."""

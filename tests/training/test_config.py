@@ -14,7 +14,7 @@ from topd.training.config import TOPDConfig
     [
         ({"window_length": "50"}, "window_length is '50'; write a whole number"),
         ({"window_length": 5.5}, "window_length is 5.5"),
-        ({"candidate_share": "a"}, "candidate_share is 'a'; write a number or nothing"),
+        ({"candidate_share": "a"}, "candidate_share is 'a'; write a number"),
         ({"audit_steps": None}, "audit_steps is None; write a whole number"),
         ({"learning_rate": "2e-6"}, "learning_rate is '2e-6'; write a number"),
         ({"method": 3}, "method is 3; write opd"),

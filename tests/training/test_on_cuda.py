@@ -1,6 +1,7 @@
 """On a CUDA device: `pytest -m cuda`, a few minutes. The same steps as on the CPU; Triton's loss; padding; windows."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from tiny import TOKENIZER, tiny_model
 from torch.testing import assert_close
 
 from topd.algorithm import Head, distillation_loss
-from topd.near_future import DistilledModel, LocalModel, Rollouts, fixed
-from topd.training.kernels import loss_on_device
+from topd.near_future import DistilledModel, LocalModel, Places, Rollouts
+from topd.near_future.kernels import loss_on_device
 
 DEVICE = "cuda"
 pytestmark = [
@@ -63,7 +64,7 @@ def test_triton_s_loss_is_ours(dtype, direction):
 
 def pair_of(dtype):
     model = tiny_model(0).to(DEVICE, dtype).eval()
-    return model, DistilledModel(model, fixed(LocalModel(model, TOKENIZER.pad_token_id, [])))
+    return model, DistilledModel(model, LocalModel(model, TOKENIZER.pad_token_id, []))
 
 
 def rollouts_of(padding, length=24):
@@ -86,10 +87,10 @@ def test_padding_on_the_left_changes_nothing(dtype):
 def test_windows_over_one_prefix_are_those_of_generate():
     model, pair = pair_of(torch.float32)
     rollouts = rollouts_of(0)
-    reading = pair.read(rollouts)
+    reading = pair.prefill(rollouts)
     greedy = model.get_output_embeddings()(reading.hidden).argmax(-1)
     rows, positions = torch.tensor([0, 0, 1], device=DEVICE), torch.tensor([0, 7, 20], device=DEVICE)
-    windows = pair.continue_(rollouts, reading, greedy, rows, positions, 6)
-    for window, prefix in zip(windows.tokens, rollouts.prefixes(rows, positions), strict=True):
+    windows = pair.continue_(Places(rollouts, rows, positions), 6, replace(reading, greedy=greedy))
+    for window, prefix in zip(windows.tokens, Places(rollouts, rows, positions).prefixes(), strict=True):
         alone = model.generate(prefix[None], do_sample=False, max_new_tokens=6, eos_token_id=None)
         assert window.tolist() == alone[0, len(prefix) :].tolist()

@@ -30,7 +30,7 @@ def five_steps(out: Path, trainer_type: type, **options):
 )
 def test_losses_gradients_and_weights_after_five_steps_are_those_of_trl(tmp_path, off):
     theirs = five_steps(tmp_path / "trl", DistillationTrainer, **off)
-    ours = five_steps(tmp_path / "topd", TOPDTrainer, **off)
+    ours = five_steps(tmp_path / "topd", TOPDTrainer, opd_loss="trl", **off)
     assert len(ours[0]) == 5
     assert ours[0] == theirs[0]
     assert len(ours[1]) == len(theirs[1]) == 5
@@ -52,7 +52,7 @@ def test_the_opd_part_of_a_topd_step_is_trl_s_loss(tmp_path):
     ours = tiny_trainer(tmp_path, student=tiny_model(0), guidance_weight=1e-12)
     inputs = ours._prepare_inputs([ours.train_dataset[i] for i in range(4)])
     loss = ours.compute_loss(ours.model, dict(inputs))
-    plain = {name: value for name, value in inputs.items() if name != "teacher_hidden"}
+    plain = {name: value for name, value in inputs.items() if name != "topd_step"}
     reference = ours.compute_loss(ours.model, plain)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
 
@@ -71,6 +71,6 @@ def test_plain_opd_in_one_pass_is_the_same_to_rounding(tmp_path, beta):
 def test_entropy_in_one_pass_is_estimated_from_the_sampled_tokens(tmp_path):
     trainer = tiny_trainer(tmp_path, student=tiny_model(0), method="opd", opd_loss="one_pass", max_steps=1)
     trainer.train()
-    plain = tiny_trainer(tmp_path, student=tiny_model(0), method="opd", max_steps=1)
+    plain = tiny_trainer(tmp_path, student=tiny_model(0), method="opd", opd_loss="trl", max_steps=1)
     plain.train()
     assert trainer.state.log_history[0]["entropy"] == pytest.approx(plain.state.log_history[0]["entropy"], rel=0.15)

@@ -83,7 +83,7 @@ def test_removing_unused_columns_leaves_the_teacher_s_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "opd"}, "one_pass"),
+        ({"method": "opd", "opd_loss": "trl"}, "one_pass"),
         ({"embedding": "teacher_hidden"}, "embedding=student"),
         ({"max_overhead": 0.5}, "one teacher so far"),
         ({"teacher_window_server": "http://127.0.0.1:1"}, "give the weights of all of them"),

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from topd.embedded.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
-from topd.runs.stages import STAGES
+from topd.runs.console import STAGES
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
 from topd.training.metrics import NEAR_FUTURE_METRICS
@@ -22,6 +22,7 @@ VARIANTS = [
     {"method": "opd-capped", "cap_selection": "high"},
     {"method": "opd-capped", "cap_selection": "random"},
     {"method": "topd"},
+    {"method": "opd", "opd_loss": "trl"},
     {"method": "opd", "opd_loss": "one_pass"},
     {"student_window": "regenerated"},
     {"student_window": "candidate", "fork_rule": "batch_quantile"},
@@ -35,8 +36,8 @@ VARIANTS = [
     {"embedding": "teacher", "transport_solver": "entropic", "candidate_ranking": "teacher_nll"},
     {"embedding": "student_hidden"},
     {"embedding": "teacher_hidden", "ground_cost": "sqeuclidean"},
-    {"guidance_reduction": "sum", "candidate_count": 3, "candidate_spacing": 2},
-    {"candidate_threshold": 2.0, "fork_threshold": 0.5, "window_temperature": 1.0},
+    {"guidance_reduction": "sum", "candidate_share": 0.1},
+    {"fork_threshold": 0.5},
     {"beta": 0.0, "window_length": 1, "guidance_reduction": "per_token"},
     {"fork_rule": "threshold", "fork_threshold": 0.3},
 ]
@@ -87,7 +88,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
 
 
 def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path, capsys):
-    trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS) + 2, max_overhead=1e-6, candidate_count=6)
+    trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS) + 2, max_overhead=1e-6, candidate_share=0.3)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     candidates = [entry.get("candidates/per_rollout") for entry in steps]
@@ -98,7 +99,7 @@ def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path, capsys
     assert steps[-1]["budget/predicted_overhead"] > 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("topd: max_overhead")]
     assert len(told) == 1
-    assert "cannot be met: even one candidate a rollout is predicted to cost" in told[0]
+    assert "cannot be met: one candidate per rollout is predicted to cost" in told[0]
 
 
 def test_metrics_say_what_the_audit_records_say(tmp_path):
@@ -134,7 +135,7 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path):
     expected = [p.grad.clone() for p in whole.model.parameters()]
     whole.model.zero_grad()
     for start in range(0, 8, 2):
-        part = {k: v[start : start + 2] if v.ndim else v for k, v in batch.items()}
+        part = {k: v[start : start + 2] if isinstance(v, list) or v.ndim else v for k, v in batch.items()}
         whole.compute_loss(whole.model, part).backward()
     for parameter, gradient in zip(whole.model.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
@@ -277,7 +278,6 @@ def test_wrong_options_are_refused_with_the_allowed_values(tmp_path):
         ({"window_length": 0}, "window_length must be at least 1"),
         ({"guidance_weight": -1.0}, "must not be negative"),
         ({"beta": 0.5}, "beta"),
-        ({"candidate_count": 1, "candidate_threshold": 1.0}, "exclude each other"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny_trainer(tmp_path, **options)

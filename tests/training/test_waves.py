@@ -5,8 +5,9 @@ import torch
 from tiny import tiny_trainer
 
 import topd.training.step
-from topd.near_future import Windows
-from topd.training.futures import Look, WindowPairs, joined
+from topd.algorithm import Transport
+from topd.near_future import Places, Rollouts, Windows
+from topd.training.futures import Futures, Look
 
 METHODS = [
     {"method": "topd"},
@@ -25,7 +26,7 @@ def trained(folder, monkeypatch, sizes, options):
 
     def look_ahead(*args, **kwargs):
         future = plain(*args, **kwargs)
-        rows.append(future.rows.tolist())
+        rows.append(future.candidates.places.rows.tolist())
         return future
 
     with monkeypatch.context() as patch:
@@ -55,10 +56,12 @@ def test_rows_follow_those_of_the_waves_before():
         rows = torch.tensor(rows)
         windows = Windows(rows[:, None], rows[:, None] >= 0)
         nothing = torch.zeros(rollouts, 1)
-        pairs = WindowPairs(rows, rows, windows, windows)
-        return Look(nothing, nothing, nothing[..., None], pairs, pairs)
+        places = Places(Rollouts(*[nothing] * 5), rows, rows)
+        futures = Futures(places, windows, windows, Transport(nothing[rows, :, None], *[nothing[rows, 0]] * 3))
+        return Look(nothing, nothing, {"hidden": nothing[..., None]}, futures, futures)
 
-    found = joined([look(2, [0, 1]), look(3, [0, 2]), look(1, [0])])
-    assert found.candidates.rows.tolist() == [0, 1, 2, 4, 5]
-    assert found.low_loss.rows.tolist() == [0, 1, 2, 4, 5]
-    assert found.candidates.positions.tolist() == [0, 1, 0, 2, 0]
+    found = Look.cat([look(2, [0, 1]), look(3, [0, 2]), look(1, [0])])
+    for futures in (found.candidates, found.low_loss):
+        assert futures.places.rows.tolist() == [0, 1, 2, 4, 5]
+        assert futures.places.positions.tolist() == [0, 1, 0, 2, 0]
+        assert len(futures.places.rollouts) == 6

@@ -161,7 +161,7 @@ def test_a_server_s_responses_are_kept_when_it_fails_and_the_next_run_goes_on(tm
     [
         (["--out", "x.csv"], ".jsonl or .parquet"),
         (["--samples", "0"], "--samples must be at least 1"),
-        (["--samples", "2", "--temperature", "0"], "all the same"),
+        (["--samples", "2", "--temperature", "0"], "are the same"),
         (["--top-p", "0"], "--top-p must be in"),
         (["--max-new-tokens", "999"], "at most --max-new-tokens 244"),
         (["--data", "nothing.jsonl"], "There is no such file"),

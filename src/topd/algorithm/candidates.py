@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 PAPER_SHARE = 0.0225
-"""218 of 9,688 positions a rollout (appendix B.2)."""
+"""218 of 9,688 positions per rollout (appendix B.2)."""
 
 
 def highest_loss(

@@ -1,7 +1,7 @@
 """The loss of a training step whose weights are known in advance: one pass over the tiles.
 
 The weights are known when TOPD trains, since selection came before; so each tile's gradient is taken while its logits
-are there, and kept. That is (3 width_S + width_T) x vocabulary multiplications a token, where two phases take
+are there, and kept. That is (3 width_S + width_T) x vocabulary multiplications per token; two phases take
 (4 width_S + 2 width_T).
 """
 
@@ -29,14 +29,14 @@ class DistillationLoss(NamedTuple):
         loss: the weighted sum of token losses and likelihood terms.
         token_loss: [teacher_position] the KL at each position, unweighted, also where its weight is 0.
         nll: [term] -log p_S(token_k | position_k), unweighted.
-        unseen: [teacher_position] the student's probability of all tokens of which the teacher's is not known; None
-            where it is known of all.
+        outside_top_k: [teacher_position] the student's probability outside the teacher's known tokens; None where the
+            teacher's probability of every token is known.
     """
 
     loss: Float[Tensor, ""]
     token_loss: Float[Tensor, "teacher_positions"]
     nll: Float[Tensor, "term"]
-    unseen: Float[Tensor, "teacher_positions"] | None = None
+    outside_top_k: Float[Tensor, "teacher_positions"] | None = None
 
 
 def distillation_loss(
@@ -54,9 +54,9 @@ def distillation_loss(
     The first sum is L_OPD with per-token weights (section 5.1), the second the trajectory loss (section 3, written as
     cross-entropy); taking both in one pass is our choice. The KL is on the first `teacher_positions` rows of `hidden`;
     the others carry likelihood terms only. Differentiable in the student's hidden states and in its head's weight and
-    bias; weights and teacher are constant. Gradients are computed now and kept, so that `backward` only scales them: it
-    can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen if
-    None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
+    bias; weights and teacher are constant. Gradients are computed in the forward pass and saved; `backward` scales them
+    and can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen
+    if None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
     before the loss scale is known.
 
     Args:

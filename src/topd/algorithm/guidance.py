@@ -1,8 +1,8 @@
 """Near-future guidance: the loss at forks, spread over the window (section 3).
 
 For the i-th student window position the paper sets the target y_i = sum_j gamma_ij onehot(teacher token j) and
-trains KL(y_i || p_S(. | c_{t+i})), where c_{t+i} is the student's own context. Only K x K log-probabilities a fork are
-needed for that; a target over the vocabulary is never built.
+trains KL(y_i || p_S(. | c_{t+i})), where c_{t+i} is the student's own context. It needs K x K log-probabilities
+per fork; a target over the vocabulary is never built.
 """
 
 from typing import Literal, NamedTuple

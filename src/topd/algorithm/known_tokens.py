@@ -5,8 +5,8 @@ Student and teacher are compared on the known tokens and one bucket for all othe
     sum over known v of p_S(v) (log p_S(v) - log p_T(v)) + r_S (log r_S - log r_T),    r = 1 - sum over known v of p(v)
 
 This is the KL after merging the others. It never exceeds the full KL; what it lacks is r_S times the KL between student
-and teacher within the others. So it is biased towards 0, the more so the more of the student is unseen (r_S).
-The paper has the full vocabulary; merging is our choice (and TRL's, for a teacher behind a server).
+and teacher within the others. So it is biased towards 0, more so the more probability the student has outside the top
+k (r_S). The paper has the full vocabulary; merging is our choice (and TRL's, for a teacher behind a server).
 """
 
 from typing import NamedTuple
@@ -41,11 +41,11 @@ class KnownKL(NamedTuple):
 
     Attributes:
         kl: [position] nats.
-        unseen: [position] the student's probability of all tokens that are not known, detached.
+        outside_top_k: [position] the student's probability of all tokens that are not known, detached.
     """
 
     kl: Float[Tensor, "positions"]
-    unseen: Float[Tensor, "positions"]
+    outside_top_k: Float[Tensor, "positions"]
 
 
 def known_token_kl(
@@ -82,7 +82,7 @@ def known_token_loss(
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
 ) -> DistillationLoss:
-    """`distillation_loss` against a teacher of whom a few tokens are known.
+    """`distillation_loss` against the teacher's top-k tokens.
 
     Args:
         hidden: the first rows meet the teacher; the others carry likelihood terms only.
@@ -93,12 +93,12 @@ def known_token_loss(
         direction: as in `known_token_kl`.
     """
     log_probs = gathered_log_probs(hidden[: len(weights)], head, teacher.tokens)
-    token_loss, unseen = known_token_kl(log_probs, teacher, direction)
+    token_loss, outside_top_k = known_token_kl(log_probs, teacher, direction)
     loss, nll = (weights * token_loss).sum(), token_loss.new_zeros(0)
     if terms is not None:
         nll = -gathered_log_probs(hidden[terms.position], head, terms.token[:, None]).squeeze(-1)
         loss = loss + (terms.weight * nll).sum()
-    return DistillationLoss(loss, token_loss.detach(), nll.detach(), unseen)
+    return DistillationLoss(loss, token_loss.detach(), nll.detach(), outside_top_k)
 
 
 @torch.no_grad()
@@ -109,9 +109,9 @@ def score_known_tokens(
     tokens: Int[Tensor, "positions"],
     direction: Direction = "reverse",
 ) -> TokenScores:
-    """`score_tokens` against a teacher of whom a few tokens are known, the sampled one first."""
+    """`score_tokens` against the teacher's top-k tokens, the sampled one first."""
     ours = score_tokens(hidden, head, hidden, head, tokens)  # what concerns the student alone
     token_loss, _ = known_token_kl(gathered_log_probs(hidden, head, teacher.tokens), teacher, direction)
-    likeliest = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    most_likely = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
     teacher_nll = -teacher.log_probs[:, 0].to(token_loss)
-    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, likeliest)
+    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, most_likely)

@@ -2,7 +2,7 @@
 
 Two buffers serve every tile. A tile's logits become log-probabilities, then probabilities and the gradient with
 respect to the logits, all in place; `collect` turns that gradient into those of hidden states and head and adds them
-up. Autograd sees nothing of it.
+up. Autograd does not record it.
 """
 
 from dataclasses import replace

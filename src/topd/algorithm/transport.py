@@ -8,7 +8,7 @@ Everywhere in this package the student's positions are rows and the teacher's ar
 the tokens that are there (our choice). Solvers work on a batch of windows whose lengths may differ, and report whether
 they converged: a distance that was not reached is NaN, never a number.
 
-Where a window repeats a token, several plans are exactly as cheap; the exact solver then takes the one that moves
+Where a window repeats a token, several plans have the same cost; the exact solver then takes the one that moves
 tokens least far along the window (our choice, see `_tie_broken`).
 """
 

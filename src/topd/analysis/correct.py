@@ -19,22 +19,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from topd.algorithm.candidates import PAPER_SHARE
 from topd.analysis.probe import ProbeOptions, measure
 from topd.analysis.probe_summary import ROUNDING
-from topd.near_future import (
-    DistilledModel,
-    LocalModel,
-    Rollouts,
-    Windows,
-    near_future_transport,
-)
+from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
 from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
-from topd.training.config import TOPDConfig
-from topd.training.futures import NearFuture
-from topd.training.gradient_ratio import last_parameters
-from topd.training.guided import Guided, guided_windows
-from topd.training.step import StepLoss, topd_loss
+from topd.training.futures import Futures
+from topd.training.guidance import Guided, guided_windows
+from topd.training.losses import LossInputs, StepLoss, last_parameters
+from topd.training.method import Method
+from topd.training.step import Pair, futures, topd_loss
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Arm:
 
     Attributes:
         window: whose continuation L_OPD is taken on: the student's, or the teacher's (section 5.2).
-        settings: options of `TOPDConfig`. L_traj stays as section 3 has it: the student's contexts and the transport's
+        settings: of `Method`. L_traj stays as section 3 has it: the student's contexts and the transport's
             targets, whichever window L_OPD is taken on (our reading).
         baseline: the arm without guidance on the same window.
     """
@@ -79,10 +74,10 @@ class CorrectOptions:
     """
 
     window_length: int = 50
-    share: float = 0.0225
+    share: float = PAPER_SHARE
     steps: int = 5
     learning_rate: float = 1e-4
-    guidance_weight: float = TOPDConfig.guidance_weight
+    guidance_weight: float = Method.guidance_weight
     arms: tuple[str, ...] = tuple(ARMS)
     seed: int = 0
 
@@ -135,8 +130,9 @@ def find_forks(
         scores, groups = measure(student, teacher, rollouts, wanted, groups=("high", "low"))
         low.append(groups["low"].distances[wanted.main])
         high = groups["high"]
-        for index, (row, position) in enumerate(zip(high.rows.tolist(), high.positions.tolist(), strict=True)):
-            one = torch.tensor([index], device=high.rows.device)
+        rows, positions = high.places.rows, high.places.positions
+        for index, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            one = torch.tensor([index], device=rows.device)
             candidates.append(
                 Fork(first + row, position, float(scores.kl[row, position]), rollouts.prefix(row, position),
                      high.ours["regenerated"][one], high.theirs[one], float(high.distances[wanted.main][index]))
@@ -189,15 +185,14 @@ class Corrector:
     @torch.no_grad()
     def outcome(self, fork: Fork) -> Outcome:
         """Where the student goes from the fork's prefix now."""
-        ours, teacher = self.pair
+        teacher = self.pair[1]
         ends = end_token_ids(self.student.generation_config, self.tokenizer)
         source = LocalModel(self.student, padding_id(self.tokenizer), ends)
         longest = max(self.options.window_length, self.max_new_tokens if self.is_right else 0)
         whole = source.continue_([fork.prefix], longest)
         window = Windows(whole.tokens[:, : self.options.window_length], whole.mask[:, : self.options.window_length])
         row = self._row(fork.prefix, window)
-        at = torch.zeros(1, dtype=torch.long, device=window.tokens.device)
-        distance = near_future_transport(window, fork.theirs, row, at, at, ours, teacher).distance
+        distance = self._look(replace(fork, ours=window), row).distance
         states = teacher.hidden(row)[0][: int(window.mask.sum())]
         log_probs = teacher.head().logits(states).log_softmax(-1)
         tokens = window.tokens[0][window.mask[0]]
@@ -218,19 +213,17 @@ class Corrector:
     def start(self, arm: str, fork: Fork) -> tuple[Callable[..., StepLoss], Guided | None]:
         """An arm's loss at a fork as a function of the guided windows (None: L_OPD alone), and the arm's windows."""
         student, teacher = self.pair
-        options = config_of(self.options, arm)
+        method = method_of(self.options, arm)
         row = self._row(fork.prefix, fork.theirs if ARMS[arm].window == "teacher" else fork.ours)
-        teacher_hidden = teacher.hidden(row)
-        guided = guided_windows(as_future(fork, row, self.pair), row, options) if options.guides else None
-        if guided is not None and options.guidance_context == "teacher":
+        states = teacher.prefill(row, keep_prefix=False).states
+        guided = guided_windows(self._look(fork, row), method) if method.guides else None
+        if guided is not None and method.guidance_context == "teacher":
             guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(row, guided.branches))
         one = torch.ones((), device=row.response_ids.device)
 
         def loss(guided: Guided | None, measured: list[nn.Parameter] | None = None) -> StepLoss:
-            return topd_loss(
-                row, student, teacher, teacher_hidden, row.loss_mask.float(), guided, options,
-                num_tokens=row.loss_mask.sum(), num_forks=one, measured=measured,
-            )  # fmt: skip
+            inputs = LossInputs(states, row.loss_mask.sum(), None, guided, one, measured)
+            return topd_loss(row, student, teacher, inputs, method)
 
         return loss, guided
 
@@ -248,40 +241,18 @@ class Corrector:
         optimizer.zero_grad()
         return None if ratio is None else float(ratio)
 
+    def _look(self, fork: Fork, row: Rollouts) -> Futures:
+        """The fork's futures as those of the only place in a rollout that has only the prefix before it."""
+        start = Places(row, *torch.zeros(2, 1, dtype=torch.long, device=row.response_ids.device))
+        return futures(start, fork.ours, fork.theirs, Pair(*self.pair), Method())
+
     def _row(self, prefix: Tensor, window: Windows) -> Rollouts:
         """The prefix as a prompt and the window as its response."""
         return written_rollouts([prefix], [window.tokens[0][window.mask[0]]], self.tokenizer, window.tokens.device)
 
 
-def as_future(fork: Fork, row: Rollouts, pair: tuple[DistilledModel, DistilledModel]) -> NearFuture:
-    """The fork as the only candidate of a rollout that has only the prefix before it."""
-    at = torch.zeros(1, dtype=torch.long, device=row.response_ids.device)
-    yes = torch.ones(1, dtype=torch.bool, device=at.device)
-    transport = near_future_transport(fork.ours, fork.theirs, row, at, at, *pair)
-    nothing = torch.zeros(row.response_ids.shape, device=at.device)
-    return NearFuture(
-        nothing,
-        nothing,
-        nothing,
-        at,
-        at,
-        fork.ours,
-        fork.theirs,
-        False,
-        transport,
-        0.0,
-        None,
-        yes,
-        yes,
-        ~yes,
-        nothing + 1,
-    )
-
-
-def config_of(options: CorrectOptions, arm: str) -> TOPDConfig:
-    """The arm's loss. L_traj's windows are branches beside the row, whichever window the row holds."""
+def method_of(options: CorrectOptions, arm: str) -> Method:
+    """The arm's loss. L_traj's windows branch off the row, whichever window the row holds."""
     settings: dict[str, Any] = {"guidance_weight": options.guidance_weight, "student_window": "regenerated"}
-    return TOPDConfig(
-        "unused", window_length=options.window_length, bf16=False, use_cpu=not torch.cuda.is_available(),
-        **(settings | ARMS[arm].settings),
-    )  # fmt: skip
+    settings |= ARMS[arm].settings
+    return Method(window_length=options.window_length, guides=settings["guidance_weight"] > 0, **settings)

@@ -10,26 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from topd.algorithm import TokenScores, highest_loss, score_tokens
+from topd.algorithm import TokenScores, highest_loss
+from topd.algorithm.candidates import PAPER_SHARE
 from topd.algorithm.transport import GroundCost
 from topd.analysis.probe_summary import Probe
-from topd.near_future import DistilledModel, Reading, Rollouts, Windows, near_future_transport, rollout_windows
+from topd.near_future import DistilledModel, Places, Rollouts, Windows
 from topd.near_future.matching import Embedding
 from topd.paper import GROUPS
+from topd.training.choices import ranking
+from topd.training.method import Method, Ranking, StudentWindow
+from topd.training.step import Pair, futures, look_from, score, student_windows
 
 RECORD_VERSION = 1
-Ranking = Literal["reverse_kl", "teacher_nll", "log_ratio"]
-"""What makes a position high-loss: the token loss; the teacher's NLL of the sampled token; log p_S - log p_T of the
-sampled token (the k1 estimate of the token loss)."""
-StudentWindow = Literal["rollout", "candidate", "regenerated"]
-"""rollout: the rollout's own next K tokens. candidate: the candidate token, then the student's greedy continuation.
-regenerated: the student's greedy continuation of the prefix, whose first token need not be the candidate."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ProbeOptions:
         student_windows: readings of the student's window.
     """
 
-    share: float = 0.0225
+    share: float = PAPER_SHARE
     window_lengths: tuple[int, ...] = (50,)
     embeddings: tuple[Embedding, ...] = ("student",)
     costs: tuple[GroundCost, ...] = ("cosine",)
@@ -76,7 +74,7 @@ class Measured:
     """One group's positions in a batch of rollouts.
 
     Attributes:
-        rows, positions: [place] where they are.
+        places: where they are.
         ours: by reading, the student's windows.
         theirs: the teacher's window at each.
         distances: by variant, [place] D_OT; NaN where there is none.
@@ -84,8 +82,7 @@ class Measured:
         begins: [place] whether the regenerated window begins with the candidate token; None where it is not measured.
     """
 
-    rows: Tensor
-    positions: Tensor
+    places: Places
     ours: dict[StudentWindow, Windows]
     theirs: Windows
     distances: dict[str, Tensor]
@@ -100,62 +97,34 @@ def measure(
 ) -> tuple[TokenScores, dict[str, Measured]]:  # fmt: skip
     """Scores of the response tokens [rollout, position], 0 at padding, and the groups "high", "random" and "low"."""
     mask = rollouts.loss_mask.bool()
-    ours = student.read(rollouts, keep_prefix=set(options.student_windows) != {"rollout"})
-    theirs = teacher.read(rollouts)
-    sampled = rollouts.response_ids[mask]
-    flat = score_tokens(ours.hidden[mask], student.head(), theirs.hidden[mask], teacher.head(), sampled)
-
-    def in_place(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-    scores = TokenScores(*map(in_place, flat))
-    high = {
-        "reverse_kl": scores.kl,
-        "teacher_nll": scores.teacher_nll,
-        "log_ratio": scores.teacher_nll - scores.student_nll,
-    }[options.ranking]
+    kept: StudentWindow = next((kind for kind in options.student_windows if kind != "rollout"), "rollout")
+    scores, pair = score(rollouts, student, teacher, Method(student_window=kept))
+    high = ranking(scores, options.ranking)
     low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is no agreement
     chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)
     found = {}
-    for group, ranking in zip(GROUPS, (high, chance, low), strict=True):
-        if group not in groups:
-            continue
-        rows, positions = highest_loss(ranking, mask, share=options.share).nonzero(as_tuple=True)
-        length = max(options.window_lengths)
-        windows = {
-            kind: _student_windows(kind, student, rollouts, ours, scores.student_greedy, rows, positions, length)
-            for kind in options.student_windows
-        }
-        continued = teacher.continue_(rollouts, theirs, scores.teacher_greedy, rows, positions, length)
-        begins = None
-        if "regenerated" in windows:
-            begins = windows["regenerated"].tokens[:, 0] == rollouts.response_ids[rows, positions]
-        distances, plan = _transports(windows, continued, rollouts, rows, positions, student, teacher, options)
-        found[group] = Measured(rows, positions, windows, continued, distances, plan, begins)
+    for group, order in zip(GROUPS, (high, chance, low), strict=True):
+        if group in groups:
+            places = Places.marked(rollouts, highest_loss(order, mask, share=options.share))
+            found[group] = _measured(places, pair, options)
     return scores, found
 
 
-def _student_windows(
-    kind: StudentWindow, student: DistilledModel, rollouts: Rollouts, prefill: Reading, greedy: Tensor, rows: Tensor,
-    positions: Tensor, length: int,
-) -> Windows:  # fmt: skip
-    if kind == "rollout":
-        return rollout_windows(rollouts, rows, positions, length)
-    return student.continue_(rollouts, prefill, greedy, rows, positions, length, from_candidate=kind == "candidate")
-
-
-def _transports(
-    ours: dict[StudentWindow, Windows], theirs: Windows, rollouts: Rollouts, rows: Tensor, positions: Tensor,
-    student: DistilledModel, teacher: DistilledModel, options: ProbeOptions,
-) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """By variant, [place] D_OT; and the main variant's plan."""
+def _measured(places: Places, pair: Pair, options: ProbeOptions) -> Measured:
+    """All readings of the student's window, and all variants of the distance, at the same places."""
+    (main_kind, *_), *_ = options.variants.values()
+    length = max(options.window_lengths)
+    look = look_from(places, pair, Method(window_length=length, student_window=main_kind))
+    ours = {main_kind: look.ours} | {
+        kind: student_windows(places, pair, kind, length) for kind in options.student_windows if kind != main_kind
+    }
     found = {}
     for name, (kind, embedding, cost, k) in options.variants.items():
-        short = [Windows(windows.tokens[:, :k], windows.mask[:, :k]) for windows in (ours[kind], theirs)]
-        found[name] = near_future_transport(
-            short[0], short[1], rollouts, rows, positions, student, teacher, embedding=embedding, cost=cost
-        )
-    return {name: transport.distance.cpu() for name, transport in found.items()}, found[options.main].plan.cpu()
+        method = Method(embedding=embedding, ground_cost=cost)
+        found[name] = futures(places, ours[kind].first(k), look.theirs.first(k), pair, method).transport
+    begins = ours["regenerated"].tokens[:, 0] == places.tokens if "regenerated" in ours else None
+    distances = {name: transport.distance.cpu() for name, transport in found.items()}
+    return Measured(places, ours, look.theirs, distances, found[options.main].plan.cpu(), begins)
 
 
 def probe(
@@ -164,7 +133,7 @@ def probe(
     rollouts: Rollouts,
     *,
     window_length: int = 50,
-    share: float = 0.0225,
+    share: float = PAPER_SHARE,
     student_window: StudentWindow = "rollout",
     seed: int = 0,
 ) -> Probe:
@@ -175,8 +144,8 @@ def probe(
     for group, found in groups.items():
         distance = found.distances[options.main]
         known = distance.isfinite()
-        distances[group], origin[group] = distance[known].numpy(), found.rows.cpu()[known].numpy()
-        losses[group] = scores.kl[found.rows, found.positions].float().cpu()[known].numpy()
+        distances[group], origin[group] = distance[known].numpy(), found.places.rows.cpu()[known].numpy()
+        losses[group] = found.places.at(scores.kl).float().cpu()[known].numpy()
     return Probe(distances, origin, losses)
 
 
@@ -201,8 +170,8 @@ def probe_records(
         tokens = texts(rollouts.response_ids[row][mask])
         places = []
         for group, found in groups.items():
-            for index in (found.rows == row).nonzero().squeeze(-1).tolist():
-                position = int(found.positions[index])
+            for index in (found.places.rows == row).nonzero().squeeze(-1).tolist():
+                position = int(found.places.positions[index])
                 windows = {k: texts(w.tokens[index][w.mask[index]]) for k, w in found.ours.items()}
                 main, *others = windows
                 places.append({

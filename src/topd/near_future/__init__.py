@@ -1,13 +1,13 @@
 """Where windows come from, and how they are run through a model."""
 
 from topd.near_future.branches import Branches, hidden_with_branches
-from topd.near_future.distilled_model import DistilledModel, fixed
+from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.local_model import LocalModel
 from topd.near_future.matching import near_future_transport
-from topd.near_future.shared_prefix import Reading
+from topd.near_future.shared_prefix import Prefill
 from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
-from topd.near_future.windows import Rollouts, Windows, rollout_windows
+from topd.near_future.windows import Places, Rollouts, Windows, rollout_windows
 
 __all__ = [
     "ArchitectureError",
@@ -15,11 +15,11 @@ __all__ = [
     "ContinuesPrefixes",
     "DistilledModel",
     "LocalModel",
-    "Reading",
+    "Places",
+    "Prefill",
     "Rollouts",
     "Ways",
     "Windows",
-    "fixed",
     "hidden_with_branches",
     "near_future_transport",
     "rollout_windows",

@@ -1,23 +1,33 @@
-"""Student and teacher as the step sees them: hidden states, an output head, embeddings, and continuations."""
+"""A student or teacher in this process: hidden states, output head, token losses, and continuations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topd.algorithm import Head
+from topd.algorithm import (
+    DistillationLoss,
+    Head,
+    LikelihoodTerms,
+    TokenScores,
+    ground_cost,
+    score_tokens,
+    token_cost,
+)
+from topd.algorithm.tiles import Direction
+from topd.algorithm.transport import GroundCost
 from topd.near_future.branches import Branches, ends_of, hidden_with_branches, rollout_hidden
+from topd.near_future.kernels import loss_on_device
 from topd.near_future.local_model import LocalModel
 from topd.near_future.model_parts import backbone_of, evaluating, output_head, whole
 from topd.near_future.sampling_states import SamplingStates
-from topd.near_future.shared_prefix import Reading, read
+from topd.near_future.shared_prefix import Prefill, prefill
 from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.ways import Ways, ways_of
-from topd.near_future.windows import Rollouts, Windows
+from topd.near_future.windows import Places, Rollouts, Windows
 
 Forward = Callable[..., Any]
 """Runs `function(*args)` inside the wrapped model's forward, so that DDP, FSDP or DeepSpeed see it."""
@@ -28,7 +38,7 @@ class DistilledModel:
 
     Args:
         model: the unwrapped causal language model of transformers (a PEFT model is fine).
-        source: continues prefixes; a context manager factory, since a trained model is unwrapped for generation.
+        source: continues prefixes; the model itself, or a server.
         forward: see `Forward`.
         temperature: of the token loss, as in TRL.
         micro_batch: rollouts that are scored together.
@@ -38,7 +48,7 @@ class DistilledModel:
     def __init__(
         self,
         model: Any,
-        source: Callable[[], AbstractContextManager[ContinuesPrefixes]],
+        source: ContinuesPrefixes,
         forward: Forward = lambda function, *args: function(*args),
         temperature: float = 1.0,
         micro_batch: int = 8,
@@ -71,8 +81,7 @@ class DistilledModel:
     @property
     def eos_token_ids(self) -> list[int]:
         """Token ids that end a window."""
-        with self._source() as source:
-            return source.eos_token_ids
+        return self._source.eos_token_ids
 
     def head(self) -> Head:
         """The output head, whole also where FSDP2 has sharded it."""
@@ -94,39 +103,44 @@ class DistilledModel:
             )
 
     @torch.no_grad()
-    def read(self, rollouts: Rollouts, keep_prefix: bool = True) -> Reading:
-        """Read rollouts, in evaluation mode; unless told otherwise in one forward pass that keeps keys and values."""
+    def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
+        """Read rollouts in evaluation mode, by default in one forward pass that keeps keys and values for windows."""
         if not (keep_prefix and self.shares_prefix(rollouts)):
-            return Reading(self.hidden(rollouts))
+            return Prefill({"hidden": self.hidden(rollouts)})
         with evaluating(self.model):
-            reading: Reading = self._forward(read, self.backbone, rollouts)
-        return reading
+            result: Prefill = self._forward(prefill, self.backbone, rollouts)
+        return result
 
-    def sampled(self, rollouts: Rollouts, states: SamplingStates | None, keep_prefix: bool) -> Reading | None:
+    def sampled(self, rollouts: Rollouts, states: SamplingStates | None, keep_prefix: bool) -> Prefill | None:
         """What sampling these rollouts computed, where that equals reading them; else None."""
         if states is None or rollouts.input_ids.shape[1] > self.ways.sampling_states:
             return None
         keep_prefix = keep_prefix and self.shares_prefix(rollouts)
         if keep_prefix and not self.ways.cached_prefix:
             return None
-        return states.reading(rollouts, keep_prefix)
+        return states.prefill(rollouts, keep_prefix)
 
-    def hidden_and_windows(
-        self, rollouts: Rollouts, branches: Branches | None, from_rollout: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
+    ) -> TokenScores:
+        """As the teacher: token losses and what else is read off both models' logits. See `Teacher.scores`."""
+        return score_tokens(hidden, head, states["hidden"], self.head(), tokens, direction)
+
+    def loss(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
+        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
+    ) -> DistillationLoss:  # fmt: skip
+        """As the teacher: the loss of a step. See `Teacher.loss`."""
+        return loss_on_device(hidden, head, states["hidden"], self.head(), weights, terms, direction)
+
+    def hidden_and_windows(self, rollouts: Rollouts, branches: Branches | None) -> tuple[Tensor, Tensor]:
         """States that predict the response tokens, and those that predict the windows' tokens, with gradients.
 
-        With `from_rollout`, the windows are the rollout's own tokens, whose states the row already holds.
+        Without branches the second is empty.
         """
         if branches is None:
             return rollout_hidden(self.backbone, rollouts, self.ways), torch.empty(0)
-        if not from_rollout:
-            return hidden_with_branches(self.model, self.backbone, rollouts, branches, self.ways)
-        hidden = rollout_hidden(self.backbone, rollouts, self.ways)
-        length = branches.tokens.shape[-1]
-        index = branches.position[:, :, None] + torch.arange(length, device=hidden.device)
-        row = torch.arange(len(rollouts), device=hidden.device)[:, None, None]
-        return hidden, hidden[row, index.clamp(max=hidden.shape[1] - 1)]
+        return hidden_with_branches(self.model, self.backbone, rollouts, branches, self.ways)
 
     @torch.no_grad()
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
@@ -140,58 +154,63 @@ class DistilledModel:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def states_of(self, prefixes: Sequence[Tensor], windows: Windows) -> Tensor:
-        """[window, window_position, width]: last hidden states at the window tokens themselves."""
+    def window_costs(
+        self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
+    ) -> Tensor:
+        """[place, student position, teacher position] ground cost between the two windows at each place.
+
+        Args:
+            ours: the student's windows.
+            theirs: the teacher's.
+            places: where both start.
+            hidden: measure this model's last hidden states over the windows instead of its static input embeddings.
+            cost: of the ground.
+        """
+        if not hidden:
+            return token_cost(ours.tokens, theirs.tokens, self.embeddings(), cost)
+        prefixes = places.prefixes()
+        return ground_cost(self._states_of(prefixes, ours), self._states_of(prefixes, theirs), cost)
+
+    def _states_of(self, prefixes: Sequence[Tensor], windows: Windows) -> Tensor:
+        """[window, window_position, width] last hidden states at the window tokens; past its end, those at its end."""
         if len(windows) == 0:
             return self.embeddings().new_zeros(*windows.tokens.shape, self.embeddings().shape[1])
-        ids = [
-            torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)
-        ]  # padding after EOS is never looked at
-        length, states = windows.tokens.shape[1], []
+        ids = [torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)]
+        length, parts = windows.tokens.shape[1], []
         with evaluating(self.model):
             for start in range(0, len(ids), self._micro_batch):
                 rows = ids[start : start + self._micro_batch]
-                states.append(self._forward(ends_of, self.backbone, rows, length, self.ways))
-        return torch.cat(states)
+                parts.append(self._forward(ends_of, self.backbone, rows, length, self.ways))
+        states = torch.cat(parts).float()
+        last = (windows.mask.sum(1) - 1).clamp(min=0)
+        index = torch.minimum(torch.arange(length, device=states.device), last[:, None])
+        return states.gather(1, index[:, :, None].expand_as(states))
 
     @torch.no_grad()
     def continue_(
-        self,
-        rollouts: Rollouts,
-        reading: Reading,
-        greedy: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        length: int,
-        from_candidate: bool = False,
+        self, places: Places, length: int, prefill: Prefill | None = None, from_candidate: bool = False
     ) -> Windows:
-        """The model's own near future from each place in the rollouts, in evaluation mode.
+        """The model's own near future from each place, in evaluation mode.
 
         Args:
-            rollouts: that the windows branch off.
-            reading: what the model kept from reading them.
-            greedy: [rollout, position] its most likely token at each position of the responses.
-            rows: [window] the rollout of each window.
-            positions: [window] the response position at which it starts.
-            length: tokens of each window at most.
-            from_candidate: the windows begin with the rollout's own token; what follows is the model's.
+            places: where the windows start.
+            length: maximum tokens of each window.
+            prefill: of the rollouts; windows are decoded over its prefix where the model can.
+            from_candidate: the windows begin with the rollout's own token, the model's greedy continuation follows.
         """
-        with evaluating(self.model), self._source() as source:
-            over_prefix = reading.prefix is not None and self.shares_prefix(rollouts, length)
-            if over_prefix and isinstance(source, LocalModel):
-                return source.continue_over_prefix(rollouts, reading, greedy, rows, positions, length, from_candidate)
+        source = self._source
+        with evaluating(self.model):
+            over_prefix = prefill is not None and prefill.prefix is not None and prefill.greedy is not None
+            over_prefix = over_prefix and self.shares_prefix(places.rollouts, length)
+            if over_prefix and prefill is not None and isinstance(source, LocalModel):
+                return source.continue_over_prefix(places, length, prefill, from_candidate)
             if not from_candidate:
-                return source.continue_(rollouts.prefixes(rows, positions), length)
-            candidate = rollouts.response_ids[rows, positions][:, None]
+                return source.continue_(places.prefixes(), length)
+            candidate = places.tokens[:, None]
             present = torch.ones_like(candidate, dtype=torch.bool)
             if length == 1:
                 return Windows(candidate, present)
-            after = source.continue_(rollouts.prefixes(rows, positions + 1), length - 1)
+            after = source.continue_(places.moved(1).prefixes(), length - 1)
             ended = torch.isin(candidate, torch.tensor(source.eos_token_ids, device=candidate.device))
             mask = torch.cat([present, after.mask & ~ended], 1)
             return Windows(torch.cat([candidate, after.tokens], 1) * mask, mask)
-
-
-def fixed(source: ContinuesPrefixes) -> Callable[[], AbstractContextManager[ContinuesPrefixes]]:
-    """A source that needs no unwrapping."""
-    return lambda: nullcontext(source)

@@ -14,15 +14,14 @@ from topd.near_future.generation import own_settings_only
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.padding import left_padded
 from topd.near_future.shared_prefix import (
-    Reading,
+    Prefill,
     candidate_start,
     continue_over_prefix,
     follow_rollout,
-    sampled_start,
     until_eos,
 )
 from topd.near_future.ways import ways_of
-from topd.near_future.windows import Rollouts, Windows
+from topd.near_future.windows import Places, Windows
 
 
 class LocalModel:
@@ -76,49 +75,30 @@ class LocalModel:
 
     @torch.no_grad()
     def continue_over_prefix(
-        self,
-        rollouts: Rollouts,
-        reading: Reading,
-        greedy: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        length: int,
-        from_candidate: bool = False,
+        self, places: Places, length: int, prefill: Prefill, from_candidate: bool = False
     ) -> Windows:
-        """The same windows as `continue_` gives for the prefixes at (row, position), all branches decoded together.
+        """The greedy windows that `continue_` gives for the prefixes at the places, all branches decoded together.
 
         Args:
-            rollouts: that the prefixes are of.
-            reading: what the model kept from reading them.
-            greedy: [rollout, position] the model's most likely token at each position of the response.
-            rows: [window] the rollout of each window.
-            positions: [window] the response position at which it starts.
-            length: tokens of each window at most.
+            places: where the windows start.
+            length: maximum tokens of each window.
+            prefill: of the rollouts, with `prefix` and `greedy`.
             from_candidate: the windows begin with the rollout's own token.
         """
-        if len(rows) == 0:
-            return Windows(rows.new_zeros(0, length), rows.new_zeros(0, length, dtype=torch.bool))
+        if len(places) == 0:
+            nothing = places.rows.new_zeros(0, length)
+            return Windows(nothing, nothing.bool())
+        assert prefill.greedy is not None
         head = output_head(self.model)
 
         def next_token(hidden: Tensor) -> Tensor:
             states = hidden.flatten(0, -2)
             logits = states.new_empty(len(states), len(head.weight), dtype=at_least_float32(states))
-            head.write_logits(states, logits)
-            if self.temperature == 0:
-                return logits.argmax(-1).view(hidden.shape[:-1])
-            chosen = (logits / self.temperature).softmax(-1).multinomial(1)
-            return chosen.view(hidden.shape[:-1])
+            return head.write_logits(states, logits).argmax(-1).view(hidden.shape[:-1])
 
-        if from_candidate:
-            start = candidate_start(rollouts, greedy if self.temperature == 0 else None, rows, positions, length)
-        elif self.temperature == 0:
-            start = follow_rollout(rollouts, greedy, rows, positions, length)
-        else:
-            start = sampled_start(reading, next_token, rows, positions, length)
-        return continue_over_prefix(
-            backbone_of(self.model), reading, start, next_token, rollouts, rows, positions,
-            eos=torch.tensor(self.eos_token_ids, device=rows.device), share=self.temperature == 0,
-        )  # fmt: skip
+        start = (candidate_start if from_candidate else follow_rollout)(places, prefill.greedy, length)
+        ends = torch.tensor(self.eos_token_ids, device=places.rows.device)
+        return continue_over_prefix(backbone_of(self.model), prefill, start, next_token, places, ends)
 
     def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
         device = next(self.model.parameters()).device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topd.near_future.distilled_model import DistilledModel, fixed
+from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.local_model import LocalModel
 from topd.near_future.windows import Rollouts
@@ -66,6 +66,6 @@ def local_pair(
 
     def distilled(model: Any) -> DistilledModel:
         source = LocalModel(model, padding_id(tokenizer), ends)
-        return DistilledModel(model, fixed(source), micro_batch=micro_batch)
+        return DistilledModel(model, source, micro_batch=micro_batch)
 
     return distilled(student), distilled(teacher)

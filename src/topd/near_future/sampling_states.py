@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from topd.near_future.model_parts import backbone_of, cache_of
-from topd.near_future.shared_prefix import Reading
+from topd.near_future.shared_prefix import Prefill
 from topd.near_future.windows import Rollouts
 
 
@@ -41,8 +41,8 @@ class SamplingStates:
         self._states.append(output.last_hidden_state[:, -1])
         self._cache = cache_of(output)
 
-    def reading(self, rollouts: Rollouts, keep_prefix: bool) -> Reading | None:
-        """The reading of these rollouts, or None if this was not one plain call that sampled them all.
+    def prefill(self, rollouts: Rollouts, keep_prefix: bool) -> Prefill | None:
+        """As if the model had read these rollouts, or None if this was not one plain call that sampled them all.
 
         Whether the states are those of a scoring pass, and whether windows may use the prefix, is for `ways_of` to say.
         """
@@ -58,10 +58,10 @@ class SamplingStates:
             getattr(layer, "keys", None) is not None and layer.keys.shape[2] >= prompt + longest - 1 for layer in layers
         )
         if not keep_prefix:
-            return Reading(hidden)
+            return Prefill({"hidden": hidden})
         if not whole:
             return None
-        return Reading(hidden, [(layer.keys, layer.values) for layer in layers])
+        return Prefill({"hidden": hidden}, [(layer.keys, layer.values) for layer in layers])
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -24,10 +24,10 @@ from topd.near_future.model_parts import backbone_of, evaluating, output_head
 from topd.near_future.padding import last_states, left_padded
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling_states import SamplingStates
-from topd.near_future.shared_prefix import Reading, Start, continue_over_prefix, read
+from topd.near_future.shared_prefix import Prefill, Start, continue_over_prefix, prefill
 from topd.near_future.true_states import PROMPTS, RESPONSE, STARTS, TOLERANCE, alone, padding_id, sample_of
 from topd.near_future.ways import ArchitectureError, Ways
-from topd.near_future.windows import Rollouts
+from topd.near_future.windows import Places, Rollouts
 
 FAST = ("shared_prefix", "packed_rows", "sampling_states")
 TRL = ("always", "without left padding", "never")
@@ -224,14 +224,14 @@ class Check:
 
     def _shared_prefix(self) -> str | None:
         rollouts = self.sample.rollouts
-        reading = read(self.backbone, rollouts)
-        assert reading.prefix is not None
-        kept = sum(t.numel() * t.element_size() for layer in reading.prefix for t in layer)
+        whole = prefill(self.backbone, rollouts)
+        assert whole.prefix is not None
+        kept = sum(t.numel() * t.element_size() for layer in whole.prefix for t in layer)
         self.cache_bytes = kept / rollouts.input_ids.numel()
-        error = self.sample.error(reading.hidden, self.sample.response_states)
-        return error or self._over(reading, rollouts, self.sample.branches, self.sample.window_states)
+        error = self.sample.error(whole.hidden, self.sample.response_states)
+        return error or self._over(whole, rollouts, self.sample.branches, self.sample.window_states)
 
-    def _over(self, reading: Reading, rollouts: Rollouts, branches: Branches, truth: Tensor) -> str | None:
+    def _over(self, whole: Prefill, rollouts: Rollouts, branches: Branches, truth: Tensor) -> str | None:
         """Decode the given windows over a prefix, and compare their states."""
         batch, slots, _ = branches.tokens.shape
         states: list[Tensor] = []
@@ -243,8 +243,8 @@ class Check:
         rows = torch.arange(batch, device=truth.device).repeat_interleave(slots)
         tokens = branches.tokens.flatten(0, 1)
         continue_over_prefix(
-            self.backbone, reading, Start(tokens, torch.ones_like(rows)), given, rollouts, rows,
-            branches.position.flatten(), eos=rows.new_zeros(0), share=False,
+            self.backbone, whole, Start(tokens, torch.ones_like(rows)), given,
+            Places(rollouts, rows, branches.position.flatten()), eos=rows.new_zeros(0), share=False,
         )  # fmt: skip
         return self.sample.error(torch.stack(states, dim=2), truth[:, :, 1:])
 
@@ -253,13 +253,13 @@ class Check:
         ids, mask, response, states = self._generated([0, 1])
         ones = torch.ones_like(response)
         rollouts = Rollouts(ids, mask, response, ones, ones)
-        reading = states.reading(rollouts, keep_prefix=False)
-        self.cached_prefix = _alike(states.reading(rollouts, keep_prefix=True), read(self.backbone, rollouts))
-        if reading is None:
+        sampled = states.prefill(rollouts, keep_prefix=False)
+        self.cached_prefix = _alike(states.prefill(rollouts, keep_prefix=True), prefill(self.backbone, rollouts))
+        if sampled is None:
             return "generate does not feed one token at a time"
         row_states = [alone(self.backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
         truth = torch.stack([states[p - 1 : -1] for states, p in zip(row_states, PROMPTS, strict=True)])
-        return self.sample.error(reading.hidden, truth)
+        return self.sample.error(sampled.hidden, truth)
 
     def _same_tokens_alone(self) -> str | None:
         together = self._generated([0, 1])[2]
@@ -296,7 +296,7 @@ def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -
     ]
 
 
-def _alike(some: Reading | None, other: Reading) -> bool:
+def _alike(some: Prefill | None, other: Prefill) -> bool:
     """Whether two prefixes have keys and values of the same shapes."""
     if some is None or some.prefix is None or other.prefix is None or len(some.prefix) != len(other.prefix):
         return False

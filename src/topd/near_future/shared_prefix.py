@@ -1,4 +1,4 @@
-"""Windows decoded over one prefix: what a model keeps from having read a rollout serves all of its branches.
+"""Windows decoded over one prefix: what a model computed when it read a rollout serves all of its branches.
 
 A greedy window costs nothing as long as it follows the rollout: there the model's own choice at every position is known
 from scoring. Only from its first disagreement with the rollout on is it decoded, and windows that leave the rollout
@@ -18,35 +18,48 @@ from topd.near_future.attention_interface import attending_in
 from topd.near_future.padding import last_states, takes_positions
 from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
 from topd.near_future.tree_attention import OpenBranches, Recording
-from topd.near_future.windows import Rollouts, Windows
+from topd.near_future.windows import Places, Rollouts, Windows
 
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Of each attention call, keys and values [rollout, head, row_position, width]."""
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a model keeps from having read rollouts.
+class Prefill:
+    """What a model, or a teacher behind a server, computed when it read rollouts.
 
     Attributes:
-        hidden: [rollout, position, width], the states that predict each response token.
-        prefix: of each attention call, keys and values [rollout, head, row_position, width]; None where not kept.
+        states: by name, [rollout, position, ...] what its token loss is computed from: `hidden`, the hidden states that
+            predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
+        prefix: keys and values, over which windows are decoded; None: windows start from fresh prefixes.
+        greedy: [rollout, position] its most likely token at each position; known after scoring.
+        parts: with several teachers, what each computed for its own rollouts.
     """
 
-    hidden: Tensor
-    prefix: list[tuple[Tensor, Tensor]] | None = None
+    states: dict[str, Tensor]
+    prefix: KeysValues | None = None
+    greedy: Tensor | None = None
+    parts: tuple[Prefill, ...] = ()
 
-    def __getitem__(self, rows: slice) -> Reading:
+    @property
+    def hidden(self) -> Tensor:
+        """[rollout, position, width] the hidden states that predict each response token."""
+        return self.states["hidden"]
+
+    def __getitem__(self, rows: slice | Tensor) -> Prefill:
+        states = {name: values[rows] for name, values in self.states.items()}
         prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        return Reading(self.hidden[rows], prefix)
+        return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows], self.parts)
 
 
-def read(backbone: Any, rollouts: Rollouts) -> Reading:
-    """Read rollouts and keep states, keys and values."""
+def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
+    """Read rollouts in one forward pass; keep hidden states, keys and values."""
     recording = Recording()
     with attending_in(recording, backbone.config):
         states = last_states(backbone, rollouts.input_ids, rollouts.causal_mask)
-    return Reading(states[:, rollouts.prompt_ids.shape[1] - 1 : -1], recording.kept)
+    return Prefill({"hidden": states[:, rollouts.prompt_ids.shape[1] - 1 : -1]}, recording.kept)
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,15 @@ class Start:
     known: Tensor
 
 
-def follow_rollout(rollouts: Rollouts, greedy: Tensor, rows: Tensor, positions: Tensor, length: int) -> Start:
+def follow_rollout(places: Places, greedy: Tensor, length: int) -> Start:
     """The greedy windows as far as scoring knows them: up to and with the first token that is not the rollout's.
 
     Args:
+        places: where the windows start.
         greedy: [rollout, position] the model's most likely token at each position of the response.
-        rows, positions: [window] where the windows start.
+        length: tokens of each window.
     """
+    rollouts, rows, positions = places.rollouts, places.rows, places.positions
     last = greedy.shape[1]
     index = torch.arange(last, device=greedy.device)
     agrees = (greedy == rollouts.response_ids) & rollouts.response_mask.bool()
@@ -80,53 +95,44 @@ def follow_rollout(rollouts: Rollouts, greedy: Tensor, rows: Tensor, positions: 
     return Start(greedy[rows[:, None], path], known.clamp(max=length))
 
 
-def sampled_start(reading: Reading, next_token: NextToken, rows: Tensor, positions: Tensor, length: int) -> Start:
-    """Windows of which only the first token is known: it is sampled from the state at its position."""
-    first = next_token(reading.hidden[rows, positions])
-    return Start(first[:, None].repeat(1, length), torch.ones_like(rows))
-
-
-def candidate_start(rollouts: Rollouts, greedy: Tensor | None, rows: Tensor, positions: Tensor, length: int) -> Start:
-    """Windows that begin with the candidate, the rollout's own token at each place.
-
-    Args:
-        greedy: [rollout, position] the model's most likely token at each position: the windows continue greedily. None:
-            only the candidate is known.
-        rows, positions: [window] where the windows start.
-    """
-    candidate = rollouts.response_ids[rows, positions]
-    if greedy is None or length == 1:
-        return Start(candidate[:, None].repeat(1, length), torch.ones_like(rows))
-    after = follow_rollout(rollouts, greedy, rows, positions + 1, length - 1)
-    return Start(torch.cat([candidate[:, None], after.tokens], 1), after.known + 1)
+def candidate_start(places: Places, greedy: Tensor, length: int) -> Start:
+    """Windows that begin with the candidate, the rollout's own token at each place, and continue greedily."""
+    candidate = places.tokens[:, None]
+    if length == 1:
+        return Start(candidate, torch.ones_like(places.rows))
+    after = follow_rollout(places.moved(1), greedy, length - 1)
+    return Start(torch.cat([candidate, after.tokens], 1), after.known + 1)
 
 
 def continue_over_prefix(
-    backbone: Any, reading: Reading, start: Start, next_token: NextToken,
-    rollouts: Rollouts, rows: Tensor, positions: Tensor, eos: Tensor, share: bool,
+    backbone: Any, prefill: Prefill, start: Start, next_token: NextToken, places: Places, eos: Tensor,
+    share: bool = True,
 ) -> Windows:  # fmt: skip
-    """Finish windows: all branches of all rollouts together, one token of each a forward pass.
+    """Finish greedy windows: all branches of all rollouts together, one token of each per forward pass.
 
     Args:
-        start: what is known of them.
-        rows, positions: [window] where they start.
+        backbone: the decoder.
+        prefill: of the rollouts, with `prefix`.
+        start: what is known of the windows.
+        next_token: the most likely token after each state.
+        places: where the windows start.
         eos: [token] ids that end a window; the one that ended it is part of it.
-        share: windows that go on from the same place with the same token are one (greedy decoding).
+        share: windows that continue from the same place with the same token are decoded once.
     """
+    rollouts, rows = places.rollouts, places.rows
     length = start.tokens.shape[1]
     window_position = torch.arange(length, device=rows.device)
     known_mask = window_position < start.known[:, None]
     ended = (torch.isin(start.tokens, eos) & known_mask).any(1)
-    last_place = positions + start.known - 1  # response position of the last known token, which is fed first
+    last_place = places.positions + start.known - 1  # response position of the last known token, which is fed first
     last_token = start.tokens.gather(1, start.known[:, None] - 1).squeeze(1)
     open_ = (~ended & (start.known < length)).nonzero().squeeze(-1)
     tokens = start.tokens.clone()
     if len(open_):
         where = torch.stack([rows[open_], last_place[open_], last_token[open_]], 1)
+        branch_of = torch.arange(len(open_), device=rows.device)
         if share:
-            branch_of, where = _unique_rows(where)
-        else:
-            branch_of = torch.arange(len(open_), device=rows.device)
+            where, branch_of = where.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
         wanted = torch.zeros(len(where), dtype=torch.long, device=rows.device)
         wanted = wanted.scatter_reduce(0, branch_of, length - start.known[open_], "amax")
         grown = wanted.new_zeros(len(where), int(wanted.max()))
@@ -134,7 +140,7 @@ def continue_over_prefix(
             mine = (where[:, 0] >= together.start) & (where[:, 0] < together.stop)
             if mine.any():
                 here = where[mine] - where.new_tensor([together.start, 0, 0])
-                part = _grow(backbone, reading[together], next_token, rollouts[together], here, wanted[mine], eos)
+                part = _grow(backbone, prefill[together], next_token, rollouts[together], here, wanted[mine], eos)
                 grown[mine, : part.shape[1]] = part
         column = window_position - start.known[open_][:, None]
         more = grown[branch_of[:, None], column.clamp(0, grown.shape[1] - 1)]
@@ -149,16 +155,11 @@ def until_eos(tokens: Tensor, eos: Tensor) -> Tensor:
     return is_eos.cumsum(-1) - is_eos.long() == 0
 
 
-def _unique_rows(where: Tensor) -> tuple[Tensor, Tensor]:
-    unique, index = where.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
-    return index, unique
-
-
 def _grow(
-    backbone: Any, reading: Reading, next_token: NextToken, rollouts: Rollouts,
+    backbone: Any, prefill: Prefill, next_token: NextToken, rollouts: Rollouts,
     where: Tensor, wanted: Tensor, eos: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[branch, token] what each branch (rollout, response position of its first fed token, that token) goes on with."""
+    """[branch, token] how each branch (rollout, response position of its first fed token, that token) continues."""
     order = where[:, 0].argsort(stable=True)
     row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
@@ -171,7 +172,7 @@ def _grow(
 
     place, fed = prompt + spread(where[:, 1]), spread(where[:, 2])  # row index of the token that is fed
     left = spread(wanted)
-    tree = _open_branches(reading, rollouts, place, steps)
+    tree = _open_branches(prefill, rollouts, place, steps)
     inputs: dict[str, Any] = {"use_cache": False}
     states = states_at(backbone, rollouts, place)
     if states is not None:
@@ -195,11 +196,11 @@ def _grow(
     return out
 
 
-def _open_branches(reading: Reading, rollouts: Rollouts, place: Tensor, room: int) -> OpenBranches:
+def _open_branches(prefill: Prefill, rollouts: Rollouts, place: Tensor, room: int) -> OpenBranches:
     """Branches whose first token is fed at `place` [rollout, branch], an index in the row."""
-    assert reading.prefix is not None
+    assert prefill.prefix is not None
     used, padding = int(place.max()), rollouts.padding[:, None]
     index = torch.arange(used, device=place.device)
     seen = (index < place[:, :, None]) & rollouts.attention_mask[:, None, :used].bool()
-    prefix = [(keys[:, :, :used], values[:, :, :used]) for keys, values in reading.prefix]
+    prefix = [(keys[:, :, :used], values[:, :, :used]) for keys, values in prefill.prefix]
     return OpenBranches(prefix, seen, index - padding, place - padding, room)

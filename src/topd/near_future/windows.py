@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -54,10 +54,6 @@ class Rollouts:
         prompt = self.prompt_ids[row][self.prompt_mask[row].bool()]
         return torch.cat([prompt, self.response_ids[row, :position]])
 
-    def prefixes(self, rows: Tensor, positions: Tensor) -> list[Tensor]:
-        """The prefix of each (row, position)."""
-        return [self.prefix(row, position) for row, position in zip(rows.tolist(), positions.tolist(), strict=True)]
-
     def trimmed(self) -> Rollouts:
         """The same without the padding on the left that all rows have."""
         first = int(self.padding.min())
@@ -76,10 +72,84 @@ class Rollouts:
             None if self.teacher is None else self.teacher[rows],
         )
 
+    @classmethod
+    def cat(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """Batches of equal widths, one after the other."""
+        names = [field.name for field in fields(cls) if getattr(parts[0], field.name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@dataclass(frozen=True)
+class Places:
+    """Response positions of a batch of rollouts at which windows start.
+
+    Attributes:
+        rollouts: the batch.
+        rows: [place] the rollout of each place.
+        positions: [place] its position in the response.
+    """
+
+    rollouts: Rollouts
+    rows: Tensor
+    positions: Tensor
+
+    @classmethod
+    def marked(cls, rollouts: Rollouts, marks: Tensor) -> Places:
+        """Where `marks` [rollout, position] is True, by rollout and then left to right."""
+        return cls(rollouts, *marks.nonzero(as_tuple=True))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Places]) -> Places:
+        """The places of several batches as places of one batch. Batches may differ in size."""
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [len(part.rollouts) for part in parts]
+        first_rows = [sum(sizes[:number]) for number in range(len(parts))]
+        return cls(
+            Rollouts.cat([part.rollouts for part in parts]),
+            torch.cat([part.rows + first for part, first in zip(parts, first_rows, strict=True)]),
+            torch.cat([part.positions for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: Tensor) -> Places:
+        return Places(self.rollouts, self.rows[which], self.positions[which])
+
+    def at(self, values: Tensor) -> Tensor:
+        """[place, ...] of values [rollout, position, ...]."""
+        return values[self.rows, self.positions]
+
+    def marks(self, which: Tensor) -> Tensor:
+        """[rollout, position] True at the places where `which` [place] is True."""
+        nowhere = torch.zeros(self.rollouts.response_ids.shape, dtype=torch.bool, device=which.device)
+        return nowhere.index_put((self.rows, self.positions), which)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[place] the rollout's own token at each place: the candidate."""
+        return self.at(self.rollouts.response_ids)
+
+    def moved(self, by: int) -> Places:
+        """The places `by` positions further on."""
+        return Places(self.rollouts, self.rows, self.positions + by)
+
+    def of_rollouts(self, rows: Tensor) -> tuple[Places, Tensor]:
+        """The places in these rollouts (ascending row numbers), as places of that part, and which they are here."""
+        which = torch.isin(self.rows, rows).nonzero().squeeze(-1)
+        part = torch.searchsorted(rows, self.rows[which])
+        return Places(self.rollouts[rows], part, self.positions[which]), which
+
+    def prefixes(self) -> list[Tensor]:
+        """The student's prefix before each place, without padding."""
+        places = zip(self.rows.tolist(), self.positions.tolist(), strict=True)
+        return [self.rollouts.prefix(row, position) for row, position in places]
+
 
 @dataclass(frozen=True)
 class Windows:
-    """Near futures, one a candidate: the tokens a model continues a prefix with.
+    """Near futures, one per place: the tokens with which a model continues a prefix.
 
     Attributes:
         tokens: [window, window_position], padded on the right.
@@ -96,6 +166,10 @@ class Windows:
     def cat(cls, parts: list[Windows]) -> Windows:
         """Windows of equal width, one after the other."""
         return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.mask for part in parts]))
+
+    def first(self, length: int) -> Windows:
+        """The first tokens of each."""
+        return Windows(self.tokens[:, :length], self.mask[:, :length])
 
     def __getitem__(self, which: Tensor) -> Windows:
         return Windows(self.tokens[which], self.mask[which])
@@ -122,10 +196,11 @@ def padded_with_eos(windows: Windows, eos_token_ids: Sequence[int]) -> Windows:
     return Windows(torch.where(ended & ~windows.mask, last, windows.tokens), windows.mask | ended)
 
 
-def rollout_windows(rollouts: Rollouts, rows: Tensor, positions: Tensor, length: int) -> Windows:
-    """The rollout's own next `length` tokens from each (row, position): nothing to generate (our variant)."""
+def rollout_windows(places: Places, length: int) -> Windows:
+    """The rollout's own next `length` tokens from each place; nothing is generated."""
+    rollouts, rows = places.rollouts, places.rows[:, None]
     last = rollouts.response_ids.shape[1] - 1
-    index = positions[:, None] + torch.arange(length, device=positions.device)
+    index = places.positions[:, None] + torch.arange(length, device=rows.device)
     inside = index.clamp(max=last)
-    mask = (index <= last) & rollouts.response_mask[rows[:, None], inside].bool()
-    return Windows(rollouts.response_ids[rows[:, None], inside] * mask, mask)
+    mask = (index <= last) & rollouts.response_mask[rows, inside].bool()
+    return Windows(rollouts.response_ids[rows, inside] * mask, mask)

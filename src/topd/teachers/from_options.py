@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
 from topd.teachers.openai_server import Limits, OpenAIServer
-from topd.teachers.server_windows import RemoteWindows, connect, served_as
+from topd.teachers.server_windows import ServerWindows, connect, served_as
 
 REMEDY = (
-    "Fix or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
+    "Fix or restart it; a run that had started continues from its last checkpoint (--resume_from_checkpoint true). "
     "teacher_server_patience and teacher_server_timeout say how long it is waited for."
 )
 
@@ -46,13 +46,12 @@ def teacher_windows(
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Sequence[int],
     vocabulary: int | None = None,
-) -> RemoteWindows:
+) -> ServerWindows:
     """Windows as the options describe them. Raises `TOPDError`: see `connect`."""
-    name, temperature = options.teacher_server_model, options.window_temperature
-    return connect(server, tokenizer, eos_token_ids, name, temperature, vocabulary)
+    return connect(server, tokenizer, eos_token_ids, options.teacher_server_model, vocabulary=vocabulary)
 
 
-def contexts(student: Any, teacher: Any, server: RemoteWindows | None) -> dict[str, PreTrainedConfig]:
+def contexts(student: Any, teacher: Any, server: ServerWindows | None) -> dict[str, PreTrainedConfig]:
     """Configs that say how many tokens each of them takes."""
     configs: dict[str, Any] = {"student": student.config}
     if teacher is not None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from topd.algorithm import Head
+from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, TokenScores, score_tokens
+from topd.algorithm.tiles import Direction
+from topd.algorithm.transport import GroundCost
 from topd.errors import TOPDError
 from topd.near_future.branches import Branches
 from topd.near_future.distilled_model import DistilledModel
-from topd.near_future.shared_prefix import Reading
-from topd.near_future.ways import Ways
-from topd.near_future.windows import Rollouts, Windows
+from topd.near_future.kernels import loss_on_device
+from topd.near_future.shared_prefix import Prefill
+from topd.near_future.windows import Places, Rollouts, Windows
 
 
-@dataclass(frozen=True)
-class Readings(Reading):
-    """What each teacher kept from its rollouts; `hidden` is in the common columns."""
-
-    of_teacher: tuple[Reading, ...] = ()
-
-
-class RoutedTeacher(DistilledModel):
-    """Asks, for each rollout, the teacher that `rollouts.teacher` names.
+class RoutedTeacher:
+    """Asks, for each rollout, the teacher that `rollouts.teacher` names. A `Teacher`.
 
     The teachers' states lie side by side: a rollout's are in the columns of its teacher, with zeros in the others'; the
     output heads lie side by side likewise, so that one product gives each rollout the logits of its own teacher. That
@@ -42,54 +37,59 @@ class RoutedTeacher(DistilledModel):
         self._widths = [head.weight.shape[1] for head in heads]
 
     @property
-    def ways(self) -> Ways:
-        raise TOPDError("Each of several teachers has its own ways: ask `teachers`.")
-
-    @property
     def cache_bytes_per_token(self) -> float:
         return max(teacher.cache_bytes_per_token for teacher in self.teachers)
 
     def head(self) -> Head:
+        """All output heads side by side."""
         return self._head
 
     @torch.no_grad()
-    def hidden(self, rollouts: Rollouts) -> Tensor:
-        """[rollout, position, all widths]"""
-        return self._in_columns(rollouts, [teacher.hidden(rollouts[rows]) for teacher, rows in self._shares(rollouts)])
+    def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
+        parts = [teacher.prefill(rollouts[rows], keep_prefix) for teacher, rows in self._shares(rollouts)]
+        states = {"hidden": self._in_columns(rollouts, [part.hidden for part in parts])}
+        return Prefill(states, parts=tuple(parts))
+
+    def scores(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
+    ) -> TokenScores:
+        return score_tokens(hidden, head, states["hidden"], self._head, tokens, direction)
+
+    def loss(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
+        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
+    ) -> DistillationLoss:  # fmt: skip
+        return loss_on_device(hidden, head, states["hidden"], self._head, weights, terms, direction)
 
     @torch.no_grad()
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
-        """[rollout, branch, window_position, all widths]"""
         parts = [teacher.hidden_in_windows(rollouts[rows], branches[rows]) for teacher, rows in self._shares(rollouts)]
         return self._in_columns(rollouts, parts)
 
     @torch.no_grad()
-    def read(self, rollouts: Rollouts, keep_prefix: bool = True) -> Readings:
-        parts = [teacher.read(rollouts[rows], keep_prefix) for teacher, rows in self._shares(rollouts)]
-        return Readings(self._in_columns(rollouts, [part.hidden for part in parts]), of_teacher=tuple(parts))
+    def continue_(self, places: Places, length: int, prefill: Prefill | None = None) -> Windows:
+        tokens = torch.zeros(len(places), length, dtype=torch.long, device=places.rows.device)
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        for number, (teacher, rows) in enumerate(self._shares(places.rollouts)):
+            part, which = places.of_rollouts(rows)
+            kept = None
+            if prefill is not None:
+                greedy = None if prefill.greedy is None else prefill.greedy[rows]
+                kept = replace(prefill.parts[number], greedy=greedy)
+            windows = teacher.continue_(part, length, kept)
+            tokens[which], mask[which] = windows.tokens, windows.mask
+        return Windows(tokens, mask)
 
     @torch.no_grad()
-    def continue_(
-        self,
-        rollouts: Rollouts,
-        reading: Reading,
-        greedy: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        length: int,
-        from_candidate: bool = False,
-    ) -> Windows:
-        assert isinstance(reading, Readings)
-        tokens = torch.zeros(len(rows), length, dtype=torch.long, device=rows.device)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool, device=rows.device)
-        for (teacher, mine), part in zip(self._shares(rollouts), reading.of_teacher, strict=True):
-            here = torch.isin(rows, mine)
-            windows = teacher.continue_(
-                rollouts[mine], part, greedy[mine], torch.searchsorted(mine, rows[here]), positions[here], length,
-                from_candidate,
-            )  # fmt: skip
-            tokens[here], mask[here] = windows.tokens, windows.mask
-        return Windows(tokens, mask)
+    def window_costs(
+        self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
+    ) -> Tensor:
+        """By each place's own teacher."""
+        costs = torch.zeros(*ours.tokens.shape, theirs.tokens.shape[1], device=places.rows.device)
+        for teacher, rows in self._shares(places.rollouts):
+            part, which = places.of_rollouts(rows)
+            costs[which] = teacher.window_costs(ours[which], theirs[which], part, hidden, cost).to(costs.dtype)
+        return costs
 
     def _shares(self, rollouts: Rollouts) -> Iterator[tuple[DistilledModel, Tensor]]:
         """Each teacher that has rollouts, and their rows."""

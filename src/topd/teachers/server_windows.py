@@ -25,7 +25,7 @@ KNOWN_TEXTS = (
 """What student and server must tokenize alike; the student's special tokens are added."""
 
 
-class RemoteWindows:
+class ServerWindows:
     """Continues prefixes on a server, token ids in and out.
 
     Args:
@@ -130,7 +130,7 @@ def connect(
     model: str | None = None,
     temperature: float = 0.0,
     vocabulary: int | None = None,
-) -> RemoteWindows:
+) -> ServerWindows:
     """Ask a server whether it is the teacher's, before it is needed.
 
     Args:
@@ -147,7 +147,7 @@ def connect(
     """
     name, context = served_as(server, model)
     check_tokenizer(server, name, tokenizer)
-    windows = RemoteWindows(server, name, eos_token_ids, temperature, context, vocabulary or len(tokenizer))
+    windows = ServerWindows(server, name, eos_token_ids, temperature, context, vocabulary or len(tokenizer))
     windows.continue_([torch.tensor(windows.eos_token_ids[:1])], 1)
     return windows
 

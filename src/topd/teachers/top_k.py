@@ -1,50 +1,80 @@
-"""A teacher of whom this process has no weights: token losses and windows come from a server (vLLM)."""
+"""Top-k teacher: KL from the teacher's top-k log-probabilities. They and the windows come from a server (vLLM)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topd.algorithm import KnownTokens
+from topd.algorithm import (
+    DistillationLoss,
+    Head,
+    KnownTokens,
+    LikelihoodTerms,
+    TokenScores,
+    known_token_loss,
+    score_known_tokens,
+)
+from topd.algorithm.tiles import Direction
+from topd.algorithm.transport import GroundCost
 from topd.errors import ServerError, TOPDError
-from topd.near_future.shared_prefix import Reading
-from topd.near_future.windows import Rollouts, Windows
-from topd.teachers.server_windows import RemoteWindows
+from topd.near_future.branches import Branches
+from topd.near_future.shared_prefix import Prefill
+from topd.near_future.windows import Places, Rollouts, Windows
+from topd.teachers.server_windows import ServerWindows
 
 ROUNDING = 1e-4
 """How far above 0 a log-probability may be, in nats, from rounding."""
 
 
-class RemoteTeacher:
-    """Stands where a `DistilledModel` stands; instead of hidden states it has the likeliest tokens of each position.
+class TopKTeacher:
+    """A teacher behind a server, of which the most likely tokens of each position are known. A `Teacher`.
 
     Args:
         windows: the server.
-        known: tokens of each position whose probability it is asked for, beside the sampled one.
+        known: tokens of each position whose probability the server is asked for, in addition to the sampled one.
     """
 
-    cache_bytes_per_token = 0
+    cache_bytes_per_token = 0.0
 
-    def __init__(self, windows: RemoteWindows, known: int) -> None:
+    def __init__(self, windows: ServerWindows, known: int) -> None:
         self.windows, self.known = windows, known
 
-    def head(self) -> None:
-        """There is none: see `hidden`."""
+    def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
+        """`KnownTokens` of each response token; the server keeps the prefix itself.
 
-    def embeddings(self) -> Tensor:
+        Raises:
+            ServerError: see `known_tokens`.
+        """
+        return Prefill(self.known_tokens(rollouts)._asdict())
+
+    def scores(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
+    ) -> TokenScores:
+        return score_known_tokens(hidden, head, KnownTokens(**states), tokens, direction)
+
+    def loss(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
+        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
+    ) -> DistillationLoss:  # fmt: skip
+        return known_token_loss(hidden, head, KnownTokens(**states), weights, terms, direction)
+
+    def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
+        raise TOPDError("A teacher behind a server has no hidden states here: use guidance_context=student.")
+
+    def window_costs(
+        self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
+    ) -> Tensor:
         raise TOPDError("A teacher behind a server has no embeddings here: use embedding=student or student_hidden.")
 
-    def states_of(self, prefixes: object, windows: object) -> Tensor:
-        return self.embeddings()
+    def continue_(self, places: Places, length: int, prefill: Prefill | None = None) -> Windows:
+        return self.windows.continue_(places.prefixes(), length)
 
-    def hidden_in_windows(self, rollouts: object, branches: object) -> Tensor:
-        return self.embeddings()
-
-    def hidden(self, rollouts: Rollouts) -> Tensor:
-        """[rollout, position, 2, known + 1] `KnownTokens` of each response token, packed; nothing where it is masked.
+    def known_tokens(self, rollouts: Rollouts) -> KnownTokens:
+        """[rollout, position, known + 1] of each response token; one sure token where it is masked.
 
         Raises:
             ServerError: see `OpenAIServer.post`; or it gives no log-probabilities of prompts, or values that are none.
@@ -67,16 +97,8 @@ class RemoteTeacher:
             for position, found in enumerate(positions):
                 tokens[row, position, : len(found)] = torch.tensor([token for token, _ in found])
                 log_probs[row, position, : len(found)] = torch.tensor([log_prob for _, log_prob in found])
-        return pack(KnownTokens(tokens, log_probs)).to(rollouts.response_ids.device)
-
-    def read(self, rollouts: Rollouts, keep_prefix: bool = True) -> Reading:
-        return Reading(self.hidden(rollouts))
-
-    def continue_(
-        self, rollouts: Rollouts, reading: Reading, greedy: Tensor, rows: Tensor, positions: Tensor, length: int
-    ) -> Windows:
-        """The teacher's near future from each place in the rollouts; as in `DistilledModel`."""
-        return self.windows.continue_(rollouts.prefixes(rows, positions), length)
+        device = rollouts.response_ids.device
+        return KnownTokens(tokens.to(device), log_probs.to(device))
 
     def _of_response(self, answer: Any, prompt: list[int], length: int) -> list[list[tuple[int, float]]]:
         """(token, log-probability) at each response position, the sampled token first."""
@@ -120,12 +142,3 @@ class RemoteTeacher:
                 "(vLLM: --logprobs-mode raw_logprobs)."
             )
         return {token: min(value, 0.0) for token, value in known.items()}
-
-
-def pack(known: KnownTokens) -> Tensor:
-    """As one tensor [..., 2, known], to travel with the batch; token ids are exact in float32 below 2**24."""
-    return torch.stack([known.tokens.float(), known.log_probs.float()], dim=-2)
-
-
-def unpack(packed: Tensor) -> KnownTokens:
-    return KnownTokens(packed[..., 0, :].long(), packed[..., 1, :])

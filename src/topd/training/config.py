@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from trl import DistillationConfig
 
 from topd.algorithm.downweighting import Selection
@@ -15,8 +16,14 @@ from topd.algorithm.transport import GroundCost
 from topd.loading.options import check_kinds
 from topd.near_future.matching import Embedding, Solver
 from topd.teachers.server_address import without_secrets
+from topd.training.method import Method as MethodChoices
+from topd.training.method import Ranking, StudentWindow
 
 Method = Literal["opd", "opd-capped", "topd"]
+
+
+CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "teacher_context_loss", "cap_false_alarms")
+"""Options of `method=topd` that study what its parts do; no run needs them. `cap_selection` is that of `opd-capped`."""
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -37,18 +44,15 @@ class TOPDConfig(DistillationConfig):
 
     method: Method = _option(
         "topd",
-        "opd: on-policy distillation, exactly TRL's DistillationTrainer. opd-capped: false alarms suppressed "
+        "opd: on-policy distillation, as TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
     )
     window_length: int = _option(50, "K, tokens of each window. Paper: 50.")
-    student_window: Literal["rollout", "candidate", "regenerated"] = _option(
+    student_window: StudentWindow = _option(
         "rollout",
         "rollout: the rollout's own next K tokens, nothing to generate. candidate: the candidate token, then the "
         "student's greedy continuation. regenerated: the student continues the prefix anew, so the window may begin "
         "with another token. The paper's text fits all three; the default is our choice.",
-    )
-    window_temperature: float = _option(
-        0.0, "Decoding of windows; 0 is greedy. The paper does not give it; our choice."
     )
 
     window_memory: float = _option(
@@ -57,38 +61,34 @@ class TOPDConfig(DistillationConfig):
         "Our choice.",
     )
 
-    candidate_ranking: Literal["reverse_kl", "teacher_nll", "log_ratio"] = _option(
+    candidate_ranking: Ranking = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
         "token (axis of Fig. 6); log_ratio, log p_S - log p_T of the sampled token (k1). The paper does not give it; "
         "our choice.",
     )
-    candidate_share: float | None = _option(
-        0.0225,
+    candidate_share: float = _option(
+        MethodChoices.candidate_share,
         "Share of a rollout's positions with the highest loss, at least one. The paper gives 218 of 9,688; the rule is "
         "our choice.",
     )
-    candidate_count: int | None = _option(None, "Instead of a share: a fixed number of candidates per rollout.")
-    candidate_threshold: float | None = _option(
-        None, "Instead of a share: every position with at least this loss (nats)."
-    )
-    opd_loss: Literal["trl", "one_pass"] = _option(
-        "trl",
+    opd_loss: Literal["auto", "trl", "one_pass"] = _option(
+        "auto",
         "The loss of method=opd. trl: DistillationTrainer's own, bit for bit. one_pass: ours, the same to rounding, in "
-        "less time and memory on CPU; the entropy it logs is estimated from the sampled tokens.",
+        "less time and memory on CPU; the entropy it logs is estimated from the sampled tokens. auto: one_pass on a "
+        "CPU and with several teachers, for text and beta 0 or 1; else trl.",
     )
     max_overhead: float | None = _option(
         None,
-        "Longest that a step may take over plain OPD, as a share (0.10: ten percent). The first ten steps measure the "
+        "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
         "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
         "None: no limit. Our choice.",
     )
-    candidate_spacing: int = _option(1, "Least distance between candidates of a rollout. Our choice: no spacing.")
 
     teacher_window_server: str | None = _option(
         None,
         "URL of an OpenAI-compatible server (vLLM, SGLang) that continues the teacher's windows. Without a "
-        "teacher_model the token losses come from it too, from its likeliest tokens (vLLM).",
+        "teacher_model the token losses come from it too, from its most likely tokens (vLLM).",
     )
     teacher_server_model: str | None = _option(
         None, "Name under which that server serves the teacher. None: the only model that it has."
@@ -97,12 +97,10 @@ class TOPDConfig(DistillationConfig):
         None, "Name of the environment variable that holds the server's API key. The key itself is never written down."
     )
     teacher_server_timeout: float = _option(
-        300.0, "Seconds that one request to it may take, from connecting to the last byte of the answer."
+        300.0, "Maximum seconds per request, from connecting to the last byte of the answer."
     )
-    teacher_server_patience: float = _option(
-        600.0, "Seconds without an answer after which it is given up; until then requests are repeated."
-    )
-    teacher_server_concurrency: int = _option(16, "Requests to it at a time, from each process.")
+    teacher_server_patience: float = _option(600.0, "Give up after this many seconds of failed retries.")
+    teacher_server_concurrency: int = _option(16, "Concurrent requests per process.")
     teacher_top_k: int = _option(
         20,
         "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
@@ -185,7 +183,8 @@ class TOPDConfig(DistillationConfig):
         "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
-    audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")
+    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many optimizer steps. 0: never.")
+
     audit_rollouts: int = _option(2, "Rollouts in each audit record.")
 
     def __post_init__(self) -> None:
@@ -200,22 +199,16 @@ class TOPDConfig(DistillationConfig):
             self.fork_rule = "threshold"
         elif self.fork_rule == "threshold":
             raise ValueError("fork_rule=threshold needs fork_threshold, a D_OT such as topd probe reports.")
-        if self.candidate_count is not None or self.candidate_threshold is not None:
-            self.candidate_share = None
-        rules = {"candidate_count": self.candidate_count, "candidate_threshold": self.candidate_threshold}
-        if all(value is not None for value in rules.values()):
-            raise ValueError("candidate_count and candidate_threshold exclude each other; give one of them.")
         for name, value in vars(self).items():
             if name in TOPDConfig.__annotations__ and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite; got {value}.")
             if name in self._VALID_DICT_FIELDS and isinstance(value, str) and value:
                 raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
-        if self.candidate_share is not None and not 0 < self.candidate_share <= 1:
+        if not 0 < self.candidate_share <= 1:
             raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
         least = {"audit_steps": 0} | dict.fromkeys(
             (
                 "window_length",
-                "candidate_spacing",
                 "audit_rollouts",
                 "recalibration_steps",
                 "teacher_server_concurrency",
@@ -226,9 +219,8 @@ class TOPDConfig(DistillationConfig):
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}; got {getattr(self, name)}.")
-        for name in ("guidance_weight", "window_temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if self.guidance_weight < 0:
+            raise ValueError(f"guidance_weight must not be negative; got {self.guidance_weight}.")
         if not 0 <= self.false_alarm_share < 1:
             raise ValueError(f"false_alarm_share must be in [0, 1); got {self.false_alarm_share}.")
         if self.window_memory <= 0:
@@ -237,11 +229,19 @@ class TOPDConfig(DistillationConfig):
             raise ValueError(f"max_overhead must be positive, or None for no limit; got {self.max_overhead}.")
         if self.entropic_epsilon <= 0:
             raise ValueError(f"entropic_epsilon must be positive; got {self.entropic_epsilon}.")
-        if (self.looks_ahead or self.opd_in_one_pass) and self.beta not in (0.0, 1.0):
+        self._check_controls()
+        if (self.looks_ahead or self.opd_loss == "one_pass") and self.beta not in (0.0, 1.0):
             raise ValueError(
                 f"method={self.method} with opd_loss={self.opd_loss} needs beta 1 (reverse KL, the paper) or 0 "
                 f"(forward KL); got beta={self.beta}."
             )
+
+    def _check_controls(self) -> None:
+        """Refuse a control of a study where the method does not have what it controls."""
+        methods = dict.fromkeys(CONTROLS, "topd") | {"cap_selection": "opd-capped"}
+        for name, method in methods.items():
+            if self.method != method and getattr(self, name) != getattr(TOPDConfig, name):
+                raise ValueError(f"{name} is a control of method={method}; leave it out with method={self.method}.")
 
     @property
     def looks_ahead(self) -> bool:
@@ -253,6 +253,9 @@ class TOPDConfig(DistillationConfig):
     @property
     def opd_in_one_pass(self) -> bool:
         """Whether plain OPD uses our loss instead of TRL's."""
+        if self.opd_loss == "auto":
+            on_cpu = self.use_cpu or not torch.accelerator.is_available()
+            return not self.looks_ahead and self.beta in (0.0, 1.0) and (on_cpu or bool(self.teachers))
         return self.opd_loss == "one_pass" and not self.looks_ahead
 
     @property

@@ -1,113 +1,117 @@
-"""What looking ahead finds, as the trainer carries it."""
+"""What looking ahead finds: both near futures at each place, and what follows for the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from topd.algorithm import Transport
-from topd.near_future import Windows
+from topd.near_future import Places, Windows
 
 
 @dataclass(frozen=True)
-class WindowPairs:
-    """The two near futures at each of several places in a batch of rollouts.
+class Futures:
+    """The two near futures at each of several places, and the transport between them.
 
     Attributes:
-        rows, positions: [place] rollout and response position at which both windows start.
+        places: where both windows start.
         ours, theirs: windows of student and teacher.
+        transport: distance D_OT and plan, from the student's window (rows) to the teacher's (columns).
     """
 
-    rows: Tensor
-    positions: Tensor
+    places: Places
     ours: Windows
     theirs: Windows
+    transport: Transport
+
+    @property
+    def distance(self) -> Tensor:
+        """[place] D_OT; NaN where there is none."""
+        return self.transport.distance
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, which: Tensor) -> Futures:
+        transport = Transport(*(values[which] for values in self.transport))
+        return Futures(self.places[which], self.ours[which], self.theirs[which], transport)
 
     @classmethod
-    def cat(cls, parts: list[WindowPairs]) -> WindowPairs:
-        """Several, one after the other; their rows must count on already."""
+    def cat(cls, parts: Sequence[Futures]) -> Futures:
+        """Futures of several batches as those of one batch."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
-            torch.cat([part.rows for part in parts]),
-            torch.cat([part.positions for part in parts]),
+            Places.cat([part.places for part in parts]),
             Windows.cat([part.ours for part in parts]),
             Windows.cat([part.theirs for part in parts]),
+            Transport(*map(torch.cat, zip(*(part.transport for part in parts), strict=True))),
         )
 
 
 @dataclass(frozen=True)
 class Look:
-    """What student and teacher make of rollouts. Candidates are ordered by rollout, then left to right.
+    """What student and teacher make of rollouts.
 
     Attributes:
         token_loss: [rollout, position] nats.
         entropy: [rollout, position] of the student, nats.
-        teacher_hidden: [rollout, position, width], kept so that the teacher runs once.
-        candidates: windows at the high-loss positions.
-        low_loss: windows at low-loss positions, where the fork threshold is being estimated; else None.
+        teacher_states: `Prefill.states` of the teacher, kept so that it reads the rollouts once.
+        candidates: futures at the high-loss positions.
+        low_loss: futures at low-loss positions, where the fork threshold is being estimated; else None.
     """
 
     token_loss: Tensor
     entropy: Tensor
-    teacher_hidden: Tensor
-    candidates: WindowPairs
-    low_loss: WindowPairs | None
+    teacher_states: dict[str, Tensor]
+    candidates: Futures
+    low_loss: Futures | None
+
+    @classmethod
+    def cat(cls, waves: Sequence[Look]) -> Look:
+        """Several waves of rollouts as one batch. Waves may differ in size."""
+        if len(waves) == 1:
+            return waves[0]
+        low_loss = [wave.low_loss for wave in waves if wave.low_loss is not None]
+        names = waves[0].teacher_states
+        return cls(
+            torch.cat([wave.token_loss for wave in waves]),
+            torch.cat([wave.entropy for wave in waves]),
+            {name: torch.cat([wave.teacher_states[name] for wave in waves]) for name in names},
+            Futures.cat([wave.candidates for wave in waves]),
+            Futures.cat(low_loss) if low_loss else None,
+        )
 
 
 @dataclass(frozen=True)
 class NearFuture:
-    """What looking ahead found in a batch of rollouts.
+    """What looking ahead found in a batch of rollouts, and what it decided.
 
     Attributes:
-        token_loss, entropy, teacher_hidden: as in `Look`.
-        rows, positions: [candidate] where each candidate is.
-        ours, theirs: windows of student and teacher at each candidate.
-        ours_from_rollout: whether `ours` is the rollout's own path, so that nothing was generated for it.
-        transport: between the windows.
+        look: scores, and futures at the candidates.
         threshold: D_OT above which a candidate is a fork.
-        low_loss_distance: [place] D_OT at the low-loss positions of this batch; None where they were not looked at.
         fork: [candidate] True at forks, False at false alarms.
         guided: [candidate] True where the trajectory loss applies.
         capped: [candidate] True where the token loss is capped.
         weights: [rollout, position] of the token losses; 1 unless capped.
     """
 
-    token_loss: Tensor
-    entropy: Tensor
-    teacher_hidden: Tensor
-    rows: Tensor
-    positions: Tensor
-    ours: Windows
-    theirs: Windows
-    ours_from_rollout: bool
-    transport: Transport
+    look: Look
     threshold: float
-    low_loss_distance: Tensor | None
     fork: Tensor
     guided: Tensor
     capped: Tensor
     weights: Tensor
 
+    @property
+    def candidates(self) -> Futures:
+        """Futures at the candidates."""
+        return self.look.candidates
 
-def joined(waves: list[Look]) -> Look:
-    """Several waves of rollouts as one. Waves may differ in size: each one's rows follow those before it."""
-    if len(waves) == 1:
-        return waves[0]
-    first_rows, count = [], 0
-    for wave in waves:
-        first_rows.append(count)
-        count += len(wave.token_loss)
-    numbered = list(zip(waves, first_rows, strict=True))
-    low_loss = [_counting_from(first, wave.low_loss) for wave, first in numbered if wave.low_loss is not None]
-    return Look(
-        token_loss=torch.cat([wave.token_loss for wave in waves]),
-        entropy=torch.cat([wave.entropy for wave in waves]),
-        teacher_hidden=torch.cat([wave.teacher_hidden for wave in waves]),
-        candidates=WindowPairs.cat([_counting_from(first, wave.candidates) for wave, first in numbered]),
-        low_loss=WindowPairs.cat(low_loss) if low_loss else None,
-    )
-
-
-def _counting_from(first: int, pairs: WindowPairs) -> WindowPairs:
-    return replace(pairs, rows=pairs.rows + first)
+    @property
+    def chosen(self) -> Futures:
+        """Futures at the candidates where the trajectory loss applies."""
+        return self.candidates[self.guided.nonzero().squeeze(-1)]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from topd.near_future import Rollouts
 from topd.training.futures import NearFuture
-from topd.training.guided import Guided, own_share
+from topd.training.guidance import Guided, own_share
+from topd.training.method import Method
 
 NEAR_FUTURE_METRICS = {
     "token_loss/mean": "mean token loss over response tokens (nats, scoring pass)",
@@ -33,20 +34,22 @@ NEAR_FUTURE_METRICS = {
     "budget/predicted_overhead": "with max_overhead: predicted time over a step of plain OPD, as a share of it",
 }
 REMOTE_METRICS = {
-    "token_loss/unseen": "without a teacher_model: mean probability, under the student, of tokens that the teacher's "
-    "server did not tell (0..1)",
+    "token_loss/outside_top_k": "without a teacher_model: mean student probability outside the teacher's top-k (0..1)",
 }
 
 
 def near_future_metrics(
-    future: NearFuture, guided: Guided | None, rollouts: Rollouts, gather: Callable[[Tensor], Tensor]
+    future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """All but guidance/loss and guidance/grad_ratio, over the batches of all processes. `gather` may pad with NaN."""
-    loss = _known(gather(future.token_loss[rollouts.loss_mask.bool()]))
-    distance = _known(gather(future.transport.distance))
+    loss = _known(gather(future.look.token_loss[rollouts.loss_mask.bool()]))
+    distance = _known(gather(future.candidates.distance))
+    found = future.candidates
+    from_student = 0 if method.student_window == "rollout" else int(found.ours.mask.sum())
+    generated_tokens = int(found.theirs.mask.sum()) + from_student
     n_rollouts, n_candidates, n_forks, generated = gather(
         torch.tensor(
-            [[len(rollouts), len(future.rows), int(future.fork.sum()), _generated_tokens(future)]],
+            [[len(rollouts), len(future.candidates), int(future.fork.sum()), generated_tokens]],
             device=loss.device,
             dtype=torch.float64,
         )
@@ -62,8 +65,8 @@ def near_future_metrics(
     }
     if len(distance):
         metrics["false_alarm_share"] = 1 - n_forks / len(distance)
-    if future.low_loss_distance is not None:
-        metrics["forks/low_loss_q50"] = _quantile(_known(gather(future.low_loss_distance)), 0.5)
+    if future.look.low_loss is not None:
+        metrics["forks/low_loss_q50"] = _quantile(_known(gather(future.look.low_loss.distance)), 0.5)
     if guided is not None:
         share = _known(gather(own_share(guided)))
         metrics["guidance/positions"] = torch.tensor(float(len(share)))
@@ -71,10 +74,6 @@ def near_future_metrics(
             metrics["guidance/own_token_share"] = share.mean()
     numbers = torch.stack([value.to(loss.device, torch.float64) for value in metrics.values()])
     return dict(zip(metrics, numbers.tolist(), strict=True))  # the host waits for the device once
-
-
-def _generated_tokens(future: NearFuture) -> int:
-    return int(future.theirs.mask.sum()) + (0 if future.ours_from_rollout else int(future.ours.mask.sum()))
 
 
 def _known(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two models of a trainer, as the step sees them."""
+"""Parts of `TOPDTrainer`: its two models as the step sees them, and the rollouts that the student samples."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from topd.errors import TOPDError
+from topd.loading.dataset_checks import check_prompts, check_tokens
 from topd.loading.precision import autocasting
-from topd.loading.sharding import held_whole
-from topd.near_future import DistilledModel, LocalModel, fixed
+from topd.loading.prompts import one_beginning, without_nulls
+from topd.loading.sharding import held_whole, unsharded
+from topd.loading.tokenizers import check_context
+from topd.near_future import DistilledModel, LocalModel
+from topd.near_future.generation import own_settings_only
+from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
-from topd.teachers.server_windows import RemoteWindows
-from topd.teachers.top_k import RemoteTeacher
+from topd.teachers.from_options import contexts
+from topd.teachers.protocol import Teacher
+from topd.teachers.server_windows import ServerWindows
+from topd.teachers.top_k import TopKTeacher
 from topd.training.config import TOPDConfig
 
 logger = get_logger(__name__)
 
 
 class BothModels:
-    """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `RemoteTeacher`."""
+    """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `TopKTeacher`."""
 
     accelerator: Accelerator
     args: TOPDConfig
@@ -33,7 +40,7 @@ class BothModels:
     eos_token_ids: list[int]
     _tokenizer: Any
     _forward_redirection: Any
-    _server: RemoteWindows | None
+    _server: ServerWindows | None
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     _tried: list[Ways] | None = None
@@ -42,16 +49,16 @@ class BothModels:
     def _student(self) -> DistilledModel:
         return self._distilled(self.accelerator.unwrap_model(self.model))
 
-    def _teacher(self) -> DistilledModel | RemoteTeacher:
+    def _teacher(self) -> Teacher:
         if self.teacher_model is None:
             assert self._server is not None
-            return RemoteTeacher(self._server, self.args.teacher_top_k)
+            return TopKTeacher(self._server, self.args.teacher_top_k)
         return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
-    def _distilled(self, model: Any, server: RemoteWindows | None = None) -> DistilledModel:
+    def _distilled(self, model: Any, server: ServerWindows | None = None) -> DistilledModel:
         return DistilledModel(
             model,
-            fixed(self._local(model) if server is None else server),
+            self._local(model) if server is None else server,
             lambda function, *args: self._forward_redirection(model, model, function, *args),
             temperature=self.temperature,
             micro_batch=self.args.per_device_train_batch_size,
@@ -132,4 +139,68 @@ class BothModels:
         return [] if self.teacher_model is None else [self.teacher_model]
 
     def _local(self, model: Any) -> LocalModel:
-        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids, self.args.window_temperature)
+        return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids)
+
+
+class OwnRollouts:
+    """What TRL's trainer leaves to the model's generation config and to the data is decided here.
+
+    What the student computes while it samples is kept in `_sampling`, so that it need not read its rollouts again.
+    """
+
+    accelerator: Accelerator
+    args: TOPDConfig
+    model: Any
+    teacher_model: Any
+    use_vllm: bool
+    max_completion_length: int | None
+    _is_vlm: bool
+    _tokenizer: Any
+    _server: Any
+    _sampling: SamplingStates | None = None
+
+    def _student(self) -> DistilledModel:
+        raise NotImplementedError
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Check prompts, which a stream gives batch by batch. At most one BOS; no null keys of Arrow in messages."""
+        check_prompts(prompts, "the batch")
+        trl: Any = super()
+        ids, images, fields = trl._tokenize_prompts(without_nulls(prompts))
+        ids = [one_beginning(each, self._tokenizer) for each in ids]
+        check_tokens(ids)
+        longest, window = max(ids, key=len), self.args.window_length if self.args.looks_ahead else 0
+        check_context(
+            len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, window,
+            contexts(self.model, self.teacher_model, self._server),
+        )  # fmt: skip
+        return ids, images, fields
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's generation, by nothing of the student's generation config but its end tokens."""
+        if self.use_vllm:
+            return self._by_own_settings(*args, **kwargs)
+        student = self.accelerator.unwrap_model(self.model)
+        keeps = self.args.looks_ahead and self.model.training and not has_dropout(student)
+        self._sampling = SamplingStates() if keeps else self._sampling
+        with unsharded(student), self._sampling.keeping(student) if keeps and self._sampling else nullcontext():
+            return self._generate_in_groups(*args, **kwargs)
+
+    def _generate_in_groups(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Prompts that must not share a batch are generated one group after the other."""
+        lengths = [len(ids) for ids in prompt_ids]
+        if self._is_vlm or len(set(lengths)) == 1:
+            return self._by_own_settings(prompt_ids, *args, **kwargs)
+        ways = self._student().ways
+        groups = ways.together(lengths, [-n for n in lengths], growth=self.max_completion_length or 0)
+        responses: list[Any] = [None] * len(lengths)
+        for group in groups:
+            sampled = self._by_own_settings([prompt_ids[row] for row in group], *args, **kwargs)
+            for row, response in zip(group, sampled, strict=True):
+                responses[row] = response
+        return responses
+
+    def _by_own_settings(self, *args: Any, **kwargs: Any) -> Any:
+        trl: Any = super()
+        with own_settings_only(self.accelerator.unwrap_model(self.model)):
+            return trl._generate_single_turn(*args, **kwargs)

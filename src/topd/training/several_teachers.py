@@ -19,17 +19,17 @@ from topd.loading.pair import (
     base_of_student,
     check_base_is_fixed,
     head_rows,
-    heads_in_words,
+    heads_message,
     load,
     trained_together,
     with_rows,
 )
 from topd.loading.sharding import held_whole, shard_teacher
 from topd.loading.tokenizers import compare_tokenizers
-from topd.near_future import DistilledModel
+from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
-from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
+from topd.training.guidance import TEACHER
 from topd.training.trainer import TOPDTrainer
 
 logger = get_logger(__name__)
@@ -107,7 +107,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
         ours, theirs = head_rows(self.model), head_rows(teacher)
         if theirs < ours:
             raise TOPDError(
-                f"{heads_in_words(ours, theirs)} With several teachers, name first the one with fewest rows."
+                f"{heads_message(ours, theirs)} With several teachers, name first the one with fewest rows."
             )
         if theirs > ours:
             teacher = with_rows(teacher, ours)
@@ -115,7 +115,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             return shard_teacher(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    def _teacher(self) -> DistilledModel:
+    def _teacher(self) -> Teacher:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
         return self._routed

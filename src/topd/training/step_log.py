@@ -1,0 +1,179 @@
+"""Part of `TOPDTrainer`: what a step took and found, for the log, the audit records and the budget."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from topd.near_future import Rollouts
+from topd.runs.console import STAGES, Stopwatch
+from topd.runs.files import append_records, write_json
+from topd.runs.records import AUDIT_FILE
+from topd.training.budget import CandidateBudget, budget_message
+from topd.training.config import TOPDConfig
+from topd.training.futures import NearFuture
+from topd.training.guidance import Guided
+from topd.training.method import Method
+from topd.training.metrics import near_future_metrics
+
+logger = get_logger(__name__)
+
+RECORD_VERSION = 1
+"""Of audit records."""
+
+
+class StepLog:
+    """Times the stages of each step, and turns what the step found into metrics and records."""
+
+    accelerator: Any
+    args: TOPDConfig
+    current_gradient_accumulation_steps: int
+    state: Any
+    teacher_model: Any
+    _budget: CandidateBudget | None
+    _folder: Any
+    _metrics: Any
+    _stage: Stopwatch
+    _step: int
+    _tokenizer: Any
+    _guidance_loss = 0.0
+    _outside_top_k = 0.0
+    _step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
+    _warned = False
+
+    def _warn_without_distances(self, future: NearFuture) -> None:
+        """Say once that nothing is guided, because no candidate has a transport distance."""
+        distances = self._gather_ragged(future.candidates.distance)
+        if self._warned or len(distances) == 0 or bool(distances.isfinite().any()):
+            return
+        self._warned = True
+        hint = "raise entropic_epsilon or use transport_solver=exact" if self.args.transport_solver != "exact" else (
+            "check that both models' embeddings are finite and that windows are not empty"
+        )  # fmt: skip
+        logger.warning(
+            f"Step {self.state.global_step + 1}: no candidate has a transport distance, so nothing is a fork and the "
+            f"step is plain OPD; {hint}. This is reported once."
+        )
+
+    def _gather_ragged(self, values: Tensor) -> Tensor:
+        """Values of all processes, however many each has."""
+        if self.accelerator.num_processes == 1:
+            return values
+        padded = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
+        return self.accelerator.gather(padded)  # NaN marks what is not there, as it marks unknown distances
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        before = sum(self._stage.seconds.values())
+        with self._stage("whole"):
+            output: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        whole = self._stage.seconds.pop("whole")
+        self._stage.seconds["backward"] += whole - (sum(self._stage.seconds.values()) - before)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._finish_step_metrics()
+        return output
+
+    def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method) -> None:
+        for name, value in near_future_metrics(future, guided, rollouts, method, self._gather_ragged).items():
+            self._metrics["train"][name].append(value)
+        due = self.args.audit_steps and self.state.global_step % self.args.audit_steps == 0
+        if due and self.accelerator.is_main_process:
+            records = audit_records(
+                rollouts, future, self._tokenizer,
+                step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
+            )  # fmt: skip
+            append_records(records, self._folder / AUDIT_FILE)
+
+    def _finish_step_metrics(self) -> None:
+        seconds = self._stage.take()
+        if self._budget is not None:
+            self._keep_to_budget(self._budget, seconds)
+        for name in STAGES:
+            if name in seconds:
+                self._metrics["train"][f"seconds/{name}"].append(seconds[name])
+        if self.args.guides:
+            self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
+            self._guidance_loss = 0.0
+        if self.teacher_model is None:
+            self._metrics["train"]["token_loss/outside_top_k"].append(self._outside_top_k)
+            self._outside_top_k = 0.0
+
+    def _keep_to_budget(self, budget: CandidateBudget, seconds: dict[str, float]) -> None:
+        """Tell the budget what the step took, on average over processes, so that all decide alike."""
+        numbers = torch.tensor([*(seconds.get(name, 0.0) for name in STAGES), *self._step_size], dtype=torch.float64)
+        mean = self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="mean").tolist()
+        was_measuring = budget.measuring
+        budget.record(dict(zip(STAGES, mean, strict=False)), *mean[len(STAGES) :])
+        if budget.model is None:
+            return
+        tokens, rollouts, candidates = mean[len(STAGES) :]
+        self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
+        if was_measuring and self.accelerator.is_main_process:
+            tqdm.write(f"topd: {budget_message(budget, tokens / rollouts)}")  # above the progress bar
+
+
+def audit_records(
+    rollouts: Rollouts,
+    future: NearFuture,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    step: int,
+    method: str,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """One record per rollout: prompt, tokens with their loss (nats), and every candidate with both windows."""
+
+    def texts(ids: Tensor) -> list[str]:
+        return [str(tokenizer.decode([token])) for token in ids.tolist()]
+
+    records, look, found = [], future.look, future.candidates
+    for row in range(min(limit, len(rollouts))):
+        mask = rollouts.response_mask[row].bool()
+        tokens, losses = texts(rollouts.response_ids[row][mask]), look.token_loss[row][mask]
+        candidates = []
+        for index in (found.places.rows == row).nonzero().squeeze(-1).tolist():
+            position = int(found.places.positions[index])
+            ours, theirs = int(found.ours.mask[index].sum()), int(found.theirs.mask[index].sum())  # padding left out
+            plan, distance = found.transport.plan[index], float(found.distance[index])
+            candidates.append({
+                "position": position,
+                "token": tokens[position],
+                "token_loss": _number(look.token_loss[row, position]),
+                "distance": _number(distance) if bool(found.transport.converged[index]) else None,
+                "threshold": _number(future.threshold),
+                "fork": bool(future.fork[index]),
+                "decision": "guided" if future.guided[index] else "capped" if future.capped[index] else "none",
+                "weight": _number(future.weights[row, position]),
+                "student_window": texts(found.ours.tokens[index][found.ours.mask[index]]),
+                "teacher_window": texts(found.theirs.tokens[index][found.theirs.mask[index]]),
+                "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist() if i < ours and j < theirs],
+            })  # fmt: skip
+        records.append(
+            {
+                "version": RECORD_VERSION,
+                "step": step,
+                "method": method,
+                "prompt": tokenizer.decode(rollouts.prefix(row, 0)),
+                "rollout": {"tokens": tokens, "token_loss": [_number(loss) for loss in losses]},
+                "candidates": candidates,
+            }
+        )
+    return records
+
+
+def _number(value: Tensor | float) -> float:
+    return round(float(value), 6)
+
+
+def save_options(args: TOPDConfig) -> None:
+    """Write the method's options to `topd_config.json` in the output folder, for the report."""
+    names = set(asdict(args)) & set(TOPDConfig.__annotations__) | {"learning_rate", "seed", "max_completion_length"}
+    folder = Path(str(args.output_dir))
+    options = {name: getattr(args, name) for name in sorted(names)}
+    write_json(options, folder / "topd_config.json")
