@@ -36,7 +36,7 @@ PREFIX_LETTERS, LEFT = 26, 236
 """Letters of the prefix that are shown, and where the windows begin."""
 STUDENT, TEACHER, BOX, HEIGHT = 58, 196, 24, 262
 """Middles of the two rows, height of a token, height of the picture."""
-TOP = {"width": 1200, "height": 690}
+WIDTH, TOP = 1200, 690
 """The part of the report in `report.png`, in CSS pixels."""
 
 
@@ -161,7 +161,7 @@ def photograph(run: Path, out: Path) -> bool:
             browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         except Error:
             return False
-        page = browser.new_page(viewport=TOP, device_scale_factor=1.5)
+        page = browser.new_page(viewport={"width": WIDTH, "height": TOP}, device_scale_factor=1.5)
         page.goto(page_file.as_uri())
         page.screenshot(path=out)
         browser.close()

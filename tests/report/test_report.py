@@ -443,7 +443,7 @@ def test_the_readings_of_the_student_s_window_are_shown_side_by_side(tmp_path: P
     page = page_of(write_probe(tmp_path / "mine", readings=("candidate", "regenerated")))
     assert_harmless(page)
     for expected in (
-        "D_OT below 0.02, low-loss, %", "62.5 (50.0 to 75.0)", "11.0", "Begins with the candidate, high-loss, %",
+        "D_OT below 0.02, low-loss, %", "62.5 (50.0 to 75.0)", "11.0", "Window begins with the candidate, high-loss, %",
         "Pearson, teacher's NLL and D_OT", "0.710",
     ):  # fmt: skip
         assert expected in page.text, expected
