@@ -105,9 +105,9 @@ def test_names_in_the_table_of_formulas_exist():
 OLD_WORDS = re.compile(r"\b(?:mend(?:s|ed)?|likeliest|told apart|of yours|go(?:es)? on|from nothing)\b", re.IGNORECASE)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "options.md"], ids=name_of)
+@each_page
 def test_pages_are_in_plain_english(page):
-    """None of the phrases that were replaced everywhere. options.md is made of the options' help."""
+    """None of the phrases that were replaced everywhere."""
     assert OLD_WORDS.findall(documents.prose(page)) == []
 
 
