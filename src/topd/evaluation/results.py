@@ -27,7 +27,7 @@ class Results:
         model: its label, which is the folder's name.
         benchmark: its name.
         settings: the sampling options, and the problems' ids and answers.
-        records: [problem][sample]
+        records: `[problem][sample]`
     """
 
     model: str
