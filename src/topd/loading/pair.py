@@ -302,26 +302,3 @@ def loaded_teacher(student: Any, teacher: Any, args: Any, revision: str | None, 
 
 def _dict(options: Any) -> dict[str, Any]:
     return dict(options or {})
-
-
-def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tuple[Any, Any, Any]:
-    """Both models with output heads of equal size, see `loaded_model`, and their common tokenizer.
-
-    Raises:
-        TOPDError: one cannot be loaded, or the tokenizers differ.
-    """
-    from topd.loading.models import loaded_model
-    from topd.loading.tokenizers import check_rows, check_tokenizers
-
-    loaded = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
-    models, (tokenizer, teacher_tokenizer) = [model for model, _ in loaded], [each for _, each in loaded]
-    check_tokenizers(tokenizer, teacher_tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    rows = [head_rows(model) for model in models]
-    notes = [check_rows(tokenizer, *rows), heads_message(*rows) if rows[0] != rows[1] else None]
-    for note in filter(None, notes):
-        print(f"topd: {note}", file=sys.stderr)
-    if rows[0] != rows[1]:
-        cut_head(models[rows.index(max(rows))], min(rows))
-    return models[0], models[1], tokenizer
