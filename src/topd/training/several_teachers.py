@@ -157,8 +157,6 @@ def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: A
         raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
     if not (args.looks_ahead or args.opd_in_one_pass):
         raise TOPDError("Several teachers need opd_loss=one_pass with method=opd: TRL's loss has one teacher.")
-    if args.embedding.startswith("teacher"):
-        raise TOPDError("Several teachers need embedding=student or student_hidden: windows meet in one space.")
 
 
 def check_routing(dataset: Any, teachers: Sequence[str]) -> None:
