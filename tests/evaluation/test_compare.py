@@ -139,6 +139,6 @@ def test_the_command_compares_folders(
     folders = [str((tmp_path / label).rename(place / label)) for label in three]
     assert main(["eval", "--compare", *folders, "--out", str(tmp_path / "out"), "--gain", "10"]) == 0
     out = capsys.readouterr().out
-    assert "needed: problems for a gain of 10.0 points" in " ".join(out.split())
+    assert "problems needed: for a gain of 10.0 points" in " ".join(out.split())
     _, _, command = out.strip().rpartition("As a page: ")
     assert shlex.split(command) == ["topd", "report", folders[0], "--compare", *folders[1:]]

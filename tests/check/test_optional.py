@@ -67,7 +67,7 @@ def test_evaluation_without_data_and_data_without_evaluation(tmp_path):
     assert unused.verdict == "warning"
     assert_says(unused, "eval_strategy is no", "--eval_strategy")
     good = found(optional.evaluation, "--eval_data", "embedded", "--data_limit", "50", "--eval_strategy", "steps")
-    assert (good.verdict, good.found) == ("ok", "50 prompts, by steps")
+    assert (good.verdict, good.found) == ("ok", "50 prompts, eval_strategy steps")
 
 
 def test_adapters_that_match_nothing_or_the_head():
