@@ -363,11 +363,12 @@ def models():
 
 def test_a_few_rollouts_of_the_embedded_pair(embedded, models):
     torch.manual_seed(0)
-    finding = quality.rollout_figures(embedded, *models, 8, 96)
+    rollouts = quality.sampled(embedded, models[0], 8, 96)
+    finding = quality.rollout_figures(embedded, *models, rollouts)
     assert finding.verdict == "ok"
     assert "8 rollouts" in finding.found
     assert " 0 not ended" in finding.found
-    short = quality.rollout_figures(embedded, *models, 8, 5)
+    short = quality.rollout_figures(embedded, *models, quality.sampled(embedded, models[0], 8, 5))
     assert " 8 not ended after 5" in short.found
 
 
@@ -375,10 +376,11 @@ def test_models_that_do_not_agree_at_all(embedded, models):
     from tiny import tiny_model
 
     stranger = tiny_model(3)
-    assert quality.rollout_figures(embedded, stranger, models[1], 4, 20).verdict == "warning"
+    rollouts = quality.sampled(embedded, stranger, 4, 20)
+    assert quality.rollout_figures(embedded, stranger, models[1], rollouts).verdict == "warning"
     with torch.no_grad():
         stranger.lm_head.weight[3, 0] = torch.nan
-    finding = quality.rollout_figures(embedded, stranger, models[1], 4, 20)
+    finding = quality.rollout_figures(embedded, stranger, models[1], rollouts)
     assert finding.verdict == "error"
     assert "NaN" in finding.remedy
 

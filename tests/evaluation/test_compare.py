@@ -81,7 +81,7 @@ def test_only_what_both_have_is_compared(tmp_path: Path) -> None:
 def test_other_problems_under_the_same_name_are_refused(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", "mine", np.ones((6, 2)))
     write_evaluation(tmp_path / "b", "mine", np.ones((7, 2)))
-    with pytest.raises(TOPDError, match=r"other problems under the name mine.*same --limit"):
+    with pytest.raises(TOPDError, match=r"different problems or prompts under the name mine.*same --limit"):
         compare([tmp_path / "a", tmp_path / "b"], tmp_path)
 
 

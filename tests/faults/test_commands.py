@@ -147,7 +147,7 @@ def test_an_error_of_ours_ends_in_a_message_and_a_traceback_in_a_file(tmp_path, 
     monkeypatch.setattr("topd.report.page.render", lambda runs: {}["a key"])
     write_arm(tmp_path, [record()])
     assert run("report", tmp_path) == 2
-    said = f"Stopped by KeyError: 'a key' If this names an option, correct it; otherwise it may be a bug. The traceback is"
+    said = "Stopped by KeyError: 'a key' If this names an option, correct it; otherwise it may be a bug. The traceback"
     assert said in message(capsys)
     assert "write_report" in (tmp_path / "traceback.txt").read_text()
 
