@@ -88,7 +88,7 @@ def test_a_second_run_samples_nothing_and_more_samples_are_added(
 ) -> None:
     assert run(tmp_path, "--model", STUDENT, "--samples", "2") == 0
     assert run(tmp_path, "--model", STUDENT) == 0
-    assert "24 of 36 are there" in capsys.readouterr().out
+    assert "24 of 36 are done" in capsys.readouterr().out
     assert sorted(map(str, records(tmp_path))) == sorted(map(str, records(evaluated)))
     before = (tmp_path / "student" / "embedded.samples.jsonl").read_bytes()
     assert run(tmp_path, "--model", STUDENT, "--samples", "1") == 0
@@ -130,7 +130,7 @@ def test_a_broken_line_in_the_middle_costs_its_own_sample_only(
     file.write_text("".join([*lines[:broken], lines[broken][:20] + "\n", *lines[broken + 1 :]]))
     assert write_result(tmp_path / "student")["benchmarks"]["embedded"]["samples"] == 2  # all that each problem has
     assert run(tmp_path, "--model", STUDENT) == 0
-    assert "35 of 36 are there" in capsys.readouterr().out
+    assert "35 of 36 are done" in capsys.readouterr().out
     assert file.read_text().splitlines(keepends=True) == [*lines[:broken], *lines[broken + 1 :], lines[broken]]
 
 

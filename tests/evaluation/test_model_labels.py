@@ -27,5 +27,5 @@ def test_a_folder_that_is_called_by_dots_gets_its_own_name(name: str, tmp_path: 
 
 
 def test_what_has_no_name_must_be_given_one() -> None:
-    with pytest.raises(TOPDError, match="name it"):
+    with pytest.raises(TOPDError, match="give it a name"):
         labelled_models(["/"])

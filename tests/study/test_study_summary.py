@@ -26,7 +26,7 @@ def p_of(differences):
 
 def test_the_sign_test_is_exact():
     assert p_of([0.1] * 10) == pytest.approx(2 / 1024)
-    assert p_of([0.0] * 5) == 1.0
+    assert p_of([0.0] * 5) == p_of([0.3]) == 1.0
     ranks = np.array([1.0, -2.0, 3.0, 4.0, 5.0, 6.0])  # on ranks it is Wilcoxon's signed-rank test
     assert p_of(ranks) == pytest.approx(wilcoxon(ranks, method="exact").pvalue)
     many = np.random.default_rng(0).normal(0.3, 1.0, 40)

@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(generated, tmp_path):
 def test_a_second_run_generates_nothing_and_a_shorter_one_loses_nothing(generated, tmp_path, capsys):
     before = generated.with_suffix(".records.jsonl").read_text()
     assert generate(generated) == 0
-    assert "12 are there" in " ".join(capsys.readouterr().out.split())
+    assert "12 are done" in " ".join(capsys.readouterr().out.split())
     assert generate(generated, "--limit", "3") == 0
     assert len(rows(generated)) == 3
     assert generate(generated) == 0

@@ -45,10 +45,12 @@ def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max
     ways = _findings({"ways": partial(quality.ways, student, teacher)})
     if ways and ways[0].verdict == "error":
         return ways  # a model that cannot be distilled
-    return ways + _findings({
-        "rollouts": partial(quality.rollout_figures, setup, student, teacher, count, max_new_tokens),
-        "teacher": partial(quality.teacher_knows_more, setup, student, teacher, count, max_new_tokens),
-    })  # fmt: skip
+
+    def rollouts() -> Finding:
+        return quality.rollout_figures(setup, student, teacher, quality.sampled(setup, student, count, max_new_tokens))
+
+    teacher_ = partial(quality.teacher_knows_more, setup, student, teacher, count, max_new_tokens)
+    return ways + _findings({"rollouts": rollouts, "teacher": teacher_})
 
 
 def _findings(checks: dict[str, Callable[[], Finding | None]]) -> list[Finding]:

@@ -59,9 +59,8 @@ def ways(student: Any, teacher: Any) -> Finding:
     return Finding("ways", "warning", "; ".join(found), "Results do not change; steps take longer.")
 
 
-def rollout_figures(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> Finding:
+def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:
     """Mean token loss, the teacher's log-likelihood of the student's responses, and how many responses do not end."""
-    rollouts = sampled(setup, student, count, max_new_tokens)
     models = local_pair(student, teacher, setup.student.tokenizer, micro_batch=4)
     mask = rollouts.loss_mask.bool()
     hidden = [model.hidden(rollouts)[mask] for model in models]
@@ -115,9 +114,8 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
         right[role] = sum(
             verdict(text, str(setup.answers[row]), rule).right for text, row in zip(texts, rows, strict=True)
         )
-    found = (
-        f"correct greedy answers of {len(rows)}: teacher {right['teacher']}, student {right['student']}; {JUDGED[rule]}"
-    )
+    scores = f"teacher {right['teacher']}, student {right['student']}"
+    found = f"correct greedy answers, of {len(rows)}: {scores} ({JUDGED[rule]})"
     if right["teacher"] < right["student"]:
         return Finding(
             "teacher", "warning", found, "The student may have little to learn here: check with more samples."

@@ -112,6 +112,8 @@ def resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> F
 def sign_flip_p(differences: Floats, samples: int, rng: np.random.Generator) -> float:
     """Two-sided sign-flip permutation p-value of the sum of differences: the share of sign assignments at least as far
     from 0. All are tried for up to `EXACT_UP_TO` differences; else p is (count + 1) / (samples + 1) of random ones."""
+    if len(differences) == 1:
+        return 1.0
     if len(differences) <= EXACT_UP_TO:
         from scipy.stats import permutation_test
 

@@ -81,7 +81,7 @@ def _write_traceback(folder: Path | None) -> str:
                 (place / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
             except OSError:
                 continue
-            return f" Traceback: {place / 'traceback.txt'}."
+            return f" The traceback is in {place / 'traceback.txt'}."
     return ""
 
 
