@@ -140,20 +140,20 @@ _SETUP = ("Pair", "Data", "Batch", "Precision", "Device", "Seed", "Total time", 
 
 
 def facts(arm: Arm) -> dict[str, str]:
-    """What an arm was made of, by name, as far as its `run.yaml` tells; names of models are in lower case."""
+    """What an arm was made of, by name, as far as its `run.yaml` records it; each model by its name there."""
     record, options = arm.provenance, arm.settings
     models = {name: part for name, part in record.items() if isinstance(part, dict) and "architecture" in part}
     data, resumed = mapping(record.get("data")), mappings(record.get("resumed"))
     pair = [_short(models[name]) for name in ("student", "teacher") if name in models]
     found = {
         "Pair": " distilled from ".join(pair) if len(pair) == 2 else "",
+        **{name: _model(part) for name, part in models.items()},
         "Data": f"{_count(data.get('rows'))} prompts, digest {data.get('digest')}" if data else "",
         "Batch": _batch(options, number(record.get("processes")) or 1),
         "Precision": joined(mapping(record.get("precision"))),
         "Device": " × ".join(str(record[name]) for name in ("processes", "device") if name in record),
         "Seed": str(options.get("seed", arm.options.get("seed", ""))),
         "Versions": joined(mapping(record.get("versions"))),
-        **{name: _model(part) for name, part in models.items()},
         "Command": record.get("command", ""),
         "Started": record.get("time", ""),
         "Resumed": "; ".join(_resumed(entry) for entry in resumed),
