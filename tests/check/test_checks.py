@@ -251,7 +251,7 @@ def test_trl_s_loss_is_not_said_to_autocast():
     setup = setup_for("embedded:student-standard", "embedded:teacher", "--bf16", "true")
     assert "computed bfloat16 autocast" in machine.precision(setup).found
     needs = machine.needs(setup, *[machine.shape(each, "auto") for each in setup.pair])
-    setup.config.method = "opd"
+    setup.config.method, setup.config.opd_loss = "opd", "trl"
     assert "computed as stored (TRL's loss does not autocast" in machine.precision(setup).found
     plain = machine.needs(setup, *[machine.shape(each, "auto") for each in setup.pair])
     assert needs["the loss"]["weights in bf16"] > plain["the loss"]["weights in bf16"] == 0
