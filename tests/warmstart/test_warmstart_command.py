@@ -47,7 +47,7 @@ def accuracy(folder: Path, problems: int = 200) -> float:
 def test_the_model_is_one_that_topd_train_takes(solutions, tmp_path, capsys):
     out = tmp_path / "warm"
     assert warmstart(out, solutions) == 0
-    assert f"--model_name_or_path {out}" in capsys.readouterr().out
+    assert f"--student {out}" in capsys.readouterr().out
     assert main(["train", "--config", "recipes/embedded.yaml", "--model_name_or_path", str(out), "--output_dir",
                  str(tmp_path / "topd"), "--max_steps", "1", "--per_device_train_batch_size", "4",
                  "--max_completion_length", "24", "--window_length", "4"]) == 0  # fmt: skip
