@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from topd.errors import ContextError
 from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
 from topd.generation import end_token_ids, own_settings_only, padding_id
+from topd.near_future.padded_prompts import batching_of
+from topd.near_future.padding import grouped
 
 
 class LocalEngine:
-    """Generates with `generate`, padded on the left.
+    """Generates with `generate`, padded on the left; otherwise where that changes responses.
 
     Args:
         model: any causal language model of transformers, in evaluation mode.
@@ -33,11 +36,29 @@ class LocalEngine:
         check_context(requests, sampling, self.tokenizer, self.model.config, self.limited_by)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`; in the order of the requests."""
-        for start in range(0, len(requests), self.together):
-            batch = requests[start : start + self.together]
+        """See `Engine`; in the order of the requests, or by length where padding changes responses."""
+        for batch in self._batches(requests, sampling):
             rows = self._generate(batch, sampling)
             yield [(request.number, self._response(row)) for request, row in zip(batch, rows, strict=True)]
+
+    def _batches(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Request]]:
+        """Requests that are decoded together."""
+        lengths = [len(prompt_ids(request.prompt, self.tokenizer, sampling)) for request in requests]
+        groups, size = [list(range(len(requests)))], self.together
+        if size > 1 and len(requests) > 1:
+            batching = batching_of(self.model, max(lengths) + sampling.max_new_tokens)
+            if not batching.padded:
+                groups = grouped(lengths)
+                size = size if batching.equal else 1
+                how = "prompts of equal length together" if batching.equal else "one prompt at a time"
+                warnings.warn(
+                    f"{type(self.model).__name__} answers {how}, which takes longer: in a padded batch its responses "
+                    f"would change ({batching.reason}).",
+                    stacklevel=3,
+                )
+        for group in groups:
+            for start in range(0, len(group), size):
+                yield [requests[index] for index in group[start : start + size]]
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
