@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
+from tiny_architectures import tiny
 
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
@@ -105,3 +106,34 @@ def test_messages_need_a_chat_template() -> None:
 
     with pytest.raises(TOPDError, match="no chat template"):
         ids_of(Request(0, talk), Plain(), SAMPLING)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("RwkvForCausalLM", "one prompt at a time"), ("RecurrentGemmaForCausalLM", "prompts of equal length together")],
+)
+def test_a_model_that_does_not_ignore_padding_answers_as_it_does_alone(name: str, how: str, temperature: float) -> None:
+    """RWKV of transformers also mixes the rows of a batch while it decodes."""
+    model = tiny(name, vocab_size=len(TOKENIZER))
+    sampling = Sampling(temperature, 1.0, 16)
+    lengths = [len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS]
+    assert 1 < len(set(lengths)) < len(lengths)
+    with pytest.warns(UserWarning, match=f"{name} answers {how}") as notices:
+        batches = list(LocalEngine(model, TOKENIZER, together=12).respond(REQUESTS, sampling))
+    assert len([notice for notice in notices if "takes longer" in str(notice.message)]) == 1
+    assert len(batches) == len(lengths if "one" in how else set(lengths))
+    alone = responses(LocalEngine(model, TOKENIZER, together=1), REQUESTS, sampling)
+    assert dict(pair for batch in batches for pair in batch) == alone
+
+
+def test_prompts_whose_rows_cross_a_rotary_limit_are_answered_by_length() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = tiny(
+        "Phi3ForCausalLM", vocab_size=len(TOKENIZER), max_position_embeddings=256, original_max_position_embeddings=16,
+        rope_parameters=rope | {"original_max_position_embeddings": 16},
+    )  # fmt: skip
+    sampling = Sampling(temperature=0, max_new_tokens=24)
+    with pytest.warns(UserWarning, match="longest row beyond 16 tokens"):
+        together = responses(LocalEngine(model, TOKENIZER, together=12), REQUESTS, sampling)
+    assert together == responses(LocalEngine(model, TOKENIZER, together=1), REQUESTS, sampling)

@@ -2,12 +2,14 @@
 
 P is a number of parameters, b the bytes of one; h, f, q, k the widths of hidden states, feed-forward, queries and keys;
 L layers, V tokens in the vocabulary; B rollouts at a time, N tokens of them; K the window length; a the bytes of an
-activation.
+activation. Keys and values are what the cache of a model without storage holds after a few tokens (`tried_cache`):
+latents, sliding windows and recurrent states too. Where a model does not run so, they are 2 L k b per token.
 
-    always          student P b, optimizer 2 P b (AdamW), teacher P b
-    sampling        keys and values 2 L k b of N tokens; logits of one token, 2 x B V 4
-    looking ahead   keys and values of both models for N tokens, at most window_memory, and for the windows;
-                    hidden states N h a of both; two tiles of rows x V x 4
+    always there    student P b, optimizer 2 P b (AdamW), teacher P b
+    sampling        keys and values of N tokens; logits of one token, 2 x B V 4
+    looking ahead   keys and values of both models for N tokens, of the whole row and decompressed, at most
+                    window_memory, and for the windows, with the recurrent states of each; hidden states N h a of
+                    both; two tiles of rows x V x 4
     the loss        gradients P b; hidden states; two tiles; the head's gradient V h 4; activations, of
                     (8 h + 4 f + 4 q + 4 k) a per token and layer, where a is 2.6 under bf16 autocast (norms stay in
                     float32), which also keeps 2 P of weights in bf16; with gradient checkpointing L + 2 times h a, and
@@ -20,8 +22,10 @@ choice.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,9 +36,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from topd.algorithm.tiles import tile_rows
+from topd.check.cache_size import CacheSize, tried_cache
 from topd.check.findings import Finding, ok
 from topd.check.setup import ModelInfo, Setup
 from topd.loading.precision import REMEDY, lost_in_rounding
+from topd.near_future.recurrent_states import BRANCHES_AT_ONCE
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,15 +60,11 @@ class Shape:
     queries: int
     keys: int
     vocabulary: int
+    cache: CacheSize
 
     @property
     def weights(self) -> float:
         return self.parameters * self.bytes
-
-    @property
-    def cache(self) -> float:
-        """Bytes of keys and values per token."""
-        return 2 * self.layers * self.keys * self.bytes
 
     @property
     def layer_elements(self) -> float:
@@ -72,25 +74,31 @@ class Shape:
 
 @cache
 def shape(model: ModelInfo, dtype: str) -> Shape:
-    """Sizes from the config; parameters are counted on a model without storage."""
+    """From the config; parameters are counted, and the cache is tried, on a model without storage."""
     config: Any = model.text_config
+    stored = stored_dtype(model, dtype)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+        empty = AutoModelForCausalLM.from_config(
+            deepcopy(model.config), trust_remote_code=False, dtype=getattr(torch, stored)
+        )
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     experts = getattr(config, "num_experts_per_tok", None)
     feed_forward = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     if experts and getattr(config, "moe_intermediate_size", None):
         feed_forward = experts * config.moe_intermediate_size
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * width
+    per_token = 2.0 * config.num_hidden_layers * keys * BYTES[stored]
     return Shape(
         sum(p.numel() for p in empty.parameters()),
-        BYTES[stored_dtype(model, dtype)],
+        BYTES[stored],
         config.num_hidden_layers,
         config.hidden_size,
         feed_forward,
         heads * width,
-        (getattr(config, "num_key_value_heads", None) or heads) * width,
+        keys,
         config.vocab_size,
+        tried_cache(empty) or CacheSize(((per_token, math.inf),), 0.0, per_token),
     )
 
 
@@ -104,7 +112,7 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
     """Bytes by phase and part; see the module."""
     config = setup.config
     if not setup.teacher_here:
-        teacher = replace(teacher, parameters=0, layers=0, hidden=0)
+        teacher = replace(teacher, parameters=0, layers=0, hidden=0, cache=CacheSize((), 0.0, 0.0))
     rollouts = config.per_device_train_batch_size
     at_once = rollouts * config.gradient_accumulation_steps  # sampled and looked at together
     prompt = max(map(len, setup.sample.values()))
@@ -121,7 +129,8 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
         tiles = 12.0 * rollouts * response * student.vocabulary * 4  # TRL's loss without Triton, as measured
     windows = (config.candidate_share or 0.05) * response * config.window_length if config.looks_ahead else 0.0
     states = response_tokens * (student.hidden + teacher.hidden) * float(student.bytes)
-    kept = at_once * tokens * (student.cache + teacher.cache)
+    prefix = student.cache.prefix + teacher.cache.prefix
+    branches = min(at_once * windows / config.window_length, BRANCHES_AT_ONCE) if windows else 0.0
     in_loss = rollouts * (tokens + (0.7 * windows if config.guides else 0.0))
     per_layer = in_loss * student.layer_elements * activation
     checkpointed = (student.layers + 2) * in_loss * student.hidden * activation + 2 * per_layer
@@ -133,12 +142,14 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
             "teacher": teacher.weights,
         },
         "sampling": {
-            "keys and values": 0.0 if config.use_vllm else at_once * tokens * student.cache,
+            "keys and values": 0.0 if config.use_vllm else at_once * student.cache.of(tokens),
             "logits": 2.0 * at_once * student.vocabulary * 4,
         },
         "looking ahead": {
-            "keys and values": min(config.window_memory * GIB, kept) if config.looks_ahead else 0.0,
-            "windows": at_once * windows * (student.cache + teacher.cache),
+            "keys and values": min(config.window_memory * GIB, at_once * tokens * prefix)
+            if config.looks_ahead
+            else 0.0,
+            "windows": at_once * windows * prefix + branches * max(student.cache.states, teacher.cache.states),
             "hidden states": states,
             "loss tiles": tiles,
         },

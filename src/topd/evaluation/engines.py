@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from topd.errors import TOPDError
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
 from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
+from topd.near_future.padded_prompts import batching_of
+from topd.near_future.padding import grouped
 
 SEED_STRIDE = 1_000_003
 """The seed of a response is `seed * SEED_STRIDE + number`."""
@@ -104,11 +107,29 @@ class LocalEngine:
         check_context(requests, sampling, self.tokenizer, self.model.config, self.limited_by)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`. Yields in the order of the requests."""
-        for start in range(0, len(requests), self.together):
-            batch = requests[start : start + self.together]
+        """See `Engine`. Yields in the order of the requests, or by length where padding changes responses."""
+        for batch in self._batches(requests, sampling):
             rows = self._generate(batch, sampling)
             yield [(request.number, self._response(row)) for request, row in zip(batch, rows, strict=True)]
+
+    def _batches(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Request]]:
+        """Requests that are decoded together: of equal length, or one at a time, where a batch changes responses."""
+        lengths = [len(ids_of(request, self.tokenizer, sampling)) for request in requests]
+        groups, size = [list(range(len(requests)))], self.together
+        if size > 1 and len(requests) > 1:
+            batching = batching_of(self.model, max(lengths) + sampling.max_new_tokens)
+            if not batching.padded:
+                groups = grouped(lengths)
+                size = size if batching.equal else 1
+                how = "prompts of equal length together" if batching.equal else "one prompt at a time"
+                warnings.warn(
+                    f"{type(self.model).__name__} answers {how}, which takes longer: in a padded batch its responses "
+                    f"would change ({batching.reason}).",
+                    stacklevel=3,
+                )
+        for group in groups:
+            for start in range(0, len(group), size):
+                yield [requests[index] for index in group[start : start + size]]
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
@@ -203,7 +224,7 @@ class VllmEngine:
         check_context(requests, sampling, self.tokenizer, self.config)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`. Yields in the order of the requests."""
+        """See `Engine`. Yields in the order of the requests, or by length where padding changes responses."""
         from vllm import SamplingParams
 
         for start in range(0, len(requests), self.together):

@@ -178,10 +178,11 @@ def _grow(
     if states is not None:
         inputs = {"use_cache": True, cache_argument(backbone): states}
     grown = fed.new_zeros(len(rollouts), most, steps)
+    positions = takes_positions(backbone)
     with attending_in(tree, backbone.config):
         for step in range(steps):
             tree.grow()
-            if takes_positions(backbone):
+            if positions:
                 inputs["position_ids"] = (tree.start + step).view(-1, 1)
             hidden = backbone(input_ids=fed.view(-1, 1), **inputs).last_hidden_state
             if tree.calls != len(tree.prefix):

@@ -150,8 +150,8 @@ class RecordedTrainer(Trainer):
         if self._on_any_process(bool(refused)):
             raise ResumeError(
                 f"The checkpoint belongs to another run, according to {folder / provenance.RUN_FILE}: "
-                f"{'; '.join(refused)}. Resume with the models of that run; or start a new run in another --output_dir, with the checkpoint "
-                "as its student."
+                f"{'; '.join(refused)}. Resume with the models of that run; or start a new run in another "
+                "--output_dir, with the checkpoint as its student."
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
