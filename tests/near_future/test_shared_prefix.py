@@ -200,6 +200,8 @@ def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_genera
 def test_recurrent_layers_read_a_rollout_once_for_all_of_its_windows(kind):
     model = special_model(kind)
     rollouts = rollouts_of(model, padding=False)[:1]
+    ones = torch.ones_like(rollouts.response_ids)
+    rollouts = replace(rollouts, response_mask=ones, loss_mask=ones)  # EOS may have ended it early
     reading = prefill(model.base_model, rollouts)
     fed = []
     model.base_model.register_forward_pre_hook(
