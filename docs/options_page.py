@@ -17,7 +17,7 @@ SECTIONS = {
     "method": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD and overhead",
-    "teacher_window_server": "A teacher on a server",
+    "teacher_model_server_url": "A teacher on a server",
     "embedding": "Transport",
     "fork_rule": "Forks",
     "guidance_weight": "Guidance",

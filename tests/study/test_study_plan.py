@@ -74,7 +74,7 @@ def test_the_study_of_a_real_pair_is_whole():
         ({"data": "p.jsonl", "benchmark": "b", "arms": {"opd": {"choices": [{}]}}}, "`tune_benchmark` must name"),
         ({"data": "p.jsonl", "benchmark": "b", "rule": "maths"}, "rule must be"),
         ({"data": "p.jsonl", "benchmark": "b", "sampling": {"temp": 1}}, "'temp' is unknown"),
-        ({"arms": {"opd": {"teacher_window_server": "http://kim:word@h"}}}, r"leave .* out .*\(http://\*\*\*@h\)"),
+        ({"arms": {"opd": {"teacher_model_server_url": "http://kim:word@h"}}}, r"leave .* out .*\(http://\*\*\*@h\)"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(other, says):

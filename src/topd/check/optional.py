@@ -159,7 +159,7 @@ def server(setup: Setup) -> Finding | None:
     Raises:
         TOPDError: it does not.
     """
-    if setup.config.teacher_window_server is None:
+    if setup.config.teacher_model_server_url is None:
         return None
     if not setup.teacher_here:
         check_without_weights(setup.config)

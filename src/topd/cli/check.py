@@ -33,7 +33,7 @@ def check_parser() -> Parser:
     parser.synonyms = False  # --max_completion_length is the run's, --max-new-tokens the check's
     parser.add_argument(
         "--server-alone", action="store_true",
-        help="the run has no weights of the teacher: --teacher names the model that --teacher_window_server serves",
+        help="the run has no weights of the teacher: --teacher names the model that --teacher_model_server_url serves",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="skip the checks that need the models' weights")
     parser.add_argument("--samples", type=int, default=16, help="rollouts to sample (default: %(default)s)")
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
 
     silence_libraries()
     data, config, model = parsed(others)
-    if own.server_alone and config.teacher_window_server is None:
-        raise TOPDError("--server-alone says that the teacher is on a server: add --teacher_window_server URL.")
+    if own.server_alone and config.teacher_model_server_url is None:
+        raise TOPDError("--server-alone says that the teacher is on a server: add --teacher_model_server_url URL.")
     setups = setups_of(data, config, model, teacher_here=not own.server_alone)
     if not setups:
         raise TOPDError(

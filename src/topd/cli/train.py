@@ -111,11 +111,11 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     """The student, and the teachers by their names in the data ("" for a single one); none if it is on a server."""
     one = {"": config.teacher_model_name_or_path} if config.teacher_model_name_or_path else {}
     teachers = dict(config.teachers or {}) or one
-    if not model.model_name_or_path or not (teachers or config.teacher_window_server):
+    if not model.model_name_or_path or not (teachers or config.teacher_model_server_url):
         raise TOPDError(
             "Name the student and the teacher: --student and --teacher (a folder, a Hub name, or embedded:long-student "
             "and embedded:long-teacher), or --config recipes/embedded.yaml. For a teacher that is on a server only: "
-            "--teacher_window_server."
+            "--teacher_model_server_url."
         )
     from topd.loading.models import check_whole
 

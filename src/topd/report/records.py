@@ -101,8 +101,8 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
     arm.settings, arm.provenance = read_run_file(folder, notes)
-    if isinstance(server := arm.options.get("teacher_window_server"), str):
-        arm.options["teacher_window_server"] = without_secrets(server)  # an older run may have kept them
+    if isinstance(server := arm.options.get("teacher_model_server_url"), str):
+        arm.options["teacher_model_server_url"] = without_secrets(server)  # an older run may have kept them
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
         arm.audited += 1
         arm.points += map(point_of, rollout.candidates)

@@ -181,10 +181,10 @@ def _check(plan: StudyPlan) -> None:
             raise ValueError(
                 f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
             )
-        server = str(options.get("teacher_window_server"))
+        server = str(options.get("teacher_model_server_url"))
         if without_secrets(server) != server:  # options are written into every record
             raise ValueError(
-                f"{where}: leave the password or key out of teacher_window_server ({without_secrets(server)}); "
+                f"{where}: leave the password or key out of teacher_model_server_url ({without_secrets(server)}); "
                 "teacher_server_key_env names the environment variable that holds a key."
             )
     _check_own_data(plan)

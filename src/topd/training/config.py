@@ -40,7 +40,7 @@ class TOPDConfig(DistillationConfig):
         ValueError: a value is out of range or not among those allowed, or two options exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers"]
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers", "teacher_server_kwargs"]
 
     method: Method = _option(
         "topd",
@@ -85,7 +85,7 @@ class TOPDConfig(DistillationConfig):
         "None: no limit. Our choice.",
     )
 
-    teacher_window_server: str | None = _option(
+    teacher_model_server_url: str | None = _option(
         None,
         "URL of an OpenAI-compatible server (vLLM, SGLang) that continues the teacher's windows. Without a "
         "teacher_model the token losses come from it too, from its most likely tokens (vLLM).",
@@ -96,12 +96,12 @@ class TOPDConfig(DistillationConfig):
     teacher_server_key_env: str | None = _option(
         None, "Name of the environment variable that holds the server's API key. The key itself is never written down."
     )
-    teacher_server_timeout: float = _option(
-        300.0, "Maximum seconds per request, from connecting to the last byte of the answer."
+    teacher_server_kwargs: dict[str, float] | str | None = _option(
+        None,
+        "Limits of its use. timeout: maximum seconds per request, from connecting to the last byte (300). patience: give "
+        "up after this many seconds of failed retries (600). concurrency: concurrent requests per process (16).",
     )
-    teacher_server_patience: float = _option(600.0, "Give up after this many seconds of failed retries.")
-    teacher_server_concurrency: int = _option(16, "Concurrent requests per process.")
-    teacher_top_k: int = _option(
+    loss_top_k: int = _option(
         20,
         "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
         "--max-logprobs). The paper has the full vocabulary.",
@@ -185,8 +185,8 @@ class TOPDConfig(DistillationConfig):
     def __post_init__(self) -> None:
         check_kinds(self)
         super().__post_init__()
-        if self.teacher_window_server is not None:
-            self.teacher_window_server = without_secrets(self.teacher_window_server)
+        if self.teacher_model_server_url is not None:
+            self.teacher_model_server_url = without_secrets(self.teacher_model_server_url)
         for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -205,8 +205,7 @@ class TOPDConfig(DistillationConfig):
             (
                 "window_length",
                 "recalibration_steps",
-                "teacher_server_concurrency",
-                "teacher_top_k",
+                "loss_top_k",
             ),
             1,
         )

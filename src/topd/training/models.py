@@ -52,7 +52,7 @@ class BothModels:
     def _teacher(self) -> Teacher:
         if self.teacher_model is None:
             assert self._server is not None
-            return TopKTeacher(self._server, self.args.teacher_top_k)
+            return TopKTeacher(self._server, self.args.loss_top_k)
         return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
     def _distilled(self, model: Any, server: ServerWindows | None = None) -> DistilledModel:

@@ -151,8 +151,10 @@ def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: A
     """Raise `TOPDError` for what works with one teacher only."""
     if not teachers:
         raise TOPDError("MOPDTrainer needs at least one teacher: {name: model}.")
-    if args.teacher_window_server:
-        raise TOPDError("teacher_window_server works with one teacher so far: give the weights of all of them instead.")
+    if args.teacher_model_server_url:
+        raise TOPDError(
+            "teacher_model_server_url works with one teacher; pass the weights of all teachers instead."
+        )
     if eval_dataset is not None or args.max_overhead:
         raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
     if not (args.looks_ahead or args.opd_in_one_pass):

@@ -65,7 +65,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         model: the student: a loaded model, a folder or a Hub name.
         teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
             base without the adapter is the teacher, on the same weights. None: all of it is behind
-            `teacher_window_server` (docs/remote_teachers.md).
+            `teacher_model_server_url` (docs/remote_teachers.md).
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
