@@ -152,9 +152,7 @@ def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: A
     if not teachers:
         raise TOPDError("MOPDTrainer needs at least one teacher: {name: model}.")
     if args.teacher_model_server_url:
-        raise TOPDError(
-            "teacher_model_server_url works with one teacher; pass the weights of all teachers instead."
-        )
+        raise TOPDError("teacher_model_server_url works with one teacher; pass the weights of all teachers instead.")
     if eval_dataset is not None or args.max_overhead:
         raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
     if not (args.looks_ahead or args.opd_in_one_pass):
