@@ -263,7 +263,7 @@ def disk(setup: Setup) -> Finding:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Finding(
-            "disk", "error", f"cannot write to {config.output_dir}: {folder} is not a folder, or you may not write to it",
+            "disk", "error", f"cannot write to {config.output_dir}: {folder} is no folder, or is not writable",
             "Name another --output_dir, or change its permissions.",
         )  # fmt: skip
     free = shutil.disk_usage(folder).free

@@ -114,7 +114,7 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
 
 
 def _trainer_state(folder: Path) -> Path:
-    """The trainer's state, or that of the newest checkpoint while training still goes on."""
+    """The trainer's state, or that of the newest checkpoint while training continues."""
     final = folder / "trainer_state.json"
     return final if final.is_file() else max(_checkpoints(folder), key=lambda path: path.stat().st_mtime, default=final)
 
