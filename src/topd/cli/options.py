@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
-from topd.parsing import read_json, read_yaml
 
 if TYPE_CHECKING:
     from topd.runs.recorded import StartRecord
@@ -116,6 +115,8 @@ def _read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
     The entry `provenance` of a run's `run.yaml` is not an option and is left out.
     """
+    from topd.parsing import read_yaml
+
     words = list(argv)
     if "--config" not in words:
         return words, {}
@@ -141,6 +142,8 @@ def _check_json_names(text: Any) -> None:
     """Raise `TOPDError` where an option's JSON object has a name twice; the parser reports other mistakes."""
     if not isinstance(text, str) or not text.lstrip().startswith("{"):
         return
+    from topd.parsing import read_json
+
     try:
         read_json(text)
     except json.JSONDecodeError:
