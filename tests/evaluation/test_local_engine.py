@@ -9,8 +9,7 @@ from tiny import TOKENIZER, tiny_model
 
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
-from topd.evaluation.local_engine import LocalEngine, OwnRandomNumbers
-from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
+from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
@@ -61,7 +60,7 @@ def test_tokens_are_drawn_from_the_tempered_nucleus() -> None:
 
 def test_greedy_is_the_most_likely_token(engine: LocalEngine) -> None:
     found = responses(engine, REQUESTS[:1], Sampling(temperature=0, max_new_tokens=6))[0]
-    ids = prompt_ids(REQUESTS[0].prompt, TOKENIZER, SAMPLING)
+    ids = ids_of(REQUESTS[0], TOKENIZER, SAMPLING)
     for _ in range(6):
         with torch.no_grad():
             ids.append(int(engine.model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -81,7 +80,7 @@ def test_what_the_limit_ends_is_cut_and_what_ends_itself_is_not(engine: LocalEng
 
 def test_the_end_token_of_the_generation_config_ends_a_response_too() -> None:
     model = tiny_model(0, scale=1.5).eval()
-    most = int(model(torch.tensor([prompt_ids(PROBLEMS[0].prompt, TOKENIZER, SAMPLING)])).logits[0, -1].argmax())
+    most = int(model(torch.tensor([ids_of(REQUESTS[0], TOKENIZER, SAMPLING)])).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, most]
     found = responses(LocalEngine(model, TOKENIZER), REQUESTS[:1], Sampling(temperature=0, max_new_tokens=5))[0]
     assert (found.tokens, found.truncated) == (1, False)
@@ -90,19 +89,19 @@ def test_the_end_token_of_the_generation_config_ends_a_response_too() -> None:
 def test_a_response_that_cannot_fit_is_refused_beforehand(engine: LocalEngine) -> None:
     limit = engine.model.config.max_position_embeddings
     engine.check(REQUESTS, SAMPLING)
-    with pytest.raises(ContextError, match="Give at most --max-new-tokens"):
+    with pytest.raises(ContextError, match="lower --max-new-tokens to at most"):
         engine.check(REQUESTS, Sampling(max_new_tokens=limit))
     long = Request(0, "what is 1" + "+1" * limit + "?")
-    with pytest.raises(ContextError, match="Leave that prompt out"):
+    with pytest.raises(ContextError, match="or drop the prompt"):
         engine.check([long], SAMPLING)
 
 
 def test_messages_need_a_chat_template() -> None:
     talk = [{"role": "user", "content": "what is 1+1?"}]
-    assert TOKENIZER.decode(prompt_ids(talk, TOKENIZER, SAMPLING)) == "what is 1+1?"
+    assert TOKENIZER.decode(ids_of(Request(0, talk), TOKENIZER, SAMPLING)) == "what is 1+1?"
 
     class Plain:
         chat_template = None
 
     with pytest.raises(TOPDError, match="no chat template"):
-        prompt_ids(talk, Plain(), SAMPLING)
+        ids_of(Request(0, talk), Plain(), SAMPLING)

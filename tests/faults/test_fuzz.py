@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import NAMES, ROWS, accept_or_explain, write
+from loading.test_data import NAMES, ROWS, accept_or_explain, write
 from trl import ModelConfig
 
 from topd.cli.main import main

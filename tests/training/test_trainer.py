@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from topd.embedded.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
-from topd.runs.stages import STAGES
+from topd.runs.console import STAGES
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
 from topd.training.metrics import NEAR_FUTURE_METRICS

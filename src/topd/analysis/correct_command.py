@@ -17,7 +17,7 @@ from topd.analysis.correct import ARMS, CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
 from topd.paper import LOCAL_CORRECTION
 from topd.runs.files import append_records, write_json
-from topd.runs.resumable import earlier_records, write_options
+from topd.runs.records import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
 MEASURES = {

@@ -19,7 +19,7 @@ from topd.loading.pair import (
     base_of_student,
     check_base_is_fixed,
     head_rows,
-    heads_in_words,
+    heads_message,
     load,
     trained_together,
     with_rows,
@@ -107,7 +107,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
         ours, theirs = head_rows(self.model), head_rows(teacher)
         if theirs < ours:
             raise TOPDError(
-                f"{heads_in_words(ours, theirs)} With several teachers, name first the one with fewest rows."
+                f"{heads_message(ours, theirs)} With several teachers, name first the one with fewest rows."
             )
         if theirs > ours:
             teacher = with_rows(teacher, ours)

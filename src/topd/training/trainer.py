@@ -21,14 +21,13 @@ from topd.loading.sharding import shard_teacher, unsharded
 from topd.loading.tokenizers import check_context
 from topd.near_future import DistilledModel, Rollouts, fixed
 from topd.near_future.sampling_states import SamplingStates, has_dropout
+from topd.runs.checkpoints import check_writable
+from topd.runs.console import STAGES, Stopwatch
 from topd.runs.files import append_records
-from topd.runs.model_card import PAPER
 from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
-from topd.runs.output_folder import check_writable
-from topd.runs.recorded import RecordedTrainer
-from topd.runs.resumable import AUDIT_FILE
+from topd.runs.recorded import PAPER, RecordedTrainer
+from topd.runs.records import AUDIT_FILE
 from topd.runs.rollback import RollbackTrainer
-from topd.runs.stages import STAGES, Stopwatch
 from topd.teachers.from_options import check_without_weights, contexts, teacher_server, teacher_windows
 from topd.training.audit import audit_records, save_options
 from topd.training.batch import pack, rollouts_of, unpack

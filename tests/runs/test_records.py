@@ -5,7 +5,7 @@ import json
 import pytest
 
 from topd.errors import TOPDError
-from topd.runs.resumable import earlier_records, write_options
+from topd.runs.records import earlier_records, write_options
 
 
 def test_a_text_with_characters_that_end_lines_is_one_record(tmp_path):

@@ -1,4 +1,4 @@
-"""Records that are written one by one, so that a long analysis goes on where it was interrupted."""
+"""Records written one by one, so that an interrupted analysis resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def earlier_records(
     keep: Callable[[Records], Records] = list,
     may_change: str = "rollouts",
 ) -> Records:
-    """Records of an interrupted run with the same options; the file is cut to those that are kept.
+    """Records of an interrupted run with the same options; the file is cut to the records that are kept.
 
-    A broken line costs its own record only. An interruption can cut the last line; where another one is broken, that
-    is reported, and the file as it was is kept in `FILE.damaged`.
+    A broken line loses only its own record. An interruption can cut the last line; any other broken line is reported,
+    and the original file is kept as `FILE.damaged`.
 
     Args:
         needs: keys that every record has.
-        keep: picks the records that stay; the others are made again.
-        may_change: the option that may differ, because it only says how many records there are to be.
+        keep: selects the records to keep; the others are made again.
+        may_change: an option that may differ, because it only sets the number of records.
 
     Raises:
-        TOPDError: the folder holds records of something else, or the options file is damaged.
+        TOPDError: the folder holds records with other options, or the options file is damaged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
@@ -51,7 +51,7 @@ def earlier_records(
         shutil.copyfile(file, copy)
         print(
             f"topd: {file}: line {', '.join(map(str, damaged[:5]))}{' ...' if len(damaged) > 5 else ''} is broken; "
-            f"{len(kept)} records are kept, and the missing ones are made again. The file as it was: {copy}",
+            f"{len(kept)} records are kept, the others are made again. The original file: {copy}",
             file=sys.stderr,
         )
     if broken or len(kept) != len(records) or (content and not content.endswith(b"\n")):
@@ -62,8 +62,8 @@ def earlier_records(
 def _refuse_other(file: Path, options_file: Path, options: dict[str, Any], may_change: str) -> None:
     before = read_object(
         options_file,
-        f"It says with which settings {file.name} was made. If they are the same as now, delete {options_file}; else "
-        "give another --out.",
+        f"It holds the settings of {file.name}. If they are the same as now, delete {options_file}; else give "
+        "another --out.",
     )
     now = json.loads(json.dumps(options))
     other = sorted(name for name in now if name != may_change and before.get(name) != now[name])
@@ -75,7 +75,7 @@ def _refuse_other(file: Path, options_file: Path, options: dict[str, Any], may_c
 
 
 def write_options(file: Path, options: dict[str, Any]) -> None:
-    """For the next `earlier_records`."""
+    """Write the options that the next `earlier_records` compares."""
     write_json(options, file)
 
 
@@ -84,22 +84,22 @@ AUDIT_FILE = "audit.jsonl"
 
 
 def cut_records(path: Path, step: int) -> None:
-    """Keep the records up to an optimizer step, from which the run goes on: later ones are made again.
+    """Keep the records up to the optimizer step at which a run resumes: later ones are made again.
 
-    At step 0 they all belong to an earlier run, and are kept in `audit.earlier.jsonl`.
+    At step 0 all records belong to an earlier run and move to `audit.earlier.jsonl`.
     """
     if not path.is_file():
         return
     if step == 0:
         path.replace(path.with_name("audit.earlier.jsonl"))
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would part texts at U+2028
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would split at U+2028
     kept = [line for line in lines if _up_to(line, step)]
     write_text("".join(line + "\n" for line in kept), path)
 
 
 def _up_to(line: str, step: int) -> bool:
-    """Whether it is a record of such a step; the last line may have been cut off."""
+    """Whether a line is a whole record of a step up to this one; the last line may be cut off."""
     try:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError, RecursionError):

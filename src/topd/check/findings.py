@@ -1,16 +1,45 @@
-"""Findings as a table, as one line, and as JSON."""
+"""What a check found and how to fix it; as a table, as one line, and as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
 
-from topd.check.finding import Finding, worst
 from topd.visible import visible
+
+Verdict = Literal["ok", "warning", "error"]
+_ORDER: tuple[Verdict, ...] = ("ok", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        check: the name of the check.
+        verdict: error: the run would fail or train wrongly; warning: worth a look.
+        found: what was found, with numbers.
+        remedy: what to do; empty for "ok".
+    """
+
+    check: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def ok(check: str, found: str) -> Finding:
+    return Finding(check, "ok", found)
+
+
+def worst(findings: Sequence[Finding]) -> Verdict:
+    return max((finding.verdict for finding in findings), key=_ORDER.index, default="ok")
+
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -31,16 +60,22 @@ def findings_table(findings: Sequence[Finding], title: str) -> Table:
 
 
 def verdict_line(findings: Sequence[Finding]) -> str:
-    """The whole in one line."""
+    """All findings in one line."""
     named = {
         verdict: [finding.check for finding in findings if finding.verdict == verdict]
         for verdict in ("error", "warning")
     }
     if named["error"]:
-        return f"Not ready: {_counted(named['error'], 'error')}."
+        return f"Check failed: {_counted(named['error'], 'error')}."
     if named["warning"]:
-        return f"Ready, with {_counted(named['warning'], 'warning')}."
-    return f"Ready: {len(findings)} checks, nothing found."
+        return f"Passed with {_counted(named['warning'], 'warning')}."
+    return f"All {len(findings)} checks passed."
+
+
+def errors_message(findings: Sequence[Finding]) -> str:
+    """The errors, for a command that stops on them."""
+    lines = [f"  {f.check}: {f.found}. {f.remedy}" for f in findings if f.verdict == "error"]
+    return "\n".join(["Pre-flight failed:", *lines])
 
 
 def _counted(names: list[str], noun: str) -> str:

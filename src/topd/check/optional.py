@@ -1,9 +1,8 @@
-"""What only some runs ask for, and what would keep those from starting: libraries, adapters, evaluation, the Hub."""
+"""Checks of what only some runs use: libraries, adapters, evaluation data, the Hub, the teacher's server."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,20 +10,21 @@ from huggingface_hub import constants, get_token
 from transformers import AutoModelForCausalLM
 from transformers.integrations import get_available_reporting_integrations
 
-from topd.check.finding import Finding, ok
+from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
 from topd.loading.pair import ONE_MODEL
+from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 
 OPTIMIZERS = {
     "8bit": "bitsandbytes", "4bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes",
     "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "schedule_free": "schedulefree",
     "torchao": "torchao", "grokadamw": "grokadamw", "stable_adamw": "optimi",
 }  # fmt: skip
-"""Part of an optimizer's name, and the package that it needs."""
+"""The package that an optimizer needs, by a part of the optimizer's name."""
 
 
 def one_model(setup: Setup) -> Finding | None:
-    """The same weights as student and teacher."""
+    """Whether student and teacher are the same weights."""
     ours, theirs = setup.pair
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
     if ours.folder != theirs.folder or len(revisions) > 1 or setup.adapters or not setup.teacher_here:
@@ -34,7 +34,7 @@ def one_model(setup: Setup) -> Finding | None:
 
 
 def libraries(setup: Setup) -> Finding | None:
-    """Packages that the options need: vLLM, FlashAttention, bitsandbytes, trackers and others."""
+    """Whether the packages that the options need are installed: vLLM, FlashAttention, bitsandbytes, trackers, ..."""
     needed = packages(setup)
     missing = {package: option for package, option in needed.items() if importlib.util.find_spec(package) is None}
     trackers = [name for name in setup.config.report_to or [] if name not in get_available_reporting_integrations()]
@@ -49,7 +49,7 @@ def libraries(setup: Setup) -> Finding | None:
 
 
 def packages(setup: Setup) -> dict[str, str]:
-    """What the options need, and the option that needs it."""
+    """Needed packages, and the option that needs each."""
     config, model = setup.config, setup.model
     needed: dict[str, str] = {}
     if config.use_vllm:
@@ -74,12 +74,12 @@ def packages(setup: Setup) -> dict[str, str]:
 
 
 def sampling(setup: Setup) -> Finding | None:
-    """Rollouts are sampled: there is no greedy one."""
+    """Whether rollouts can be sampled; there are no greedy rollouts."""
     config = setup.config
     if not config.temperature > 0:
         return Finding(
             "sampling", "error", f"temperature is {config.temperature}: rollouts are sampled",
-            "--temperature 1.0 is the paper's. Greedy windows are --window_temperature 0.",
+            "The paper uses --temperature 1.0. For greedy windows use --window_temperature 0.",
         )  # fmt: skip
     if not 0 < config.top_p <= 1 or (config.max_completion_length or 0) < 1:
         return Finding(
@@ -91,10 +91,10 @@ def sampling(setup: Setup) -> Finding | None:
 
 
 def evaluation(setup: Setup) -> Finding | None:
-    """The data of the evaluation loss, and when it is asked for."""
+    """Whether there is data for the evaluation loss, and an evaluation to use it."""
     name, strategy = "evaluation", str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
     if isinstance(setup.evaluation, Exception):
-        return Finding(name, "error", str(setup.evaluation), "Name a file or dataset that is there: --eval_data.")
+        return Finding(name, "error", str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
     if setup.evaluation is None:
         if strategy == "no":
             return None
@@ -104,14 +104,14 @@ def evaluation(setup: Setup) -> Finding | None:
         )  # fmt: skip
     if strategy == "no":
         return Finding(
-            name, "warning", "eval_data is given, and nothing is evaluated",
+            name, "warning", "eval_data is given, but eval_strategy is no",
             "--eval_strategy steps --eval_steps 100, or leave --eval_data out.",
         )  # fmt: skip
-    return ok(name, f"{setup.evaluation:,} prompts, by {strategy}")
+    return ok(name, f"{setup.evaluation:,} prompts, eval_strategy {strategy}")
 
 
 def adapters(setup: Setup) -> Finding | None:
-    """Whether the adapter's targets are modules of the student, on a model without storage."""
+    """Whether the adapter's targets are modules of the student, tested on a model without storage."""
     if not setup.adapters or importlib.util.find_spec("peft") is None:
         return None
     from peft import get_peft_model
@@ -138,18 +138,35 @@ def adapters(setup: Setup) -> Finding | None:
 
 
 def hub(setup: Setup) -> Finding | None:
-    """Whether the model can be pushed; nothing is asked of the Hub."""
+    """Whether the model can be pushed. Sends no request to the Hub."""
     if not setup.config.push_to_hub:
         return None
     if constants.HF_HUB_OFFLINE:
         return Finding("hub", "error", "push_to_hub with HF_HUB_OFFLINE set", "Unset it, or leave --push_to_hub out.")
     if not (setup.config.hub_token or get_token()):
         return Finding("hub", "error", "push_to_hub without a token", "Log in (hf auth login), or set HF_TOKEN.")
-    return ok("hub", f"pushed to {setup.config.hub_model_id or 'a repository named as the output folder'}")
+    return ok("hub", f"pushed to {setup.config.hub_model_id or 'a repository named like the output folder'}")
 
 
-ASKED: dict[str, Callable[[Setup], Finding | None]] = {
-    "pair": one_model, "libraries": libraries, "sampling": sampling, "evaluation": evaluation, "adapters": adapters,
-    "hub": hub,
-}  # fmt: skip
-"""Checks of what only some runs ask for: nothing is found where a run does not."""
+SERVER = "teacher's server"
+PATIENCE = 10.0
+"""Seconds for which the server may fail here; training waits longer."""
+
+
+def server(setup: Setup) -> Finding | None:
+    """Whether the server serves the teacher, tokenizes text as the student does, and returns token ids.
+
+    Raises:
+        TOPDError: it does not.
+    """
+    if setup.config.teacher_window_server is None:
+        return None
+    if not setup.teacher_here:
+        check_without_weights(setup.config)
+    found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
+    if found is None:
+        return ok(SERVER, f"method={setup.config.method} does not use it")
+    rows = setup.student.text_config.vocab_size
+    windows = teacher_windows(found, setup.config, setup.student.tokenizer, setup.student.end_tokens, rows)
+    context = f"a context of {windows.context:,}" if windows.context else "an unknown context"
+    return ok(SERVER, f"{found.url} serves {windows.model!r} with {context}, token ids in and out")
