@@ -30,8 +30,6 @@ from topd.algorithm import score_tokens as score_tokens
 from topd.algorithm import select_for_capping as select_for_capping
 from topd.algorithm import token_cost as token_cost
 from topd.algorithm import token_kl as token_kl
-from topd.algorithm import token_kl_from_hidden as token_kl_from_hidden
-from topd.algorithm import token_nll as token_nll
 from topd.algorithm import trajectory_loss as trajectory_loss
 from topd.training import TOPDConfig as TOPDConfig
 from topd.training import TOPDTrainer as TOPDTrainer
