@@ -98,8 +98,8 @@ class TOPDConfig(DistillationConfig):
     )
     teacher_server_kwargs: dict[str, float] | str | None = _option(
         None,
-        "Limits of its use. timeout: maximum seconds per request, from connecting to the last byte (300). patience: give "
-        "up after this many seconds of failed retries (600). concurrency: concurrent requests per process (16).",
+        "Limits of its use. timeout: maximum seconds per request, from connecting to the last byte (300). patience: "
+        "give up after this many seconds of failed retries (600). concurrency: concurrent requests per process (16).",
     )
     loss_top_k: int = _option(
         20,
