@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ WAYS = {
     "partly shared": "exact, partly by the plain way",
     "plain": "exact by the plain way",
     "refused": "refused",
+    "not built": "not built",
+    "wrong": "wrong",
 }
 
 
@@ -27,15 +30,33 @@ def architectures_page(text: str, rows: list[dict[str, Any]]) -> str:
     """The page with the table as the record says."""
     if not rows:
         return PLACE.sub(lambda place: place[1] + NOTHING + place[2], text)
-    counts = Counter(row["way"] for row in rows)
+    classes = [row for row in rows if "," not in row["class"]]
     lines = [
-        f"{len(rows)} classes recorded: " + ", ".join(f"{counts[way]} {words}" for way, words in WAYS.items()) + ".",
+        counted("classes", classes),
+        counted("variants of their configs", [row for row in rows if row not in classes]),
         "",
-        "| class | way | not shared, or reason | examined |",
-        "|---|---|---|---|",
-        *(f"| `{row['class']}` | {WAYS[row['way']]} | {row['why']} | {row['examined']} |" for row in rows),
+        "| class, variant | way | not shared, or reason | TRL's forward pass is exact | examined |",
+        "|---|---|---|---|---|",
+        *(" | ".join(["", *cells_of(row), ""]).strip() for row in rows),
     ]
     return PLACE.sub(lambda place: place[1] + "\n".join(lines) + "\n" + place[2], text)
+
+
+def counted(what: str, rows: list[dict[str, Any]]) -> str:
+    counts = Counter(row["way"] for row in rows)
+    found = f"{len(rows)} {what} recorded: " + ", ".join(f"{counts[way]} {words}" for way, words in WAYS.items()) + "."
+    return textwrap.fill(found, 120)
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    why = row["why"].replace("|", "\\|")
+    return [named(row["class"]), WAYS[row["way"]], why, row.get("trl", ""), row["examined"]]
+
+
+def named(subject: str) -> str:
+    """The class as code, its variant as text."""
+    name, comma, variant = subject.partition(",")
+    return f"`{name}`{comma}{variant}"
 
 
 def read_record() -> list[dict[str, Any]]:

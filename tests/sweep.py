@@ -1,14 +1,15 @@
 """What one architecture is put through, as a student and as a teacher, against sequences that run alone.
 
-All classes, or those that are named; with --states without training (a fifth of the time):
+All classes and variants, or those that are named; with --missing those that are not recorded yet; with --states without
+training (a fifth of the time):
 
-    python tests/sweep.py docs/architectures.json [--states] [class ...]
+    python tests/sweep.py docs/architectures.json [--missing] [--states] [subject ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import warnings
 from dataclasses import replace
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tiny import tiny_trainer
-from tiny_architectures import classes, tiny
+from tiny_architectures import subjects, tiny
 from torch import Tensor
 
+from topd.errors import ContextError
 from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts
+from topd.near_future.generation import own_settings_only
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.training import TOPDTrainer
@@ -35,27 +38,34 @@ METHODS = {
 PROMPTS = ["2+(3*4)=", "7=", "1+1=", "5*(6+7)*8="]
 
 
-def row_of(name: str, training: bool = True, **options: Any) -> dict[str, str]:
-    """Examine an architecture: its row of the table.
+def row_of(name: str, training: bool = True) -> dict[str, str]:
+    """Examine a subject: its row of the table.
 
     Raises:
         AssertionError: something is wrong.
     """
     row = {"class": name, "examined": "states, training" if training else "states"}
-    student = tiny(name, 0, **options)
+    try:
+        student = tiny(name, 0)
+    except Exception as error:
+        return row | {"way": "not built", "why": in_a_line(error), "examined": ""}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ways = ways_of(student)
     except ArchitectureError as error:
         return row | {"way": "refused", "why": str(error)}
-    examine_states(student)
+    try:
+        examine_states(student)
+    except ContextError as error:
+        assert ways.end is not None, "rows are refused without an end"
+        return row | {"way": "refused", "why": f"rows longer than {ways.end} tokens: {error}"}
     if training and ways.trains:
-        teacher = tiny(name, 1, **options)
+        teacher = tiny(name, 1)
         for method in METHODS:
             examine_training(student, teacher, method, PROMPTS)
         examine_training(student, teacher, "topd", PROMPTS[:1] * 4)
-    return row | {"way": in_words(ways), "why": why(ways)}
+    return row | {"way": in_words(ways), "why": why(ways), "trl": ways.trl}
 
 
 def in_words(ways: Ways) -> str:
@@ -88,7 +98,7 @@ def examine_states(model: Any) -> None:
 
 
 def examine_windows(pair: DistilledModel, rollouts: Rollouts, reading: Any, places: list[tuple[int, int]]) -> None:
-    """Windows equal `generate` on each prefix alone."""
+    """Windows equal `generate` on each prefix alone, and that equals forward passes without a cache."""
     rows, positions = torch.tensor(places).unbind(1)
     greedy = pair.head().logits(reading.hidden).argmax(-1)
     windows = pair.continue_(Places(rollouts, rows, positions), LENGTH, replace(reading, greedy=greedy))
@@ -96,6 +106,7 @@ def examine_windows(pair: DistilledModel, rollouts: Rollouts, reading: Any, plac
         prefix = rollouts.prefix(int(row), int(position))
         alone = generated(pair.model, prefix[None], torch.ones_like(prefix)[None])[0]
         assert tokens[mask].tolist() == alone[: int(mask.sum())].tolist(), "windows differ from generate"
+        assert tokens[mask].tolist() == greedy_alone(pair.model, prefix, int(mask.sum())), "generate is wrong"
 
 
 def examine_guided_windows(pair: DistilledModel, rollouts: Rollouts) -> None:
@@ -194,10 +205,20 @@ def opd_loss_alone(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tens
 
 
 def generated(model: Any, ids: Tensor, mask: Tensor, new: int = LENGTH, eos: int | None = EOS) -> Tensor:
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0
-    )
+    with own_settings_only(model):  # some configs force a last token
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0
+        )
     return output[:, ids.shape[1] :]
+
+
+@torch.no_grad()
+def greedy_alone(model: Any, ids: Tensor, new: int) -> list[int]:
+    """The most likely next tokens, each from a forward pass over everything before."""
+    for _ in range(new):
+        following = model(input_ids=ids[None], use_cache=False).logits[0, -1:].argmax(-1)
+        ids = torch.cat([ids, following])
+    return ids[-new:].tolist()
 
 
 def rollouts_of(model: Any, prompts: tuple[int, ...]) -> Rollouts:
@@ -218,20 +239,29 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
     assert difference < 2e-3, f"{what} differ by {difference:.2g}"
 
 
-def main(path: str, chosen: list[str]) -> None:
-    """Write the record; what is there of other classes is kept."""
-    record = Path(path)
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def main() -> None:
+    """Write the record after each subject; what is there of others is kept."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("record", type=Path)
+    parser.add_argument("subjects", nargs="*", default=None)
+    parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--states", action="store_true")
+    asked = parser.parse_args()
+    record: Path = asked.record
     rows = {row["class"]: row for row in json.loads(record.read_text())} if record.exists() else {}
-    training = "--states" not in chosen
-    for name in [name for name in chosen if name != "--states"] or classes():
+    chosen = [name for name in asked.subjects or subjects() if not (asked.missing and name in rows)]
+    for name in chosen:
         try:
-            rows[name] = row_of(name, training)
+            rows[name] = row_of(name, training=not asked.states)
         except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            rows[name] = {"class": name, "examined": "", "way": "WRONG", "why": why}
+            rows[name] = {"class": name, "examined": "", "way": "wrong", "why": in_a_line(error)}
         print(name, rows[name]["way"], rows[name]["why"][:200], flush=True)
         record.write_text(json.dumps([rows[name] for name in sorted(rows)], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main()

@@ -21,6 +21,7 @@ from transformers import (
 from topd.errors import ContextError
 from topd.near_future import LocalModel
 from topd.near_future.limits import LOWERED, lengths_of
+from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.self_check import Check
 from topd.near_future.ways import ArchitectureError, Ways, in_step_of, notice_of, ways_of
 
@@ -35,6 +36,9 @@ FAMILIES = {  # class: what is exact, of (windows over one prefix, guided window
     "GptOssForCausalLM": (False, False, True),
     "Qwen3_5ForCausalLM": (False, False, True),
     "RwkvForCausalLM": (False, False, False),
+    "Gemma3nForCausalLM": (False, False, False),
+    "DeepseekV32ForCausalLM": (False, False, True),
+    "xLSTMForCausalLM": (False, False, False),
 }
 
 
@@ -52,6 +56,53 @@ def test_states_windows_and_gradients_equal_separate_sequences(name):
     ways = ways_of(model)
     assert (ways.shared_prefix > 0, ways.packed_rows > 0, ways.left_padding) >= FAMILIES[name]
     examine_states(model)
+
+
+def test_left_padding_whose_gradients_are_not_finite_is_not_used():
+    ways = ways_of(tiny("Gemma3nForCausalLM"))  # the root of a padding token's embedding, which is zero
+    assert (ways.left_padding, ways.trl) == (False, "without left padding")
+    assert ways.reasons["left_padding"] == ways.reasons["trl"] == "gradients differ by nan"
+
+
+def test_a_model_that_fails_in_training_mode_only_does_not_train():
+    ways = ways_of(tiny("ReformerModelWithLMHead"))  # in training mode its rows must have one length
+    assert not ways.trains
+    assert "axial_pos_shape" in ways.reasons["trains"]
+
+
+def test_trying_a_model_takes_no_random_numbers():
+    model = tiny("GPT2LMHeadModel", attn_pdrop=0.1, resid_pdrop=0.1)
+    state = torch.get_rng_state()
+    assert ways_of(model).trains
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_model_whose_generate_is_not_its_forward_pass_is_refused():
+    with pytest.raises(ArchitectureError, match="does not generate what it computes"):
+        ways_of(tiny("MoshiForCausalLM"))  # only its cache knows the sliding window
+
+
+def test_a_model_that_reads_its_masks_takes_the_plain_way_and_the_reason_is_in_words():
+    ways = ways_of(tiny("DeepseekV32ForCausalLM"))  # its indexer chooses tokens by the mask
+    assert (ways.shared_prefix, ways.packed_rows, ways.left_padding) == (0, 0, True)
+    assert "reads its attention masks itself" in ways.reasons["packed_rows"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xLSTMForCausalLM",  # output_logit_soft_cap
+        "RecurrentGemmaForCausalLM",  # logits_soft_cap
+        "InklingForCausalLM",  # divided by logits_mup_width_multiplier
+        "GraniteForCausalLM, multipliers",  # divided by logits_scaling
+        "HyperCLOVAXForCausalLM, multipliers",  # multiplied by logits_scaling
+    ],
+)
+@torch.no_grad()
+def test_the_head_does_what_the_config_says_of_logits(name):
+    model, ids = tiny(name), torch.arange(3, 13)[None]
+    states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(output_head(model).logits(states), model(input_ids=ids, use_cache=False).logits)
 
 
 def test_a_model_is_tried_once(monkeypatch):

@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 IN_LAYOUT = "topd"
 """Name of the attention implementation that takes nothing but layouts."""
+READ = "The model reads its attention masks itself."
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class LayoutMask:
     def attend(self, call: Attention) -> Tensor:
         """[batch, query, head, value width]"""
         raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError(READ)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(READ)
 
 
 class Layout(Protocol):

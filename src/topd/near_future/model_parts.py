@@ -1,4 +1,4 @@
-"""The parts of a transformers model that the step uses: the backbone and the output head."""
+"""The parts of a transformers model that the step uses (backbone, output head), and the state that it runs them in."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ def backbone_of(model: Any) -> nn.Module:
 def output_head(model: Any, temperature: float = 1.0) -> Head:
     """The model's output head with everything that its config does to logits (scales, soft caps, biases)."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
-        if scaling is not None:
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
+    scale = _entry(config, "logit_scale", "output_multiplier", "lm_head_multiplier")
+    scaling = _entry(config, "logits_scaling", "logits_mup_width_multiplier")
+    if scale is None and scaling is not None:  # Granite, MiniCPM3 and Inkling divide, HyperCLOVA X multiplies
+        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
     bias = getattr(layer, "bias", None)
     return Head(
         weight=_weight(layer),
         bias=None if bias is None else whole(bias),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=1.0 if scale is None else float(scale),
+        softcap=_entry(config, "final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"),
         temperature=temperature,
     )
+
+
+def _entry(config: Any, *names: str) -> Any:
+    """The first of these entries that a config has."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _weight(layer: Any) -> Tensor:
@@ -88,6 +89,18 @@ class evaluating:
 
     def __exit__(self, *_: object) -> None:
         self.model.train(self.was_training)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """In training mode, without using up random numbers; afterwards in evaluation mode."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    model.train()
+    try:
+        with torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+    finally:
+        model.eval()
 
 
 @contextmanager

@@ -13,18 +13,27 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from topd.near_future.branches import Branches, packed, rollout_hidden, separate
 from topd.near_future.generation import own_settings_only
 from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
-from topd.near_future.model_parts import backbone_of, evaluating, output_head, without_autocast
-from topd.near_future.padding import last_states, left_padded
+from topd.near_future.model_parts import backbone_of, evaluating, output_head, training, without_autocast
+from topd.near_future.padding import left_padded
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.shared_prefix import Prefill, Start, continue_over_prefix, prefill
-from topd.near_future.true_states import PROMPTS, RESPONSE, STARTS, TOLERANCE, alone, padding_id, sample_of
+from topd.near_future.true_states import (
+    PROMPTS,
+    RESPONSE,
+    STARTS,
+    TOLERANCE,
+    alone,
+    gradients_of,
+    padding_id,
+    sample_of,
+    small_parameters,
+)
 from topd.near_future.ways import ArchitectureError, Batching, Ways
 from topd.near_future.windows import Places, Rollouts
 
@@ -90,7 +99,8 @@ class Check:
     def __init__(self, model: Any) -> None:
         self.model, self.backbone = model, backbone_of(model)
         self.reasons: dict[str, str] = {}
-        self.cache_bytes, self.cached_prefix = 0.0, False
+        self.cache_bytes, self.cached_prefix, self.trains = 0.0, False, True
+        self.small = small_parameters(model, self.backbone)
         try:
             self.sample = sample_of(model, self.backbone)
         except Exception as error:
@@ -102,6 +112,7 @@ class Check:
     def ways(self) -> Ways:
         self._stop_unless_causal()
         self._stop_unless_head()
+        self.trains = self._try("trains", self._trains)
         padded = self._try("left_padding", self._padded)
         sampled = self._try("sampling_states", self._sampled)
         if not sampled:
@@ -116,7 +127,7 @@ class Check:
             batches=padded or self._try("batches", self._batched_tokens),
             trl=self._trl(),
             cached_prefix=self.cached_prefix,
-            trains=self._try("trains", self._trains),
+            trains=self.trains,
             cache_bytes=self.cache_bytes,
             reasons=self.reasons,
         )
@@ -161,10 +172,18 @@ class Check:
             )
 
     def _stop_unless_generates(self) -> None:
+        name = type(self.model).__name__
         try:
-            self._generated([self.sample.rollouts.prefix(1, 0)])
+            ids, _, response, _ = self._generated([self.sample.rollouts.prefix(1, 0)])
         except Exception as error:
-            raise ArchitectureError(f"{type(self.model).__name__} cannot generate text: {_in_words(error)}.") from error
+            raise ArchitectureError(f"{name} cannot generate text: {_in_words(error)}.") from error
+        states = alone(self.backbone, torch.cat([ids[0], response[0]]))[ids.shape[1] - 1 : -1]
+        below = self.sample.below_best(output_head(self.model).logits(states), response[0])
+        if below is not None:
+            raise ArchitectureError(
+                f"{name} does not generate what it computes without a cache: `generate` chooses tokens {below}. "
+                "Please report the model to transformers."
+            )
 
     def batching(self) -> Batching:
         """Which prompts `generate` may continue together."""
@@ -174,9 +193,14 @@ class Check:
         return Batching(False, equal, self.reasons["left_padding" if equal else "batches"])
 
     def _padded(self) -> str | None:
-        rollouts = self.sample.rollouts
-        states = last_states(self.backbone, rollouts.input_ids, rollouts.attention_mask)
-        return self.sample.error(states[:, max(PROMPTS) - 1 : -1], self.sample.response_states)
+        def padded() -> Tensor:
+            return rollout_hidden(self.backbone, self.sample.rollouts)
+
+        return self.sample.error(padded(), self.sample.response_states) or self._gradient_error(padded, self._apart)
+
+    def _apart(self) -> Tensor:
+        """States of the rollouts, each without padding."""
+        return rollout_hidden(self.backbone, self.sample.rollouts, Ways(left_padding=False))
 
     def _trl(self) -> Literal["always", "without left padding", "never"]:
         if self._try("trl", lambda: self._as_trl(self.sample.rollouts)):
@@ -185,8 +209,15 @@ class Check:
 
     def _as_trl(self, rollouts: Rollouts) -> str | None:
         inputs = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask, "use_cache": False}
-        states = self.model.base_model(**inputs).last_hidden_state[:, max(PROMPTS) - 1 : -1]
-        return self.sample.error(states, self.sample.response_states[-len(states) :])
+
+        def as_trl() -> Tensor:
+            states: Tensor = self.model.base_model(**inputs).last_hidden_state
+            return states[:, max(PROMPTS) - 1 : -1]
+
+        truth = self.sample.response_states[-len(rollouts) :]
+        return self.sample.error(as_trl(), truth) or self._gradient_error(
+            as_trl, lambda: self._apart()[-len(rollouts) :]
+        )
 
     def _packed_rows(self) -> str | None:
         if is_recurrent(empty_cache(self.backbone)):  # small weights could hide it
@@ -203,24 +234,19 @@ class Check:
         )
 
     def _trains(self) -> str | None:
-        """A backward pass through rows as they are trained."""
-        small = self._small_parameters()
-        if small:
-            gradients_of(lambda: rollout_hidden(self.backbone, self.sample.rollouts[1:]), small)
+        """A forward pass in training mode, and a backward pass, through rows as they are trained."""
+        if self.small:
+            longest = self.sample.rollouts[1:]
+            gradients_of(lambda: rollout_hidden(self.backbone, longest), self.small)
+            with training(self.model):
+                rollout_hidden(self.backbone, longest)
         return None
-
-    def _small_parameters(self) -> list[nn.Parameter]:
-        """Those whose gradients cost little. None of a model in parts, whose backward pass all processes must join."""
-        if any(isinstance(module, FSDPModule) or hasattr(module, "ds_id") for module in self.model.modules()):
-            return []
-        return [p for p in self.backbone.parameters() if p.dim() <= 1 and p.is_floating_point()]
 
     def _gradient_error(self, way: Callable[[], Tensor], truth: Callable[[], Tensor]) -> str | None:
         """Of small parameters: states can agree where gradients do not (a bias is left out, and zero so far)."""
-        small = self._small_parameters()
-        if not small:
+        if not (self.trains and self.small):
             return None
-        found, expected = gradients_of(way, small), gradients_of(truth, small)
+        found, expected = gradients_of(way, self.small), gradients_of(truth, self.small)
         largest = max((float(gradient.norm()) for gradient in expected), default=0.0)
         tolerance = 0.3 if next(self.backbone.parameters()).dtype in TOLERANCE else 1e-2
         for ours, theirs in zip(found, expected, strict=True):
@@ -261,7 +287,8 @@ class Check:
         ones = torch.ones_like(response)
         rollouts = Rollouts(ids, mask, response, ones, ones)
         sampled = states.prefill(rollouts, keep_prefix=False)
-        self.cached_prefix = _alike(states.prefill(rollouts, keep_prefix=True), prefill(self.backbone, rollouts))
+        cached = states.prefill(rollouts, keep_prefix=True)
+        self.cached_prefix = cached is not None and cached.is_like(prefill(self.backbone, rollouts))
         if sampled is None:
             return "generate does not feed one token at a time"
         row_states = [alone(self.backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
@@ -292,35 +319,6 @@ class Check:
                 pad_token_id=padding_id(self.model),
             )  # fmt: skip
         return ids, mask, output[:, ids.shape[1] :], states
-
-
-def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients of a fixed random sum of states; zeros where a parameter has no part in them."""
-    usual = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            found = states().float()
-            weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.device)
-            gradients = torch.autograd.grad((found * weight).sum(), parameters, allow_unused=True)
-    finally:
-        for parameter, requires in zip(parameters, usual, strict=True):
-            parameter.requires_grad_(requires)
-    return [
-        torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True)
-    ]
-
-
-def _alike(some: Prefill | None, other: Prefill) -> bool:
-    """Whether two prefixes have keys and values of the same shapes."""
-    if some is None or some.prefix is None or other.prefix is None or len(some.prefix) != len(other.prefix):
-        return False
-    return all(
-        a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
-        for pairs in zip(some.prefix, other.prefix, strict=True)
-        for a, b in zip(*pairs, strict=True)
-    )
 
 
 def _in_words(error: Exception) -> str:

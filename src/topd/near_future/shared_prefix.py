@@ -53,6 +53,16 @@ class Prefill:
         prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
         return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows], self.parts)
 
+    def is_like(self, other: Prefill) -> bool:
+        """Whether both prefixes have keys and values of the same shapes."""
+        if self.prefix is None or other.prefix is None or len(self.prefix) != len(other.prefix):
+            return False
+        return all(
+            a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
+            for pairs in zip(self.prefix, other.prefix, strict=True)
+            for a, b in zip(*pairs, strict=True)
+        )
+
 
 def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
     """Read rollouts in one forward pass; keep hidden states, keys and values."""

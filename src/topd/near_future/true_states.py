@@ -1,13 +1,17 @@
-"""Random rollouts and windows for `self_check`, and the true states: every sequence alone, without padding or cache."""
+"""Random rollouts and windows for `self_check`, the true states (every sequence alone, without padding or cache), and
+gradients.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from topd.near_future.branches import Branches
 from topd.near_future.padding import last_states, left_padded
@@ -45,8 +49,26 @@ class Sample:
     def error(self, found: Tensor, truth: Tensor) -> str | None:
         """How far states are from the truth, in words; None if that is rounding."""
         difference = difference_of(found, truth)
-        tolerance = max(TOLERANCE.get(truth.dtype, FLOAT32_TOLERANCE), 10 * self.noise)
-        return None if difference <= tolerance else f"states differ by {difference:.2g} of their spread"
+        if difference <= self._tolerance(truth.dtype):
+            return None
+        return f"states differ by {difference:.2g} of their spread"
+
+    def below_best(self, logits: Tensor, tokens: Tensor) -> str | None:
+        """How far tokens are from the most likely ones, in words; None if that is rounding.
+
+        Args:
+            logits: [token, vocabulary]
+            tokens: [token]
+        """
+        chosen = logits.gather(-1, tokens[:, None])[:, 0]
+        below = ((logits.amax(-1) - chosen) / logits.std(-1)).double()
+        furthest = float(below.quantile(0.8) if logits.dtype in TOLERANCE else below.max())
+        if furthest <= self._tolerance(logits.dtype):
+            return None
+        return f"whose logits are up to {furthest:.2g} standard deviations below the highest"
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return max(TOLERANCE.get(dtype, FLOAT32_TOLERANCE), 10 * self.noise)
 
 
 def difference_of(found: Tensor, truth: Tensor) -> float:
@@ -109,3 +131,31 @@ def ordinary_tokens(model: Any) -> Tensor:
 def padding_id(model: Any) -> int:
     value = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 0 if value is None or value < 0 else int(value)
+
+
+def small_parameters(model: nn.Module, backbone: nn.Module) -> list[nn.Parameter]:
+    """Those of the backbone whose gradients cost little.
+
+    None of a model in parts, whose backward pass all processes must join.
+    """
+    if any(isinstance(module, FSDPModule) or hasattr(module, "ds_id") for module in model.modules()):
+        return []
+    return [p for p in backbone.parameters() if p.dim() <= 1 and p.is_floating_point()]
+
+
+def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients of a fixed random sum of states; zeros where a parameter has no part in them."""
+    usual = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            found = states().float()
+            weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.device)
+            gradients = torch.autograd.grad((found * weight).sum(), parameters, allow_unused=True)
+    finally:
+        for parameter, requires in zip(parameters, usual, strict=True):
+            parameter.requires_grad_(requires)
+    return [
+        torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True)
+    ]
