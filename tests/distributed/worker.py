@@ -33,9 +33,9 @@ GREEDY = {"do_sample": False, "temperature": 1.0}  # the same rollouts, however 
 class Counting(TOPDTrainer):
     """Remembers how many windows this process guided at each step."""
 
-    def _record(self, future: Any, guided: Any, rollouts: Any) -> None:
+    def _record(self, future: Any, guided: Any, rollouts: Any, method: Any) -> None:
         self.__dict__.setdefault("guided", []).append(int(future.guided.sum()))
-        super()._record(future, guided, rollouts)
+        super()._record(future, guided, rollouts, method)
 
 
 class CountingSeveral(Counting, MOPDTrainer):
