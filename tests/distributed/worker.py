@@ -19,10 +19,10 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import gather_object
 from tiny import prompts, tiny_model, tiny_trainer
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from topd.errors import TOPDError
+from topd.near_future import Places
 from topd.training import TOPDTrainer, step
 from topd.training.choices import choose_candidates
 from topd.training.several_teachers import MOPDTrainer
@@ -83,10 +83,10 @@ def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def none_in_last_process(ranking: Tensor, mask: Tensor, *args: Any) -> Tensor:
+def none_in_last_process(*args: Any) -> Places:
     """As if no rollout of the last process had a candidate."""
-    chosen = choose_candidates(ranking, mask, *args)
-    return torch.zeros_like(chosen) if PartialState().is_last_process else chosen
+    chosen = choose_candidates(*args)
+    return chosen[:0] if PartialState().is_last_process else chosen
 
 
 def fsdp_on_cpu() -> None:

@@ -114,7 +114,7 @@ class Places:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which: Tensor) -> Places:
+    def __getitem__(self, which: slice | Tensor) -> Places:
         return Places(self.rollouts, self.rows[which], self.positions[which])
 
     def at(self, values: Tensor) -> Tensor:
