@@ -40,8 +40,9 @@ from topd.near_future.branches import separate
 from topd.near_future.sampling_states import SamplingStates
 from topd.training import TOPDConfig
 from topd.training.guidance import guided_windows
+from topd.training.losses import LossInputs
 from topd.training.method import Method, StepContext
-from topd.training.step import LossInputs, look_ahead, topd_loss
+from topd.training.step import look_ahead, topd_loss
 
 WHAT = "one optimiser step, stages as the trainer runs them"
 VOCABULARY, PROMPT, PAD = 8192, 16, 0

@@ -30,8 +30,7 @@ from transformers import (
 from ladder.levels import Level, Recipe
 from ladder.tasks import STUDENT, TEACHER, Problem, Style, draw, problems, write_solution
 from topd.evaluation.answers import verdict
-from topd.evaluation.local_engine import LocalEngine
-from topd.evaluation.responses import Request, Sampling
+from topd.evaluation.engines import LocalEngine, Request, Sampling
 
 PAD, EOS = "<pad>", "<eos>"
 SEEDS = {"training": 1, "prompts": 2, "held_out": 3, "tuning": 4}

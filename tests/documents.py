@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from topd.cli.check import check_parser, parsed
-from topd.cli.main import _parser
+from topd.cli.main import parser
 from topd.cli.train import parse
 from topd.cli.warmstart import parse as parse_warmstart
 
@@ -65,4 +65,4 @@ def assert_parses(words: Sequence[str]) -> None:
     elif name == "check":
         parsed([*check_parser().parse_known_args(options)[1], *ON_CPU])
     else:
-        assert callable(_parser().parse_args(words).run)
+        assert callable(parser().parse_args(words).run)

@@ -24,7 +24,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seed: 0x" + "f" * 5000, "too large"),
         ("a: [1\n", "line 2"),
         ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
-        ("a: &a [*a]\n", "holds it"),
+        ("a: &a [*a]\n", "contains it"),
         ("[" * 5000, ""),
         (BOMB, "more than 100,000 values"),
     ],

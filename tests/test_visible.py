@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from topd import cli
-from topd.check.finding import Finding
-from topd.check.table import findings_table
+from topd.check.findings import Finding, findings_table
 from topd.errors import TOPDError
 from topd.report.reading import clean
 from topd.teachers.openai_server import OpenAIServer
@@ -30,7 +29,7 @@ def test_an_error_that_quotes_a_server_is_printed_so(monkeypatch: pytest.MonkeyP
     def fails(*_: object, **__: object) -> None:
         raise TOPDError(HOSTILE)
 
-    monkeypatch.setattr(cli, "run_check", fails)
+    monkeypatch.setattr("topd.cli.check.main", fails)
     assert cli.main(["check"]) == 2
     assert capsys.readouterr().err == f"topd: {SHOWN}\n"
 

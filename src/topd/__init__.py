@@ -1,56 +1,26 @@
 """TOPD: trajectory-aware on-policy distillation (arXiv:2606.00305). This module is the public surface.
 
-`TOPDConfig` and `TOPDTrainer` run it on TRL; the functions of `topd.algorithm` are the method itself. Everything is
-imported on first use, so that `import topd` costs nothing.
+`TOPDConfig` and `TOPDTrainer` run the method on TRL; the functions of `topd.algorithm` are the method itself. The names
+are listed in `__init__.pyi`, where type checkers and editors read them. Each is imported on first use, so `import topd`
+does not import torch.
 """
 
+import ast
 from importlib import import_module
-from typing import Any
+from pathlib import Path
 
-from topd.version import __version__
+_HOME = {
+    alias.name: str(statement.module)
+    for statement in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(statement, ast.ImportFrom)
+    for alias in statement.names
+}
+"""Name -> the module that defines it."""
 
-_TRAINING = ("TOPDConfig", "TOPDTrainer")
-_ALGORITHM = (
-    "DistillationLoss",
-    "Head",
-    "KnownTokens",
-    "LikelihoodTerms",
-    "Targets",
-    "TokenScores",
-    "Transport",
-    "cap_weights",
-    "distillation_loss",
-    "entropic_transport",
-    "exact_transport",
-    "false_alarm_threshold",
-    "gathered_log_probs",
-    "ground_cost",
-    "highest_loss",
-    "is_fork",
-    "known_token_kl",
-    "known_token_loss",
-    "likelihood_terms",
-    "low_loss_threshold",
-    "make_targets",
-    "negative_entropy",
-    "own_token_share",
-    "position_weights",
-    "rescale_rows",
-    "score_known_tokens",
-    "score_tokens",
-    "select_for_capping",
-    "token_cost",
-    "token_kl",
-    "token_kl_from_hidden",
-    "token_nll",
-    "trajectory_loss",
-)
-_HOME = dict.fromkeys(_TRAINING, "topd.training") | dict.fromkeys(_ALGORITHM, "topd.algorithm")
-
-__all__ = ["__version__", *_HOME]
+__all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'topd' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,10 +1,10 @@
-"""Errors that end in a message: what is wrong and what to do. The command line prints them without a traceback."""
+"""User-fixable errors: what is wrong and what to do. The command line prints them without a traceback."""
 
 from __future__ import annotations
 
 
 class TOPDError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all user-fixable errors."""
 
 
 class DataError(TOPDError, ValueError):
@@ -24,22 +24,22 @@ class SavingError(TOPDError, RuntimeError):
 
 
 class ResumeError(TOPDError, ValueError):
-    """A run cannot go on from a checkpoint: there is no whole one, or it would run code when loaded."""
+    """A run cannot resume from a checkpoint: there is no whole one, or it would run code when loaded."""
 
 
 class NonFiniteError(TOPDError, RuntimeError):
-    """A loss or gradient is NaN or infinite; raised before the optimizer moves."""
+    """A loss or gradient is NaN or infinite; raised before the optimizer steps."""
 
 
 class ServerError(TOPDError, RuntimeError):
-    """The server that a model is on cannot be used, or has gone away."""
+    """A model's server cannot be used, or is no longer reachable."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came; a checkpoint is saved. Not a `TOPDError`: nothing is wrong.
+    """Ctrl-C or SIGTERM arrived; a checkpoint is saved. Not a `TOPDError`: nothing is wrong.
 
     Attributes:
-        signal: its number.
+        signal: the signal's number.
     """
 
     def __init__(self, message: str, signal: int) -> None:

@@ -1,7 +1,7 @@
-"""Read YAML and JSON that people write: what PyYAML and `json` take without a word is refused with a line to fix.
+"""Read YAML and JSON that people write, and reject what PyYAML and `json` accept silently, with the line to fix.
 
-Refused are names that appear twice (the last one would win), aliases that stand for more than `MOST_NODES` values,
-whole numbers that no option can hold, and values that do not fit their tag.
+Rejected are names that appear twice (the last one would win), aliases that expand to more than `MOST_NODES` values,
+whole numbers too large for any option, and values that do not fit their tag.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 MOST_NODES = 100_000
-"""Values of a YAML file, aliases written out. A file of 500 bytes can stand for billions. Our choice."""
+"""Limit of values in a YAML file with its aliases expanded: 500 bytes can expand to billions. Our choice."""
 
 
 def read_json(text: str) -> Any:
@@ -40,7 +40,7 @@ def read_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: it is not YAML, or holds what the module names. The message gives the line.
+        ValueError: it is not YAML, or is rejected as the module says. The message names the line.
     """
     try:
         loader = _Loader(text)
@@ -59,7 +59,7 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, with the line of a value that does not fit its tag."""
+    """PyYAML's loader, with the line of a value that does not fit its tag."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -87,13 +87,13 @@ def _error(node: yaml.Node, what: str) -> yaml.YAMLError:
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Raise where aliases, written out, make too many values, or a value that holds itself."""
+    """Raise if expanded aliases make too many values, or a value that contains itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         known = sizes.get(id(node))
         if known == 0:
-            raise _error(node, "an alias stands for a value that holds it")
+            raise _error(node, "an alias stands for a value that contains it")
         if known is None:
             sizes[id(node)] = 0
             parts: list[yaml.Node] = []
@@ -103,7 +103,7 @@ def _check_size(root: yaml.Node) -> None:
                 parts = node.value
             known = sizes[id(node)] = 1 + sum(map(size, parts))
         if known > MOST_NODES:
-            raise _error(node, f"its aliases stand for more than {MOST_NODES:,} values")
+            raise _error(node, f"its aliases expand to more than {MOST_NODES:,} values")
         return known
 
     size(root)

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from topd.algorithm import (
     Head,
     cap_weights,
+    distillation_loss,
     exact_transport,
     false_alarm_threshold,
     gathered_log_probs,
@@ -18,7 +19,6 @@ from topd.algorithm import (
     select_for_capping,
     token_cost,
     token_kl,
-    token_kl_from_hidden,
     trajectory_loss,
 )
 from topd.algorithm.guidance import TargetKind
@@ -225,8 +225,10 @@ def test_the_three_kinds_of_target_differ_on_the_same_forks() -> None:
 def test_opd_from_hidden_states_is_opd_from_logits() -> None:
     parameters = STUDENT.clone().requires_grad_()
     states = torch.eye(VOCABULARY, dtype=torch.float64)[LAST[MASK]]
-    values = token_kl_from_hidden(states, Head(parameters.T), states, Head(TEACHER.T), tile_elements=4 * VOCABULARY)
-    (tiled,) = torch.autograd.grad(values.mean(), parameters)
+    mean = torch.full((len(states),), 1 / len(states), dtype=torch.float64)
+    heads = Head(parameters.T), Head(TEACHER.T)
+    tiled_loss = distillation_loss(states, heads[0], states, heads[1], mean, tile_elements=4 * VOCABULARY).loss
+    (tiled,) = torch.autograd.grad(tiled_loss, parameters)
     assert_close(tiled, opd_gradient(STUDENT, TEACHER))
 
 

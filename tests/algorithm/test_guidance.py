@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from topd.algorithm import Targets, exact_transport, make_targets, own_token_share, rescale_rows, trajectory_loss
+from topd.algorithm import (
+    Head,
+    Targets,
+    distillation_loss,
+    exact_transport,
+    likelihood_terms,
+    make_targets,
+    negative_entropy,
+    own_token_share,
+    position_weights,
+    rescale_rows,
+    token_kl,
+    trajectory_loss,
+)
 
 KINDS = ["transport", "same_index", "own"]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -272,3 +285,44 @@ def test_no_forks_and_empty_windows_give_no_loss(kind: str, count: int, rows: in
     assert loss.shape == targets.guided.shape == (count, rows)
     assert own_token_share(targets, forks["student_tokens"]).shape == (count, rows)
     assert targets.guided.any() == (kind == "own" and count > 0 and rows > 0)
+
+
+def test_position_weights_worked_by_hand() -> None:
+    # One target token per row; the first fork guides two positions, the second one, the third none.
+    weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])[:, :, None]
+    targets = Targets(weight, torch.zeros(3, 1, dtype=torch.long))
+    assert position_weights(targets, "mean").tolist() == [[0.5, 0.5, 0], [0, 1, 0], [0, 0, 0]]
+    for reduction in ("sum", "per_token"):
+        assert position_weights(targets, reduction).tolist() == weight.squeeze(-1).tolist()
+
+
+@kinds
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_a_training_step_is_the_definition_with_its_gradients(kind: str, reduction: str) -> None:
+    """Training computes L_OPD + lambda L_traj in one pass, from terms; it equals `token_kl` and `trajectory_loss`."""
+    forks = random_forks([4, 2, 3], [3, 5, 4], seed=6, padding=1)
+    targets = make_targets(kind, **forks)
+    if kind == "transport":  # soft targets: rows over several tokens, as of an entropic plan, some tokens repeated
+        soft = rescale_rows(forks["plan"] + 0.1 * forks["plan"].sum(-1, keepdim=True) * forks["teacher_mask"][:, None])
+        targets = Targets(soft, targets.tokens)
+        assert (soft > 0).sum(-1).max() > 1
+    draw = torch.Generator().manual_seed(7)
+    hidden, weight, teacher_hidden, teacher_weight = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((9, 3), (VOCABULARY, 3), (6, 4), (5, 4))
+    )
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    head, teacher = Head(weight, softcap=3.0), Head(teacher_weight)
+    row = torch.randint(9, targets.guided.shape, generator=draw)  # windows share rows with each other and with L_OPD
+    opd_weights = torch.rand(6, generator=draw, dtype=torch.float64)
+    scale = 0.03 * position_weights(targets, reduction) / len(row)
+
+    terms = likelihood_terms(targets, row, scale)
+    one_pass = distillation_loss(hidden, head, teacher_hidden, teacher, opd_weights, terms, tile_elements=20)
+    fast = one_pass.loss + (scale * negative_entropy(targets)).sum()
+
+    logits = head.logits(hidden)
+    opd = (opd_weights * token_kl(logits[:6], teacher.logits(teacher_hidden))).sum()
+    definition = opd + (scale * loss_of(targets, logits[row])).sum()
+    assert_close(fast, definition)
+    for ours, theirs in zip(torch.autograd.grad(fast, inputs), torch.autograd.grad(definition, inputs), strict=True):
+        assert_close(ours, theirs)

@@ -32,7 +32,7 @@ def models(seed: int = 0):
 
 
 def known_of(teacher, head, sampled, known: int) -> KnownTokens:
-    """The sampled token, then the likeliest others, as a server gives them."""
+    """The sampled token, then the most likely others, as a server gives them."""
     log_probs = (teacher @ head.weight.T).log_softmax(-1)
     tokens = torch.zeros(POSITIONS, known + 1, dtype=torch.long)
     values = torch.full(tokens.shape, -torch.inf, dtype=torch.float64)
@@ -93,8 +93,8 @@ def test_where_all_tokens_are_known_it_is_the_full_loss_with_its_gradients():
     assert ours.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
     assert torch.allclose(ours.token_loss, full.token_loss, atol=1e-6)
     assert torch.allclose(ours.nll, full.nll)
-    assert ours.unseen is not None
-    assert float(ours.unseen.max()) < 1e-6
+    assert ours.outside_top_k is not None
+    assert float(ours.outside_top_k.max()) < 1e-6
     for mine, other in zip(our_gradients, full_gradients, strict=True):
         assert torch.allclose(mine, other, atol=1e-5)
 
@@ -110,9 +110,9 @@ def test_the_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(loss, (log_probs,))
 
 
-def test_unseen_is_what_the_student_gives_to_other_tokens():
+def test_outside_top_k_is_the_students_probability_of_all_other_tokens():
     told = KnownTokens(torch.tensor([[0, 2]]), torch.tensor([[0.5, 0.25]]).log())
     result = known_token_kl(torch.tensor([[0.6, 0.1]]).log(), told)
-    assert float(result.unseen) == pytest.approx(0.3)
+    assert float(result.outside_top_k) == pytest.approx(0.3)
     by_hand = 0.6 * torch.tensor(0.6 / 0.5).log() + 0.1 * torch.tensor(0.1 / 0.25).log()
     assert float(result.kl) == pytest.approx(float(by_hand + 0.3 * torch.tensor(0.3 / 0.25).log()), rel=1e-6)

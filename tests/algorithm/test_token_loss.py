@@ -1,4 +1,4 @@
-"""The token loss from logits: `token_kl` and `token_nll`."""
+"""The definition of the token loss, from logits: `token_kl`. Its tie to the NLL axis of Fig. 6."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from topd.algorithm import token_kl, token_nll
+from topd.algorithm import Head, score_tokens, token_kl
 
 INF = math.inf
 directions = pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -43,25 +43,12 @@ def test_the_gradient_of_three_tokens_worked_by_hand() -> None:
     assert_close(forward.tolist(), [0.375, 0.125, -0.5])
 
 
-def test_the_nll_of_three_tokens_worked_by_hand() -> None:
-    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 3 / 4]], dtype=torch.float64).log() + 7.0
-    # -log(1/4) = 2 log 2; -log(3/4)
-    assert_close(token_nll(logits, torch.tensor([1, 2])).tolist(), [1.386294, 0.287682], atol=1e-6, rtol=0)
-
-
 @directions
 @given(batch=sizes, positions=sizes, vocabulary=st.integers(1, 7), seed=seeds)
 def test_the_kl_is_that_of_the_oracle(direction: str, batch: int, positions: int, vocabulary: int, seed: int) -> None:
     student = random_logits(batch, positions, vocabulary, seed=seed)
     teacher = random_logits(batch, positions, vocabulary, seed=seed + 1)
     assert_close(token_kl(student, teacher, direction), oracles.token_kl(student, teacher, direction))
-
-
-@given(batch=sizes, positions=sizes, vocabulary=st.integers(1, 7), seed=seeds)
-def test_the_nll_is_that_of_the_oracle(batch: int, positions: int, vocabulary: int, seed: int) -> None:
-    logits = random_logits(batch, positions, vocabulary, seed=seed)
-    tokens = torch.randint(vocabulary, (batch, positions), generator=torch.Generator().manual_seed(seed))
-    assert_close(token_nll(logits, tokens), oracles.token_nll(logits, tokens))
 
 
 @directions
@@ -87,11 +74,6 @@ def test_bf16_logits_lose_nothing_but_their_own_rounding(direction: str) -> None
     teacher = (student + random_logits(6, 50, seed=2, spread=0.05)).bfloat16()
     exact = token_kl(student.double(), teacher.double(), direction)
     assert_close(token_kl(student, teacher, direction).double(), exact, rtol=1e-2, atol=1e-5)
-
-
-def test_the_nll_of_bf16_logits_loses_nothing_but_their_own_rounding() -> None:
-    logits, tokens = random_logits(6, 50, seed=1).bfloat16(), torch.arange(6)
-    assert_close(token_nll(logits, tokens).double(), token_nll(logits.double(), tokens), rtol=1e-5, atol=1e-5)
 
 
 @directions
@@ -162,15 +144,22 @@ def test_renaming_the_tokens_of_the_vocabulary_changes_nothing(direction: str, s
 def test_no_positions_give_no_values() -> None:
     empty = torch.zeros(2, 0, 5)
     assert token_kl(empty, empty).shape == (2, 0)
-    assert token_nll(empty, torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0)
+
+
+def test_the_nll_of_three_tokens_worked_by_hand() -> None:
+    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 3 / 4]], dtype=torch.float64).log() + 7.0
+    same = Head(torch.eye(3, dtype=torch.float64))  # the hidden states are the logits
+    scores = score_tokens(logits.flip(0), same, logits, same, torch.tensor([1, 2]))
+    # -log(1/4) = 2 log 2; -log(3/4)
+    assert_close(scores.teacher_nll.tolist(), [1.386294, 0.287682], atol=1e-6, rtol=0)
+    # -log(1/8) = 3 log 2; -log(1/4)
+    assert_close(scores.student_nll.tolist(), [2.079442, 1.386294], atol=1e-6, rtol=0)
 
 
 def test_the_mean_nll_of_the_students_own_samples_minus_its_own_is_the_reverse_kl() -> None:
     """The axis of Fig. 6 (teacher NLL) is tied to the token loss: E_S[nll_T] - E_S[nll_S] = KL(S || T)."""
     student, teacher = random_logits(3, 5, seed=10), random_logits(3, 5, seed=11)
-    every_token = torch.arange(5).expand(3, 5)
-    nll_student, nll_teacher = (
-        torch.stack([token_nll(logits, every_token[:, v]) for v in range(5)], -1) for logits in (student, teacher)
-    )
-    expected = (student.softmax(-1) * (nll_teacher - nll_student)).sum(-1)
-    assert_close(token_kl(student, teacher), expected)
+    same = Head(torch.eye(5, dtype=torch.float64))
+    of_each_token = [score_tokens(student, same, teacher, same, torch.full((3,), v)) for v in range(5)]
+    gap = torch.stack([scores.teacher_nll - scores.student_nll for scores in of_each_token], -1)
+    assert_close(token_kl(student, teacher), (student.softmax(-1) * gap).sum(-1))

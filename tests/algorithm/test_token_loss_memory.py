@@ -10,15 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from topd.algorithm import (
-    Head,
-    LikelihoodTerms,
-    distillation_loss,
-    gathered_log_probs,
-    score_tokens,
-    token_kl,
-    token_kl_from_hidden,
-)
+from topd.algorithm import Head, LikelihoodTerms, distillation_loss, gathered_log_probs, score_tokens, token_kl
 
 
 class LiveElements(TorchDispatchMode):
@@ -71,7 +63,8 @@ def meter(run: Callable[[Models, Tensor], Tensor], positions: int) -> LiveElemen
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_the_token_loss_keeps_a_few_tiles_whatever_the_number_of_positions(direction: str) -> None:
     def tiled(inputs: Models, tokens: Tensor) -> Tensor:
-        return token_kl_from_hidden(*inputs, direction, TILE).mean()
+        mean = torch.full((len(tokens),), 1 / len(tokens))
+        return distillation_loss(*inputs, mean, direction=direction, tile_elements=TILE).loss
 
     def whole(inputs: Models, tokens: Tensor) -> Tensor:
         hidden, head, teacher_hidden, teacher = inputs
@@ -86,7 +79,7 @@ def test_the_token_loss_keeps_a_few_tiles_whatever_the_number_of_positions(direc
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_the_one_pass_keeps_a_few_tiles_whatever_the_number_of_positions(direction: str) -> None:
+def test_likelihood_terms_on_every_row_keep_a_few_tiles_too(direction: str) -> None:
     def one_pass(inputs: Models, tokens: Tensor) -> Tensor:
         hidden, head, teacher_hidden, teacher = inputs
         half = len(tokens) // 2  # the teacher has fewer rows; every row carries a term
@@ -122,7 +115,8 @@ def test_bf16_heads_are_cast_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_frozen_head_costs_no_gradient() -> None:
     hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(VOCABULARY, 64)
     with LiveElements(hidden, weight) as live:
-        token_kl_from_hidden(hidden, Head(weight), hidden.detach(), Head(weight), "reverse", TILE).sum().backward()
+        frozen = Head(weight)
+        distillation_loss(hidden, frozen, hidden.detach(), frozen, torch.ones(8), None, "reverse", TILE).loss.backward()
     assert live.largest < weight.numel()
 
 

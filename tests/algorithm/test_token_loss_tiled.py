@@ -1,4 +1,4 @@
-"""The token loss from hidden states, tile by tile, and what else heads give: scores and log-probabilities of tokens."""
+"""The token loss from hidden states, tile by tile; output heads; scores and log-probabilities of tokens."""
 
 import math
 from typing import Any
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from topd.algorithm import Head, gathered_log_probs, score_tokens, token_kl, token_kl_from_hidden
+from topd.algorithm import Head, distillation_loss, gathered_log_probs, score_tokens, token_kl
 
 POSITIONS, VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 7, 11, 3, 4
+MEAN = torch.full((POSITIONS,), 1 / POSITIONS, dtype=torch.float64)
 SHAPES = {
     "plain": {},
     "scaled": {"scale": 0.7},
@@ -71,35 +72,13 @@ def test_a_head_worked_by_hand() -> None:
 def test_values_and_gradients_equal_those_of_the_whole_logits(shape: Any, direction: str, tile_elements: int) -> None:
     hidden, weight, bias, teacher_hidden, teacher = models()
     head = Head(weight, bias, **shape)
-    upstream = random_tensor(POSITIONS, seed=6)  # a different weight on each position
-    tiled = token_kl_from_hidden(hidden, head, teacher_hidden, teacher, direction, tile_elements)
+    upstream = random_tensor(POSITIONS, seed=6)  # a different weight on each position, some of them negative
+    tiled = distillation_loss(hidden, head, teacher_hidden, teacher, upstream, None, direction, tile_elements)
     whole = token_kl(head.logits(hidden), teacher.logits(teacher_hidden), direction)
-    assert_close(tiled, whole)
-    gradients = torch.autograd.grad(tiled, (hidden, weight, bias), upstream)
+    assert_close(tiled.token_loss, whole.detach())
+    gradients = torch.autograd.grad(tiled.loss, (hidden, weight, bias))
     for ours, theirs in zip(gradients, torch.autograd.grad(whole, (hidden, weight, bias), upstream), strict=True):
         assert_close(ours, theirs)
-
-
-@directions
-def test_the_values_are_those_of_the_oracle(direction: str) -> None:
-    hidden, weight, bias, teacher_hidden, teacher = (
-        each.detach() if isinstance(each, Tensor) else each for each in models()
-    )
-    values = token_kl_from_hidden(hidden, Head(weight, bias, 1.2, 2.0), teacher_hidden, teacher, direction, 30)
-    student_logits = oracles.head_logits(hidden, weight, bias, 1.2, 2.0)
-    teacher_logits = oracles.head_logits(teacher_hidden, teacher.weight, scale=0.8)
-    assert_close(values, oracles.token_kl(student_logits, teacher_logits, direction))
-
-
-@shapes
-@directions
-def test_the_gradient_is_the_finite_difference(shape: Any, direction: str) -> None:
-    hidden, weight, bias, teacher_hidden, teacher = models()
-
-    def values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return token_kl_from_hidden(hidden, Head(weight, bias, **shape), teacher_hidden, teacher, direction, 25)
-
-    assert torch.autograd.gradcheck(values, (hidden, weight, bias))
 
 
 @directions
@@ -109,7 +88,7 @@ def test_the_gradient_is_the_central_difference_along_a_random_direction(directi
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = Head(weight, bias, 0.9, 3.0, 0.8)
-        return token_kl_from_hidden(hidden, head, teacher_hidden, teacher, direction, 25).mean()
+        return distillation_loss(hidden, head, teacher_hidden, teacher, MEAN, None, direction, 25).loss
 
     gradients = torch.autograd.grad(loss(*inputs), inputs)
     slope = sum((gradient * way).sum() for gradient, way in zip(gradients, along, strict=True))
@@ -119,31 +98,9 @@ def test_the_gradient_is_the_central_difference_along_a_random_direction(directi
     assert_close(slope, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
-def test_the_teacher_is_constant_and_a_frozen_head_gets_no_gradient() -> None:
-    hidden, weight, _, teacher_hidden, teacher = models()
-    teacher_hidden.requires_grad_()
-    teacher.weight.requires_grad_()
-    token_kl_from_hidden(hidden, Head(weight.detach()), teacher_hidden, teacher).sum().backward()
-    assert hidden.grad is not None
-    assert hidden.grad.abs().sum() > 0
-    assert teacher_hidden.grad is None
-    assert teacher.weight.grad is None
-    assert weight.grad is None
-
-
-def test_frozen_hidden_states_leave_the_gradient_of_the_head() -> None:
-    hidden, weight, bias, teacher_hidden, teacher = models()
-    values = token_kl_from_hidden(hidden.detach(), Head(weight, bias), teacher_hidden, teacher)
-    whole = token_kl(Head(weight, bias).logits(hidden.detach()), teacher.logits(teacher_hidden))
-    for ours, theirs in zip(
-        torch.autograd.grad(values.sum(), (weight, bias)), torch.autograd.grad(whole.sum(), (weight, bias)), strict=True
-    ):
-        assert_close(ours, theirs)
-
-
-def test_a_head_changed_between_forward_and_backward_is_refused() -> None:
-    hidden, weight, _, teacher_hidden, teacher = models()
-    values = token_kl_from_hidden(hidden, Head(weight), teacher_hidden, teacher)
+def test_a_head_changed_between_forward_and_backward_is_refused_where_backward_recomputes_logits() -> None:
+    hidden, weight, _, _, _ = models()
+    values = gathered_log_probs(hidden, Head(weight), torch.zeros(POSITIONS, 1, dtype=torch.long))
     with torch.no_grad():
         weight *= 2
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -151,37 +108,21 @@ def test_a_head_changed_between_forward_and_backward_is_refused() -> None:
 
 
 @directions
-def test_a_vocabulary_masked_by_the_bias_equals_the_smaller_one(direction: str) -> None:
-    hidden, weight, bias, teacher_hidden, teacher = models()
-    kept = list(range(VOCABULARY - 2))
-    hole = torch.zeros(VOCABULARY, dtype=torch.float64)
-    hole[VOCABULARY - 2 :] = -math.inf
-    masked_teacher = Head(teacher.weight, hole)
-    wide = token_kl_from_hidden(hidden, Head(weight, bias + hole), teacher_hidden, masked_teacher, direction, 25)
-    small_teacher = Head(teacher.weight[kept])
-    small = token_kl_from_hidden(hidden, Head(weight[kept], bias[kept]), teacher_hidden, small_teacher, direction, 25)
-    assert_close(wide, small)
-    for ours, theirs in zip(
-        torch.autograd.grad(wide.sum(), (hidden, weight)),
-        torch.autograd.grad(small.sum(), (hidden, weight)),
-        strict=True,
-    ):
-        assert_close(ours, theirs)
-
-
-@directions
 def test_bf16_hidden_states_give_float32_values_and_bf16_gradients(direction: str) -> None:
     hidden, weight, bias, teacher_hidden, teacher = models(torch.bfloat16)
-    values = token_kl_from_hidden(hidden, Head(weight, bias), teacher_hidden, teacher, direction, 25)
-    assert values.dtype == torch.float32
-    assert (values > -1e-6).all()
+    result = distillation_loss(hidden, Head(weight, bias), teacher_hidden, teacher, MEAN, None, direction, 25)
+    assert result.loss.dtype == result.token_loss.dtype == torch.float32
+    assert (result.token_loss > -1e-6).all()
     double = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
     teacher64 = Head(teacher.weight.double(), scale=0.8)
-    exact = token_kl_from_hidden(double[0], Head(double[1], double[2]), teacher_hidden.double(), teacher64, direction)
-    assert_close(values.double(), exact, rtol=1e-5, atol=1e-6)  # logits are never rounded to bf16
-    gradients = torch.autograd.grad(values.mean(), (hidden, weight, bias))
+    exact = distillation_loss(
+        double[0], Head(double[1], double[2]), teacher_hidden.double(), teacher64, MEAN, None, direction
+    )
+    # logits are never rounded to bf16
+    assert_close(result.token_loss.double(), exact.token_loss, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(result.loss, (hidden, weight, bias))
     assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
-    for ours, theirs in zip(gradients, torch.autograd.grad(exact.mean(), double), strict=True):
+    for ours, theirs in zip(gradients, torch.autograd.grad(exact.loss, double), strict=True):
         assert_close(ours.double(), theirs, rtol=0.02, atol=2e-3)
 
 
@@ -189,18 +130,18 @@ def test_a_small_kl_of_bf16_states_is_zero_for_equal_models_and_keeps_its_gradie
     hidden, weight, _, _, _ = models(torch.bfloat16)
     teacher_hidden = hidden.detach().clone()
     teacher_hidden[1:] *= 1.02
-    values = token_kl_from_hidden(hidden, Head(weight), teacher_hidden, Head(weight.detach()))
-    assert values[0] == 0
-    (gradient,) = torch.autograd.grad(values.sum(), hidden)
+    result = distillation_loss(hidden, Head(weight), teacher_hidden, Head(weight.detach()), torch.ones(POSITIONS))
+    assert result.token_loss[0] == 0
+    (gradient,) = torch.autograd.grad(result.loss, hidden)
     assert (gradient[0] == 0).all()
     assert (gradient[1:].abs().sum(-1) > 0).all()
 
 
 def test_no_positions_give_no_values_and_a_zero_gradient() -> None:
     hidden, weight, bias, teacher_hidden, teacher = models()
-    values = token_kl_from_hidden(hidden[:0], Head(weight, bias), teacher_hidden[:0], teacher)
-    assert values.shape == (0,)
-    for gradient in torch.autograd.grad(values.sum(), (hidden, weight, bias)):
+    result = distillation_loss(hidden[:0], Head(weight, bias), teacher_hidden[:0], teacher, MEAN[:0])
+    assert result.token_loss.shape == (0,)
+    for gradient in torch.autograd.grad(result.loss, (hidden, weight, bias)):
         assert (gradient == 0).all()
 
 
@@ -208,12 +149,16 @@ def test_no_positions_give_no_values_and_a_zero_gradient() -> None:
 def test_a_batch_equals_the_loop_and_follows_a_permutation(seed: int, rows: int) -> None:
     student, teacher = Head(random_tensor(5, 3, seed=seed)), Head(random_tensor(5, 2, seed=seed + 1))
     hidden, teacher_hidden = random_tensor(rows, 3, seed=seed + 2), random_tensor(rows, 2, seed=seed + 3)
-    batch = token_kl_from_hidden(hidden, student, teacher_hidden, teacher, tile_elements=12)
-    loop = [token_kl_from_hidden(hidden[[i]], student, teacher_hidden[[i]], teacher) for i in range(rows)]
-    assert_close(batch, torch.cat(loop))
+
+    def values(rows: Any, tile_elements: int | None = 12) -> Tensor:
+        states, theirs = hidden[rows], teacher_hidden[rows]
+        weights = torch.ones(len(states), dtype=torch.float64)
+        return distillation_loss(states, student, theirs, teacher, weights, tile_elements=tile_elements).token_loss
+
+    batch = values(slice(None))
+    assert_close(batch, torch.cat([values([i], None) for i in range(rows)]))
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    permuted = token_kl_from_hidden(hidden[order], student, teacher_hidden[order], teacher, tile_elements=12)
-    assert_close(permuted, batch[order])
+    assert_close(values(order), batch[order])
 
 
 @shapes
@@ -229,6 +174,7 @@ def test_scores_of_sampled_tokens_are_those_of_the_oracles(shape: Any, direction
     teacher_logits = oracles.head_logits(teacher_hidden, teacher.weight, scale=0.8)
     assert_close(scores.kl, oracles.token_kl(student_logits, teacher_logits, direction))
     assert_close(scores.teacher_nll, oracles.token_nll(teacher_logits, tokens))
+    assert_close(scores.student_nll, oracles.token_nll(student_logits, tokens))
     assert_close(scores.entropy, oracles.entropy(student_logits))
     assert scores.student_greedy.tolist() == [row.index(max(row)) for row in student_logits.tolist()]
     assert scores.teacher_greedy.tolist() == [row.index(max(row)) for row in teacher_logits.tolist()]
@@ -247,6 +193,22 @@ def test_scores_of_a_masked_vocabulary_of_bf16_states_and_of_no_tokens_are_numbe
     assert {score.dtype for score in scores} == {torch.float32, torch.int64}
     empty = score_tokens(hidden[:0], Head(weight), teacher_hidden[:0], teacher, tokens[:0])
     assert [score.shape for score in empty] == [(0,)] * 6
+
+
+@directions
+def test_scores_of_bf16_states_are_those_of_float64(direction: str) -> None:
+    hidden, weight, bias, teacher_hidden, teacher = models(torch.bfloat16)
+    tokens = torch.arange(POSITIONS)
+    scores = score_tokens(hidden, Head(weight, bias), teacher_hidden, teacher, tokens, direction, 25)
+    exact = score_tokens(
+        hidden.double(), Head(weight.double(), bias.double()), teacher_hidden.double(),
+        Head(teacher.weight.double(), scale=0.8), tokens, direction,
+    )  # fmt: skip
+    for ours, theirs in zip(scores[:4], exact[:4], strict=True):  # logits are never rounded to bf16
+        assert ours.dtype == torch.float32
+        assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(scores.student_greedy, exact.student_greedy)
+    assert torch.equal(scores.teacher_greedy, exact.teacher_greedy)
 
 
 def test_the_greedy_token_is_the_first_of_equal_ones() -> None:

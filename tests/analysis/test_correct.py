@@ -16,7 +16,7 @@ from topd.embedded.pair import pair_folder
 from topd.embedded.task import is_correct, make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.training import TOPDConfig
-from topd.training.guidance import last_parameters
+from topd.training.losses import last_parameters
 
 OPTIONS_HERE = CorrectOptions(window_length=10, share=0.06, learning_rate=1e-3, guidance_weight=1.0)
 PROBLEMS = make_problems(6, 3, held_out=False)

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from topd.check import memory
-from topd.cli.arguments import prompts
-from topd.cli.check import parsed, setups_of
+from topd.check import machine as memory
+from topd.cli.check import parsed
+from topd.cli.options import prompts
+from topd.cli.train import setups_of
 from topd.embedded.pair import pair_folder
 from topd.training import TOPDTrainer
 

@@ -28,7 +28,7 @@ TINY = [
 def test_ready(capsys):
     assert main(["check", *RECIPE, "--samples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.rstrip().endswith("Ready: 15 checks, nothing found.")
+    assert out.rstrip().endswith("All 15 checks passed.")
     assert "what to do" in out
 
 
@@ -36,14 +36,14 @@ def test_without_any_option_the_embedded_pair_shows_that_the_installation_is_who
     assert main(["check", "--samples", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("embedded:long-student from embedded:long-teacher")
-    assert out.rstrip().endswith("Ready: 15 checks, nothing found.")
+    assert out.rstrip().endswith("All 15 checks passed.")
 
 
 def test_a_pair_and_nothing_else(capsys):
     """Defaults as in `topd train`: 512 new tokens are too many for models with a context of 256."""
     assert main(["check", *PAIR, "--quick", "--json"]) == 2
     told = json.loads(capsys.readouterr().out)
-    assert told["line"] == "Not ready: 1 error (context)."
+    assert told["line"] == "Check failed: 1 error (context)."
 
 
 def test_json_and_strict(capsys):
@@ -51,7 +51,7 @@ def test_json_and_strict(capsys):
     assert main(["check", *RECIPE, *options]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["verdict"] == "warning"
-    assert told["line"] == "Ready, with 1 warning (precision)."
+    assert told["line"] == "Passed with 1 warning (precision)."
     assert {"check", "verdict", "found", "remedy"} == told["findings"][0].keys()
     assert main(["check", *RECIPE, *options, "--strict"]) == 1
 
@@ -100,7 +100,7 @@ def test_train_begins_with_the_quick_checks(tmp_path, capsys):
     error = message(capsys, *train)
     assert "end tokens: the teacher ends at" in error
     assert "generation_config.json" in error
-    assert "--preflight false trains nevertheless" in error
+    assert "--preflight false trains anyway" in error
     assert main([*train, "--preflight", "false"]) == 0
 
 

@@ -29,7 +29,7 @@ ENDS = {"lost": (ServerError, ServerError("no server here")), "stopped": (RunInt
 
 def trainer_of(out: Path, url: str) -> TOPDTrainer:
     options = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "max_completion_length": 8}
-    args = tiny_config(out, teacher_window_server=url, per_device_train_batch_size=2, **options)
+    args = tiny_config(out, teacher_model_server_url=url, per_device_train_batch_size=2, **options)
     return TOPDTrainer(tiny_model(0), args=args, train_dataset=prompts(), processing_class=TOKENIZER)
 
 

@@ -104,7 +104,7 @@ def test_every_way_to_train_is_the_same_in_two_processes_of_fsdp2(tmp_path):
     with serving(
         tiny_model(1, 96), TOKENIZER
     ) as fake:  # the teacher's forward passes are in step, its windows elsewhere
-        cases |= {"served": REGENERATED | waves | {"teacher_window_server": fake.url}}
+        cases |= {"served": REGENERATED | waves | {"teacher_model_server_url": fake.url}}
         results = compare("fsdp2", tmp_path, cases)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp2" / "loaded" / "saved").state_dict()
     assert all(torch.equal(saved[name], weights) for name, weights in results["loaded"]["weights"].items())

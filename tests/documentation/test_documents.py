@@ -90,6 +90,47 @@ def defined(file):
     return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, kinds)}
 
 
+def test_names_in_the_table_of_formulas_exist():
+    """Functions, classes, methods and options in the column "code" of paper_to_code.md."""
+    source = "\n".join(file.read_text() for file in (ROOT / "src").rglob("*.py"))
+    known = set(re.findall(r"^ *(?:def|class) (\w+)|^    (\w+): .*= _option\(", source, re.MULTILINE))
+    known = {name for pair in known for name in pair}
+    rows = re.findall(r"^\|[^\n]*$", (ROOT / "docs/paper_to_code.md").read_text(), re.MULTILINE)
+    columns = [row.replace(r"\|", "").split("|")[2] for row in rows]
+    named = {name.split(".")[-1] for column in columns for name in re.findall(r"`([A-Za-z_][\w.]*)`", column)}
+    assert len(named) > 20
+    assert named - known - {"rollout", "candidate", "regenerated"} == set()
+
+
+def test_messages_that_are_explained_are_in_the_source():
+    """Each part of a message in troubleshooting.md, between "..." and ";". One message is that of transformers."""
+    texts = [text for file in (ROOT / "src").rglob("*.py") for text in strings(file)]
+    page = (ROOT / "docs/troubleshooting.md").read_text().partition("## Messages")[2]
+    messages = re.findall(r"^\| (.*?) \| .* \|$", page, re.MULTILINE)[1:]
+    parts = {part.strip(" ?.,") for message in messages for part in re.split(r"\.\.\.|;| \(once.*\)", message)}
+    assert len(messages) > 30
+    unknown = {part for part in parts if not any(part in text for text in texts)}
+    assert unknown == {"no file named model.safetensors"}
+
+
+def strings(file):
+    """The texts of a module; in f-strings, a null character for each value."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+OLD_WORDS = re.compile(r"\b(?:mend(?:s|ed)?|likeliest|told apart|of yours|go(?:es)? on|from nothing)\b", re.IGNORECASE)
+
+
+@each_page
+def test_pages_are_in_plain_english(page):
+    """None of the phrases that were replaced everywhere."""
+    assert OLD_WORDS.findall(documents.prose(page)) == []
+
+
 @each_page
 def test_tests_that_are_named_exist(page):
     files = list((ROOT / "tests").rglob("*.py"))

@@ -81,7 +81,7 @@ def test_only_what_both_have_is_compared(tmp_path: Path) -> None:
 def test_other_problems_under_the_same_name_are_refused(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", "mine", np.ones((6, 2)))
     write_evaluation(tmp_path / "b", "mine", np.ones((7, 2)))
-    with pytest.raises(TOPDError, match=r"other problems under the name mine.*same --limit"):
+    with pytest.raises(TOPDError, match=r"different problems or prompts under the name mine.*same --limit"):
         compare([tmp_path / "a", tmp_path / "b"], tmp_path)
 
 
@@ -139,6 +139,6 @@ def test_the_command_compares_folders(
     folders = [str((tmp_path / label).rename(place / label)) for label in three]
     assert main(["eval", "--compare", *folders, "--out", str(tmp_path / "out"), "--gain", "10"]) == 0
     out = capsys.readouterr().out
-    assert "needed: problems for a gain of 10.0 points" in " ".join(out.split())
+    assert "problems needed: for a gain of 10.0 points" in " ".join(out.split())
     _, _, command = out.strip().rpartition("As a page: ")
     assert shlex.split(command) == ["topd", "report", folders[0], "--compare", *folders[1:]]

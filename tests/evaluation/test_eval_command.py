@@ -88,7 +88,7 @@ def test_a_second_run_samples_nothing_and_more_samples_are_added(
 ) -> None:
     assert run(tmp_path, "--model", STUDENT, "--samples", "2") == 0
     assert run(tmp_path, "--model", STUDENT) == 0
-    assert "24 of 36 are there" in capsys.readouterr().out
+    assert "24 of 36 are done" in capsys.readouterr().out
     assert sorted(map(str, records(tmp_path))) == sorted(map(str, records(evaluated)))
     before = (tmp_path / "student" / "embedded.samples.jsonl").read_bytes()
     assert run(tmp_path, "--model", STUDENT, "--samples", "1") == 0
@@ -130,7 +130,7 @@ def test_a_broken_line_in_the_middle_costs_its_own_sample_only(
     file.write_text("".join([*lines[:broken], lines[broken][:20] + "\n", *lines[broken + 1 :]]))
     assert write_result(tmp_path / "student")["benchmarks"]["embedded"]["samples"] == 2  # all that each problem has
     assert run(tmp_path, "--model", STUDENT) == 0
-    assert "35 of 36 are there" in capsys.readouterr().out
+    assert "35 of 36 are done" in capsys.readouterr().out
     assert file.read_text().splitlines(keepends=True) == [*lines[:broken], *lines[broken + 1 :], lines[broken]]
 
 
@@ -172,7 +172,7 @@ def test_a_server_gives_the_same_records_and_what_it_gave_is_kept(
     ]  # fmt: skip
     with fake_server(lambda n: 400 if n == 5 else None) as server:
         assert main([*command, "--server", server.url]) == 2
-        assert "run the same command again to go on" in " ".join(capsys.readouterr().err.split())
+        assert "run the same command again to resume" in " ".join(capsys.readouterr().err.split())
         kept = records(tmp_path, "echo", "echo")
         assert 4 <= len(kept) == len(server.seen) - 1
         assert main([*command, "--server", server.url]) == 0
@@ -218,8 +218,8 @@ def test_without_math_verify_nothing_is_sampled(
         (["--samples", "0"], "--samples must be at least 1"),
         (["--temperature", "0"], "give --samples 1"),
         (["--top-p", "0"], "--top-p must be in"),
-        (["--max-new-tokens", "4000"], "Give at most --max-new-tokens"),
-        (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "would be called the same"),
+        (["--max-new-tokens", "4000"], "lower --max-new-tokens to at most"),
+        (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "have the same label"),
         (["--model", "nowhere/at/all"], "Cannot load the tokenizer"),
         (["--benchmark", "aime2"], "Known benchmarks are"),
         (["--compare", "nowhere"], "holds no evaluation"),

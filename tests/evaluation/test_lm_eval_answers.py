@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from topd.evaluation.answers import Verdict, verdict
-from topd.evaluation.lm_eval_answers import given_answer, normalised, same_text
+from topd.evaluation.answers import Verdict, given_answer, normalised, same_text, verdict
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
+from tiny_architectures import tiny
 
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
-from topd.evaluation.local_engine import LocalEngine, OwnRandomNumbers
-from topd.evaluation.responses import Request, Response, Sampling, prompt_ids
+from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
@@ -61,7 +61,7 @@ def test_tokens_are_drawn_from_the_tempered_nucleus() -> None:
 
 def test_greedy_is_the_most_likely_token(engine: LocalEngine) -> None:
     found = responses(engine, REQUESTS[:1], Sampling(temperature=0, max_new_tokens=6))[0]
-    ids = prompt_ids(REQUESTS[0].prompt, TOKENIZER, SAMPLING)
+    ids = ids_of(REQUESTS[0], TOKENIZER, SAMPLING)
     for _ in range(6):
         with torch.no_grad():
             ids.append(int(engine.model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -81,7 +81,7 @@ def test_what_the_limit_ends_is_cut_and_what_ends_itself_is_not(engine: LocalEng
 
 def test_the_end_token_of_the_generation_config_ends_a_response_too() -> None:
     model = tiny_model(0, scale=1.5).eval()
-    most = int(model(torch.tensor([prompt_ids(PROBLEMS[0].prompt, TOKENIZER, SAMPLING)])).logits[0, -1].argmax())
+    most = int(model(torch.tensor([ids_of(REQUESTS[0], TOKENIZER, SAMPLING)])).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, most]
     found = responses(LocalEngine(model, TOKENIZER), REQUESTS[:1], Sampling(temperature=0, max_new_tokens=5))[0]
     assert (found.tokens, found.truncated) == (1, False)
@@ -90,19 +90,50 @@ def test_the_end_token_of_the_generation_config_ends_a_response_too() -> None:
 def test_a_response_that_cannot_fit_is_refused_beforehand(engine: LocalEngine) -> None:
     limit = engine.model.config.max_position_embeddings
     engine.check(REQUESTS, SAMPLING)
-    with pytest.raises(ContextError, match="Give at most --max-new-tokens"):
+    with pytest.raises(ContextError, match="lower --max-new-tokens to at most"):
         engine.check(REQUESTS, Sampling(max_new_tokens=limit))
     long = Request(0, "what is 1" + "+1" * limit + "?")
-    with pytest.raises(ContextError, match="Leave that prompt out"):
+    with pytest.raises(ContextError, match="or drop the prompt"):
         engine.check([long], SAMPLING)
 
 
 def test_messages_need_a_chat_template() -> None:
     talk = [{"role": "user", "content": "what is 1+1?"}]
-    assert TOKENIZER.decode(prompt_ids(talk, TOKENIZER, SAMPLING)) == "what is 1+1?"
+    assert TOKENIZER.decode(ids_of(Request(0, talk), TOKENIZER, SAMPLING)) == "what is 1+1?"
 
     class Plain:
         chat_template = None
 
     with pytest.raises(TOPDError, match="no chat template"):
-        prompt_ids(talk, Plain(), SAMPLING)
+        ids_of(Request(0, talk), Plain(), SAMPLING)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("RwkvForCausalLM", "one prompt at a time"), ("RecurrentGemmaForCausalLM", "prompts of equal length together")],
+)
+def test_a_model_that_does_not_ignore_padding_answers_as_it_does_alone(name: str, how: str, temperature: float) -> None:
+    """RWKV of transformers also mixes the rows of a batch while it decodes."""
+    model = tiny(name, vocab_size=len(TOKENIZER))
+    sampling = Sampling(temperature, 1.0, 16)
+    lengths = [len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS]
+    assert 1 < len(set(lengths)) < len(lengths)
+    with pytest.warns(UserWarning, match=f"{name} answers {how}") as notices:
+        batches = list(LocalEngine(model, TOKENIZER, together=12).respond(REQUESTS, sampling))
+    assert len([notice for notice in notices if "takes longer" in str(notice.message)]) == 1
+    assert len(batches) == len(lengths if "one" in how else set(lengths))
+    alone = responses(LocalEngine(model, TOKENIZER, together=1), REQUESTS, sampling)
+    assert dict(pair for batch in batches for pair in batch) == alone
+
+
+def test_prompts_whose_rows_cross_a_rotary_limit_are_answered_by_length() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = tiny(
+        "Phi3ForCausalLM", vocab_size=len(TOKENIZER), max_position_embeddings=256, original_max_position_embeddings=16,
+        rope_parameters=rope | {"original_max_position_embeddings": 16},
+    )  # fmt: skip
+    sampling = Sampling(temperature=0, max_new_tokens=24)
+    with pytest.warns(UserWarning, match="longest row beyond 16 tokens"):
+        together = responses(LocalEngine(model, TOKENIZER, together=12), REQUESTS, sampling)
+    assert together == responses(LocalEngine(model, TOKENIZER, together=1), REQUESTS, sampling)

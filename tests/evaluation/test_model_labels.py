@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from topd.errors import TOPDError
-from topd.evaluation.models import label_and_source, labelled_models
+from topd.evaluation.run import label_and_source, labelled_models
 
 
 @pytest.mark.parametrize(
@@ -27,5 +27,5 @@ def test_a_folder_that_is_called_by_dots_gets_its_own_name(name: str, tmp_path: 
 
 
 def test_what_has_no_name_must_be_given_one() -> None:
-    with pytest.raises(TOPDError, match="name it"):
+    with pytest.raises(TOPDError, match="give it a name"):
         labelled_models(["/"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from topd.evaluation.accuracy import accuracy_difference
-from topd.evaluation.power import power_of
+from topd.evaluation.accuracy import accuracy_difference, power_of
 
 
 def spread_of(deviation: float, problems: int = 1000) -> np.ndarray:

@@ -7,7 +7,7 @@ from fake_openai import fake_server, good_answer
 
 from topd.cli.main import main
 from topd.errors import ServerError
-from topd.evaluation.responses import Request, Sampling
+from topd.evaluation.engines import Request, Sampling
 from topd.evaluation.server_engine import ServerEngine
 from topd.teachers import openai_server
 from topd.teachers.openai_server import TRIES, Limits

@@ -11,8 +11,7 @@ import pytest
 from tiny import TOKENIZER, tiny_model
 
 from topd.errors import ContextError, TOPDError
-from topd.evaluation.responses import Request, Response, Sampling
-from topd.evaluation.vllm_engine import VllmEngine
+from topd.evaluation.engines import Request, Response, Sampling, VllmEngine
 
 TALK = [{"role": "user", "content": "what is 1+1?"}]
 
@@ -82,7 +81,7 @@ def test_what_the_limit_ends_is_truncated() -> None:
 
 @pytest.mark.usefixtures("vllm")
 def test_a_response_that_cannot_fit_is_refused_beforehand() -> None:
-    with pytest.raises(ContextError, match="Give at most"):
+    with pytest.raises(ContextError, match="to at most"):
         engine().check([Request(0, "what is 1+1?")], Sampling(max_new_tokens=100_000))
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from report.made_records import record, write_arm
 
-from topd.runs.closed_pipe import output_may_close
+from topd.runs.guard import output_may_close
 from topd.runs.interrupts import StopWhenAsked
 
 TRAIN = [
@@ -32,16 +32,16 @@ def closed(monkeypatch, name):
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_training_goes_on_without_its_output(monkeypatch, capsys, name):
     closed(monkeypatch, name)
-    with output_may_close(goes_on=True):
+    with output_may_close(continues=True):
         for line in range(3):
             print(line, file=getattr(sys, name), flush=True)
     if name == "stdout":
-        assert capsys.readouterr().err.count("the run goes on without it") == 1
+        assert capsys.readouterr().err.count("the run continues without it") == 1
 
 
 def test_other_commands_end_quietly(monkeypatch, capsys):
     closed(monkeypatch, "stdout")
-    with pytest.raises(SystemExit) as ended, output_may_close(goes_on=False):
+    with pytest.raises(SystemExit) as ended, output_may_close(continues=False):
         print("a line")
     assert ended.value.code == 141
     assert capsys.readouterr().err == ""
@@ -50,7 +50,7 @@ def test_other_commands_end_quietly(monkeypatch, capsys):
 def test_characters_that_the_terminal_lacks_are_shown_as_escapes(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
-    with output_may_close(goes_on=True):
+    with output_may_close(continues=True):
         print("2×3 \ud800")
     assert written.getvalue() == b"2\\xd73 \\ud800\n"
 

@@ -14,9 +14,8 @@ from report.made_records import record, write_arm, write_correct
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.errors import SavingError
-from topd.evaluation.local_engine import LocalEngine
-from topd.evaluation.responses import Response
-from topd.runs.guard import guarded, in_words
+from topd.evaluation.engines import LocalEngine, Response
+from topd.runs.guard import as_topd_error, guarded
 
 STUDENT = "student=embedded:student-standard"
 SMALL = ["--limit", "4", "--samples", "1", "--max-new-tokens", "8"]
@@ -148,7 +147,7 @@ def test_an_error_of_ours_ends_in_a_message_and_a_traceback_in_a_file(tmp_path, 
     monkeypatch.setattr("topd.report.page.render", lambda runs: {}["a key"])
     write_arm(tmp_path, [record()])
     assert run("report", tmp_path) == 2
-    said = f"Stopped by KeyError: 'a key' If this names an option, correct it; otherwise it may be a bug. {tmp_path}"
+    said = "Stopped by KeyError: 'a key' If this names an option, correct it; otherwise it may be a bug. The traceback"
     assert said in message(capsys)
     assert "write_report" in (tmp_path / "traceback.txt").read_text()
 
@@ -157,10 +156,10 @@ def test_the_traceback_finds_a_place_where_the_folder_has_none(tmp_path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "file").write_text("")
     for folder in (None, tmp_path / "file"):
-        with pytest.raises(Exception, match=rf"{tmp_path}/topd/traceback.txt says where"), guarded(folder):
+        with pytest.raises(Exception, match=rf"The traceback is in {tmp_path}/topd/traceback.txt"), guarded(folder):
             raise RecursionError
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
-    assert "traceback" not in str(in_words(ValueError("odd"), None))
+    assert "traceback" not in str(as_topd_error(ValueError("odd"), None))
 
 
 def test_what_is_ours_and_what_a_user_does_stay_as_they_are():
@@ -168,6 +167,6 @@ def test_what_is_ours_and_what_a_user_does_stay_as_they_are():
         raise SavingError("mine")
     with pytest.raises(KeyboardInterrupt), guarded(None):
         raise KeyboardInterrupt
-    assert "permissions" in str(in_words(PermissionError(13, "Permission denied", "/mine/out"), None))
-    assert "pip install 'topd[report]'" in str(in_words(ImportError(name="matplotlib"), None))
-    assert "chat template" in str(in_words(jinja2.TemplateSyntaxError("odd", 1), Path("/nowhere/at/all")))
+    assert "permissions" in str(as_topd_error(PermissionError(13, "Permission denied", "/mine/out"), None))
+    assert "pip install 'topd[report]'" in str(as_topd_error(ImportError(name="matplotlib"), None))
+    assert "chat template" in str(as_topd_error(jinja2.TemplateSyntaxError("odd", 1), Path("/nowhere/at/all")))

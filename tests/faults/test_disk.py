@@ -85,8 +85,8 @@ def test_a_full_disk_at_the_final_model(tmp_path, monkeypatch, capsys, fault):
             raise FULL
         return save(self, *args, _internal_call=_internal_call, **kwargs)
 
-    save = surviving.SurvivingTrainer.save_model
-    monkeypatch.setattr(surviving.SurvivingTrainer, "save_model", fails)
+    save = surviving.ResumableTrainer.save_model
+    monkeypatch.setattr(surviving.ResumableTrainer, "save_model", fails)
     command = ["train", "--config", "recipes/embedded.yaml", "--output_dir", str(tmp_path), "--max_steps", "1"]
     small = ["--per_device_train_batch_size", "2", "--max_completion_length", "6", "--disable_tqdm", "true"]
     assert main([*command, *small]) == 2
@@ -234,7 +234,7 @@ def test_a_new_run_keeps_the_records_of_an_earlier_one(tmp_path):
 
 def test_records_with_any_line_separator_survive_the_cut(tmp_path):
     from topd.runs.files import append_records
-    from topd.runs.resumable import cut_records
+    from topd.runs.records import cut_records
 
     file = tmp_path / "audit.jsonl"
     records = [{"step": step, "prompt": "a\u2028b\x85c"} for step in (1, 2, 3)]

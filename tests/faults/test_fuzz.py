@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import NAMES, ROWS, accept_or_explain, write
+from loading.test_data import NAMES, ROWS, accept_or_explain, write
 from trl import ModelConfig
 
 from topd.cli.main import main
@@ -107,7 +107,7 @@ def test_thousands_of_random_files(folder, name, data):
 
 
 HARMFUL = {"data", "dataloader_num_workers", "dataloader_prefetch_factor", "eval_data", "log_level", "push_to_hub"}
-HARMFUL |= {"teacher_window_server", "use_vllm"}
+HARMFUL |= {"teacher_model_server_url", "use_vllm"}
 """They may start thousands of processes, or talk to the network."""
 TINY = {
     "model_name_or_path": "embedded:student-standard", "teacher_model_name_or_path": "embedded:teacher", "max_steps": 1,

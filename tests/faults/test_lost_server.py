@@ -19,7 +19,7 @@ from topd.training import TOPDTrainer
 
 OPTIONS = {
     "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "audit_steps": 1, "eval_strategy": "steps",
-    "eval_steps": 2, "max_completion_length": 12, "teacher_server_patience": 0.3,
+    "eval_steps": 2, "max_completion_length": 12, "teacher_server_kwargs": {"patience": 0.3},
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Requests(TrainerCallback):
 
 def trainer_of(out, fake, *callbacks):
     return TOPDTrainer(
-        tiny_model(0), args=tiny_config(out, teacher_window_server=fake.url, **OPTIONS), train_dataset=prompts(12),
+        tiny_model(0), args=tiny_config(out, teacher_model_server_url=fake.url, **OPTIONS), train_dataset=prompts(12),
         eval_dataset=prompts(4), processing_class=TOKENIZER, callbacks=list(callbacks),
     )  # fmt: skip
 

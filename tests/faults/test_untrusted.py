@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_trainer
 
-from topd.cli.analyses import load_pair
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.errors import ResumeError
+from topd.loading.pair import load_pair
 from topd.runs.checkpoints import CHECKSUMS
 
 SAVES = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_completion_length": 6}

@@ -11,9 +11,8 @@ from tiny import TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
 
 from topd.errors import TOPDError
-from topd.loading import adapters as merging
-from topd.loading.adapters import merged_adapter
-from topd.loading.models import loaded_model, save_merged
+from topd.loading import models as merging
+from topd.loading.models import loaded_model, merged_adapter, save_merged
 from topd.near_future.model_parts import output_head
 
 peft = pytest.importorskip("peft")

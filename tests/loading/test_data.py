@@ -248,12 +248,12 @@ def test_broken_answers(tmp_path, answer, problem):
     ("line", "problem"),
     [
         ('{"prompt": "x",}', "broken JSON at column"),
-        ('{"prompt": "x"} {"prompt": "y"}', "broken JSON at column 17: Extra data (one object a line"),
+        ('{"prompt": "x"} {"prompt": "y"}', "broken JSON at column 17: Extra data (one object per line"),
         ("{", "broken JSON at column 2"),
         ('{"prompt": "a\tb"}', "Invalid control character"),
-        ("5", "5 is no object with `prompt`"),
-        ('["x"]', "['x'] is no object with `prompt`"),
-        ("null", "None is no object"),
+        ("5", "5 is not an object with `prompt`"),
+        ('["x"]', "['x'] is not an object with `prompt`"),
+        ("null", "None is not an object"),
         ("{}", "no `prompt`, `problem` or `question` in []"),
         ('{"text": "x"}', "no `prompt`, `problem` or `question` in ['text']; rename"),
         ('{"\\ud800": "x"}', "no `prompt`"),
@@ -331,7 +331,7 @@ def test_unknown_ending(tmp_path, name):
     ("content", "problem"),
     [
         ('[{"prompt": "x"},\n {"prompt": }]', "broken JSON at line 2, column 13: Expecting value"),
-        ('{"prompt": "x"}\n{"prompt": "y"}', "broken JSON at line 2, column 1: Extra data (one object a line belongs"),
+        ('{"prompt": "x"}\n{"prompt": "y"}', "broken JSON at line 2, column 1: Extra data (one object per line"),
         ("[", "broken JSON at column 2"),
         ("5", "write a list of objects"),
         ('"x"', "write a list of objects"),
@@ -339,7 +339,7 @@ def test_unknown_ending(tmp_path, name):
         ('{"prompt": "x"}', "an object with exactly one list"),
         ('{"a": [], "b": []}', "an object with exactly one list"),
         ("[" * 100_000, "nested too deep"),
-        ('[{"prompt": "x"}, 5, {"prompt": "y"}]', "  row 2: 5 is no object"),
+        ('[{"prompt": "x"}, 5, {"prompt": "y"}]', "  row 2: 5 is not an object"),
     ],
 )
 def test_broken_json_files(tmp_path, content, problem):
@@ -412,7 +412,7 @@ def test_missing_file_suggests_close_names(tmp_path, monkeypatch):
     write(tmp_path, "train.jsonl", GOOD)
     text = message(str(tmp_path / "trian.jsonl"))
     assert "no such file or folder; did you mean 'train.jsonl'?" in text
-    assert "not looked for on the Hub" in text
+    assert "Hub names have the form" in text
     assert "did you mean" not in message(str(tmp_path / "nowhere" / "train.jsonl"))
     monkeypatch.chdir(tmp_path)
     assert "did you mean 'train.jsonl'?" in message("train.json")
@@ -424,7 +424,7 @@ def test_missing_file_suggests_close_names(tmp_path, monkeypatch):
 def test_names_that_cannot_be_on_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "secret.csv", "prompt\nx\n")  # datasets.load_dataset("csv") would load it
-    with pytest.raises(DataError, match="It was not looked for on the Hub, where a name is owner/name"):
+    with pytest.raises(DataError, match="Hub names have the form owner/name"):
         load_prompts(source)
 
 

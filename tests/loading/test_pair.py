@@ -137,7 +137,7 @@ def test_loaded_models_whose_tokenizer_is_not_known_are_warned_of(tmp_path, capl
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             tiny_trainer(tmp_path / "run", teacher=teacher)
-        assert "tokenizers were not compared: the teacher's is not known" in caplog.text
+        assert "tokenizers were not compared: the teacher's is unknown" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         tiny_trainer(tmp_path / "run", teacher=loaded(tiny_model(1), tmp_path / "with"))
@@ -180,7 +180,7 @@ def test_an_added_token_that_neither_head_knows_is_a_warning(tmp_path, caplog):
     teacher.resize_token_embeddings(64)
     with caplog.at_level(logging.WARNING):
         tiny_trainer(tmp_path / "run", teacher=teacher, tokenizer=tokenizer)
-    assert "'<image>' (47). Prompts must not hold them" in caplog.text
+    assert "'<image>' (47). Prompts must not contain them" in caplog.text
     student = tiny_model(0)
     student.resize_token_embeddings(64)
     with pytest.raises(TokenizerMismatchError, match=r"teacher's output head has 47 rows.*'<image>'"):
@@ -203,7 +203,7 @@ def test_the_callers_teacher_keeps_its_head_and_a_students_cut_is_reported(tmp_p
     student.resize_token_embeddings(64)
     with caplog.at_level(logging.WARNING):
         tiny_trainer(tmp_path / "b", student=student)
-    assert "The student that was passed is changed in place" in caplog.text
+    assert "The student's output head is cut in place" in caplog.text
     assert "cut to 47" in caplog.text
 
 

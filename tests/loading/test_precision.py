@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
-from topd.loading.precision import WarnsOfRounding, watch_rounding
+from topd.loading.precision import RoundingWarning, watch_rounding
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
 LOST = "is lost in rounding"
@@ -74,7 +74,7 @@ def test_adapters_on_bfloat16_weights_are_float32(tmp_path, caplog):
 def test_under_deepspeed_which_keeps_float32_weights_nothing_is_said(deepspeed):
     callbacks = []
     watch_rounding(SimpleNamespace(is_deepspeed_enabled=deepspeed, add_callback=callbacks.append))
-    assert [type(each) for each in callbacks] == ([] if deepspeed else [WarnsOfRounding])
+    assert [type(each) for each in callbacks] == ([] if deepspeed else [RoundingWarning])
 
 
 def test_the_warm_start_says_it_too(tmp_path, caplog):

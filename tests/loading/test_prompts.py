@@ -12,11 +12,10 @@ import pytest
 from tiny import tiny_model, tiny_trainer
 from tokenizers.processors import TemplateProcessing
 
-from topd.cli.analyses import token_ids
+from topd.cli.probe import token_ids
 from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import TOPDError
-from topd.evaluation.responses import Sampling
-from topd.evaluation.responses import prompt_ids as engine_prompt_ids
+from topd.evaluation.engines import Request, Sampling, ids_of
 from topd.loading import prompts as prompting
 from topd.loading.prompts import closing_id, prompt_ids, solution_ids, without_nulls
 
@@ -57,7 +56,7 @@ def test_text_that_begins_with_bos_gets_no_second_one_in_any_command(tmp_path) -
     assert bare[0] == tokenizer.bos_token_id
     assert tokenizer(rendered)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     assert prompt_ids(tokenizer, rendered, {}) == bare
-    assert engine_prompt_ids(rendered, tokenizer, Sampling()) == bare
+    assert ids_of(Request(0, rendered), tokenizer, Sampling()) == bare
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "<unk>what is 1+1?", "response": "2"}\n')
     (row,) = token_ids(asked(data), tokenizer, [tokenizer.eos_token_id], responses=True)

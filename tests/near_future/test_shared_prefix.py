@@ -47,12 +47,12 @@ def model_of(kind):
     return model
 
 
-def rollouts_of(model, seed=1, padding=True, eos=(EOS,)):
-    """Three prompts, of different lengths, and responses that the model itself sampled (`eos` may end them)."""
+def rollouts_of(model, seed=1, padding=True):
+    """Three prompts, of different lengths, and responses that the model itself sampled (EOS may end them)."""
     torch.manual_seed(seed)
     lengths = [3, 6, 5] if padding else [6, 6, 6]
     prompts = [torch.randint(3, 47, (n,)) for n in lengths]
-    windows = LocalModel(model, 0, list(eos), temperature=1.0).continue_(prompts, 14)
+    windows = LocalModel(model, 0, [EOS], temperature=1.0).continue_(prompts, 14)
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (6 - len(p), 0)) for p in prompts])
     ids = torch.stack([torch.nn.functional.pad(p, (6 - len(p), 0)) for p in prompts])
     response_mask = windows.mask.long()
@@ -199,7 +199,9 @@ def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_genera
 @pytest.mark.parametrize("kind", [*RECURRENT])
 def test_recurrent_layers_read_a_rollout_once_for_all_of_its_windows(kind):
     model = special_model(kind)
-    rollouts = rollouts_of(model, padding=False, eos=())[:1]  # reaches the last place, whatever the random weights
+    rollouts = rollouts_of(model, padding=False)[:1]
+    ones = torch.ones_like(rollouts.response_ids)
+    rollouts = replace(rollouts, response_mask=ones, loss_mask=ones)  # EOS may have ended it early
     reading = prefill(model.base_model, rollouts)
     fed = []
     model.base_model.register_forward_pre_hook(
@@ -209,8 +211,46 @@ def test_recurrent_layers_read_a_rollout_once_for_all_of_its_windows(kind):
     scored = replace(reading, greedy=rollouts.response_ids.remainder(46) + 1)  # every window leaves its rollout at once
     LocalModel(model, 0, []).continue_over_prefix(Places(rollouts, rows, positions), 4, scored)
     prompt = rollouts.prompt_ids.shape[1]
-    assert fed[:3] == [(1, prompt + 1), (1, 1), (1, 5)]  # segments of the rollout, each token once
-    assert set(fed[3:]) == {(3, 1)}
+    segments = [(1, prompt + 1), (1, 1), (1, 5)]  # of the rollout, each token once
+    together = kind == "falcon-h1"  # each layer holds attention beside its recurrent part
+    reads = segments if together else [(1, prompt + 7)]
+    assert fed[: len(reads)] == reads
+    assert set(fed[len(reads) :]) == {(3, 1)}
+
+
+@pytest.mark.parametrize("kind", ["qwen3.5", "lfm2", "mamba2"])
+def test_recurrent_layers_alone_run_in_segments(kind):
+    """Attention, experts and norms of a hybrid model read the rollout in one piece, and hooks stay in place."""
+    model = special_model(kind)
+    rollouts = rollouts_of(model, padding=False)[:1]
+    cache = recurrent_states.empty_cache(model.base_model)
+    mixers = recurrent_states.mixers_of(model.base_model, cache)
+    assert sorted(mixers) == [n for n, layer in enumerate(cache.layers) if hasattr(layer, "conv_states")]
+    mixer, lengths = next(iter(mixers.values())), []
+    usual = mixer.forward
+
+    def hooked(hidden_states, *args, **kwargs):
+        lengths.append(hidden_states.shape[1])
+        return usual(hidden_states, *args, **kwargs)
+
+    mixer.forward = hooked
+    place = rollouts.prompt_ids.shape[1] + torch.tensor([[1, 2, 7, 2]])
+    states = recurrent_states.states_at(model.base_model, rollouts, place)
+    assert lengths == [int(place[0, 0]), 1, 5]
+    assert mixer.forward is hooked
+    for branch, end in enumerate(place[0]):
+        alone = recurrent_states.empty_cache(model.base_model)
+        model(
+            input_ids=rollouts.input_ids[:, :end],
+            use_cache=True,
+            **{recurrent_states.cache_argument(model.base_model): alone},
+        )
+        for number in mixers:
+            for name in ("conv_states", "recurrent_states"):
+                found, expected = (getattr(part.layers[number], name)[0] for part in (states, alone))
+                assert (found is None) == (expected is None)
+                if found is not None:
+                    torch.testing.assert_close(found[branch], expected[0], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("counts", "expected"), [([2, 2, 2, 1], [(0, 2), (2, 4)]), ([5, 1, 1, 1], [(0, 1), (1, 4)])])

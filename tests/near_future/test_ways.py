@@ -119,6 +119,20 @@ def test_rows_without_left_padding_run_by_length():
     assert Ways(left_padding=False).together([5, 7, 5], [2, 0, 2]) == [[0, 2], [1]]
 
 
+def test_a_model_that_mixes_the_rows_of_a_batch_decodes_one_at_a_time():
+    """RWKV of transformers does while it decodes with its state, whatever the lengths."""
+    model = tiny("RwkvForCausalLM")
+    with pytest.warns(UserWarning, match="windows are generated one at a time .*not the model's own"):
+        assert not ways_of(model).batches
+    prefixes = [torch.arange(3, 9), torch.arange(20, 26)]
+    source = LocalModel(model, 0, [])
+    for prefix, tokens in zip(prefixes, source.continue_(prefixes, 8).tokens, strict=True):
+        ids = prefix[None]
+        for _ in range(8):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        assert tokens.tolist() == ids[0, len(prefix) :].tolist()
+
+
 def test_longrope_beyond_the_switch_is_exact():
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     model = tiny(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from documents import assert_parses, commands_of
 
-from topd.cli.main import _parser
+from topd.cli.main import parser
 from topd.cli.train import parse
 from topd.cli.warmstart import parse as parse_warmstart
 
@@ -77,7 +77,7 @@ def test_the_launch_lines_name_files_and_options_that_are_there(path):
         for command in commands_of(line):
             assert_parses(command)
         if words[:2] == ["topd", "generate"]:
-            assert _parser().parse_args(words[1:]).out.suffix in (".jsonl", ".parquet")
+            assert parser().parse_args(words[1:]).out.suffix in (".jsonl", ".parquet")
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

@@ -68,7 +68,7 @@ def test_evaluations_that_cannot_be_read_or_compared(tmp_path: Path) -> None:
     assert "mine.settings.json cannot be read" in page.text
     assert "1 model on 3 benchmarks" in page.text
     write_evaluation(folder / "opd", "mine", np.ones((31, 1)))
-    with pytest.raises(TOPDError, match="asked other problems under the name mine"):
+    with pytest.raises(TOPDError, match="answered different problems or prompts under the name mine"):
         page_of(folder)
     write_evaluation(folder / "opd", "mine", np.ones((30, 1)), version=9)
     with pytest.raises(ReportError, match=r"mine\.settings\.json has record version 9"):

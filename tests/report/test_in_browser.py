@@ -93,7 +93,7 @@ def test_a_click_on_a_mark_opens_both_futures_with_the_plan_between(opened: Open
     }  # fmt: skip
     assert card.locator(".ladder svg").get_attribute("aria-label").endswith("1 to 3, 2 to 4, 3 to 1")
     rows = [item.bounding_box()["y"] for item in card.locator(".ladder .student li").all()]
-    assert rows == sorted(set(rows)), "a row a token"
+    assert rows == sorted(set(rows)), "one row per token"
 
 
 def test_the_link_of_a_candidate_opens_it(browser: Any, everything: Path) -> None:
@@ -130,18 +130,21 @@ def test_what_a_model_wrote_runs_nothing_when_everything_is_opened(opened: Opene
 def test_filters_by_kind_token_and_text(opened: Opened) -> None:
     page = opened.page
     visible = page.locator("details.card:not([hidden])")
-    everything = visible.count()
+    everything = page.locator("details.card").count()
     page.locator("#filter label", has_text="False alarms").click()
     assert set(visible.evaluate_all("cards => cards.map(card => card.dataset.kind)")) == {"alarm"}
-    page.locator("#filter select").select_option("+")
+    page.locator("#filter select[name=token]").select_option("+")
     assert visible.count() == 2
+    page.locator("#filter select[name=source]").select_option(index=1)
+    assert len(set(visible.evaluate_all("cards => cards.map(card => card.dataset.source)"))) == 1
+    page.locator("#filter select[name=source]").select_option(index=0)
     page.locator("#filter input[type=search]").fill("ONLYhere")
     assert visible.count() == 2
-    assert page.locator("output").text_content() == f"2 of {everything}"
+    assert page.locator("#more-candidates output").text_content() == f"2 of 2 shown ({everything} without the filter)"
     page.locator("#filter input[type=search]").fill("nowhere")
     sync_api.expect(page.locator("#nothing")).to_be_visible()
-    page.goto(f"{page.url.partition('#')[0]}#c0")  # a link to what is filtered away shows it again
-    sync_api.expect(page.locator("details#c0")).to_be_visible()
+    page.goto(f"{page.url.partition('#')[0]}#c1")  # a link to what is filtered away shows it again
+    sync_api.expect(page.locator("details#c1")).to_be_visible()
     opened.requests = opened.requests[:1]
 
 
@@ -160,8 +163,66 @@ def test_anyone_can_use_it_on_any_screen(browser: Any, everything: Path, scheme:
     opened.context.close()
 
 
+def test_ten_candidates_are_shown_and_more_on_demand_by_keyboard(opened: Opened) -> None:
+    page = opened.page
+    visible, everything = page.locator("details.card:not([hidden])"), page.locator("details.card").count()
+    report, (ten, everyone) = page.locator("#more-candidates output"), page.locator("#more-candidates button").all()
+    assert everything > 10
+    assert visible.count() == 10
+    assert report.text_content() == f"10 of {everything} shown"
+    distances = page.locator("details.card .distance").all_text_contents()
+    known = [float(text.split()[-1]) for text in distances]
+    assert known == sorted(known, reverse=True)
+    ten.focus()
+    page.keyboard.press("Enter")
+    assert visible.count() == min(20, everything)
+    assert page.evaluate("document.activeElement.closest('details').id") == "c11", "the focus is on what was added"
+    if everything > 20:
+        everyone.focus()
+        page.keyboard.press("Space")
+    assert visible.count() == everything
+    assert not ten.is_visible()
+
+
+def test_a_link_to_a_candidate_beyond_the_tenth_shows_it(opened: Opened) -> None:
+    page = opened.page
+    assert not page.locator("#c12").is_visible()
+    page.evaluate("location.hash = '#c12'")
+    sync_api.expect(page.locator("#c12 .ladder svg")).to_be_visible()
+    page.locator("#c12 a", has_text="Whole rollout").click()
+    assert page.locator("article:not([hidden]) a.mark[href='#c12']").count() == 1
+
+
+def test_the_navigation_stays_at_the_top(opened: Opened) -> None:
+    page = opened.page
+    assert page.locator("nav").bounding_box()["y"] > 100
+    page.locator("nav a", has_text="Rollouts").click()
+    sync_api.expect(page.locator("#rollouts h2")).to_be_in_viewport()
+    page.wait_for_timeout(1000)  # the jump is animated
+    nav, heading = (page.locator(name).bounding_box() for name in ("nav", "#rollouts h2"))
+    assert nav["y"] == 0
+    assert heading["y"] >= nav["height"], "the heading is not under the navigation"
+
+
+def test_wide_tables_say_that_they_scroll(opened: Opened) -> None:
+    page = opened.page
+    hint = "region => getComputedStyle(region, '::before').content"
+    regions, wider = page.locator("[id^=study] .scroll"), page.locator("[id^=study] .scroll.wider")
+    page.set_viewport_size({"width": 400, "height": 800})
+    sync_api.expect(wider).to_have_count(regions.count())
+    assert "Scroll sideways" in regions.first.evaluate(hint)
+    page.set_viewport_size({"width": 1400, "height": 900})
+    sync_api.expect(wider).to_have_count(0)
+    assert regions.first.evaluate(hint) == "none"
+
+
 def test_it_prints(browser: Any, everything: Path, tmp_path: Path) -> None:
+    """Print says how many candidates are not shown."""
     opened = Opened(browser, everything)
+    opened.page.emulate_media(media="print")
+    assert opened.page.locator("#more-candidates output").is_visible()
+    assert not opened.page.locator("#more-candidates button").first.is_visible()
+    assert not opened.page.locator("nav").is_visible()
     opened.page.pdf(path=tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").stat().st_size > 20_000
     opened.context.close()
@@ -191,8 +252,8 @@ def test_two_thousand_candidates_stay_fluid(browser: Any, tmp_path: Path) -> Non
     times = {query: page.evaluate(search, query) for query in ("word3", "word30", "no such", "")}
     opening = page.evaluate("""async () => {
         const start = performance.now();
-        location.hash = "#c1999";
-        while (!document.querySelector("#c1999 .ladder svg")) await new Promise(requestAnimationFrame);
+        location.hash = "#c2000";
+        while (!document.querySelector("#c2000 .ladder svg")) await new Promise(requestAnimationFrame);
         return performance.now() - start;
     }""")
     print(json.dumps({"written and loaded, s": round(loaded, 2), "search, ms": times, "opening, ms": opening}))

@@ -33,8 +33,8 @@ def test_models_data_command_and_changes_are_on_the_page(tmp_path):
     page = page_of(tmp_path / "run", yaml.safe_dump({"seed": 1, "provenance": RECORD}, sort_keys=False))
     for text in (
         "org/student at abc: Qwen3ForCausalLM, 500,000 parameters, 500,000 trained, float32, weights f00",
-        "org/teacher: Qwen3ForCausalLM, an unknown number of parameters", "4,096 rows, digest d1",
-        "topd train --config &lt;b&gt;.yaml", "student float32, computed bfloat16 autocast", "2 x cpu",
+        "org/teacher: Qwen3ForCausalLM, an unknown number of parameters", "4,096 prompts, digest d1",
+        "topd train --config &lt;b&gt;.yaml", "student float32, computed bfloat16 autocast", "2 × cpu",
         "from checkpoint-2 (learning_rate: 0.001 -&gt; 0.0001)", 'href="#provenance"',
     ):  # fmt: skip
         assert text in page

@@ -106,7 +106,9 @@ def test_one_arm_alone_is_a_run(tmp_path: Path) -> None:
 
 
 def test_the_password_of_an_older_run_s_server_is_not_shown(tmp_path: Path) -> None:
-    write_arm(tmp_path / "topd", [record(1)], logged=5, teacher_window_server="http://kim:s3cret@host:8000/v1?key=abc3")
+    write_arm(
+        tmp_path / "topd", [record(1)], logged=5, teacher_model_server_url="http://kim:s3cret@host:8000/v1?key=abc3"
+    )
     page = write_report(tmp_path / "topd").read_text(encoding="utf-8")
     assert "http://***@host:8000/v1?key=***" in page
     assert not {"kim", "s3cret", "abc3"} & set(re.findall(r"\w+", page))
@@ -430,7 +432,8 @@ def test_a_probe_is_shown_beside_the_paper(tmp_path: Path) -> None:
     page = page_of(write_probe(tmp_path / "mine"))
     assert_harmless(page)
     for expected in (
-        "Before training: small against big, 6 rollouts.", "Median D_OT, high-loss (n = 12)", "0.400", "0.566", "0.250", "0.126",
+        "Before training: small against big, 6 rollouts.", "12 candidates of probe",
+        "Median D_OT, high-loss (n = 12)", "0.400", "0.566", "0.250", "0.126",
         "25.0", "20.0 to 30.0", "29.2", "teacher/cosine/50", "6 of 8 false alarms", "Probe, rollout 1", "Forks 6",
         "False alarms 6",
     ):  # fmt: skip
@@ -442,7 +445,7 @@ def test_the_readings_of_the_student_s_window_are_shown_side_by_side(tmp_path: P
     page = page_of(write_probe(tmp_path / "mine", readings=("candidate", "regenerated")))
     assert_harmless(page)
     for expected in (
-        "D_OT below 0.02, low-loss, %", "62.5 (50.0 to 75.0)", "11.0", "Begins with the candidate, high-loss, %",
+        "D_OT below 0.02, low-loss, %", "62.5 (50.0 to 75.0)", "11.0", "Window begins with the candidate, high-loss, %",
         "Pearson, teacher's NLL and D_OT", "0.710",
     ):  # fmt: skip
         assert expected in page.text, expected

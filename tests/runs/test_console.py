@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from topd.runs.console import LogLines, described, in_words, speak
-from topd.runs.summary import places, print_summary
+from topd.runs.console import LogLines, duration, formatted, print_log_lines, print_summary, where_to_look
 
 LOG = [
     {"step": step, "loss": 0.5 / step, "token_loss/mean": 0.4 / step, "false_alarm_share": 0.25 * step,
@@ -36,9 +35,9 @@ def test_a_log_is_one_line_whatever_the_width() -> None:
     lines.on_log(None, state, None, logs=LOG[0])
     lines.on_log(None, state, None, logs=LOG[-1])
     assert text.getvalue().splitlines() == [
-        "20 steps; a line every 1.",
+        "20 steps; one line every 1.",
         "20/20  loss  0.5000  token loss  0.4000  false alarms  25%  forks  2.0     52 tokens  lr 3.0e-04"
-        "    1.50 s a step  0 s left",
+        "    1.50 s/step  0 s left",
     ]
 
 
@@ -50,7 +49,7 @@ def test_the_time_that_is_left_counts_the_steps_of_this_start(monkeypatch: pytes
     lines.on_train_begin(STEPS, state, None)
     state.global_step = 13
     lines.on_log(None, state, None, logs={"loss": 1.0})
-    assert "20 steps, going on after step 10; a line every 1." in text.getvalue()
+    assert "20 steps, resuming after step 10; one line every 1." in text.getvalue()
     assert text.getvalue().endswith("1 min 10 s left\n")  # 30 s for 3 steps, 7 to go
 
 
@@ -70,23 +69,23 @@ def test_only_the_main_process_speaks_and_an_evaluation_has_its_own_line() -> No
     lines, state, text = shown(main=False)
     lines.on_log(None, state, None, logs=LOG[0])
     assert text.getvalue() == ""
-    assert described({"eval_loss": 0.25, "eval_runtime": 3.0}) == ["evaluation loss 0.2500"]
+    assert formatted({"eval_loss": 0.25, "eval_runtime": 3.0}) == ["evaluation loss 0.2500"]
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (7500, "2 h 05 min")]
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_the_summary_says_how_it_went_and_where_the_time_went(tmp_path: Path) -> None:
     text = io.StringIO()
-    print_summary(LOG, places(tmp_path), 2, console=Console(file=text, width=80))
+    print_summary(LOG, where_to_look(tmp_path), 2, console=Console(file=text, width=80))
     said = " ".join(text.getvalue().split())
     for expected in (
         "2 steps in 3 min 20 s", "loss, nats 0.5000 0.2500 0.3750", "token loss, nats 0.4000 0.2000 0.3000",
-        "false alarms among candidates 25.0% 50.0% 37.5%", "forks a rollout 2.00", "rollout 0.900 75%",
+        "false alarms among candidates 25.0% 50.0% 37.5%", "forks/rollout 2.00", "rollout 0.900 75%",
         "windows 0.300 25%", "Model: ",
     ):  # fmt: skip
         assert expected in said, expected
@@ -97,11 +96,11 @@ def test_the_summary_says_how_it_went_and_where_the_time_went(tmp_path: Path) ->
 def test_places_of_checkpoints_audit_and_page(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     folder.mkdir()
-    assert places(folder)[1].startswith("Audit: none (--audit_steps 10")
+    assert where_to_look(folder)[1].startswith("Audit: none (--audit_steps 10")
     for step in range(10, 90, 10):
         (folder / f"checkpoint-{step}").mkdir()
     (folder / "audit.jsonl").write_text("{}\n{}\n")
-    assert places(folder) == [
+    assert where_to_look(folder) == [
         f"Model: {folder}", f"Checkpoints: {folder}/checkpoint-N, after steps 10, 20, ..., 80",
         f"Audit: {folder / 'audit.jsonl'}, 2 rollouts with their candidates",
         f"The page of this run: topd report '{folder}'",
@@ -112,7 +111,7 @@ def test_the_libraries_printers_are_gone(tmp_path: Path) -> None:
     from tiny import tiny_trainer
 
     trainer = tiny_trainer(tmp_path)
-    speak(trainer)
+    print_log_lines(trainer)
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert "LogLines" in names
     assert not {"PrinterCallback", "ProgressCallback"} & set(names)

@@ -135,7 +135,7 @@ def test_it_says_where_an_arm_could_not_choose_what_opd_is_tuned_to(runs, tmp_pa
     command.run_study(plan(arms=arms | {"of another option": other}), tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("could not choose") == 1
-    assert "topd could not choose learning_rate 0.5, which opd is tuned to: a difference" in said
+    assert "topd could not choose learning_rate 0.5, the tuned value of opd" in said
 
 
 def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):

@@ -95,5 +95,5 @@ def test_learning_curves_are_judged_by_the_task(tmp_path):
             return [problem == "c" and not sampled for problem in problems]
 
     curve = Curve(plan(), Asked(), None)
-    curve.answer(SimpleNamespace(global_step=3), None)
+    curve.add_point(SimpleNamespace(global_step=3), None)
     assert curve.points == [{"step": 3, "seconds": 0.0, "accuracy": 0.25}]

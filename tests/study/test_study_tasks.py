@@ -79,6 +79,6 @@ def test_a_response_that_does_not_fit_names_the_studys_own_option(tmp_path):
     folder = resolve_model("embedded:student-standard")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with pytest.raises(
-        ContextError, match=r"with sampling.max_new_tokens 999 .* at most sampling.max_new_tokens 2\d\d"
+        ContextError, match=r"sampling.max_new_tokens 999 .*lower sampling.max_new_tokens to at most 2\d\d"
     ):
         task.right(model, tokenizer, task.held_out(), sampled=True)

@@ -47,7 +47,7 @@ def test_a_wrong_address_is_told_in_seconds(command, patience, no_weights, tmp_p
     if patience:
         monkeypatch.setattr("topd.teachers.openai_server.FIRST_CONTACT", patience)
     if command[0] == "train":
-        options = ["--teacher_window_server", NOBODY, "--output_dir", str(tmp_path)]
+        options = ["--teacher_model_server_url", NOBODY, "--output_dir", str(tmp_path)]
     else:
         options = ["--server", NOBODY, "--out", str(tmp_path / "out.jsonl")]
     began = time.monotonic()
@@ -62,7 +62,7 @@ def test_a_wrong_address_is_told_in_seconds(command, patience, no_weights, tmp_p
 
 def test_a_wrong_name_is_told_before_weights_are_loaded(no_weights, tmp_path, capsys):
     with fake_server() as server:
-        args = tiny_config(tmp_path, teacher_window_server=server.url, teacher_server_model="another")
+        args = tiny_config(tmp_path, teacher_model_server_url=server.url, teacher_server_model="another")
         with pytest.raises(ServerError, match="does not serve 'another', but: the-teacher"):
             TOPDTrainer("embedded:student-standard", args=args)
         assert main(["eval", "--model", "another", "--server", server.url, "--out", str(tmp_path)]) == 2
@@ -70,7 +70,7 @@ def test_a_wrong_name_is_told_before_weights_are_loaded(no_weights, tmp_path, ca
 
 
 def server_row(capsys, url, *options):
-    status = main(["check", *RECIPE, "--quick", "--json", "--teacher_window_server", url, *options])
+    status = main(["check", *RECIPE, "--quick", "--json", "--teacher_model_server_url", url, *options])
     findings = json.loads(capsys.readouterr().out)["findings"]
     return status, next(finding for finding in findings if finding["check"] == "teacher's server")
 
@@ -87,7 +87,7 @@ def test_check_has_a_row_for_the_server(capsys, monkeypatch):
         assert "serves 'teacher' with a context of 4,096" in row["found"]
         fake.text_only = True
         assert "returns text only" in server_row(capsys, fake.url)[1]["found"]
-        assert server_row(capsys, fake.url, "--method", "opd")[1]["found"] == "method=opd asks it for nothing"
+        assert server_row(capsys, fake.url, "--method", "opd")[1]["found"] == "method=opd does not use it"
 
 
 def test_check_knows_a_server_that_is_the_whole_teacher(capsys, tmp_path):
@@ -101,11 +101,11 @@ def test_check_knows_a_server_that_is_the_whole_teacher(capsys, tmp_path):
         shutil.copytree(pair_folder("teacher"), tmp_path / "teacher")
         (tmp_path / "teacher" / "model.safetensors").unlink()
         command = ["check", *RECIPE, *alone, "--json", "--teacher", str(tmp_path / "teacher")]
-        assert main([*command, "--teacher_window_server", fake.url]) == 0
+        assert main([*command, "--teacher_model_server_url", fake.url]) == 0
         capsys.readouterr()
         assert main(command) == 2
         assert "--server-alone says that the teacher is on a server" in capsys.readouterr().err
-        assert main(["check", *ALONE, "--teacher_window_server", fake.url]) == 2
+        assert main(["check", *ALONE, "--teacher_model_server_url", fake.url]) == 2
         assert "--teacher NAME --server-alone" in capsys.readouterr().err
 
 
@@ -126,7 +126,7 @@ def test_a_run_writes_no_secret_of_its_server(tmp_path, method):
     with serving(tiny_model(1), TOKENIZER) as fake:
         url = with_secrets(fake.url)
         args = tiny_config(
-            tmp_path, teacher_window_server=url, method=method, max_steps=1, save_strategy="steps", save_steps=1
+            tmp_path, teacher_model_server_url=url, method=method, max_steps=1, save_strategy="steps", save_steps=1
         )
         trainer = TOPDTrainer(tiny_model(0), args=args, train_dataset=prompts(), processing_class=TOKENIZER)
         trainer.train()
@@ -138,14 +138,14 @@ def test_a_run_writes_no_secret_of_its_server(tmp_path, method):
     for path in files:
         none_in(path.read_bytes().decode(errors="replace"))
     kept = torch.load(tmp_path / "training_args.bin", weights_only=False)
-    assert kept.teacher_window_server.startswith("http://***@127.0.0.1")
+    assert kept.teacher_model_server_url.startswith("http://***@127.0.0.1")
 
 
 def test_copies_of_the_options_reach_the_server_in_this_process(tmp_path):
     with fake_server() as server:
-        args = tiny_config(tmp_path, teacher_window_server=with_secrets(server.url))
+        args = tiny_config(tmp_path, teacher_model_server_url=with_secrets(server.url))
         none_in(str(args) + str(args.to_dict()))
         for each in (args, copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
-            OpenAIServer(each.teacher_window_server).models()
+            OpenAIServer(each.teacher_model_server_url).models()
     assert len(set(server.authorizations)) == 1
     assert server.authorizations[0]

@@ -88,7 +88,7 @@ def test_requests_at_a_time_are_bounded(fake):
 
 
 def test_a_dead_server_is_waited_for_and_then_given_up_with_the_remedy(tmp_path, fake, caplog):
-    options = tiny_config(tmp_path, teacher_window_server=fake.url, teacher_server_patience=0.3)
+    options = tiny_config(tmp_path, teacher_model_server_url=fake.url, teacher_server_kwargs={"patience": 0.3})
     server = teacher_server(options, has_weights=False)
     assert server is not None
     windows = teacher_windows(server, options, TOKENIZER, [EOS])
@@ -302,7 +302,7 @@ def run(out: Path, **options) -> list[dict[str, float]]:
 
 def test_training_with_windows_from_a_server_is_training_with_local_ones(tmp_path, fake):
     local = run(tmp_path / "local", student_window="rollout")
-    remote = run(tmp_path / "remote", student_window="rollout", teacher_window_server=fake.url)
+    remote = run(tmp_path / "remote", student_window="rollout", teacher_model_server_url=fake.url)
     for ours, reference in zip(remote, local, strict=True):
         compared = {k: v for k, v in reference.items() if not k.startswith(("seconds/", "step_time"))}
         assert {k: ours[k] for k in compared} == pytest.approx(compared, rel=1e-4, nan_ok=True)
@@ -314,7 +314,7 @@ def test_training_without_the_teacher_s_weights_is_the_same_where_all_tokens_are
     options = {"method": method, "student_window": "rollout", "opd_loss": "one_pass"}
     local = run(tmp_path / "local", **options)
     vocabulary = TEACHER.config.vocab_size
-    remote = run_without_weights(tmp_path / "remote", fake, teacher_top_k=vocabulary, **options)
+    remote = run_without_weights(tmp_path / "remote", fake, loss_top_k=vocabulary, **options)
     for ours, reference in zip(remote, local, strict=True):
         compared = {k: v for k, v in reference.items() if k.startswith(("loss", "token_loss", "distance", "guidance"))}
         assert {k: ours[k] for k in compared} == pytest.approx(compared, rel=1e-3, nan_ok=True)
@@ -323,7 +323,7 @@ def test_training_without_the_teacher_s_weights_is_the_same_where_all_tokens_are
 
 def test_the_metric_says_how_much_of_the_student_the_loss_cannot_see(tmp_path, fake):
     few, more = (
-        run_without_weights(tmp_path / str(known), fake, teacher_top_k=known, method="opd", max_steps=1)[0]
+        run_without_weights(tmp_path / str(known), fake, loss_top_k=known, method="opd", max_steps=1)[0]
         for known in (1, 12)
     )
     assert 0 < more["token_loss/outside_top_k"] < few["token_loss/outside_top_k"] < 1
@@ -332,7 +332,7 @@ def test_the_metric_says_how_much_of_the_student_the_loss_cannot_see(tmp_path, f
 
 def run_without_weights(out: Path, fake: FakeServer, **options) -> list[dict[str, float]]:
     torch.manual_seed(0)
-    args = tiny_config(out, teacher_window_server=fake.url, **options)
+    args = tiny_config(out, teacher_model_server_url=fake.url, **options)
     trainer = TOPDTrainer(
         model=tiny_model(0), args=args, train_dataset=prompts(), eval_dataset=prompts(4), processing_class=TOKENIZER
     )
@@ -344,7 +344,7 @@ def run_without_weights(out: Path, fake: FakeServer, **options) -> list[dict[str
 def test_options_that_need_the_teacher_s_weights_are_refused(tmp_path):
     wrong = {"embedding": "teacher", "guidance_context": "teacher", "temperature": 0.7, "beta": 0.0}
     with pytest.raises(TOPDError, match=r"embedding=teacher .*, nor .*, nor temperature=0.7"):
-        TOPDTrainer(tiny_model(0), args=tiny_config(tmp_path, teacher_window_server="http://x", **wrong))
+        TOPDTrainer(tiny_model(0), args=tiny_config(tmp_path, teacher_model_server_url="http://x", **wrong))
     with pytest.raises(TOPDError, match="needs a teacher"):
         TOPDTrainer(tiny_model(0), args=tiny_config(tmp_path), train_dataset=prompts())
 
@@ -352,4 +352,4 @@ def test_options_that_need_the_teacher_s_weights_are_refused(tmp_path):
 def test_a_server_with_too_short_a_context_is_named(tmp_path, fake):
     fake.context = 30
     with pytest.raises(ContextError, match="teacher's server's context of 30"):
-        run(tmp_path, teacher_window_server=fake.url, max_completion_length=40)
+        run(tmp_path, teacher_model_server_url=fake.url, max_completion_length=40)

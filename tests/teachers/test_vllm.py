@@ -97,7 +97,7 @@ def test_training_with_vllm_is_training_with_the_local_teacher(tmp_path: Path, s
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    remote = losses(TEACHER if weights else None, teacher_window_server=server[1], teacher_top_k=46)
+    remote = losses(TEACHER if weights else None, teacher_model_server_url=server[1], loss_top_k=46)
     assert remote == pytest.approx(losses(TEACHER), rel=1e-3)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_trainer
 
-from topd.runs.stages import Stopwatch
+from topd.runs.console import Stopwatch
 
 CASES: dict[str, dict[str, Any]] = {
     "rollout": {"audit_steps": 1},

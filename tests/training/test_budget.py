@@ -13,7 +13,7 @@ def measured(max_overhead, usual=20, noise=0.0, true=TRUE, seed=0):
     budget = CandidateBudget(max_overhead)
     for _ in ROUNDS:
         tokens, rollouts = float(rng.integers(6000, 10000)), 8.0
-        at_most = budget.at_most()
+        at_most = budget.max_candidates()
         candidates = rollouts * (usual if at_most is None else min(usual, at_most))
         rest = true.plain * tokens + (true.fixed * tokens + true.each * candidates if candidates else 0.0)
         rest *= 1 + noise * rng.standard_normal()
@@ -33,12 +33,12 @@ def test_the_true_cost_is_found():
 def test_as_many_candidates_as_the_budget_allows_and_no_more():
     budget, length = measured(0.05, usual=20)
     assert TRUE.overhead(budget.per_rollout / length) <= 0.05 < TRUE.overhead((budget.per_rollout + 1) / length)
-    assert 1 < budget.at_most() < 20
+    assert 1 < budget.max_candidates() < 20
 
 
 def test_never_more_than_the_usual_number_and_at_least_one():
-    assert measured(5.0, usual=20)[0].at_most() == 20
-    assert measured(0.001, usual=20)[0].at_most() == 1
+    assert measured(5.0, usual=20)[0].max_candidates() == 20
+    assert measured(0.001, usual=20)[0].max_candidates() == 1
 
 
 def test_noise_of_two_percent_moves_the_answer_little():
@@ -49,8 +49,8 @@ def test_noise_of_two_percent_moves_the_answer_little():
 
 def test_a_fall_in_time_with_more_candidates_is_noise_and_limits_nothing():
     odd = CostModel(sampling=1e-3, plain=5e-4, fixed=1e-5, each=-1e-4)
-    assert measured(0.10, true=odd)[0].at_most() == 20
-    assert measured(0.10, true=CostModel(1e-3, 5e-4, 1e-3, 0.0))[0].at_most() == 1
+    assert measured(0.10, true=odd)[0].max_candidates() == 20
+    assert measured(0.10, true=CostModel(1e-3, 5e-4, 1e-3, 0.0))[0].max_candidates() == 1
 
 
 @pytest.mark.parametrize(("fixed", "left"), [(10.0, 1), (-10.0, 8)])

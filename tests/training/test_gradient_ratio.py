@@ -6,7 +6,7 @@ from tiny import tiny_trainer
 from torch import nn
 
 from topd.training import TOPDTrainer
-from topd.training.guidance import gradient_ratio, last_parameters
+from topd.training.losses import gradient_ratio, last_parameters
 
 
 def test_it_is_the_ratio_of_the_gradients_norms_and_keeps_the_graph():

@@ -34,6 +34,7 @@ METHODS = [
     {"method": "topd", "guidance_context": "teacher"},
     {"method": "opd-capped"},
     {"method": "opd", "opd_loss": "one_pass"},
+    {"embedding": "teacher_hidden"},
 ]
 
 
@@ -84,9 +85,8 @@ def test_removing_unused_columns_leaves_the_teacher_s_name(tmp_path):
     ("options", "message"),
     [
         ({"method": "opd", "opd_loss": "trl"}, "one_pass"),
-        ({"embedding": "teacher_hidden"}, "embedding=student"),
         ({"max_overhead": 0.5}, "one teacher so far"),
-        ({"teacher_window_server": "http://127.0.0.1:1"}, "give the weights of all of them"),
+        ({"teacher_model_server_url": "http://127.0.0.1:1"}, "pass the weights of all teachers"),
     ],
 )
 def test_what_works_with_one_teacher_only_is_said(tmp_path, options, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_trainer
 
-from topd.runs.stages import STAGES
+from topd.runs.console import STAGES
 from topd.training.metrics import NEAR_FUTURE_METRICS
 
 Series = dict[str, list[float]]

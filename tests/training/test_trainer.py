@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from topd.embedded.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
-from topd.runs.stages import STAGES
+from topd.runs.console import STAGES
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
 from topd.training.metrics import NEAR_FUTURE_METRICS
@@ -27,8 +27,8 @@ VARIANTS = [
     {"student_window": "regenerated"},
     {"student_window": "candidate", "fork_rule": "batch_quantile"},
     {"guidance_context": "teacher"},
-    {"guidance_context": "teacher", "teacher_context_loss": "forward_kl"},
-    {"guidance_context": "teacher", "teacher_context_loss": "cross_entropy", "student_window": "regenerated"},
+    {"guidance_context": "teacher"},
+    {"guidance_context": "teacher", "student_window": "regenerated"},
     {"guidance_target": "own"},
     {"guidance_target": "same_index", "candidate_ranking": "log_ratio"},
     {"guidance_at": "random", "cap_false_alarms": True},
@@ -99,11 +99,12 @@ def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path, capsys
     assert steps[-1]["budget/predicted_overhead"] > 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("topd: max_overhead")]
     assert len(told) == 1
-    assert "cannot be met: even one candidate a rollout is predicted to cost" in told[0]
+    assert "cannot be met: one candidate per rollout is predicted to cost" in told[0]
 
 
-def test_metrics_say_what_the_audit_records_say(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1, audit_steps=1, audit_rollouts=99)
+def test_metrics_say_what_the_audit_records_say(tmp_path, monkeypatch):
+    monkeypatch.setattr("topd.training.step_log.AUDIT_ROLLOUTS", 99)
+    trainer = tiny_trainer(tmp_path, max_steps=1, audit_steps=1)
     trainer.train()
     logged = trainer.state.log_history[0]
     records = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]

@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(generated, tmp_path):
 def test_a_second_run_generates_nothing_and_a_shorter_one_loses_nothing(generated, tmp_path, capsys):
     before = generated.with_suffix(".records.jsonl").read_text()
     assert generate(generated) == 0
-    assert "12 are there" in " ".join(capsys.readouterr().out.split())
+    assert "12 are done" in " ".join(capsys.readouterr().out.split())
     assert generate(generated, "--limit", "3") == 0
     assert len(rows(generated)) == 3
     assert generate(generated) == 0
@@ -161,9 +161,9 @@ def test_a_server_s_responses_are_kept_when_it_fails_and_the_next_run_goes_on(tm
     [
         (["--out", "x.csv"], ".jsonl or .parquet"),
         (["--samples", "0"], "--samples must be at least 1"),
-        (["--samples", "2", "--temperature", "0"], "all the same"),
+        (["--samples", "2", "--temperature", "0"], "are the same"),
         (["--top-p", "0"], "--top-p must be in"),
-        (["--max-new-tokens", "999"], "at most --max-new-tokens 244"),
+        (["--max-new-tokens", "999"], "lower --max-new-tokens to at most 244"),
         (["--data", "nothing.jsonl"], "There is no such file"),
         (["--teacher", "embedded:nobody"], "no embedded model 'nobody'"),
     ],

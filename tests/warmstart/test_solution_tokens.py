@@ -53,7 +53,7 @@ def test_rows_that_the_template_renders_whole_are_refused_where_it_writes_no_end
 def test_a_length_that_cuts_every_end_is_refused_and_some_is_a_warning(tmp_path, caplog, packing: bool) -> None:
     answers = ["1+1=2, so the answer is 2", "2"]
     lengths = [len(TOKENIZER("what is 1+1?" + answer)["input_ids"]) + 1 for answer in answers]
-    with pytest.raises(TOPDError, match=f"max_length {lengths[1] - 1} cuts them, raise it"):
+    with pytest.raises(TOPDError, match=f"max_length {lengths[1] - 1} truncates them, raise it"):
         trainer(tmp_path, talks(*answers), packing=packing, max_length=lengths[1] - 1)
     trainer(tmp_path, talks(*answers), packing=packing, max_length=lengths[0] - 1)
     assert "1 of 2 solutions train no end token" in caplog.text

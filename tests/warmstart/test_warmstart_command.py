@@ -47,7 +47,7 @@ def accuracy(folder: Path, problems: int = 200) -> float:
 def test_the_model_is_one_that_topd_train_takes(solutions, tmp_path, capsys):
     out = tmp_path / "warm"
     assert warmstart(out, solutions) == 0
-    assert f"--model_name_or_path {out}" in capsys.readouterr().out
+    assert f"--student {out}" in capsys.readouterr().out
     assert main(["train", "--config", "recipes/embedded.yaml", "--model_name_or_path", str(out), "--output_dir",
                  str(tmp_path / "topd"), "--max_steps", "1", "--per_device_train_batch_size", "4",
                  "--max_completion_length", "24", "--window_length", "4"]) == 0  # fmt: skip
@@ -60,13 +60,13 @@ def test_it_speaks_as_topd_train_does(solutions, tmp_path, capsys):
     assert warmstart(out, solutions, "--save_strategy", "steps", "--save_steps", "2") == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert lines[0] == "2 steps; a line every 1."
+    assert lines[0] == "2 steps; one line every 1."
     number = r" +\d+\.\d{4}"
     assert re.match(rf"1/2  loss{number}  forward KL{number}  cross-entropy{number}  lr \S+  .* left$", lines[1])
     assert re.search(rf"cross-entropy, nats{number}{number}{number}", said)
     assert lines[-3:] == [
         f"Model: {out}", f"Checkpoints: {out}/checkpoint-N, after steps 2",
-        f"Go on: topd train --model_name_or_path '{out}'",
+        f"Next: topd train --student '{out}'",
     ]  # fmt: skip
     assert not {"{", "}", "Audit", "report"} & set(re.findall(r"[{}]|\w+", said))
 

@@ -1,4 +1,4 @@
-"""The paper's algorithm: tensors in, tensors out. One file an idea; imports torch and a solver only."""
+"""The paper's algorithm as pure functions on tensors, one idea per file. Imports torch and a solver only."""
 
 from topd.algorithm.candidates import highest_loss
 from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss
@@ -22,8 +22,6 @@ from topd.algorithm.token_loss import (
     gathered_log_probs,
     score_tokens,
     token_kl,
-    token_kl_from_hidden,
-    token_nll,
 )
 from topd.algorithm.transport import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 
@@ -58,7 +56,5 @@ __all__ = [
     "select_for_capping",
     "token_cost",
     "token_kl",
-    "token_kl_from_hidden",
-    "token_nll",
     "trajectory_loss",
 ]

@@ -1,4 +1,4 @@
-"""Candidates: the high-loss positions of each rollout, where the near future is looked at (section 3)."""
+"""Candidates: the high-loss positions of each rollout, at which both models continue the prefix (section 3)."""
 
 import math
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 PAPER_SHARE = 0.0225
-"""218 of 9,688 positions a rollout (appendix B.2)."""
+"""218 of 9,688 positions per rollout (appendix B.2)."""
 
 
 def highest_loss(
@@ -19,23 +19,23 @@ def highest_loss(
     threshold: float | None = None,
     spacing: int = 1,
 ) -> Bool[Tensor, "rollout position"]:
-    """Mark the candidates of each rollout: at least one in every rollout that has a position.
+    """Mark the candidates of each rollout: at least one, unless the rollout is empty.
 
-    Exactly one of three rules holds; the paper gives only the resulting number, so which one is our choice.
+    Give exactly one of share, count and threshold. The paper reports only the resulting number; the rule is our choice.
 
     Args:
-        token_loss: what positions are ranked by: the token loss (nats), or the teacher's NLL of the sampled token.
-        mask: positions that count (response tokens).
-        share: the highest `share` of a rollout's positions (rounded to the nearest number).
-        count: this many positions of each rollout; fewer where it is shorter.
-        threshold: every position whose loss is at least this.
-        spacing: candidates of a rollout are at least this far apart; the higher loss goes first. 1 allows neighbours.
+        token_loss: the value to rank positions by: the token loss (nats), or the teacher's NLL of the sampled token.
+        mask: the response tokens.
+        share: select this share of a rollout's positions, rounded to the nearest number.
+        count: select this many positions per rollout; all of them if the rollout is shorter.
+        threshold: select every position whose loss is at least this.
+        spacing: minimum distance between candidates of a rollout; the higher loss takes precedence. 1: no minimum.
 
     Returns:
-        True at candidates. Equal losses are taken from the left.
+        True at candidates. Ties are broken from the left.
 
     Raises:
-        ValueError: if not exactly one rule is given, or a value is out of range.
+        ValueError: not exactly one rule is given, or a value is out of range.
     """
     _check(share, count, threshold, spacing)
     chosen = torch.zeros_like(mask)
@@ -56,9 +56,9 @@ def highest_loss(
 
 
 def _spaced(order: Tensor, wanted: int, spacing: int) -> Tensor:
-    """The first `wanted` of `order`, none closer than `spacing` to one taken before.
+    """The first `wanted` positions of `order`, without those closer than `spacing` to an earlier one.
 
-    A threshold or share counts positions before spacing, so fewer than `wanted` may remain.
+    `threshold` and `share` count positions before spacing, so the result may be shorter than `wanted`.
     """
     if spacing == 1:
         return order[:wanted]

@@ -1,8 +1,8 @@
-"""The loss of a training step whose weights are known in advance: one pass over the tiles.
+"""The loss of a training step, L_OPD + lambda L_traj, in one pass over the tiles.
 
-The weights are known when TOPD trains, since selection came before; so each tile's gradient is taken while its logits
-are there, and kept. That is (3 width_S + width_T) x vocabulary multiplications a token, where two phases take
-(4 width_S + 2 width_T).
+Candidates and forks are selected before the loss, so all weights are known. Each tile's gradient is therefore computed
+while its logits exist. This takes (3 width_S + width_T) x vocabulary multiplications per token; to recompute the logits
+in the backward pass would take (4 width_S + 2 width_T).
 """
 
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from topd.algorithm.tiles import (
 
 
 class DistillationLoss(NamedTuple):
-    """In nats; only `loss` is differentiable.
+    """The loss and its parts, in nats. Only `loss` is differentiable.
 
     Attributes:
         loss: the weighted sum of token losses and likelihood terms.
-        token_loss: [teacher_position] the KL at each position, unweighted, also where its weight is 0.
+        token_loss: [teacher_position] the KL at each position, unweighted, also where the weight is 0.
         nll: [term] -log p_S(token_k | position_k), unweighted.
-        outside_top_k: [teacher_position] the student's probability outside the teacher's known tokens; None where the
-            teacher's probability of every token is known.
+        outside_top_k: [teacher_position] student probability outside the teacher's top-k tokens; None if the teacher's
+            full distribution is known.
     """
 
     loss: Float[Tensor, ""]
@@ -51,27 +51,29 @@ def distillation_loss(
 ) -> DistillationLoss:
     """`sum_i weights_i KL_i + sum_k weight_k (-log p_S(token_k | position_k))`, without positions x vocabulary.
 
-    The first sum is L_OPD with per-token weights (section 5.1), the second the trajectory loss (section 3, written as
-    cross-entropy); taking both in one pass is our choice. The KL is on the first `teacher_positions` rows of `hidden`;
-    the others carry likelihood terms only. Differentiable in the student's hidden states and in its head's weight and
-    bias; weights and teacher are constant. Gradients are computed now and kept, so that `backward` only scales them: it
-    can run once, even with `retain_graph`. At most `tile_elements` logits of each model (one row at least; chosen if
-    None) exist at once. Values are float32 at least. In float16 gradients may underflow, since they are rounded
-    before the loss scale is known.
+    The first sum is L_OPD with per-token weights (section 5.1): KL_i is `token_kl` at row i. The second sum is the
+    trajectory loss (section 3): `trajectory_loss` minus `negative_entropy`. To compute both in one pass is our choice.
+
+    The KL covers the first `teacher_positions` rows of `hidden`; the other rows have likelihood terms only. The loss is
+    differentiable in the student's hidden states and in its head's weight and bias; weights and teacher are constant.
+    The forward pass computes and saves the gradients; `backward` scales them, and can run only once, even with
+    `retain_graph`. Values are at least float32. In float16, gradients may underflow, since they are rounded before the
+    loss scale is applied.
 
     Args:
-        hidden: the student's states.
-        head: its output head.
-        teacher_hidden: the teacher's states in the contexts of the first rows.
-        teacher_head: its head; as many rows as the student's.
+        hidden: the student's last hidden states.
+        head: the student's head.
+        teacher_hidden: the teacher's last hidden states in the contexts of the first rows.
+        teacher_head: the teacher's head, with the same vocabulary.
         weights: of the token losses, such as 1 / (response tokens of the batch), times a cap.
-        terms: of the trajectory loss, from `likelihood_terms`; none if None.
+        terms: of the trajectory loss, from `likelihood_terms`; None: no terms.
         direction: of the KL: reverse, KL(student || teacher), or forward, KL(teacher || student).
-        tile_elements: see above.
+        tile_elements: maximum number of logits per model in memory at once (at least one row); None: automatic.
 
     Raises:
-        RuntimeError: the heads' vocabularies differ in size; or, in `backward`, it ran before.
-        ValueError: the teacher has more rows than the student, or not as many as there are weights.
+        RuntimeError: the heads' vocabularies differ in size; or `backward` runs a second time.
+        ValueError: the teacher has more rows than the student, or the number of weights differs from the teacher's
+            rows.
     """
     check_vocabularies(head, teacher_head)
     if not len(weights) == len(teacher_hidden) <= len(hidden):
@@ -90,7 +92,7 @@ def distillation_loss(
 
 
 class _OnePass(torch.autograd.Function):
-    """Values and gradients in forward."""
+    """Computes values and gradients in the forward pass."""
 
     @staticmethod
     def forward(
@@ -134,7 +136,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since a second copy of the head's gradient is large; autograd then refuses a second backward.
+        # In place, since a second copy of the head's gradient is large. Autograd then raises on a second backward.
         scaled = [None if kept is None else kept.mul_(grads[0]) for kept in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None, None, None, None)
 
@@ -142,24 +144,19 @@ class _OnePass(torch.autograd.Function):
 def _plan(
     size: int, positions: int, weights: Tensor, terms: LikelihoodTerms, gradient: bool
 ) -> Iterator[tuple[Tensor, Tensor, bool, bool]]:
-    """Tiles of rows that need the same: (rows ascending, their terms, whether the teacher, whether the gradient).
+    """Split the rows into tiles by what they need: (rows ascending, their terms, needs teacher, needs gradient).
 
-    Rows of weight 0 without a term get their KL only; rows beyond the teacher's without a term get nothing.
+    Rows with weight 0 and no term need the KL only. Rows beyond the teacher's without a term are skipped.
     """
-    has_term = weights.new_zeros(positions, dtype=torch.bool).index_fill(0, terms.position, True)
-    has_teacher = torch.arange(positions, device=weights.device) < len(weights)
-    moves = has_term.clone()
-    moves[: len(weights)] |= weights != 0
+    kind = weights.new_zeros(positions, dtype=torch.int8)
+    kind[: len(weights)] = torch.where(weights != 0, 1, 2)
+    kind[terms.position] = torch.where(terms.position < len(weights), 1, 3).to(torch.int8)
     order = terms.position.argsort(stable=True)
-    for group, teacher, moved in (
-        (has_teacher & moves, True, True),
-        (has_teacher & ~moves, True, False),
-        (~has_teacher & has_term, False, True),
-    ):
-        tiles = torch.split(group.nonzero().squeeze(-1), size)
-        of_group = order[group[terms.position[order]]]
+    for group, needs_teacher, needs_gradient in ((1, True, True), (2, True, False), (3, False, True)):
+        tiles = torch.split((kind == group).nonzero().squeeze(-1), size)
+        of_group = order[kind[terms.position[order]] == group]
         starts = torch.stack([rows[0] for rows in tiles if len(rows)][1:]) if len(tiles) > 1 else order[:0]
         bounds = torch.searchsorted(terms.position[of_group], starts).tolist()
         for rows, k in zip(tiles, of_group.tensor_split(bounds), strict=True):
             if len(rows):
-                yield rows, k, teacher, moved and gradient
+                yield rows, k, needs_teacher, needs_gradient and gradient

@@ -1,4 +1,4 @@
-"""Down-weighting of high-loss tokens: the study of section 5.1 (Table 2), and `opd-capped`."""
+"""Down-weighting of high-loss tokens: the study of section 5.1 (Table 2) and the method `opd-capped`."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from topd.algorithm.forks import PAPER_FALSE_ALARM_SHARE, rank_order
 
 Selection = Literal["low", "high", "random"]
-"""Which candidates are capped. low: the lowest D_OT (the paper). Controls: high, as many with the highest; random."""
+"""Which candidates to cap. low: lowest D_OT (the paper). Controls: high, equally many with the highest D_OT; random."""
 
 
 def select_for_capping(
@@ -18,17 +18,17 @@ def select_for_capping(
     share: float = PAPER_FALSE_ALARM_SHARE,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "candidate"]:
-    """Choose the candidates to cap, by rank: every selection has the same number, `share` of the distances, rounded.
+    """Choose the candidates to cap, by rank. Every selection has the same size: `share` of the distances, rounded.
 
     Args:
-        distance: D_OT of each candidate of the batch; those without one (NaN) are never chosen.
+        distance: D_OT of each candidate of the batch. NaN (no distance) is never chosen.
         selection: low: the bottom `share` (section 5.1). Controls: high, the top `share` (the paper's other arm);
-            random. Ties are broken in the same order by all, see `rank_order`.
-        share: paper: 0.30.
-        generator: of the random choice.
+            random. All break ties in the same order, see `rank_order`.
+        share: 0.30 in the paper.
+        generator: for the random selection.
 
     Raises:
-        ValueError: if `share` is not in [0, 1).
+        ValueError: `share` is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"false_alarm_share must be in [0, 1), got {share}.")
@@ -46,15 +46,15 @@ def cap_weights(
     mask: Bool[Tensor, "rollout position"],
     capped: Bool[Tensor, "rollout position"],
 ) -> Float[Tensor, "rollout position"]:
-    """Weights that bring each capped token's loss down to its rollout's median token loss; 1 elsewhere.
+    """Weights that reduce each capped token's loss to its rollout's median token loss; 1 elsewhere.
 
-    A weight is median / loss and carries no gradient, so the token's gradient shrinks by the same factor (the paper
-    says that the contribution is capped; that the gradient is scaled rather than cut to zero is our choice). A loss
-    that is at most the median keeps weight 1. The median is the mean of the two middle values for an even number.
+    A weight is median / loss. It is constant, so the token's gradient shrinks by the same factor. The paper only says
+    that the contribution is capped; to scale the gradient instead of removing it is our choice. Losses up to the median
+    keep weight 1. For an even number of tokens the median is the mean of the two middle values.
 
     Args:
         token_loss: in nats.
-        mask: positions that count (response tokens); the median is theirs.
+        mask: the response tokens, which the median is taken over.
         capped: positions to cap, from `select_for_capping`.
     """
     token_loss = token_loss.detach().to(torch.promote_types(token_loss.dtype, torch.float32))

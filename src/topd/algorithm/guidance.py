@@ -1,8 +1,8 @@
-"""Near-future guidance: the loss at forks, spread over the window (section 3).
+"""Near-future guidance: the loss at forks, over the whole window (section 3).
 
-For the i-th student window position the paper sets the target y_i = sum_j gamma_ij onehot(teacher token j) and
-trains KL(y_i || p_S(. | c_{t+i})), where c_{t+i} is the student's own context. Only K x K log-probabilities a fork are
-needed for that; a target over the vocabulary is never built.
+For the i-th position of the student's window the paper defines the target y_i = sum_j gamma_ij onehot(teacher token j)
+and the loss KL(y_i || p_S(. | c_{t+i})), where c_{t+i} is the student's own context. It needs K x K log-probabilities
+per fork; no target over the vocabulary is built.
 """
 
 from typing import Literal, NamedTuple
@@ -19,11 +19,11 @@ own token (pure sharpening)."""
 
 
 class Targets(NamedTuple):
-    """What each student window position is pulled towards.
+    """The target distribution of each student window position.
 
     Attributes:
-        weight: [fork, student_position, target_position], each guided row sums to 1, others are 0.
-        tokens: [fork, target_position], the tokens that the columns stand for.
+        weight: [fork, student_position, target_position]; each guided row sums to 1, other rows are 0.
+        tokens: [fork, target_position] the token of each column.
     """
 
     weight: Float[Tensor, "fork student_position target_position"]
@@ -31,7 +31,7 @@ class Targets(NamedTuple):
 
     @property
     def guided(self) -> Bool[Tensor, "fork student_position"]:
-        """Positions that have a target."""
+        """[fork, student_position] whether the position has a target."""
         return self.weight.sum(-1) > 0
 
 
@@ -43,22 +43,22 @@ def make_targets(
     teacher_tokens: Int[Tensor, "fork teacher_position"],
     teacher_mask: Bool[Tensor, "fork teacher_position"],
 ) -> Targets:
-    """Targets of the wanted kind. `same_index` guides as many positions as the shorter window has.
+    """Targets at forks. `same_index` guides as many positions as the shorter window has.
 
-    With an exact plan a transport target is one token (one-hot); with an entropic plan it is soft. A position that the
-    plan matches, for the most part, to padding behind the teacher's EOS has no target (our choice).
+    With an exact plan a transport target is one token (one-hot); with an entropic plan it is soft. A position that is
+    matched mostly to padding after the teacher's EOS has no target (our choice).
 
     Args:
         kind: transport, the paper (section 3); the others are controls.
-        plan: of `exact_transport` or `entropic_transport`, at forks.
+        plan: from `exact_transport` or `entropic_transport`, at forks.
         student_tokens: the student's windows.
-        student_mask: the tokens that are there.
+        student_mask: their real tokens, without padding.
         teacher_tokens: the teacher's windows.
-        teacher_mask: the tokens that are there.
+        teacher_mask: their real tokens.
     """
     real = student_mask[:, :, None] & teacher_mask[:, None, :]
     if kind == "transport":
-        share = torch.where(real, rescale_rows(plan), 0.0)  # the rest of a row is matched to padding behind EOS
+        share = torch.where(real, rescale_rows(plan), 0.0)  # the rest of a row is matched to padding after EOS
         return Targets(rescale_rows(share * (share.sum(-1, keepdim=True) >= 0.5)), teacher_tokens)
     tokens, present = (student_tokens, student_mask) if kind == "own" else (teacher_tokens, teacher_mask)
     same = torch.eye(student_mask.shape[1], present.shape[1], dtype=plan.dtype, device=plan.device)
@@ -68,10 +68,10 @@ def make_targets(
 def rescale_rows(
     plan: Float[Tensor, "fork student_position teacher_position"],
 ) -> Float[Tensor, "fork student_position teacher_position"]:
-    """Rows scaled to sum to 1, so that a target is a distribution (a plan's rows sum to 1/K). Empty rows stay 0.
+    """Scale rows to sum to 1, so that a target is a distribution (a plan's rows sum to 1/K). Empty rows stay 0.
 
-    The paper's y_i = sum_j gamma_ij onehot(teacher token j) sums to 1/K, so its sum over the window has the gradient of
-    the mean of KLs to these rescaled targets (see `position_weights`).
+    The paper's y_i = sum_j gamma_ij onehot(teacher token j) sums to 1/K. So its sum over the window has the gradient of
+    the mean of the KLs to these rescaled targets (see `position_weights`).
     """
     mass = plan.sum(-1, keepdim=True)
     return torch.where(mass > 0, plan / mass.clamp(min=torch.finfo(plan.dtype).tiny), 0.0)
@@ -80,34 +80,34 @@ def rescale_rows(
 def trajectory_loss(
     log_probs: Float[Tensor, "fork student_position target_position"], targets: Targets
 ) -> Float[Tensor, "fork student_position"]:
-    """KL(y_i || p_S(. | c_{t+i})) at each window position, in nats; 0 where nothing is guided.
+    """KL(y_i || p_S(. | c_{t+i})) at each window position, in nats; 0 at positions without a target.
 
-    The definition. Training takes the same sum as `likelihood_terms` and `negative_entropy`, so that it shares the pass
-    over the vocabulary with the token loss.
+    This is the definition. Training computes the same sum from `likelihood_terms` and `negative_entropy`, in the same
+    pass over the vocabulary as the token loss.
 
     Args:
         log_probs: log p_S(target token j | the student's context at window position i).
-        targets: from `make_targets`. Columns that hold the same token are one outcome of y_i.
+        targets: from `make_targets`. Columns with the same token are one outcome of y_i.
     """
     weight = targets.weight.to(log_probs.dtype)
     return negative_entropy(targets).to(log_probs.dtype) + torch.where(weight > 0, -weight * log_probs, 0.0).sum(-1)
 
 
 def negative_entropy(targets: Targets) -> Float[Tensor, "fork student_position"]:
-    """sum_v y_i(v) log y_i(v), in nats: the part of the trajectory loss that has no gradient."""
+    """sum_v y_i(v) log y_i(v), in nats: the constant part of the trajectory loss."""
     weight = targets.weight
     same_token = (targets.tokens[:, :, None] == targets.tokens[:, None, :]).to(weight.dtype)
-    probability = weight @ same_token  # y_i of the token in column j, its copies counted in
+    probability = weight @ same_token  # y_i(token of column j), summed over its copies
     return (weight * probability.clamp(min=torch.finfo(weight.dtype).tiny).log()).sum(-1)
 
 
 def position_weights(
     targets: Targets, reduction: Literal["mean", "sum", "per_token"]
 ) -> Float[Tensor, "fork student_position"]:
-    """What each position's KL counts in the sum over forks that L_traj is; 0 where nothing is guided.
+    """The weight of each position's KL in L_traj, which is a sum over forks; 0 at positions without a target.
 
-    mean: 1 over the fork's guided positions, so that every fork counts 1. The paper's sum over the window has targets
-    whose rows sum to 1/K: its gradient is that of this mean. sum and per_token: 1 each (K times the paper's).
+    mean: 1 / (guided positions of the fork), so every fork has weight 1. The paper's sum over the window, with target
+    rows that sum to 1/K, has the same gradient as this mean. sum and per_token: 1 each (K times the paper's).
     """
     guided = targets.guided.to(targets.weight.dtype)
     return guided / guided.sum(-1, keepdim=True).clamp(min=1) if reduction == "mean" else guided
@@ -118,12 +118,12 @@ def likelihood_terms(
     row: Int[Tensor, "fork student_position"],
     scale: Float[Tensor, "fork student_position"] | None = None,
 ) -> LikelihoodTerms:
-    """The trajectory loss without its entropy, -sum_j y_ij log p_S(token j), as (row, token, weight) terms.
+    """The cross-entropy part of the trajectory loss, -sum_j y_ij log p_S(token j), as (row, token, weight) terms.
 
     Args:
         targets: from `make_targets`.
-        row: of the hidden states, at which each window position is predicted. Windows that overlap may share rows.
-        scale: what each position's loss is multiplied by; None: 1.
+        row: the row of the hidden states that predicts each window position. Overlapping windows may share rows.
+        scale: factor on each position's loss; None: 1.
     """
     fork, position, column = targets.weight.nonzero(as_tuple=True)
     weight = targets.weight[fork, position, column]
@@ -135,9 +135,9 @@ def likelihood_terms(
 def own_token_share(
     targets: Targets, student_tokens: Int[Tensor, "fork student_position"]
 ) -> Float[Tensor, "fork student_position"]:
-    """The part of each position's target that is the student's own token there: the student imitating itself.
+    """The target probability of the student's own token at each position.
 
-    Its mean over guided positions is the share of guidance that only sharpens.
+    Its mean over guided positions is the share of guidance that only sharpens: the student imitates itself.
     """
     own = student_tokens[:, :, None] == targets.tokens[:, None, :]
     return (targets.weight * own).sum(-1)

@@ -1,4 +1,4 @@
-"""An output head: hidden states to logits, always in float32 at least."""
+"""An output head: hidden states to logits, at least in float32."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 SLICE_ELEMENTS = 2**20
-"""Weights that are cast at once where no product takes 16-bit factors to a float32 result."""
+"""Number of weights to cast at once on devices that cannot multiply 16-bit matrices into a float32 result."""
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """The dtype in which logits and losses of such hidden states are kept."""
+    """The dtype of logits and losses for hidden states of this dtype."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -20,11 +20,11 @@ class Head:
     """An output head: hidden states to logits, `softcap * tanh(scale * (h W^T + b) / softcap) / temperature`.
 
     Attributes:
-        weight: [vocabulary, width]; taken in the dtype of the hidden states.
+        weight: [vocabulary, width]; converted to the dtype of the hidden states.
         bias: [vocabulary] or None.
-        scale: factor on the logits (1 / temperature goes here too where no softcap is set).
+        scale: factor on the logits. Without a softcap, 1 / temperature has the same effect.
         softcap: bound of the logits (Gemma), or None.
-        temperature: divides the final logits.
+        temperature: divisor of the final logits.
     """
 
     weight: Tensor
@@ -34,8 +34,8 @@ class Head:
     temperature: float = 1.0
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
-        """Logits, differentiable. bf16 states give float32 logits that were never rounded to bf16: that rounding alone
-        is 3 to 25 % of the gradient of a small KL."""
+        """Logits, differentiable. For bf16 states the logits are float32 and never rounded to bf16: that rounding alone
+        changes the gradient of a small KL by 3 to 25 %."""
         dtype = at_least_float32(hidden)
         logits = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(hidden.dtype).to(dtype))
         if self.bias is not None:
@@ -48,7 +48,7 @@ class Head:
     def write_logits(
         self, hidden: Float[Tensor, "positions width"], out: Float[Tensor, "positions vocabulary"]
     ) -> Float[Tensor, "positions vocabulary"]:
-        """`logits` into a tensor of float32 at least, without autograd and without another tile or float32 weights."""
+        """Write `logits` to `out`, at least float32; no autograd, no temporary tile, no float32 copy of the weights."""
         if hidden.dtype == self.weight.dtype == out.dtype:
             torch.mm(hidden, self.weight.T, out=out)
         elif hidden.is_cuda and hidden.dtype == self.weight.dtype:
@@ -65,9 +65,9 @@ class Head:
         return out if self.scale == self.temperature else out.mul_(self.scale / self.temperature)
 
     def backward(self, logits: Tensor | None, grad: Tensor) -> Tensor:
-        """Gradient with respect to `h W^T + b`, from that with respect to the logits; overwrites both arguments.
+        """Convert the gradient of the logits to that of `h W^T + b`. Overwrites both arguments.
 
-        `logits` are needed with a softcap only.
+        `logits` are needed only with a softcap.
         """
         if self.softcap is not None and logits is not None:  # 1 - tanh^2
             grad.mul_(logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1))

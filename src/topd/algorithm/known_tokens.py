@@ -1,12 +1,12 @@
-"""The losses where the teacher's probability is known for a few tokens of each position only, as a server gives it.
+"""Top-k teacher: KL from the teacher's top-k log-probabilities, as a server returns them.
 
-Student and teacher are compared on the known tokens and one bucket for all others:
+The loss compares student and teacher on the known tokens and on one bucket for all other tokens:
 
     sum over known v of p_S(v) (log p_S(v) - log p_T(v)) + r_S (log r_S - log r_T),    r = 1 - sum over known v of p(v)
 
-This is the KL after merging the others. It never exceeds the full KL; what it lacks is r_S times the KL between student
-and teacher within the others. So it is biased towards 0, more so the more probability the student has outside the top
-k (r_S). The paper has the full vocabulary; merging is our choice (and TRL's, for a teacher behind a server).
+This is the KL after merging the other tokens. It is a lower bound: the full KL is larger by r_S times the KL between
+student and teacher within the other tokens. The bias grows with the student's probability outside the top k (r_S). The
+paper uses the full vocabulary; merging is our choice (and TRL's, for a teacher on a server).
 """
 
 from typing import NamedTuple
@@ -21,15 +21,15 @@ from topd.algorithm.tiles import Direction, LikelihoodTerms
 from topd.algorithm.token_loss import TokenScores, gathered_log_probs, score_tokens
 
 SMALLEST = 1e-9
-"""Least probability of the bucket, so that its logarithm is finite."""
+"""Minimum probability of the bucket, so that its logarithm is finite."""
 
 
 class KnownTokens(NamedTuple):
-    """What is known of the teacher at each position.
+    """The teacher's top-k tokens and the sampled token at each position.
 
     Attributes:
-        tokens: [position, known] ids, the sampled token first; anything where there is none.
-        log_probs: [position, known] the teacher's log-probabilities (nats); -inf where there is no token.
+        tokens: [position, known] token ids, the sampled token first; padding is arbitrary.
+        log_probs: [position, known] the teacher's log-probabilities (nats); -inf at padding.
     """
 
     tokens: Int[Tensor, "positions known"]
@@ -37,11 +37,11 @@ class KnownTokens(NamedTuple):
 
 
 class KnownKL(NamedTuple):
-    """What `known_token_kl` gives.
+    """The result of `known_token_kl`.
 
     Attributes:
         kl: [position] nats.
-        outside_top_k: [position] the student's probability of all tokens that are not known, detached.
+        outside_top_k: [position] the student's probability of all other tokens, detached.
     """
 
     kl: Float[Tensor, "positions"]
@@ -51,11 +51,11 @@ class KnownKL(NamedTuple):
 def known_token_kl(
     student_log_probs: Float[Tensor, "positions known"], teacher: KnownTokens, direction: Direction = "reverse"
 ) -> KnownKL:
-    """KL between student and teacher on the known tokens and one bucket, in nats; differentiable in the student's.
+    """KL between student and teacher on the known tokens and one bucket, in nats.
 
     Args:
-        student_log_probs: of the known tokens, under the full softmax.
-        teacher: the same tokens' log-probabilities under the teacher.
+        student_log_probs: of the known tokens, from the full softmax; differentiable.
+        teacher: the same tokens' log-probabilities under the teacher; constant.
         direction: reverse, KL(student || teacher): the token loss. forward, KL(teacher || student).
     """
     present = teacher.log_probs > -torch.inf
@@ -68,7 +68,7 @@ def known_token_kl(
 
 
 def _with_rest(log_probs: Tensor, present: Tensor) -> Tensor:
-    """Append the logarithm of what the present ones leave of 1; 0 in place of the others."""
+    """Append the log-probability of the bucket, 1 - sum of the present tokens; replace the others by 0."""
     log_probs = log_probs.masked_fill(~present, 0.0)
     rest = 1 - (log_probs.double().exp() * present).sum(-1, keepdim=True)
     return torch.cat([log_probs, rest.clamp(min=SMALLEST).log().to(log_probs)], -1)
@@ -82,13 +82,13 @@ def known_token_loss(
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
 ) -> DistillationLoss:
-    """`distillation_loss` against a teacher of whom a few tokens are known.
+    """`distillation_loss` against the teacher's top-k tokens.
 
     Args:
-        hidden: the first rows meet the teacher; the others carry likelihood terms only.
-        head: the student's.
-        teacher: of the first rows.
-        weights: of their token losses; constant.
+        hidden: the student's last hidden states. The KL covers the first rows; the others have likelihood terms only.
+        head: the student's head.
+        teacher: the teacher's tokens at the first rows.
+        weights: of the token losses at the first rows; constant.
         terms: of the trajectory loss.
         direction: as in `known_token_kl`.
     """
@@ -109,9 +109,9 @@ def score_known_tokens(
     tokens: Int[Tensor, "positions"],
     direction: Direction = "reverse",
 ) -> TokenScores:
-    """`score_tokens` against a teacher of whom a few tokens are known, the sampled one first."""
-    ours = score_tokens(hidden, head, hidden, head, tokens)  # what concerns the student alone
+    """`score_tokens` against the teacher's top-k tokens."""
+    ours = score_tokens(hidden, head, hidden, head, tokens)  # for the fields that depend on the student alone
     token_loss, _ = known_token_kl(gathered_log_probs(hidden, head, teacher.tokens), teacher, direction)
-    likeliest = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    most_likely = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
     teacher_nll = -teacher.log_probs[:, 0].to(token_loss)
-    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, likeliest)
+    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, most_likely)

@@ -1,8 +1,8 @@
-"""Tiles of positions x vocabulary: what the token losses from hidden states are made of.
+"""Tiles of positions x vocabulary, from which the losses of hidden states are computed.
 
-Two buffers serve every tile. A tile's logits become log-probabilities, then probabilities and the gradient with
-respect to the logits, all in place; `collect` turns that gradient into those of hidden states and head and adds them
-up. Autograd sees nothing of it.
+All tiles share two buffers. Logits become log-probabilities, then probabilities and the gradient of the logits, in
+place. `collect` converts that gradient to those of hidden states and head, and sums them over tiles. Autograd is not
+involved.
 """
 
 from dataclasses import replace
@@ -22,9 +22,9 @@ class LikelihoodTerms(NamedTuple):
     """The sum over k of `weight_k * -log p_S(token_k | position_k)`, in nats.
 
     Attributes:
-        position: [term] row of the hidden states; a row may carry any number of terms, equal ones too.
-        token: [term] its wanted token.
-        weight: [term] a constant.
+        position: [term] row of the hidden states. A row may have any number of terms, also equal ones.
+        token: [term] token id.
+        weight: [term] constant.
     """
 
     position: Int[Tensor, "term"]
@@ -33,12 +33,12 @@ class LikelihoodTerms(NamedTuple):
 
 
 class Tiles:
-    """The tiles of one call.
+    """The buffers and gradients of one call.
 
     Attributes:
-        student: buffer of the student's [row, vocabulary]: log-probabilities, later probabilities.
-        other: the second buffer: the teacher's log-probabilities, later the gradient.
-        grads: of hidden states, weight and bias, added up by `collect`; None where not asked for.
+        student: buffer [row, vocabulary]: the student's log-probabilities, then its probabilities.
+        other: second buffer: the teacher's log-probabilities, then the gradient of the logits.
+        grads: gradients of hidden states, weight and bias, summed by `collect`; None if not needed.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Tiles:
         )
 
     def split(self, positions: int) -> tuple[Tensor, ...]:
-        """The positions of each tile."""
+        """The rows of each tile."""
         return torch.split(torch.arange(positions, device=self.hidden.device), self.size) if positions else ()
 
     def log_probs(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row vocabulary"]:
-        """The student's, in `student`."""
+        """Compute the student's log-probabilities, in `student`."""
         logits = self.head.write_logits(self.hidden[rows], self.student[: len(rows)])
         if self.capped_logits is not None:
             self.capped_logits[: len(rows)].copy_(logits)
@@ -82,21 +82,22 @@ class Tiles:
         teacher_head: Head,
         direction: Direction,
     ) -> Float[Tensor, "row"]:
-        """KL at each row, in nats, after `log_probs`; leaves p_S in `student`, d KL / d logits in `other`."""
+        """KL at each row, in nats. Call `log_probs` first. Leaves p_S in `student` and d KL / d logits in `other`."""
         teacher = log_softmax_(teacher_head.write_logits(teacher_hidden[rows], self.gradient(rows)))
         return divergence_(self.student[: len(rows)], teacher, direction, may_mask(self.head, teacher_head))
 
     def gradient(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row vocabulary"]:
+        """The part of `other` that these rows use."""
         return self.other[: len(rows)]
 
     def collect(self, rows: Int[Tensor, "row"]) -> None:
-        """Add up the gradients, from that with respect to the logits in `other`. Overwrites `student`."""
+        """Add the gradients that follow from the gradient of the logits in `other`. Overwrites `student`."""
         logits = None if self.capped_logits is None else self.capped_logits[: len(rows)]
         grad = self.head.backward(logits, self.gradient(rows))
         hidden = self.hidden[rows]
         in_hidden, in_weight, in_bias = self.grads
         narrow = grad
-        if grad.dtype != hidden.dtype:  # the bf16 gradient lies where the probabilities were
+        if grad.dtype != hidden.dtype:  # reuse the memory of the probabilities for the bf16 gradient
             narrow = self.student.view(-1).view(hidden.dtype)[: grad.numel()].view(grad.shape).copy_(grad)
         if in_hidden is not None:
             in_hidden[rows] = narrow @ self.head.weight
@@ -109,17 +110,17 @@ class Tiles:
             in_bias += grad.sum(dim=0)
 
     def gradients(self) -> list[Tensor | None]:
-        """What `collect` added up, in the dtypes of hidden states, weight and bias."""
+        """The sums of `collect`, in the dtypes of hidden states, weight and bias."""
         return [None if grad is None else grad.to(dtype) for grad, dtype in zip(self.grads, self.dtypes, strict=True)]
 
 
 def tile_rows(vocabulary: int, tile_elements: int | None, device: torch.device) -> int:
-    """Rows of a tile: what `tile_elements` logits hold, or else the default."""
+    """Rows per tile: as many as fit in `tile_elements` logits, or the default."""
     if tile_elements is not None:
         return max(1, tile_elements // max(1, vocabulary))
-    # Each tile reads all of both heads' weights, so it needs rows, whatever the vocabulary. On a CPU, from 8k to 152k
-    # tokens, 64 rows take 15 to 20 % less time than 32 and 10 % more than 128, and hold 2 x 39 MB at 152k. A GPU needs
-    # more to be busy. Where the vocabulary is small, calls cost more than arithmetic: 2^20 logits.
+    # Each tile reads the weights of both heads, so it needs many rows. On a CPU, with 8k to 152k tokens, 64 rows take
+    # 15 to 20 % less time than 32 and 10 % more than 128, and use 2 x 39 MB at 152k. A GPU needs more rows to be busy.
+    # With a small vocabulary call overhead dominates: 2^20 logits.
     return max(64 if device.type == "cpu" else 1024, 2**20 // max(1, vocabulary))
 
 
@@ -133,10 +134,10 @@ def divergence_(
     direction: Direction,
     masked: bool,
 ) -> Float[Tensor, "row"]:
-    """KL of each row's log-probabilities, in nats. Leaves p_S in `student`, the gradient with respect to the student's
-    logits in `teacher`.
+    """KL of each row's log-probabilities, in nats.
 
-    `masked`: log-probabilities may be -inf (0 log 0 = 0).
+    Leaves p_S in `student`, and the gradient of the student's logits in `teacher`. `masked`: log-probabilities may be
+    -inf (0 log 0 = 0).
     """
     if direction == "reverse":  # KL = sum_v p_S (log p_S - log p_T);  d KL / d z_v = p_S (log p_S - log p_T - KL)
         terms = torch.sub(student, teacher, out=teacher)
@@ -157,14 +158,14 @@ def divergence_(
 def add_likelihood_(
     grad: Float[Tensor, "row vocabulary"], probs: Float[Tensor, "row vocabulary"], terms: LikelihoodTerms
 ) -> None:
-    """Add d / d z_v = sum_k weight_k (p_S(v) - [v = token_k]) at each row; `terms.position` are rows of the tile."""
+    """Add d / d z_v = sum_k weight_k (p_S(v) - [v = token_k]) at each row. `terms.position` are rows of the tile."""
     total = grad.new_zeros(len(grad)).index_add_(0, terms.position, terms.weight)
     grad.addcmul_(probs, total[:, None])
     grad.index_put_((terms.position, terms.token), -terms.weight, accumulate=True)
 
 
 def may_mask(*heads: Head) -> bool:
-    """Whether some head can give a token the logit -inf: through its bias."""
+    """Whether a logit can be -inf: only through a bias."""
     return any(head.bias is not None for head in heads)
 
 

@@ -1,12 +1,11 @@
-"""The token loss: how far student and teacher are apart at each position, in nats.
+"""The token loss: the divergence between student and teacher at each position, in nats.
 
-The token loss of on-policy distillation is the full-vocabulary reverse KL at the student's own prefix (section 3):
+On-policy distillation uses the full-vocabulary reverse KL at the student's own prefix (section 3):
 
     KL(student || teacher) = sum_v p_S(v) (log p_S(v) - log p_T(v))
 
-From logits it is two log-softmaxes. From hidden states and the models' output heads it is computed tile by tile, so
-that tokens x vocabulary never exists at once. Here are the definitions and what has two phases, values first and
-gradients when their weights are known; `distillation_loss` knows the weights beforehand and needs one.
+`token_kl` is the definition, from logits. `score_tokens` (values) and `distillation_loss` (values and gradients) do the
+same from hidden states and output heads, tile by tile, so that tokens x vocabulary never exists at once.
 """
 
 from dataclasses import replace
@@ -17,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.algorithm.head import Head, at_least_float32
-from topd.algorithm.tiles import Direction as Direction
 from topd.algorithm.tiles import (
+    Direction,
     LikelihoodTerms,
     Tiles,
     add_likelihood_,
@@ -36,11 +35,11 @@ def token_kl(
 ) -> Float[Tensor, "*positions"]:
     """Full-vocabulary KL at each position, in nats, differentiable in the student's logits.
 
-    A token to which the first distribution gives probability 0 contributes 0.
+    Tokens with probability 0 under the first distribution contribute 0.
 
     Args:
-        student_logits: before the softmax; -inf where the student cannot go.
-        teacher_logits: of the same vocabulary, in the same context. Logits of 16 bits are taken as float32.
+        student_logits: before the softmax; -inf for tokens that are masked out.
+        teacher_logits: over the same vocabulary, in the same context. 16-bit logits are converted to float32.
         direction: reverse, KL(student || teacher): the token loss (section 3). forward, KL(teacher || student).
     """
     student = torch.log_softmax(student_logits, dim=-1, dtype=at_least_float32(student_logits))
@@ -50,92 +49,16 @@ def token_kl(
     return (first.exp() * gap).sum(dim=-1)
 
 
-def token_nll(
-    logits: Float[Tensor, "*positions vocabulary"], tokens: Int[Tensor, "*positions"]
-) -> Float[Tensor, "*positions"]:
-    """-log p(token) of the given tokens, in nats, differentiable: with the teacher's logits, the axis of Fig. 6."""
-    return -torch.log_softmax(logits, dim=-1, dtype=at_least_float32(logits)).gather(-1, tokens[..., None]).squeeze(-1)
-
-
-def token_kl_from_hidden(
-    student_hidden: Float[Tensor, "positions student_width"],
-    student_head: Head,
-    teacher_hidden: Float[Tensor, "positions teacher_width"],
-    teacher_head: Head,
-    direction: Direction = "reverse",
-    tile_elements: int | None = None,
-) -> Float[Tensor, "positions"]:
-    """`token_kl` of the two heads' logits without holding positions x vocabulary.
-
-    Differentiable in the student's hidden states and in its head's weight and bias; the teacher is constant. At most
-    `tile_elements` logits of each model (one row at least; chosen if None) exist at once. Values are float32 at least.
-
-    Args:
-        student_hidden: last hidden states from which the tokens are predicted.
-        student_head: from states to logits.
-        teacher_hidden: the teacher's, of any width, in the same contexts.
-        teacher_head: its head; as many rows as the student's.
-        direction: as in `token_kl`.
-        tile_elements: see above.
-
-    Raises:
-        RuntimeError: the heads' vocabularies differ in size.
-    """
-    check_vocabularies(student_head, teacher_head)
-    values: Tensor = _TiledKL.apply(  # type: ignore[no-untyped-call]
-        student_hidden, student_head.weight, student_head.bias, student_head, teacher_hidden, teacher_head, direction,
-        tile_elements,
-    )  # fmt: skip
-    return values
-
-
-class _TiledKL(torch.autograd.Function):
-    """Two phases: values now, gradients tile by tile when their weights are known."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        teacher_hidden: Tensor,
-        teacher_head: Head,
-        direction: Direction,
-        tile_elements: int | None,
-    ) -> Tensor:
-        ctx.head, ctx.teacher_head, ctx.direction, ctx.tile_elements = head, teacher_head, direction, tile_elements
-        ctx.save_for_backward(hidden, teacher_hidden, weight, bias)
-        tiles = Tiles(hidden, head, tile_elements)
-        values = hidden.new_empty(hidden.shape[0], dtype=at_least_float32(hidden))
-        for rows in tiles.split(len(hidden)):
-            tiles.log_probs(rows)
-            values[rows] = tiles.divergence(rows, teacher_hidden, teacher_head, direction)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, teacher_hidden, weight, bias = ctx.saved_tensors
-        head = replace(ctx.head, weight=weight, bias=bias)
-        tiles = Tiles(hidden, head, ctx.tile_elements, ctx.needs_input_grad[:3])
-        for rows in tiles.split(len(hidden)):
-            tiles.log_probs(rows)
-            tiles.divergence(rows, teacher_hidden, ctx.teacher_head, ctx.direction)
-            tiles.gradient(rows).mul_(grads[0][rows, None])
-            tiles.collect(rows)
-        return (*tiles.gradients(), None, None, None, None, None)
-
-
 class TokenScores(NamedTuple):
-    """What one pass without gradients says of each token, in nats.
+    """Losses and likelihoods of each sampled token, in nats; no gradients.
 
     Attributes:
-        kl: [position] the token loss (reverse KL unless asked otherwise).
-        teacher_nll: [position] negative log-likelihood of the sampled token under the teacher.
+        kl: [position] the token loss (reverse KL by default).
+        teacher_nll: [position] negative log-likelihood of the sampled token under the teacher: the x axis of Fig. 6.
         student_nll: [position] the same under the student; teacher_nll - student_nll is k1, log p_S - log p_T.
         entropy: [position] of the student's distribution.
-        student_greedy: [position] the student's most likely token; the first of equals.
-        teacher_greedy: [position] the teacher's.
+        student_greedy: [position] the student's most likely token; the first one in a tie.
+        teacher_greedy: [position] the teacher's most likely token.
     """
 
     kl: Float[Tensor, "positions"]
@@ -156,16 +79,16 @@ def score_tokens(
     direction: Direction = "reverse",
     tile_elements: int | None = None,
 ) -> TokenScores:
-    """Score sampled tokens tile by tile, each model's logits computed once. No gradients.
+    """Score sampled tokens tile by tile; computes each model's logits once. No gradients.
 
     Args:
-        student_hidden: last hidden states from which the tokens are predicted.
-        student_head: from states to logits.
-        teacher_hidden: the teacher's, in the same contexts.
-        teacher_head: its head; as many rows as the student's.
-        tokens: that were sampled.
+        student_hidden: the student's last hidden states, from which the tokens are predicted.
+        student_head: the student's head.
+        teacher_hidden: the teacher's last hidden states, in the same contexts.
+        teacher_head: the teacher's head, with the same vocabulary.
+        tokens: the sampled tokens.
         direction: of `TokenScores.kl`, as in `token_kl`.
-        tile_elements: logits of each model that exist at once; chosen if None.
+        tile_elements: maximum number of logits per model in memory at once (at least one row); None: automatic.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.
@@ -194,9 +117,9 @@ def gathered_log_probs(
     tokens: Int[Tensor, "positions wanted"],
     tile_elements: int | None = None,
 ) -> Float[Tensor, "positions wanted"]:
-    """log p(token | position) of a few wanted tokens at each position, in nats, differentiable, tile by tile.
+    """log p(token | position) of a few tokens at each position, in nats, differentiable, tile by tile.
 
-    Only positions x wanted values are kept; a tile's logits are recomputed in the backward pass.
+    Only the result is kept; the backward pass recomputes each tile's logits.
     """
     values: Tensor = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, tokens, tile_elements
@@ -205,7 +128,7 @@ def gathered_log_probs(
 
 
 class _TiledLogProbs(torch.autograd.Function):
-    """Two phases, as `_TiledKL`."""
+    """Values in forward; gradients in backward, which recomputes each tile's logits."""
 
     @staticmethod
     def forward(

@@ -1,15 +1,15 @@
-"""Near-future transport: how far the student's window is from the teacher's, and which token matches which (section 3).
+"""Near-future transport: the distance between the student's and the teacher's window, and their matching (section 3).
 
-The paper states, for teacher tokens and student tokens of two windows that start at the same prefix::
+The paper defines, for the tokens of two windows that start at the same prefix::
 
     D_OT = min over gamma in Pi(a, b) of sum_ij gamma_ij C_ij
 
-Everywhere in this package the student's positions are rows and the teacher's are columns. Marginals are uniform over
-the tokens that are there (our choice). Solvers work on a batch of windows whose lengths may differ, and report whether
-they converged: a distance that was not reached is NaN, never a number.
+In this package rows are always student positions and columns teacher positions. Marginals are uniform over the real
+tokens (our choice). Solvers take a batch of windows of different lengths and report convergence; the distance of a
+window that did not converge is NaN.
 
-Where a window repeats a token, several plans are exactly as cheap; the exact solver then takes the one that moves
-tokens least far along the window (our choice, see `_tie_broken`).
+If a window repeats a token, several plans have the same cost. The exact solver then returns the plan that moves tokens
+the shortest way along the window (our choice, see `_tie_broken`).
 """
 
 from collections.abc import Iterator
@@ -27,21 +27,20 @@ GroundCost = Literal["cosine", "sqeuclidean"]
 """cosine: 1 - cosine similarity (our choice; all published distances lie in 0..0.9). sqeuclidean: squared distance."""
 
 TIE_BREAK = 1e-8
-"""Weight of the distance along the window, relative to the range of a window's costs. It makes a plan dearer by 2e-9 of
-that range at most: float32 costs are rounded by more."""
-
+"""Weight of the distance along the window, relative to the range of a window's costs. It raises a plan's cost by
+at most 2e-9 of that range, which is less than the rounding of float32 costs."""
 
 EXACT_TOLERANCE = 1e-9
-"""L1 distance of an exact plan's marginals from uniform, at most. It is larger where a mask is no prefix."""
+"""Maximum L1 distance of an exact plan's marginals from uniform. It is larger if a mask is not a prefix."""
 
 
 class Transport(NamedTuple):
     """Transport between a batch of window pairs.
 
     Attributes:
-        plan: [window, student_position, teacher_position], total mass 1 a window, 0 at padding.
-        distance: [window] D_OT, in units of the ground cost. NaN where not converged.
-        converged: [window]. False where a window is empty, a cost is not finite, or a solver missed its tolerance.
+        plan: [window, student_position, teacher_position], total mass 1 per window, 0 at padding.
+        distance: [window] D_OT, in units of the ground cost; NaN if not converged.
+        converged: [window] False if a window is empty, a cost is not finite, or the solver missed its tolerance.
         marginal_error: [window] L1 distance of the plan's marginals from uniform.
     """
 
@@ -61,8 +60,8 @@ def ground_cost(
 ) -> Float[Tensor, "*window student_position teacher_position"]:
     """Cost of moving each student token onto each teacher token, from their embeddings. Never negative.
 
-    cosine: 1 - cosine, from 0 to 2; an all-zero embedding has cosine 0 with everything. sqeuclidean: |s - t|^2. The
-    paper says "embedding space" and gives no cost: our choice.
+    cosine: 1 - cosine, from 0 to 2; the cosine of an all-zero embedding is 0. sqeuclidean: |s - t|^2. The paper says
+    "embedding space" and gives no cost: our choice.
     """
     if kind == "cosine":
         norms: Tensor = vector_norm(student, dim=-1)[..., :, None] * vector_norm(teacher, dim=-1)[..., None, :]
@@ -77,14 +76,14 @@ def token_cost(
     embeddings: Float[Tensor, "vocabulary width"],
     kind: GroundCost = "cosine",
 ) -> Float[Tensor, "window student_position teacher_position"]:
-    """Ground cost between tokens under static embeddings, in float32 at least, on the device of the embeddings.
+    """Ground cost between tokens under static embeddings, at least float32, on the device of the embeddings.
 
-    Equal tokens cost exactly 0. Within a window equal pairs of tokens cost exactly the same: a product may round them
-    apart, so each takes its value from the pair's first occurrence.
+    Equal tokens cost exactly 0. Within a window equal pairs of tokens have exactly equal costs: a matrix product may
+    round them differently, so each pair takes the value of its first occurrence.
     """
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     costs = torch.empty(*student_tokens.shape, teacher_tokens.shape[1], dtype=dtype, device=embeddings.device)
-    gathered = 2**18 if embeddings.device.type == "cpu" else 2**26  # elements at once: a cache; a quarter of a GiB
+    gathered = 2**18 if embeddings.device.type == "cpu" else 2**26  # elements at once: fits a CPU cache; 1/4 GiB
     windows = max(1, gathered // max(1, student_tokens.shape[1] * embeddings.shape[1]))
     for start in range(0, len(costs), windows):
         ours, theirs = student_tokens[start : start + windows], teacher_tokens[start : start + windows]
@@ -96,7 +95,7 @@ def token_cost(
 
 
 def _first_occurrence(tokens: Tensor) -> Tensor:
-    """[window, position] the first position in the window that holds the same token."""
+    """[window, position] the first position in the window with the same token."""
     if tokens.numel() == 0:
         return tokens
     return (tokens[:, :, None] == tokens[:, None, :]).byte().argmax(-1)
@@ -110,23 +109,24 @@ def exact_transport(
     student_mask: Bool[Tensor, "window student_position"],
     teacher_mask: Bool[Tensor, "window teacher_position"],
 ) -> Transport:
-    """D_OT, the least of <plan, cost> over plans with uniform marginals (section 3), and its plan.
+    """D_OT, the minimum of <plan, cost> over plans with uniform marginals (section 3), and the plan.
 
-    Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Else: network simplex (POT). Uniform marginals and
-    the exact solver are our choice, and so is the plan among equally cheap ones (docs/paper_to_code.md). Solved on the
-    CPU in float64, windows of the same lengths together, by as many threads as torch has.
+    Equal lengths: an assignment (Birkhoff), each pair with mass 1/K. Otherwise: network simplex (POT). Uniform
+    marginals, the exact solver, and which of several equally cheap plans is taken, are our choice
+    (docs/paper_to_code.md). Runs on the CPU in float64, on windows of the same lengths together, with as many threads
+    as torch has.
 
     Args:
-        cost: of moving each student token onto each teacher token; what is in the padding does not matter.
-        student_mask: the tokens that are there; they must be a prefix of each row.
+        cost: of moving each student token onto each teacher token; padding is ignored.
+        student_mask: the real tokens, which must be a prefix of each row.
         teacher_mask: the same.
 
     Returns:
-        On the device of the cost. Without gradient. Nothing is raised for a window that cannot be solved: see
+        The transport, on the device of the cost, without gradient. A window that cannot be solved does not raise: see
             `Transport.converged`.
 
     Raises:
-        ValueError: a mask is of another size than the cost.
+        ValueError: the shape of a mask does not match that of the cost.
     """
     _check_sizes(cost, student_mask, teacher_mask)
     costs = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32))
@@ -153,7 +153,7 @@ def exact_transport(
 
 
 class _Entries(NamedTuple):
-    """What is not 0 in the plans of several windows."""
+    """The nonzero entries of the plans of several windows."""
 
     window: numpy.ndarray
     row: numpy.ndarray
@@ -167,7 +167,7 @@ class _Entries(NamedTuple):
 
 
 def _same_lengths(student_mask: Tensor, teacher_mask: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-    """Windows of the same two lengths, a cacheful at a time, and the lengths. Empty windows are left out."""
+    """(windows, rows, columns) of windows with the same lengths, as many as fit a CPU cache. Skips empty windows."""
     lengths = torch.stack([student_mask.sum(-1), teacher_mask.sum(-1)], -1).cpu()
     pairs, group = lengths.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
     for index, (rows, columns) in enumerate(pairs.tolist()):
@@ -177,11 +177,12 @@ def _same_lengths(student_mask: Tensor, teacher_mask: Tensor) -> Iterator[tuple[
 
 
 def _tie_broken(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Costs scaled to 0..1, plus what settles ties; and the windows whose costs are finite.
+    """Costs scaled to 0..1 plus a term that breaks ties; and the windows with finite costs.
 
-    C_ij + TIE_BREAK (sqrt(i) - sqrt(j))^2 / K, K the longer length: among equally cheap plans the one that moves tokens
-    least far along the window, early tokens least of all (our choice). Of (i - j)^2, and of any other whole numbers,
-    several plans can have the same sum, so solvers would still differ; of square roots hardly ever.
+    C_ij + TIE_BREAK (sqrt(i) - sqrt(j))^2 / K, with K the longer length, selects, among equally cheap plans, the one
+    that moves tokens the shortest way along the window, above all early tokens (our choice). With (i - j)^2, or any
+    integers, several plans can have the same sum, and solvers would still differ. With square roots this hardly ever
+    happens.
     """
     low, high = cost.amin((1, 2), keepdim=True), cost.amax((1, 2), keepdim=True)
     span = high - low
@@ -192,7 +193,7 @@ def _tie_broken(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _assignments(costs: numpy.ndarray) -> _Entries:
-    """[window, K, K]. The best permutation of each window (Jonker-Volgenant)."""
+    """The best permutation of each window [window, K, K] (Jonker-Volgenant)."""
     windows, length, _ = costs.shape
     _, columns = lap.lapjvr_batch(costs, return_cost=False, n_threads=torch.get_num_threads())
     window, row = numpy.divmod(numpy.arange(windows * length), length)
@@ -201,15 +202,15 @@ def _assignments(costs: numpy.ndarray) -> _Entries:
 
 
 def _network_simplexes(costs: numpy.ndarray) -> _Entries:
-    """[window, n, m]. Masses are whole numbers while solving, m a row and n a column, so that no rounding decides."""
-    import ot  # two seconds to import, and needed only where lengths differ
+    """Plans of windows [window, n, m]. The solver gets integer masses, m per row and n per column: no rounding."""
+    import ot  # takes two seconds to import; needed only if lengths differ
 
     _, rows, columns = costs.shape
     entries, options = [_Entries.none()], {"numItermax": 10**6, "center_dual": False, "check_marginals": False}
     for window, cost in enumerate(costs):
         a, b = numpy.full(rows, float(columns)), numpy.full(columns, float(rows))
         flow, log = ot.emd(a, b, cost, log=True, **options)  # type: ignore[no-untyped-call]
-        if log["warning"] is None:  # else not optimal
+        if log["warning"] is None:  # otherwise not optimal
             row, column = flow.nonzero()
             entries.append(_Entries(numpy.full(len(row), window), row, column, flow[row, column] / (rows * columns)))
     return _Entries(*map(numpy.concatenate, zip(*entries, strict=True)))
@@ -227,29 +228,29 @@ def entropic_transport(
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Transport:
-    """Sinkhorn in float64 on the whole batch at once, on the device of the cost. Our choice; the paper has no solver.
+    """Sinkhorn in float64 on the whole batch, on the device of the cost. Our choice; the paper names no solver.
 
-    The plan is soft: a student position may be matched to several teacher tokens, where the exact plan of two windows
-    of equal length is a permutation. The paper's "soft target" and "soft matching" fit this solver better.
+    The plan is soft: it may match a student position to several teacher tokens, while the exact plan of two windows of
+    equal length is a permutation. The paper's "soft target" and "soft matching" fit this solver better.
 
-    The distance is <plan, cost>, without the entropy term; it exceeds the exact one, so a threshold must be calibrated
-    for each epsilon. Iterates until the L1 error of the marginals is at most
-    `tolerance` in every window, or `max_iterations`; a window above `tolerance` is not converged, its distance NaN.
+    The distance is <plan, cost> without the entropy term. It is larger than the exact one, so a threshold must be
+    calibrated for each epsilon. Stops when the L1 error of the marginals is at most `tolerance` in every window, or
+    after `max_iterations`. A window above `tolerance` has not converged; its distance is NaN.
 
-    Of ten iterations, the first is in the log domain, so that nothing underflows; the others scale the plan's rows and
-    columns, by factors that it leaves moderate (for rows, between 1/n and m).
+    The first of every ten iterations runs in the log domain, so that nothing underflows. The other nine scale the rows
+    and columns of the plan, by moderate factors (for rows between 1/n and m).
 
     Args:
         cost: as in `exact_transport`.
-        student_mask: the tokens that are there.
+        student_mask: the real tokens.
         teacher_mask: the same.
         epsilon: strength of the entropy term, in units of each window's mean cost, so that it means the same for every
             embedding and ground cost.
-        max_iterations: after which windows that are not there yet are given up.
-        tolerance: L1 distance of the marginals from uniform, at most.
+        max_iterations: maximum number of iterations.
+        tolerance: maximum L1 distance of the marginals from uniform.
 
     Raises:
-        ValueError: a mask is of another size than the cost.
+        ValueError: the shape of a mask does not match that of the cost.
     """
     _check_sizes(cost, student_mask, teacher_mask)
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
@@ -284,19 +285,19 @@ def _check_sizes(cost: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> No
     windows, rows, columns = cost.shape
     if student_mask.shape != (windows, rows) or teacher_mask.shape != (windows, columns):
         raise ValueError(
-            f"The cost is of {windows} windows, {rows} student and {columns} teacher tokens; the masks must be of the "
-            f"same sizes, and are {list(student_mask.shape)} and {list(teacher_mask.shape)}."
+            f"The cost has {windows} windows, {rows} student and {columns} teacher tokens; the masks must have shapes "
+            f"{[windows, rows]} and {[windows, columns]}, not {[*student_mask.shape]} and {[*teacher_mask.shape]}."
         )
 
 
 def _transport(plan: Tensor, distance: Tensor, converged: Tensor, error: Tensor) -> Transport:
-    """All on the device of the plan and in its dtype."""
+    """A `Transport` on the device and in the dtype of the plan."""
     distance = torch.where(converged, distance, torch.nan)
     return Transport(plan, distance.to(plan), converged.to(plan.device), error.to(plan))
 
 
 def _marginal_error(rows: Tensor, columns: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Tensor:
-    """[window] from the sums of the plans' rows and columns."""
+    """[window] from the row and column sums of the plans."""
     rows, columns = rows - _log_uniform(student_mask).exp(), columns - _log_uniform(teacher_mask).exp()
     return torch.maximum(rows.abs().sum(-1), columns.abs().sum(-1))
 

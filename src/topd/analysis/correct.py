@@ -26,9 +26,10 @@ from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windo
 from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
 from topd.training.futures import Futures
-from topd.training.guidance import Guided, guided_windows, last_parameters
+from topd.training.guidance import Guided, guided_windows
+from topd.training.losses import LossInputs, StepLoss, last_parameters
 from topd.training.method import Method
-from topd.training.step import LossInputs, Pair, StepLoss, futures, topd_loss
+from topd.training.step import Pair, futures, topd_loss
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ ARMS = {
     "topd on teacher": Arm("teacher", baseline="opd on teacher"),
     "own tokens": Arm(settings={"guidance_target": "own"}),
     "same index": Arm(settings={"guidance_target": "same_index"}),
-    "teacher's contexts": Arm(settings={"guidance_context": "teacher", "teacher_context_loss": "reverse_kl"}),
+    "teacher's contexts": Arm(settings={"guidance_context": "teacher"}),
 }
 """OPD and TOPD on either window; then controls, on the student's window."""
 

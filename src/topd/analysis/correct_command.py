@@ -17,7 +17,7 @@ from topd.analysis.correct import ARMS, CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
 from topd.paper import LOCAL_CORRECTION
 from topd.runs.files import append_records, write_json
-from topd.runs.resumable import earlier_records, write_options
+from topd.runs.records import earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
 MEASURES = {
@@ -87,7 +87,7 @@ def fork_record(
     def texts(ids: list[int]) -> list[str]:
         return [decode([token]) for token in ids]
 
-    def told(outcome: Outcome, ratio: float | None = None) -> dict[str, Any]:
+    def figures(outcome: Outcome, ratio: float | None = None) -> dict[str, Any]:
         found = {name: getattr(outcome, name) for name in MEASURES} | {"window": texts(outcome.window)}
         return found if ratio is None else found | {"guidance_ratio": ratio}
 
@@ -98,8 +98,8 @@ def fork_record(
         "token_loss": fork.token_loss,
         "prefix": decode(fork.prefix.tolist()),
         "teacher_window": texts(fork.theirs.tokens[0][fork.theirs.mask[0]].tolist()),
-        "before": told(corrector.outcome(fork)),
-        "after": {arm: told(*corrector.correct(fork, arm)) for arm in arms},
+        "before": figures(corrector.outcome(fork)),
+        "after": {arm: figures(*corrector.correct(fork, arm)) for arm in arms},
     }
 
 
@@ -147,11 +147,11 @@ def correct_table(result: dict[str, Any]) -> Table:
     for measure, found in result["measures"].items():
         table.add_row(f"[bold]{MEASURES[measure]}[/bold]")
         for arm, row in found["arms"].items():
-            beside = found["beside_opd"].get(arm)
+            difference = found["beside_opd"].get(arm)
             table.add_row(
                 arm, f"{row['mean']:.3f}", f"{row['low']:.3g} to {row['high']:.3g}",
                 f"{row['q1']:.2f} {row['median']:.2f} {row['q3']:.2f}",
-                f"{beside['mean']:+.3f}" if beside else "", f"{beside['p']:.2g}" if beside else "",
+                f"{difference['mean']:+.3f}" if difference else "", f"{difference['p']:.2g}" if difference else "",
                 f"{LOCAL_CORRECTION[arm]:.3f}" if measure == "distance" and arm in LOCAL_CORRECTION else "",
             )  # fmt: skip
     return table

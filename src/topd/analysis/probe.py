@@ -23,8 +23,9 @@ from topd.analysis.probe_summary import Probe
 from topd.near_future import DistilledModel, Places, Rollouts, Windows
 from topd.near_future.matching import Embedding
 from topd.paper import GROUPS
+from topd.training.choices import ranking
 from topd.training.method import Method, Ranking, StudentWindow
-from topd.training.step import Pair, futures, look_from, ranking, score, student_windows
+from topd.training.step import Pair, futures, look_from, score, student_windows
 
 RECORD_VERSION = 1
 
@@ -98,7 +99,7 @@ def measure(
     mask = rollouts.loss_mask.bool()
     kept: StudentWindow = next((kind for kind in options.student_windows if kind != "rollout"), "rollout")
     scores, pair = score(rollouts, student, teacher, Method(student_window=kept))
-    high = ranking(scores, Method(candidate_ranking=options.ranking))
+    high = ranking(scores, options.ranking)
     low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is no agreement
     chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)
     found = {}

@@ -21,7 +21,7 @@ from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.runs.files import append_records, write_json
-from topd.runs.resumable import Records, earlier_records, write_options
+from topd.runs.records import Records, earlier_records, write_options
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
 

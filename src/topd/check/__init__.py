@@ -1,1 +1,1 @@
-"""Before a run: do the models, the data and the machine fit? Every check is a function that returns a `Finding`."""
+"""Pre-flight checks: do the models, the data and the machine fit? A check is a function that returns a `Finding`."""

@@ -1,72 +1,65 @@
-"""All checks, in the order in which a reader wants them."""
+"""All checks, in the order of the table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from topd.check import machine, memory, prompts, quality, server, templates, tokens
-from topd.check.asked import ASKED
-from topd.check.finding import Finding
+from topd.check import machine, optional, prompts, quality, tokens
+from topd.check.findings import Finding
 from topd.check.setup import Setup
 from topd.errors import TOPDError
 
-Check = Callable[[Setup], Finding]
-QUICK: dict[str, Check] = {
+QUICK: dict[str, Callable[[Setup], Finding | None]] = {
+    "pair": optional.one_model,
+    "libraries": optional.libraries,
+    "sampling": optional.sampling,
+    "evaluation": optional.evaluation,
+    "adapters": optional.adapters,
+    "hub": optional.hub,
     "vocabulary": tokens.vocabulary,
     "tokenization": tokens.texts,
     "special tokens": tokens.special_tokens,
     "end tokens": tokens.end_tokens,
     "output heads": tokens.heads,
-    "chat templates": templates.templates,
+    "chat templates": tokens.templates,
     "data": prompts.sample,
     "batch": prompts.batch,
     "context": prompts.context,
     "precision": machine.precision,
-    "memory": memory.memory,
+    "memory": machine.memory,
     "disk": machine.disk,
+    optional.SERVER: optional.server,
 }
-"""What needs no weights: `topd train` begins with them."""
+"""Checks without weights, which `topd train` runs first. They return None if a run does not use what they check."""
 
 
 def quick_findings(setup: Setup) -> list[Finding]:
-    """What can be said without weights."""
-    checks = dict(QUICK)
-    if setup.config.teacher_window_server is not None:
-        checks[server.NAME] = server.server
-    asked = [_finding(name, partial(check, setup)) for name, check in ASKED.items()]
-    return [finding for finding in asked if finding] + [
-        finding for name, check in checks.items() if (finding := _finding(name, partial(check, setup)))
-    ]
+    """The findings without weights."""
+    return _findings({name: partial(check, setup) for name, check in QUICK.items()})
 
 
 def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> list[Finding]:
-    """What a few rollouts say."""
+    """The findings of a few rollouts."""
+    ways = _findings({"ways": partial(quality.ways, student, teacher)})
+    if ways and ways[0].verdict == "error":
+        return ways  # a model that cannot be distilled
 
     def rollouts() -> Finding:
         return quality.rollout_figures(setup, student, teacher, quality.sampled(setup, student, count, max_new_tokens))
 
-    def teacher_() -> Finding:
-        return quality.teacher_knows_more(setup, student, teacher, count, max_new_tokens)
+    teacher_ = partial(quality.teacher_knows_more, setup, student, teacher, count, max_new_tokens)
+    return ways + _findings({"rollouts": rollouts, "teacher": teacher_})
 
-    ways = _finding("ways", partial(quality.ways, student, teacher))
-    if ways is not None and ways.verdict == "error":
-        return [ways]  # a model that cannot be distilled
-    found = [ways, _finding("rollouts", rollouts), _finding("teacher", teacher_)]
+
+def _findings(checks: dict[str, Callable[[], Finding | None]]) -> list[Finding]:
+    """What the checks found; the `TOPDError` of a check is a finding too."""
+    found = []
+    for name, check in checks.items():
+        try:
+            found.append(check())
+        except TOPDError as error:
+            what, _, remedy = str(error).partition(". ")
+            found.append(Finding(name, "error", what, remedy))
     return [finding for finding in found if finding]
-
-
-def _finding(name: str, check: Callable[[], Finding | None]) -> Finding | None:
-    """A check that cannot be made is a finding too."""
-    try:
-        return check()
-    except TOPDError as error:
-        found, _, remedy = str(error).partition(". ")
-        return Finding(name, "error", found, remedy)
-
-
-def errors_in_words(findings: Sequence[Finding]) -> str:
-    """For a command that stops on them."""
-    lines = [f"  {f.check}: {f.found}. {f.remedy}" for f in findings if f.verdict == "error"]
-    return "\n".join(["This run would not do what it should:", *lines])

@@ -1,10 +1,10 @@
-"""The data as the models will read it, and whether it fits their contexts."""
+"""The data as the models read it: prompts, number of steps, context lengths."""
 
 from __future__ import annotations
 
 import statistics
 
-from topd.check.finding import Finding, ok
+from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
 from topd.errors import ContextError
 from topd.loading.dataset_checks import step_size
@@ -13,7 +13,7 @@ from topd.loading.tokenizers import check_context
 
 
 def sample(setup: Setup) -> Finding:
-    """The first prompt with its special tokens, lengths, and what looks wrong in it."""
+    """The first prompt with its special tokens, the lengths, and anything suspicious."""
     tokenizer = setup.student.tokenizer
     rows = list(setup.sample.values())
     lengths = [len(ids) for ids in rows]
@@ -22,7 +22,7 @@ def sample(setup: Setup) -> Finding:
     if not min(lengths):
         return Finding(
             "data", "error", f"{lengths.count(0):,} of {len(rows):,} prompts that were tokenized have no tokens",
-            "The chat template renders them to nothing: correct it (chat_template.jinja), or give prompts as text.",
+            "The chat template renders them to nothing: fix it (chat_template.jinja), or give prompts as text.",
         )  # fmt: skip
     found = (
         f"{len(setup.prompts):,} prompts ({'messages' if setup.conversational else 'text'}), {answers:,} with answers; "
@@ -42,26 +42,26 @@ def sample(setup: Setup) -> Finding:
 
 
 def _beginning(setup: Setup) -> tuple[str, str] | None:
-    """What is wrong with the first prompt's BOS, and what to do."""
+    """What is wrong with the first prompt's BOS, and the remedy; None if nothing is."""
     tokenizer, row = setup.student.tokenizer, next(iter(setup.sample))
     bos, name, prompt = tokenizer.bos_token_id, repr(tokenizer.bos_token), setup.prompts[row]
     text = prompt_text(tokenizer, prompt, setup.template_options)
     plain = tokenizer(text, add_special_tokens=not setup.conversational)["input_ids"]
     if bos is not None and plain[:2] == [bos, bos]:
         return (
-            f"the first prompt begins with {name} twice, of which one is left out",
-            "Template and tokenizer both write it, or the data and the tokenizer: remove it from one of them.",
+            f"the first prompt begins with {name} twice; one is removed",
+            "Both the template (or the data) and the tokenizer write it: remove it from one of them.",
         )
     if bos is not None and setup.conversational and plain[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
         return (
             f"the chat template does not begin with {name}, which the tokenizer puts before text",
-            "If the models were trained with it, let the template begin with {{ bos_token }}.",
+            "If the models were trained with it, begin the template with {{ bos_token }}.",
         )
     return None
 
 
 def batch(setup: Setup) -> Finding:
-    """Whole batches only are trained on: fewer prompts than one are no step at all."""
+    """Number of steps. Only whole batches are trained on, so there must be prompts for one."""
     config = setup.config
     (step, found), prompts = step_size(config), len(setup.prompts)
     if prompts < step:
@@ -70,11 +70,11 @@ def batch(setup: Setup) -> Finding:
             "Add prompts, or lower --per_device_train_batch_size or --gradient_accumulation_steps.",
         )  # fmt: skip
     steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * (prompts // step))
-    return ok("batch", f"{found}; {steps:,} steps, {steps * step / prompts:.2g} times through the data")
+    return ok("batch", f"{found}; {steps:,} steps, {steps * step / prompts:.2g} epochs")
 
 
 def context(setup: Setup) -> Finding:
-    """Prompt + response + window within both models' contexts."""
+    """Whether prompt + response + window fit both models' contexts."""
     config, tokenizer = setup.config, setup.student.tokenizer
     longest = max(setup.sample.values(), key=len)
     response, window = config.max_completion_length or 0, config.window_length if config.looks_ahead else 0

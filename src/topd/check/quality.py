@@ -1,4 +1,4 @@
-"""With both models loaded: does the teacher know more, and do the figures of a few rollouts make sense?"""
+"""Checks with both models loaded: does the teacher know more, and are the metrics of a few rollouts plausible?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from topd.algorithm import score_tokens
-from topd.check.finding import Finding, ok
+from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
 from topd.embedded.task import read_problem
 from topd.evaluation.answers import Rule, verdict
@@ -18,16 +18,16 @@ from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.near_future.ways import notice_of, ways_of
 
 LARGE_KL = 3.0
-"""Mean token loss (nats) above which pairs rarely are what they were meant to be. Our choice."""
-READ: dict[Rule, str] = {
+"""Mean token loss (nats) above which something is usually wrong with a pair. Our choice."""
+JUDGED: dict[Rule, str] = {
     "embedded": "the last words of each, as in the embedded task",
     "math": "the last \\boxed{} of each, as mathematics",
 }
-"""What is judged, by rule."""
+"""What part of a response is judged, by rule."""
 
 
 def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
-    """Responses of the student to prompts spread over the data."""
+    """The student's responses to prompts spread over the data."""
     return sample_rollouts(
         student, setup.student.tokenizer, _prompts(setup, spread(setup, count), student),
         max_new_tokens=max_new_tokens, temperature=setup.config.temperature,
@@ -35,7 +35,7 @@ def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Roll
 
 
 def spread(setup: Setup, count: int) -> list[int]:
-    """Rows of the data, among those that are tokenized."""
+    """Rows spread over the tokenized ones."""
     rows = list(setup.sample)
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
 
@@ -46,21 +46,21 @@ def _prompts(setup: Setup, rows: list[int], model: Any) -> list[torch.Tensor]:
 
 
 def ways(student: Any, teacher: Any) -> Finding:
-    """Which ways of running both models are exact, as `ways_of` finds by trying them."""
+    """Which fast ways of running both models are exact, found by trying them."""
     found, notices = [], []
     for role, model in (("student", student), ("teacher", teacher)):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is said here
+            warnings.simplefilter("ignore")  # the finding reports it
             notice = notice_of(model, ways_of(model))
         found.append(f"{role}: {'windows over one prefix, guided windows in one row' if notice is None else notice}")
         notices += [notice] if notice else []
     if not notices:
         return ok("ways", "; ".join(found))
-    return Finding("ways", "warning", "; ".join(found), "Results are the same; expect more time per step.")
+    return Finding("ways", "warning", "; ".join(found), "Results do not change; steps take longer.")
 
 
 def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:
-    """Mean token loss and the teacher's log-likelihood of what the student says; how many responses do not end."""
+    """Mean token loss, the teacher's log-likelihood of the student's responses, and how many responses do not end."""
     models = local_pair(student, teacher, setup.student.tokenizer, micro_batch=4)
     mask = rollouts.loss_mask.bool()
     hidden = [model.hidden(rollouts)[mask] for model in models]
@@ -72,7 +72,7 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
     unfinished = int((~(torch.isin(rollouts.response_ids, ends) & mask).any(-1)).sum())
     found = (
         f"{len(rollouts)} rollouts of {mask.sum() / len(rollouts):.0f} tokens: mean token loss {kl:.2f} nats, the "
-        f"teacher's log-likelihood {-nll:.2f} nats a token, {unfinished} not ended after {mask.shape[1]} tokens"
+        f"teacher's log-likelihood {-nll:.2f} nats/token, {unfinished} not ended after {mask.shape[1]} tokens"
     )
     if not bool(scores.kl.isfinite().all()):
         return Finding(
@@ -81,12 +81,12 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
     remedies = []
     if kl > LARGE_KL:
         remedies.append(
-            "The pair hardly agrees: look at tokenizer, template and end tokens above, or warm the student up first."
+            "The models hardly agree: see tokenizer, template and end tokens above, or warm up the student first."
         )
     if unfinished == len(rollouts):
-        found, longest = f"every rollout is cut; {found}", setup.config.max_completion_length or 0
+        found, longest = f"every rollout is truncated; {found}", setup.config.max_completion_length or 0
         remedies.append(
-            "Raise --max_completion_length, or warm the student up first: it may not know how to end."
+            "Raise --max_completion_length, or warm up the student first: it may not know how to end."
             if mask.shape[1] >= longest
             else f"--max-new-tokens {longest} shows whether they end within the run's max_completion_length."
         )
@@ -96,10 +96,10 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
 
 
 def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> Finding:
-    """Greedy answers of both models to prompts that have one, judged."""
+    """Greedy answers of both models, judged, to prompts that have an answer."""
     rows = [row for row in spread(setup, count) if setup.answers[row] is not None]
     if not rows:
-        return ok("teacher", "the prompts have no answers to judge by")
+        return ok("teacher", "not compared: the prompts have no answers")
     rule = rule_of(setup)
     if rule == "math" and importlib.util.find_spec("math_verify") is None:
         return Finding(
@@ -109,14 +109,13 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
     tokenizer, right = setup.student.tokenizer, {}
     for role, model in (("student", student), ("teacher", teacher)):
         prompts = _prompts(setup, rows, model)
-        said = sample_rollouts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0)
-        texts = tokenizer.batch_decode(said.response_ids, skip_special_tokens=True)
+        responses = sample_rollouts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0)
+        texts = tokenizer.batch_decode(responses.response_ids, skip_special_tokens=True)
         right[role] = sum(
             verdict(text, str(setup.answers[row]), rule).right for text, row in zip(texts, rows, strict=True)
         )
-    found = (
-        f"greedy answers right, of {len(rows)}: teacher {right['teacher']}, student {right['student']} ({READ[rule]})"
-    )
+    scores = f"teacher {right['teacher']}, student {right['student']}"
+    found = f"correct greedy answers, of {len(rows)}: {scores} ({JUDGED[rule]})"
     if right["teacher"] < right["student"]:
         return Finding(
             "teacher", "warning", found, "The student may have little to learn here: check with more samples."
@@ -124,13 +123,13 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
     if right["teacher"] == 0:
         return Finding(
             "teacher", "warning", found,
-            f"Nothing is right within {max_new_tokens} tokens: check the answers' format, or raise --max-new-tokens.",
+            f"No answer is correct within {max_new_tokens} tokens: check their format, or raise --max-new-tokens.",
         )  # fmt: skip
     return ok("teacher", found)
 
 
 def rule_of(setup: Setup) -> Rule:
-    """How answers are judged: by the embedded task's rule where every answer is that of such a problem, modulo 100."""
+    """The rule for judging answers: the embedded task's if all prompts and answers are of that task, else math."""
     for prompt, answer in zip(setup.prompts, setup.answers, strict=True):
         problem = read_problem(prompt if isinstance(prompt, str) else prompt[-1]["content"])
         if answer is not None and (problem is None or problem.answer != str(answer)):

@@ -1,4 +1,4 @@
-"""What is known of a run before any weights are loaded."""
+"""What is known about a run before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.embedded.pair import resolve_model
 from topd.errors import DataError, TOPDError
-from topd.loading.by_name import load_by_name
+from topd.loading.models import load_config
 from topd.loading.prompts import prompt_ids
 from topd.loading.tokenizers import tokenizer_of
 from topd.near_future.generation import end_token_ids
 from topd.training.config import TOPDConfig
 
 SAMPLE = 256
-"""Prompts that are tokenized to learn their lengths."""
+"""Number of prompts that are tokenized to measure their lengths."""
 
 
 @dataclass(frozen=True, eq=False)
-class Described:
+class ModelInfo:
     """A model without its weights.
 
     Attributes:
@@ -44,28 +44,28 @@ class Described:
 
     @property
     def end_tokens(self) -> list[int]:
-        """Ids that end a response, by TRL's rule: the generation config's, and the tokenizer's."""
+        """Ids that end a response, as in TRL: those of the generation config and of the tokenizer."""
         return sorted(end_token_ids(self.generation, self.tokenizer))
 
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """A run that is to be.
+    """A planned run.
 
     Attributes:
         prompts: text, or messages; all of them.
-        answers: of the prompts, None where there is none.
-        data: where they come from, as given.
+        answers: of the prompts; None for a prompt without one.
+        data: the source of the prompts, as given.
         config: the options of `topd train`.
         dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
         adapters: whether only adapters are trained (PEFT).
-        teacher_here: whether the teacher's weights are; else it only says what `teacher_window_server` serves.
+        teacher_here: whether the teacher's weights are available; else `teacher` describes what the server serves.
         model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
-        evaluation: number of prompts for the evaluation loss, or why they cannot be read; None: none are named.
+        evaluation: number of prompts for the evaluation loss, or why they cannot be read; None if there are none.
     """
 
-    student: Described
-    teacher: Described
+    student: ModelInfo
+    teacher: ModelInfo
     config: TOPDConfig
     prompts: Sequence[Any]
     answers: Sequence[str | None]
@@ -77,7 +77,7 @@ class Setup:
     evaluation: int | DataError | None = None
 
     @property
-    def pair(self) -> tuple[Described, Described]:
+    def pair(self) -> tuple[ModelInfo, ModelInfo]:
         return self.student, self.teacher
 
     @property
@@ -91,7 +91,7 @@ class Setup:
 
     @cached_property
     def sample(self) -> dict[int, list[int]]:
-        """Row and token ids of prompts spread over the data and of the longest one, which comes last.
+        """Row and token ids of prompts spread over the data, and of the longest prompt last.
 
         Raises:
             TOPDError: the chat template fails.
@@ -102,23 +102,22 @@ class Setup:
         return {i: prompt_ids(self.student.tokenizer, row, self.template_options) for i, row in rows.items()}
 
 
-def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> Described:
-    """Read tokenizer and configs.
+def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
+    """A model's tokenizer and configs.
 
     Raises:
         TOPDError: they cannot be read.
     """
     folder = resolve_model(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     tokenizer = tokenizer_of(folder, trust_remote_code, revision)
     if tokenizer is None:
         raise TOPDError(f"{name} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
-    config = load_by_name("config", folder, AutoConfig.from_pretrained, folder, **options)
+    config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision or "main")
     try:
         generation = GenerationConfig.from_pretrained(folder, revision=revision or "main")
     except OSError:
         generation = GenerationConfig.from_model_config(config)
-    return Described(role, name, folder, tokenizer, config, generation)
+    return ModelInfo(role, name, folder, tokenizer, config, generation)
 
 
 def _characters(prompt: Any) -> int:

@@ -1,4 +1,4 @@
-"""The `topd` command. Imports are lazy: help and version answer at once."""
+"""The `topd` command: the table of commands, and how each ends. Imports are lazy, so that help is quick."""
 
 from __future__ import annotations
 
@@ -6,38 +6,50 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
-from topd.cli.analyses import add_correct, add_probe
-from topd.cli.check import ABOUT, before_training, run_check
-from topd.cli.eval import add_eval
-from topd.cli.generate import add_generate
-from topd.cli.study import add_study
+from topd.cli.check import ABOUT
+from topd.cli.options import Parser
 from topd.errors import RunInterrupted, TOPDError
-from topd.runs.closed_pipe import output_may_close
-from topd.runs.guard import guarded
+from topd.runs.guard import guarded, output_may_close
 from topd.runs.sole_writer import sole_writer
 from topd.version import __version__
 from topd.visible import visible
 
-TRAINING = ("train", "warmstart", "study", "demo")
-"""Commands that go on when nobody reads their output any more."""
+COMMANDS = {
+    "generate": "teacher solutions for prompts, for the warm start (stage 1)",
+    "warmstart": "stage 1, on teacher solutions: --config FILE.yaml [--any_option value]",
+    "train": "distil a student from a teacher: --config FILE.yaml [--any_option value]",
+    "check": ABOUT,
+    "demo": "distil the embedded student by OPD and by TOPD, and compare",
+    "probe": "which high-loss tokens of a pair are false alarms? No training",
+    "correct": "does guidance at one fork bring the student back? A few steps on single windows",
+    "eval": "accuracy on benchmarks with intervals, and models compared on the same problems",
+    "study": "arms x seeds from the same student: does guidance help?",
+    "report": "write the HTML page of a run",
+    "case": "one fork of topd correct, token by token, as text and as a picture",
+}
+"""Each is a module of this package. Those of `OWN_PARSER` have `main(words)`, the others `add_options` and `run`."""
+OWN_PARSER = ("train", "warmstart", "check")
+"""Their many options belong to TRL's parser."""
+CONTINUES = ("train", "warmstart", "study", "demo")
+"""Commands that continue when their output is closed."""
 FILES = (".html", ".svg", ".png", ".pdf", ".jsonl", ".parquet")
-"""Endings of what `--out` names where it is no folder."""
+"""Suffixes of `--out` where it names a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors end in one message and exit status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    with output_may_close(goes_on=bool(arguments) and arguments[0] in TRAINING):
-        return _outcome(arguments)
+    words = list(sys.argv[1:] if argv is None else argv)
+    with output_may_close(continues=bool(words) and words[0] in CONTINUES):
+        return _exit_status(words)
 
 
-def _outcome(arguments: list[str]) -> int:
-    """The exit status."""
+def _exit_status(words: list[str]) -> int:
     try:
         with guarded(None):
-            return _run(arguments)
+            return _run(words)
     except TOPDError as error:
         print(visible(f"topd: {error}"), file=sys.stderr)
         return 2
@@ -46,119 +58,46 @@ def _outcome(arguments: list[str]) -> int:
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(
-            "topd: interrupted. What was written is whole. topd train goes on with --resume_from_checkpoint true, "
-            "topd probe, topd eval and topd generate when they are started again.",
+            "topd: interrupted. Files on disk are whole. Resume topd train with --resume_from_checkpoint true; topd "
+            "probe, eval and generate resume when you run the same command again.",
             file=sys.stderr,
         )
         return 130
 
 
-def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["train"]:  # its many options belong to TRL's parser
-        from topd.cli.train import run as train
-
-        train(arguments[1:], before=before_training)
-    elif arguments[:1] == ["check"]:  # it takes them too
-        return run_check(arguments[1:])
-    elif arguments[:1] == ["warmstart"]:
-        from topd.cli.warmstart import run as warm_start
-
-        warm_start(arguments[1:])
-    else:
-        options = _parser().parse_args(arguments)
-        alone = sole_writer(options.out) if getattr(options, "alone", False) else nullcontext()
-        with guarded(_folder(options)), alone:
-            options.run(options)
+def _run(words: list[str]) -> int:
+    if words[:1] and words[0] in OWN_PARSER:
+        return int(import_module(f"topd.cli.{words[0]}").main(words[1:]))
+    options = parser().parse_args(words)
+    lock = sole_writer(options.out) if getattr(options, "lock_out", False) else nullcontext()
+    with guarded(_folder(options)), lock:
+        options.run(options)
     return 0
 
 
 def _folder(options: argparse.Namespace) -> Path | None:
-    """Where a command writes."""
+    """The folder that a command writes into."""
     out: Path | None = getattr(options, "out", None) or getattr(options, "run_folder", None)
     return out.parent if out is not None and out.suffix in FILES else out
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The parser of all commands but those with their own."""
+    top = Parser(
         prog="topd",
         description="Trajectory-aware on-policy distillation (TOPD, arXiv:2606.00305).",
+        epilog="In option names hyphens and underscores are the same. On every command --student is "
+        "--model_name_or_path, --teacher is --teacher_model_name_or_path, --max_new_tokens is --max_completion_length.",
     )
-    parser.add_argument("--version", action="version", version=f"topd {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    add_generate(commands)
-    commands.add_parser("warmstart", help="stage 1, on teacher solutions: --config FILE.yaml [--any_option value]")
-    commands.add_parser("train", help="distil a student from a teacher: --config FILE.yaml [--any_option value]")
-
-    commands.add_parser("check", help=ABOUT)
-
-    demo = commands.add_parser("demo", help="distil the embedded student by OPD and by TOPD, and compare")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="a shorter run, at most two minutes")
-    demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
-    demo.add_argument("--steps", type=int, help="optimizer steps of each arm")
-    demo.set_defaults(run=_demo, alone=True)
-    builds = demo.add_subparsers(metavar="build", required=False)
-    build = builds.add_parser("build", help="train the embedded models anew (about two hours on one core)")
-    build.add_argument("--out", type=Path, required=True, help="folder for the models")
-    build.add_argument("--only", metavar="NAME", help="build only this one, such as long-student")
-    build.set_defaults(run=_demo_build)
-
-    add_probe(commands)
-    add_correct(commands)
-    add_eval(commands)
-    add_study(commands)
-
-    report = commands.add_parser("report", help="write the HTML page of a run")
-    report.add_argument(
-        "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, eval, study, probe or correct wrote"
-    )
-    report.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more of them, on the same axes"
-    )
-    report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
-    report.set_defaults(run=_report)
-
-    case = commands.add_parser("case", help="one fork of topd correct, token by token, as text and as a picture")
-    case.add_argument("run_folder", type=Path, metavar="RUN", help="folder that topd correct wrote")
-    case.add_argument("--fork", type=int, help="which, from 1 (default: the typical one)")
-    case.add_argument("--out", type=Path, help="picture: .svg, .png or .pdf (default: RUN/case.svg)")
-    case.set_defaults(run=_case)
-    return parser
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from topd.demo.run import run_demo
-
-    run_demo(options.out, quick=options.quick, seed=options.seed, steps=options.steps)
-
-
-def _demo_build(options: argparse.Namespace) -> None:
-    from topd.demo.build import build
-
-    build(options.out, options.only)
-
-
-def _report(options: argparse.Namespace) -> None:
-    for folder in (options.run_folder, *options.compare):
-        if not folder.is_dir():
-            raise TOPDError(
-                f"{folder}: there is no such folder. Give one that topd demo, train, eval, study, probe or "
-                "correct wrote."
-            )
-    from topd.report.page import write_report
-
-    print(f"Wrote {write_report(options.run_folder, options.out, options.compare)}")
-
-
-def _case(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from topd.report.case import draw_case, load_case, print_case
-
-    fork, case = load_case(options.run_folder, options.fork)
-    print_case(case, Console())
-    print(f"Wrote {draw_case(case, options.out or options.run_folder / 'case.svg')} (fork {fork}).")
+    top.add_argument("--version", action="version", version=f"topd {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, help_text in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text)
+        if name not in OWN_PARSER:
+            module = import_module(f"topd.cli.{name}")
+            command.set_defaults(run=module.run)
+            module.add_options(command)
+    return top
 
 
 if __name__ == "__main__":

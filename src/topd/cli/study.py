@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from topd.cli.options import check_at_least_one
 from topd.errors import TOPDError
 from topd.runs.sole_writer import sole_writer
 
 
-def add_study(commands: Any) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    study = commands.add_parser("study", help="arms x seeds from the same student: does guidance help?")
-    what = study.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, help="YAML with arms and seeds, as in studies/")
-    what.add_argument("--show", type=Path, metavar="study.json", help="print the tables of a study that has been run")
-    study.add_argument("--against", default="opd", metavar="ARM", help="with --show: the arm to compare with (opd)")
-    study.add_argument("--out", type=Path, help="folder; start again to go on (default: runs/NAME of the config)")
-    study.add_argument("--seeds", type=int, help="only the first so many seeds")
-    study.add_argument("--arms", nargs="+", help="only these arms (and opd, and those whose time they get)")
-    study.add_argument("--workers", type=int, default=1, help="runs at a time, each in a process with one thread")
-    study.set_defaults(run=run_study_command)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="YAML with models, arms and seeds, as in studies/")
+    what.add_argument("--show", type=Path, metavar="study.json", help="print the tables of a finished study")
+    parser.add_argument("--against", default="opd", metavar="ARM", help="with --show: the arm to compare with (opd)")
+    parser.add_argument("--out", type=Path, help="folder; run again to resume (default: runs/NAME of the config)")
+    parser.add_argument("--student", help="in place of the config's")
+    parser.add_argument("--teacher", help="in place of the config's")
+    parser.add_argument("--data", help="prompts to train on, in place of the config's")
+    parser.add_argument("--seeds", type=int, help="use only the first N seeds")
+    parser.add_argument("--arms", nargs="+", help="only these arms (and opd, and arms whose time they match)")
+    parser.add_argument("--workers", type=int, default=1, help="parallel runs, each in a process with one thread")
 
 
-def run_study_command(options: argparse.Namespace) -> None:
-    """Read, choose, run."""
-    from dataclasses import replace
-
+def run(options: argparse.Namespace) -> None:
+    """Read the plan, choose arms and seeds, run."""
     from topd.study.command import run_study
     from topd.study.config import REFERENCE, read_plan
     from topd.study.tables import print_tables, read_study
@@ -35,10 +35,9 @@ def run_study_command(options: argparse.Namespace) -> None:
     if options.show:
         print_tables(read_study(options.show), options.against)
         return
-    plan = read_plan(options.config)
-    for name in ("seeds", "workers"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise TOPDError(f"--{name} must be at least 1; got {getattr(options, name)}.")
+    check_at_least_one(options, "seeds", "workers")
+    given = {name: getattr(options, name) for name in ("student", "teacher", "data") if getattr(options, name)}
+    plan = read_plan(options.config, given)
     if options.seeds:
         plan = replace(plan, seeds=plan.seeds[: options.seeds])
     if options.arms:

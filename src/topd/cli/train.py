@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from topd.cli.arguments import data_source, prompts, resume_from, started
-from topd.errors import TOPDError
-from topd.loading.options import parse_options
+from topd.cli.options import data_source, parse_options, prompts, resume_from, start_record
+from topd.errors import DataError, TOPDError
 from topd.runs.guard import guarded
-from topd.runs.output_folder import check_writable
-from topd.runs.quiet import quieten_bars
 from topd.runs.sole_writer import sole_writer
+from topd.visible import visible
+
+if TYPE_CHECKING:
+    from topd.check.setup import Setup
 
 
 @dataclass
@@ -26,37 +28,37 @@ class DataArguments:
         metadata={
             "help": "Training prompts: a JSONL, JSON, CSV or Parquet file with a column `prompt` (text or messages) "
             "and optionally `answer`; the name of a Hub dataset; or `embedded` or `embedded-long`, the embedded task. "
-            "Default: that of an embedded model; otherwise it must be given."
+            "Default for embedded models: their task; required for others."
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    data_limit: int | None = field(default=None, metadata={"help": "Use only the first so many prompts."})
+    data_limit: int | None = field(default=None, metadata={"help": "Use only the first N prompts."})
     eval_data: str | None = field(
         default=None, metadata={"help": "Prompts for the evaluation loss, named as in `data`."}
     )
     preflight: bool = field(
         default=True,
-        metadata={"help": "Check pair, data and machine before training (the quick part of topd check); errors stop."},
+        metadata={
+            "help": "Check pair, data and machine before training (the quick part of topd check), and stop on errors."
+        },
     )
 
 
-def run(argv: Sequence[str], before: Callable[..., None] | None = None) -> None:
-    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend.
+def main(argv: Sequence[str]) -> int:
+    """Parse, check, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
+    from topd.runs.checkpoints import check_writable
+    from topd.runs.console import hide_progress_bars
 
-    Args:
-        before: checks on what `parse` returned and the prompts, before any weights are loaded; it raises.
-    """
-    quieten_bars()
+    hide_progress_bars()
     data, config, model = parse(argv)
     check_writable(config)
     folder = Path(config.output_dir)
     with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
-        _run(("train", *argv), data, config, model, before)
+        _train(("train", *argv), data, config, model)
+    return 0
 
 
-def _run(
-    words: Sequence[str], data: DataArguments, config: Any, model: Any, before: Callable[..., None] | None
-) -> None:
+def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from topd.embedded.pair import resolve_model
@@ -64,8 +66,7 @@ def _run(
     from topd.loading.data import read_text
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import speak
-    from topd.runs.summary import places, print_summary
+    from topd.runs.console import print_log_lines, print_summary, where_to_look
     from topd.training.several_teachers import COLUMN, MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 
@@ -74,12 +75,12 @@ def _run(
     kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
     also = {COLUMN: read_text} if config.teachers else None
     data.data = data_source(data.data, student, *teachers.values())
-    begun = started(words, data, config, model)
+    record = start_record(words, data, config, model)
     train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
     eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
     resume = resume_from(config)
-    if before is not None and data.preflight:
-        before(data, config, model, train_dataset, eval_dataset)
+    if data.preflight:
+        before_training(data, config, model, train_dataset, eval_dataset)
 
     tokenizer = tokenizer_of(resolve_model(student), config.trust_remote_code, model.model_revision)
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
@@ -91,30 +92,30 @@ def _run(
         processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
-    trainer.started = begun
-    lines = speak(trainer)
+    trainer.start_record = record
+    lines = print_log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
         trainer.save_model(config.output_dir)
         trainer.save_state()  # for topd report
         trainer.create_model_card(model_name=Path(config.output_dir).name)
     if trainer.is_world_process_zero():
-        where = places(Path(config.output_dir))
-        print_summary(trainer.state.log_history, where, trainer.state.global_step, lines.first)
+        lines_at_end = where_to_look(Path(config.output_dir))
+        print_summary(trainer.state.log_history, lines_at_end, trainer.state.global_step, lines.first)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.data)
     trainer.end()
 
 
 def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
-    """The student, and the teachers by their names in the data (one has the name ""); none, if it is on a server."""
+    """The student, and the teachers by their names in the data ("" for a single one); none if it is on a server."""
     one = {"": config.teacher_model_name_or_path} if config.teacher_model_name_or_path else {}
     teachers = dict(config.teachers or {}) or one
-    if not model.model_name_or_path or not (teachers or config.teacher_window_server):
+    if not model.model_name_or_path or not (teachers or config.teacher_model_server_url):
         raise TOPDError(
-            "Name the student and the teacher: --model_name_or_path and --teacher_model_name_or_path (a folder, a Hub "
-            "name, or embedded:long-student and embedded:long-teacher), or --config recipes/embedded.yaml. (A teacher "
-            "on a server alone: --teacher_window_server.)"
+            "Name the student and the teacher: --student and --teacher (a folder, a Hub name, or embedded:long-student "
+            "and embedded:long-teacher), or --config recipes/embedded.yaml. For a teacher that is on a server only: "
+            "--teacher_model_server_url."
         )
     from topd.loading.models import check_whole
 
@@ -132,3 +133,78 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
 
     parsed: tuple[DataArguments, Any, Any] = parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
     return parsed
+
+
+# The checks before it
+
+
+def setups_of(
+    data: Any, config: Any, model: Any, dataset: Any = None, evaluation: Any = None, teacher_here: bool = True
+) -> dict[str, Setup]:
+    """What is known about a run without weights: by the teacher's name in the data, "" for a single teacher.
+
+    Args:
+        data, config, model: as `parse` returns them.
+        dataset, evaluation: the prompts, and those of the evaluation loss, if they are loaded already.
+        teacher_here: see `Setup`.
+
+    Raises:
+        TOPDError: something cannot be read.
+    """
+    from topd.check.setup import Setup, describe
+
+    name, teachers = named(config, model)
+    trust = config.trust_remote_code
+    dtypes = {
+        "student": (config.model_init_kwargs or {}).get("dtype", model.dtype),
+        "teacher": (config.teacher_model_init_kwargs or {}).get("dtype", model.dtype),
+    }
+    for dtype in dtypes.values():
+        if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+            raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
+    data.data = data_source(data.data, name, *teachers.values())
+    dataset = dataset if dataset is not None else prompts(data.data, data.data_split, data.data_limit)
+    student = describe("student", name, trust, model.model_revision)
+    return {
+        key: Setup(
+            student,
+            describe("teacher", teacher, trust, config.teacher_model_revision),
+            config,
+            dataset["prompt"][:],
+            dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset),
+            data.data,
+            {role: dtype or "auto" for role, dtype in dtypes.items()},
+            adapters=model.use_peft,
+            teacher_here=teacher_here,
+            model=model,
+            evaluation=_evaluation(data) if evaluation is None else len(evaluation),
+        )
+        for key, teacher in teachers.items()
+    }
+
+
+def _evaluation(data: Any) -> int | DataError | None:
+    """Number of prompts for the evaluation loss, or why they cannot be read; None where none are named."""
+    try:
+        return len(prompts(data.eval_data, data.data_split, data.data_limit)) if data.eval_data else None
+    except DataError as error:
+        return error
+
+
+def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation: Any = None) -> None:
+    """The quick checks with which `topd train` begins: warnings are printed, errors stop it.
+
+    Raises:
+        TOPDError: at least one error.
+    """
+    from topd.check.checks import quick_findings
+    from topd.check.findings import errors_message, worst
+
+    setups = setups_of(data, config, model, dataset, evaluation)
+    findings = dict.fromkeys(finding for setup in setups.values() for finding in quick_findings(setup))
+    if worst(list(findings)) == "error":
+        raise TOPDError(f"{errors_message(list(findings))}\n--preflight false trains anyway.")
+    if config.should_log:
+        for finding in findings:
+            if finding.verdict == "warning" and finding.check != "precision":  # the trainer logs it
+                print(visible(f"topd: {finding.check}: {finding.found}. {finding.remedy}"), file=sys.stderr)

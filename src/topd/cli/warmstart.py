@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topd.cli.arguments import resume_from, started
+from topd.cli.options import parse_options, resume_from, start_record
 from topd.errors import TOPDError
 from topd.runs.guard import guarded
-from topd.runs.output_folder import check_writable
-from topd.runs.quiet import quieten_bars
-from topd.runs.recorded import Started
 from topd.runs.sole_writer import sole_writer
 
 
@@ -30,28 +27,32 @@ class SolutionArguments:
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    data_limit: int | None = field(default=None, metadata={"help": "Use only the first so many solutions."})
+    data_limit: int | None = field(default=None, metadata={"help": "Use only the first N solutions."})
     eval_data: str | None = field(default=None, metadata={"help": "Solutions for the evaluation loss."})
     keep_truncated: bool = field(
         default=False,
         metadata={
-            "help": "Train on responses that the length limit cut, too. They teach the student to stop there; our "
-            "choice: no."
+            "help": "Also train on responses that the length limit truncated. They teach the student to stop there; "
+            "our choice: no."
         },
     )
 
 
-def run(argv: Sequence[str]) -> None:
-    """Parse, load, train, save. Raises `TOPDError` for everything that the user can mend."""
-    quieten_bars()
+def main(argv: Sequence[str]) -> int:
+    """Parse, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
+    from topd.runs.checkpoints import check_writable
+    from topd.runs.console import hide_progress_bars
+
+    hide_progress_bars()
     data, config, model = parse(argv)
     check_writable(config)
-    begun, folder = started(("warmstart", *argv), data, config, model), Path(config.output_dir)
+    record, folder = start_record(("warmstart", *argv), data, config, model), Path(config.output_dir)
     with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
-        _run(begun, data, config, model)
+        _train(record, data, config, model)
+    return 0
 
 
-def _run(begun: Started, data: SolutionArguments, config: Any, model: Any) -> None:
+def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from topd.embedded.pair import resolve_model
@@ -59,15 +60,13 @@ def _run(begun: Started, data: SolutionArguments, config: Any, model: Any) -> No
     from topd.loading.models import check_whole
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import speak
-    from topd.runs.summary import print_summary, weights
+    from topd.runs.console import print_log_lines, print_summary, where_weights_are
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
         raise TOPDError(
-            "Name the student, the teacher and the solutions: --model_name_or_path, --teacher_model_name_or_path (not "
-            "needed with --kd_ratio 0), --data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes "
-            "solutions."
+            "Name the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
+            "--data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes solutions."
         )
     check_whole("student", model.model_name_or_path)
     if config.distils:
@@ -87,21 +86,20 @@ def _run(begun: Started, data: SolutionArguments, config: Any, model: Any) -> No
         eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )  # fmt: skip
-    trainer.started = begun
-    lines, folder = speak(trainer), Path(config.output_dir)
+    trainer.start_record = record
+    lines, folder = print_log_lines(trainer), Path(config.output_dir)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {folder}", folder):
         save(trainer, folder)
     if trainer.is_world_process_zero():
-        where = [*weights(folder), f"Go on: topd train --model_name_or_path {shlex.quote(str(folder))}"]
-        print_summary(trainer.state.log_history, where, trainer.state.global_step, lines.first)
+        at_end = [*where_weights_are(folder), f"Next: topd train --student {shlex.quote(str(folder))}"]
+        print_summary(trainer.state.log_history, at_end, trainer.state.global_step, lines.first)
 
 
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
     """The options of `topd warmstart`."""
     from trl import ModelConfig
 
-    from topd.loading.options import parse_options
     from topd.warmstart.config import WarmStartConfig
 
     data, config, model = parse_options(argv, (SolutionArguments, WarmStartConfig, ModelConfig), "topd warmstart")
@@ -109,7 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
 
 
 def solutions(source: str, data: SolutionArguments, config: Any) -> Any:
-    """The rows as TRL's trainer takes them."""
+    """The rows in the form that TRL's trainer takes."""
     from topd.warmstart.solutions import load_solutions
 
     rows = load_solutions(source, split=data.data_split, limit=data.data_limit, truncated=data.keep_truncated)
@@ -119,17 +117,17 @@ def solutions(source: str, data: SolutionArguments, config: Any) -> Any:
 
 
 def save(trainer: Any, folder: Path) -> None:
-    """A model that `topd train` takes: whole weights. A LoRA adapter is merged, and kept in `adapter/` besides."""
+    """Save a model that `topd train` takes: whole weights. A LoRA adapter is merged, and also saved in `adapter/`."""
     from accelerate.utils import is_peft_model
 
-    from topd.loading.adapters import merged_adapter
+    from topd.loading.models import merged_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         trainer.save_model(str(folder / "adapter"))
         if trainer.accelerator.is_main_process:
-            alone = trainer.accelerator.num_processes == 1  # sharded weights take no forward pass in one process
-            merged_adapter(model, check=alone).save_pretrained(folder)
+            single = trainer.accelerator.num_processes == 1  # one process cannot run sharded weights
+            merged_adapter(model, check=single).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))

@@ -1,8 +1,8 @@
 """`topd demo build`: train the embedded models from scratch, on worked solutions, with fixed seeds.
 
-The long pair (`long-teacher`, `long-student`) is what the demo and the study use. It continues from short models: the
-teacher, and the easy student, from which the standard one continues too, with a stronger left-to-right habit. Each
-model is written with a `build.json` that states how it was made and how well it answers held-out problems.
+The demo and the study use the long pair (`long-teacher`, `long-student`). It continues from short models: the teacher,
+and the easy student, from which the standard student continues too, with a stronger left-to-right habit. Each model has
+a `build.json` with its recipe and its accuracy on held-out problems.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Recipe:
     Attributes:
         style: of the solutions.
         width, layers: of the model.
-        after: the embedded model that it continues from; empty: from scratch.
+        after: the embedded model to continue from; empty: from scratch.
         level: of the problems.
     """
 
@@ -60,7 +60,7 @@ RECIPES = {
     "long-teacher": Recipe(TEACHER, 900, 1e-3, seed=7, batch=32, after="teacher", level="long"),
     "long-student": Recipe(LONG_STUDENT, 600, 1e-3, seed=8, batch=32, after="student-easy", level="long"),
 }
-"""Each model's folder is its name; a model comes after the one that it continues from."""
+"""Recipes by folder name, in order: a model follows the one that it continues from."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qwen3ForCausalLM:
@@ -108,7 +108,7 @@ def solution_batch(
 def train_on_solutions(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log_every: int = 100
 ) -> float:
-    """Train in place; return the last loss (nats a token)."""
+    """Train in place; return the last loss (nats/token)."""
     rng = random.Random(f"topd-build-{recipe.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -152,7 +152,7 @@ def save(
 
 
 def starting_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> Qwen3ForCausalLM:
-    """What training starts from: a random model, or an earlier one from `out` or the package, fitted to the level."""
+    """The model to train: a random one, or an earlier one from `out` or the package, adapted to the level."""
     torch.manual_seed(recipe.seed)
     if not recipe.after:
         return new_model(tokenizer, recipe.width, recipe.layers)
@@ -168,7 +168,7 @@ def starting_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path
 def build(out: Path, only: str | None = None) -> None:
     """Train the embedded models into folders of `out` (about two hours on one core).
 
-    `only`: the name of one model; what it continues from is then taken from `out` or the package.
+    `only`: build only this model; the one that it continues from is taken from `out` or the package.
     """
     for name, recipe in RECIPES.items():
         if only not in (None, name):

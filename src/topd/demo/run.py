@@ -1,25 +1,21 @@
-"""`topd demo`: distil the embedded student by OPD and by TOPD from the same start, and show what happened.
+"""`topd demo`: distil the embedded student by OPD and by TOPD from the same start, and compare.
 
-Both arms have the same student, teacher, prompts, seed and optimizer steps; they differ in `method` only.
+Both arms have the same student, teacher, prompts, seed and optimizer steps, and differ only in `method`.
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.table import Table
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -28,23 +24,24 @@ from transformers import (
 
 from topd.analysis.probe import ProbeOptions
 from topd.analysis.probe_command import ProbeRun, run_probe
-from topd.demo.table import results_table
 from topd.embedded.pair import pair_folder
 from topd.embedded.task import Problem, make_problems
 from topd.evaluation.embedded import MAX_NEW_TOKENS, correct_answers
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.loading.models import load_weights
+from topd.loading.tokenizers import tokenizer_of
+from topd.runs.console import progress, silence_libraries
 from topd.runs.files import write_json
-from topd.runs.quiet import quieten
+from topd.runs.provenance import PACKAGES, versions
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import Method
-from topd.version import __version__
 
 ARMS: tuple[Method, ...] = ("opd", "topd")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long a demo is."""
+    """The size of a demo."""
 
     steps: int
     held_out: int
@@ -58,27 +55,26 @@ QUICK = Size(steps=6, held_out=150, sampled=1, probe_rollouts=16)
 
 STUDENT, TEACHER = "long-student", "long-teacher"
 CURVE_PROBLEMS = 100
-"""Held-out problems answered every quarter of the training, for the curve on the page."""
+"""Number of held-out problems answered every quarter of the training, for the curve on the page."""
 WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 32, 0.0225, 0.03
 """The task's responses have about 145 tokens, the paper's 9,688, so windows are shorter."""
 
 
 def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
     """Run both arms, print the table, write `results.json` and `report.html` into `out`; return the results."""
-    quieten()
-    torch.set_num_threads(1)  # models of a megabyte: a second thread costs more than it gives
+    silence_libraries()
+    torch.set_num_threads(1)  # models of a megabyte: a second thread does not help
     size = QUICK if quick else FULL
     steps = steps or size.steps
     started, console = time.perf_counter(), Console()
-    student_folder = pair_folder(STUDENT)
-    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    tokenizer: Any = tokenizer_of(str(pair_folder(STUDENT)))
     held_out = make_problems(size.held_out, seed=1_000_000 + seed, held_out=True, level="long")
 
     console.print(f"[bold]TOPD demo[/bold]  {STUDENT}, {steps} steps of {size.batch} rollouts, seed {seed}")
-    before = _before(student_folder, tokenizer, held_out, out, size, console)
+    before = _before(tokenizer, held_out, out, size, console)
     correct, arms = {}, []
     for name in ARMS:
-        student, arm = _train(name, student_folder, tokenizer, out / name, size, steps, seed, console)
+        student, arm = _train(name, tokenizer, out / name, size, steps, seed, console)
         with console.status(f"{name}: answering {len(held_out)} held-out problems"):
             correct[name] = _answers(student, tokenizer, held_out, size.sampled, seed)
         arms.append(arm | {how: _interval(values) for how, values in correct[name].items()})
@@ -92,7 +88,7 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
         "overhead": arms[1]["seconds_per_step"] / arms[0]["seconds_per_step"],
         "seconds_total": time.perf_counter() - started,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions((*PACKAGES, "scipy", "POT")),
     }
     write_json(results, out / "results.json")
     console.print(results_table(results))
@@ -101,11 +97,10 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
 
 
 def _before(
-    student_folder: Path, tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], out: Path, size: Size,
-    console: Console,
+    tokenizer: PreTrainedTokenizerBase, held_out: list[Problem], out: Path, size: Size, console: Console
 ) -> dict[str, Any]:  # fmt: skip
-    """Accuracy of teacher and student, and a probe of the pair, before anything is trained."""
-    teacher, student = _load(pair_folder(TEACHER)), _load(student_folder)
+    """Accuracy of teacher and student, and a probe of the pair, before training."""
+    teacher, student = _load(TEACHER), _load(STUDENT)
     with console.status("before training: answering held-out problems"):
         shown = {
             "teacher": {"greedy": _interval(_answers(teacher, tokenizer, held_out, 0, 0)["greedy"])["mean"]},
@@ -127,7 +122,6 @@ def _before(
 
 def _train(
     name: Method,
-    student_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     size: Size,
@@ -144,18 +138,15 @@ def _train(
         ]
     )
     trainer = TOPDTrainer(
-        model=_load(student_folder),
-        teacher_model=_load(pair_folder(TEACHER)),
+        model=_load(STUDENT),
+        teacher_model=_load(TEACHER),
         args=arm_config(name, out, steps=steps, batch=size.batch, seed=seed),
         train_dataset=prompts,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), console=console,
-    ) as progress:  # fmt: skip
-        trainer.add_callback(_ShowProgress(progress, name, steps))
+    with progress(console, f"{name:5}", steps) as advance:
+        trainer.add_callback(_ShowProgress(advance))
         curve = make_problems(CURVE_PROBLEMS, seed=5, held_out=True, level="long")
         trainer.add_callback(_Accuracy(tokenizer, curve, every=max(1, steps // 4)))
         trainer.train()
@@ -186,7 +177,6 @@ def arm_config(name: Method, out: Path, *, steps: int, batch: int, seed: int) ->
         save_steps=max(1, steps // 2),
         save_total_limit=2,
         audit_steps=max(1, steps // 6),
-        audit_rollouts=6,
         bf16=False,
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
@@ -197,19 +187,20 @@ def arm_config(name: Method, out: Path, *, steps: int, batch: int, seed: int) ->
 
 
 class _ShowProgress(TrainerCallback):
-    def __init__(self, progress: Progress, name: str, steps: int) -> None:
-        self.progress, self.task = progress, progress.add_task(f"{name:5}", total=steps, loss="")
+    """Advances a progress bar with each step."""
+
+    def __init__(self, advance: Any) -> None:
+        self.advance = advance
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self.progress.update(self.task, completed=state.global_step, loss=f"loss {logs['loss']:.3f}")
+        if "loss" in kwargs["logs"]:
+            self.advance(1, f"loss {kwargs['logs']['loss']:.3f}")
 
 
 class _Accuracy(TrainerCallback):
-    """Writes greedy accuracy with its interval into the log, before the first step and every `every` steps.
+    """Logs greedy accuracy with its interval, before the first step and every `every` steps.
 
-    The problems are drawn apart from those of the final table.
+    The problems are not those of the final table.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], every: int) -> None:
@@ -231,7 +222,7 @@ class _Accuracy(TrainerCallback):
 def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], sampled: int, seed: int
 ) -> dict[str, list[float]]:
-    """For each problem: 1 or 0 for greedy decoding; and the share of samples (temperature 1) that are right."""
+    """For each problem: 1 or 0 for greedy decoding, and the share of correct samples (temperature 1)."""
     torch.manual_seed(seed)
     answers = {"greedy": [float(right) for right in correct_answers(model, tokenizer, problems)]}
     if sampled:
@@ -244,8 +235,8 @@ def _interval(values: list[float]) -> dict[str, float]:
     return asdict(bootstrap_mean(values))
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def _load(name: str) -> Any:
+    return load_weights(str(pair_folder(name)), torch.float32)
 
 
 def _write_report(out: Path, console: Console) -> None:
@@ -254,9 +245,39 @@ def _write_report(out: Path, console: Console) -> None:
     except ImportError as error:
         console.print(f"No report page: it needs {error.name} (pip install 'topd\\[report]').")
         return
-    console.print(f"Open {write_report(out)} to see the forks; figures are in {out / 'results.json'}.")
+    console.print(f"Open {write_report(out)} to see the forks. Results: {out / 'results.json'}.")
 
 
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "trl", "accelerate", "datasets", "scipy", "POT")
-    return {"topd": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+def results_table(results: dict[str, Any]) -> Group:
+    """Accuracy with 95 % intervals, the paired difference, s/step and the overhead."""
+    table = Table(title="Embedded task, held-out problems", title_justify="left")
+    for column in ("", "greedy", "sampled", "s/step"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("teacher", f"{results['teacher']['greedy']:.1%}", "", "")
+    table.add_row("student before", f"{results['student']['greedy']:.1%}", f"{results['student']['sampled']:.1%}", "")
+    for arm in results["arms"]:
+        table.add_row(
+            f"+ {arm['name'].upper()}, {arm['steps']} steps",
+            _with_interval(arm["greedy"]),
+            _with_interval(arm["sampled"]),
+            f"{arm['seconds_per_step']:.2f}",
+        )
+    return Group(table, *(_verdict(how, results["difference"][how]) for how in ("greedy", "sampled")), _cost(results))
+
+
+def _with_interval(value: dict[str, float]) -> str:
+    return f"{value['mean']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
+
+
+def _verdict(how: str, difference: dict[str, float]) -> str:
+    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
+    clear = "" if low > 0 or high < 0 else ", not significantly different"
+    return (
+        f"TOPD - OPD, {how}: {mean:+.1f} points ({low:+.1f} to {high:+.1f}, p = {difference['p']:.3f}, "
+        f"n = {difference['n']} problems, one training seed{clear})"
+    )
+
+
+def _cost(results: dict[str, Any]) -> str:
+    overhead, seconds = results["overhead"], results["seconds_total"]
+    return f"A TOPD step takes {overhead:.2f} x an OPD step (paper: 1.41 x); {seconds:.0f} s in total."

@@ -1,4 +1,4 @@
-"""The embedded pairs: a teacher and students of each level that ship with the package."""
+"""The embedded pairs: a teacher and students of each level, shipped with the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from topd.errors import TOPDError
 
 PREFIX = "embedded:"
-"""`embedded:long-teacher` or `embedded:long-student` stands for a model's folder wherever a model is named."""
+"""Prefix of embedded model names, such as `embedded:long-teacher`, which are accepted wherever a model is named."""
 
 _MODELS = Path(__file__).parent / "models"
 
@@ -22,5 +22,5 @@ def pair_folder(role: str) -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A model name for `from_pretrained`: embedded names become folders, all others stay."""
+    """A model name for `from_pretrained`: embedded names become folders, other names are unchanged."""
     return str(pair_folder(name.removeprefix(PREFIX))) if name.startswith(PREFIX) else name

@@ -1,20 +1,21 @@
 """The embedded task: arithmetic with precedence, modulo 100, worked out step by step in words.
 
-The paper's own example ("What is 5+(2×3)?", Fig. 1 and 3) made a generator. Two things vary, on purpose:
+A generator of problems like the paper's example ("What is 5+(2×3)?", Fig. 1 and 3). Two things vary on purpose:
 
-* **wording**, which changes nothing that follows ("then" or "next", "=" or "makes"): a high token loss here is a
-  false alarm;
-* **procedure**: multiplication first, or from left to right. Where precedence matters the two part for good: a fork.
+* **wording** ("then" or "next", "=" or "makes"), which does not affect later tokens: a high token loss here is a false
+  alarm;
+* **procedure**: multiplication first, or from left to right. Where precedence matters, the two lead to different
+  results: a fork.
 
-A solution reads::
+An example solution::
 
     what is 5+2×3? first 2×3=6, leaving 5+6. then 5+6=11. so the answer is 11
 
 There are two levels. "short" has 2 to 4 operations and responses of about 60 tokens; "long" has 6 to 8 operations, one
 or two pairs of brackets and responses of about 145 tokens.
 
-Problems come from a seed. A problem belongs to the held-out part if a hash of its text says so, so train and held-out
-problems are disjoint by construction, whatever the seeds.
+Problems are drawn by seed. A hash of its text decides whether a problem is held out, so training and held-out problems
+are disjoint for all seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OPERATORS = ("+", "-", "×")
 Level = Literal["short", "long"]
 
 DATA: dict[str, Level] = {"embedded": "short", "embedded-long": "long"}
-"""Names under which every command takes the task's problems as data or as a benchmark."""
+"""Names of the task's problems, as data or as a benchmark, in every command."""
 
 PHRASES = {
     "opener": (" first ", " to begin ", " start with "),
@@ -44,7 +45,7 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a writer of solutions words and orders its steps.
+    """The wording and the order of steps of solutions.
 
     Attributes:
         weights: for each slot of `PHRASES`, the probability of each phrase.
@@ -74,10 +75,10 @@ STUDENTS = {
     "easy": Style(_STUDENT_WORDING, left_to_right=0.70),
     "standard": Style(_STUDENT_WORDING, left_to_right=0.90),
 }
-"""Student styles: the stronger the habit, the less often the right path is visited."""
+"""Student styles. With a stronger habit, the student takes the right path less often."""
 
 OTHER_WORDING = 0.15
-"""Share of the long student's phrases that are drawn from the short students' wording; the rest is the teacher's."""
+"""Share of the long student's phrases with the short students' wording; the rest has the teacher's."""
 LONG_STUDENT = Style(
     {
         slot: tuple(
@@ -113,7 +114,7 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """A tenth of all problems, chosen by a hash of the text, is never trained on."""
+        """Whether a problem is in the tenth of all problems, chosen by a hash of the text, that is never trained on."""
         return hashlib.sha256(self.expression.encode()).digest()[0] % 10 == 0
 
 
@@ -123,9 +124,9 @@ def split_terms(expression: str) -> list[str]:
 
 
 def next_operator(terms: list[str], *, left_to_right: bool = False) -> int:
-    """Index of the operator to evaluate next: in the first innermost brackets, the first "×", else the first.
+    """Index of the operator to evaluate next: in the first innermost brackets, the first "×", else the first operator.
 
-    `left_to_right`: the first, whatever it is.
+    `left_to_right`: always the first operator.
     """
     end = terms.index(")") if ")" in terms else len(terms)
     start = max((index for index in range(end) if terms[index] == "("), default=-1) + 1
@@ -135,7 +136,7 @@ def next_operator(terms: list[str], *, left_to_right: bool = False) -> int:
 
 
 def evaluate_operator(terms: list[str], index: int) -> str:
-    """Replace an operator and its two numbers by the result, and drop brackets around a lone number; return it."""
+    """Replace an operator and its numbers by the result, drop brackets around a single number; return the result."""
     a, b = int(terms[index - 1]), int(terms[index + 1])
     result = str({"+": a + b, "-": a - b, "×": a * b}[terms[index]] % MODULUS)
     terms[index - 1 : index + 2] = [result]
@@ -166,7 +167,7 @@ _PROMPT = re.compile(r"what is (\(*[1-9](?:\)*[+×-]\(*[1-9]){2,8}\)*)\?")
 
 
 def read_problem(prompt: str) -> Problem | None:
-    """The problem that a prompt asks; None if it is not one of this task's."""
+    """The problem in a prompt; None if it is not of this task."""
     match = _PROMPT.fullmatch(prompt)
     if match is None or match[1].count("(") != match[1].count(")"):
         return None
@@ -182,7 +183,7 @@ _ANSWER = re.compile(r"(?:answer is|result is|makes the answer) (\d{1,2})\s*$")
 
 
 def extract_answer(text: str) -> str | None:
-    """The answer that a solution ends with, or None if it does not end with one (cut off, or never concluded)."""
+    """The answer at the end of a solution; None if there is none (truncated, or not concluded)."""
     match = _ANSWER.search(text)
     return match.group(1) if match else None
 
@@ -223,7 +224,7 @@ def _with_brackets(terms: list[str], rng: random.Random) -> list[str]:
 
 
 def make_problems(n: int, seed: int, *, held_out: bool, level: Level = "short") -> list[Problem]:
-    """`n` different problems of the wanted part, the same for the same seed."""
+    """`n` different problems, held out or not, reproducible by seed."""
     rng = random.Random(f"topd-demo-{seed}" if level == "short" else f"topd-demo-{level}-{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < n:

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded pair: one token a word, a digit or a sign; text survives a round trip exactly."""
+"""The tokenizer of the embedded pairs: one token per word, digit or sign, with an exact round trip."""
 
 from __future__ import annotations
 

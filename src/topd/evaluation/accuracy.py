@@ -1,11 +1,11 @@
-"""Accuracy on one benchmark or the mean over several: intervals, pass@k, majority, and two models on the same problems.
+"""Accuracy on benchmarks: intervals, pass@k, majority, the difference of two models, and the power of a comparison.
 
 Tables are [problem, sample] of 0 and 1 (or [problem] of values from 0 to 1, such as pass@k). A list of tables is a list
 of benchmarks, and the figure is the mean of their means, as in the paper's Table 1.
 
-The unit that is drawn anew is the problem, together with its samples. That holds both levels of chance: a problem's
-mean over k samples varies by which problem it is and by how its samples fell. Drawing the samples once more inside each
-drawn problem would count the second twice (97.5 % coverage for a nominal 95 %, tests/evaluation/test_accuracy.py).
+Intervals resample problems, each together with its samples. That covers both sources of variance: a problem's mean over
+k samples varies with the problem and with its samples. Resampling the samples inside each problem as well would count
+the second source twice (97.5 % coverage for a nominal 95 %, tests/evaluation/test_accuracy.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtrit
 
 from topd.evaluation.statistics import (
     Floats,
@@ -34,14 +35,14 @@ def accuracy_interval(
 ) -> Interval:
     """Mean of the benchmarks' means, with the interval of Rubin's (1981) Bayesian bootstrap over problems.
 
-    It starts from one right and one wrong problem (a share of each, where there are several benchmarks), our choice:
-    for one sample a problem the interval is then that of a proportion under a uniform prior, which few problems, or
-    problems that are nearly all right, do not make too narrow. Coverage in simulated studies of 30 problems and more:
-    94 to 97 %, where a percentile interval has 90 to 96 (docs/evaluation.md).
+    The prior is one right and one wrong problem, shared by all benchmarks (our choice). With one sample per problem the
+    interval is that of a proportion under a uniform prior, which is not too narrow for few problems or accuracies near
+    0 or 1. Coverage in simulated studies of 30 problems and more: 94 to 97 %, compared with 90 to 96 % for a percentile
+    interval (docs/evaluation.md).
 
     Args:
-        benchmarks: a table each; they are drawn apart from each other.
-        samples: draws.
+        benchmarks: a table per benchmark; they are resampled independently.
+        samples: number of draws.
         level: probability inside the interval.
         seed: the same seed gives the same interval.
 
@@ -63,11 +64,11 @@ def accuracy_difference(
 ) -> PairedDifference:
     """Mean of a - b over benchmarks, with a bootstrap interval over problems, and a sign-flip permutation test.
 
-    With few problems a percentile interval is too narrow, as the normal interval is beside Student's; it is widened as
-    Hesterberg proposes (2015, "What teachers should know about the bootstrap", section 5).
+    With few problems a percentile interval is too narrow, like a normal interval compared with Student's t. It is
+    widened as in Hesterberg (2015, "What teachers should know about the bootstrap", section 5).
 
     Args:
-        a: a table for each benchmark.
+        a: a table per benchmark.
         b: the same benchmarks with the same problems in the same order; the numbers of samples may differ.
         samples: bootstrap resamples, and sign assignments.
         level: share of resampled means inside the interval.
@@ -102,10 +103,7 @@ def problem_differences(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> list[
 
 
 def sampling_error(right: ArrayLike) -> float | None:
-    """Standard error of the accuracy on just these problems: what another draw of samples would change.
-
-    None for one sample a problem, which does not tell.
-    """
+    """Standard error of the accuracy on these problems due to sampling; None with one sample per problem."""
     table = table_of(right, "right")
     problems, k = table.shape
     if k == 1:
@@ -114,7 +112,7 @@ def sampling_error(right: ArrayLike) -> float | None:
 
 
 def pass_at_k(right: ArrayLike, k: int) -> Floats:
-    """[problem] probability that at least one of k samples is right, without bias.
+    """[problem] unbiased probability that at least one of k samples is right.
 
     1 - C(n - c, k) / C(n, k) for c right ones among n (Chen et al. 2021, arXiv:2107.03374, equation 1).
 
@@ -130,11 +128,11 @@ def pass_at_k(right: ArrayLike, k: int) -> Floats:
 
 
 def majority_value(answers: Sequence[str | None], right: Sequence[bool]) -> float:
-    """Probability that the most frequent answer to one problem is right: 0, 1, or the share of a tie that is.
+    """Probability that the most frequent answer to one problem is right: 0, 1, or a share for a tie.
 
     Args:
-        answers: [sample] as extracted, None where there is none (it has no vote). Right ones count as one answer
-            however they are written; wrong ones are told apart by how they are written.
+        answers: [sample] as extracted; None has no vote. All right answers count as one answer; wrong answers are
+            distinguished by their text.
         right: [sample]
     """
     votes = Counter(
@@ -148,7 +146,7 @@ def majority_value(answers: Sequence[str | None], right: Sequence[bool]) -> floa
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of several comparisons (Holm 1979): below 0.05, all such claims together err in 5 % at most."""
+    """Adjusted p-values (Holm 1979): claims with a value below 0.05 contain an error with at most 5 % probability."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
@@ -157,14 +155,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _posterior_means(values: Floats, prior: float, samples: int, rng: np.random.Generator) -> Floats:
-    """[samples] means of [problem] values under Dirichlet weights; a 0 and a 1 weigh `prior` beforehand."""
+    """[samples] means of [problem] values under Dirichlet weights; a 0 and a 1 have the prior weight `prior`."""
     distinct, place = np.unique(np.concatenate([values, [0.0, 1.0]]), return_inverse=True)
     weight = np.bincount(place, np.concatenate([np.ones(len(values)), [prior, prior]]))
     return np.asarray(rng.dirichlet(weight, size=samples) @ distinct)
 
 
 def _widened(level: float, n: int) -> float:
-    """The level that makes a percentile interval of n values as wide as Student's."""
+    """The level at which a percentile interval of n values is as wide as Student's."""
     if n < 2:
         return level
     distance = math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2)
@@ -173,3 +171,70 @@ def _widened(level: float, n: int) -> float:
 
 def _mean(tables: Sequence[Floats]) -> float:
     return float(np.mean([table.mean() for table in tables]))
+
+
+FEWEST = 6
+"""Smallest number of problems with which a sign-flip test can reach p = 0.05."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """The gain that a paired comparison of this size can detect.
+
+    Attributes:
+        gain: the gain in question, in units of accuracy (0.044 is 4.4 points).
+        power: probability of detecting a gain (p < 0.05) if it exists.
+        detectable: the smallest gain that is detected with that probability here.
+        problems: number needed for `gain`, with as many samples as here.
+        problems_at_best: number needed with unlimited samples; None with one sample per problem.
+    """
+
+    gain: float
+    power: float
+    detectable: float
+    problems: int
+    problems_at_best: int | None
+
+
+def power_of(
+    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, gain: float, power: float = 0.8, alpha: float = 0.05
+) -> Power:
+    """Power of a comparison, from the spread of two models' results (not from their difference).
+
+    The difference varies from problem to problem, which only more problems reduce, and by sampling, which more samples
+    reduce too. Normal approximation with Guenther's (1981) correction for few problems; problems are spread evenly over
+    benchmarks.
+
+    Args:
+        a: a table [problem, sample] per benchmark.
+        b: the same for the other model and the same problems.
+        gain: above 0, in units of accuracy.
+        power: wanted probability of detecting it.
+        alpha: significance level.
+
+    Raises:
+        ValueError: the tables are not of the same problems.
+    """
+    differences = problem_differences(a, b)
+    spread = float(np.mean([_variance(each) for each in differences]))
+    sampled = [_sampling_variance(first) + _sampling_variance(second) for first, second in zip(a, b, strict=True)]
+    z_alpha, z_power = ndtri([1 - alpha / 2, power])
+
+    def needed(variance: float) -> int:
+        problems = (z_alpha + z_power) ** 2 * variance / gain**2 + z_alpha**2 / 2
+        return max(FEWEST, math.ceil(problems))
+
+    mean_variance = sum(_variance(each) / len(each) for each in differences) / len(differences) ** 2
+    at_best = None if math.isnan(sum(sampled)) else needed(max(0.0, spread - float(np.mean(sampled))))
+    return Power(gain, power, float((z_alpha + z_power) * math.sqrt(mean_variance)), needed(spread), at_best)
+
+
+def _variance(differences: Floats) -> float:
+    return float(differences.var(ddof=1)) if len(differences) > 1 else 0.0
+
+
+def _sampling_variance(right: ArrayLike) -> float:
+    """Mean over problems of the sampling variance of a mean over k samples; NaN for one sample."""
+    table = table_of(right, "right")
+    k = table.shape[1]
+    return float(table.var(axis=1, ddof=1).mean() / k) if k > 1 else math.nan

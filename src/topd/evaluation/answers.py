@@ -1,6 +1,10 @@
-"""Whether a response is right: the answer that it gives, and whether that is the wanted one.
+"""Whether a response is right: the answer extracted from it, compared with the wanted one.
 
-A response that gives no readable answer is `parsed=False`, so that a table can count it apart from a wrong one.
+`parsed=False` marks a response without a readable answer, so that tables can count it apart from a wrong answer.
+
+The rule "lm_eval" follows the AIME tasks of lm-evaluation-harness, which the paper used (`lm_eval/tasks/aime` of
+EleutherAI/lm-evaluation-harness as of 2026-08-21): where the answer is extracted, and the string normalization of MATH,
+with its oddities. It was written from their behavior and contains no code of the harness.
 """
 
 from __future__ import annotations
@@ -9,8 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from topd.evaluation.lm_eval_answers import given_answer, same_text
-
 Rule = Literal["math", "integer", "lm_eval", "embedded"]
 """How answers are compared.
 
@@ -18,21 +20,21 @@ Rule = Literal["math", "integer", "lm_eval", "embedded"]
   "or" count as one list.
 * "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999): `073`, `73.0`,
   `\\textbf{73}`, `73 \\text{ cm}`, and what follows the equals sign in `m+n = 73`.
-* "lm_eval": as the AIME tasks of lm-evaluation-harness do; see `lm_eval_answers`.
+* "lm_eval": as the AIME tasks of lm-evaluation-harness; see the module.
 * "embedded": the embedded task's closing sentence.
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a response answers.
+    """The judgement of a response.
 
     Attributes:
         extracted: the answer as written, None if there is none.
-        right: whether it is the wanted one.
-        parsed: whether it could be read and compared. False: no box, a last box that is never closed, one that is no
-            number (rule "integer"), no LaTeX, or too hard to compare in time (rule "math"), neither a box nor dollar
-            signs (rule "lm_eval", unless the whole response is the answer). `right` is then False.
+        right: whether it is the wanted answer.
+        parsed: whether it could be parsed and compared; if not, `right` is False. Not parsed are: no box, a last box
+            that is never closed, a box without a number (rule "integer"), not LaTeX or not compared in time (rule
+            "math"), neither a box nor dollar signs (rule "lm_eval", unless the whole response is the answer).
     """
 
     extracted: str | None
@@ -85,9 +87,9 @@ _SEVERAL = re.compile(r",(?![0-9]{3})|;|\b(?:and|or)\b")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{}`, stripped; of several joined by a comma, "and" or "or", all of them.
+    """Content of the last `\\boxed{}`, stripped; several boxes joined by a comma, "and" or "or" count as one.
 
-    None if the last one is never closed: the response was cut inside its answer, and an earlier box is not that answer.
+    None if the last box is never closed: the response was truncated inside its answer, and an earlier box is not it.
     """
     contents: list[str] = []
     after = 0
@@ -100,8 +102,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:
-    """Start and closing brace of all boxes that are closed, not empty, and hold no other box; none, if the last box to
-    begin is never closed."""
+    """Start and closing brace of all closed, non-empty boxes without another box inside; none if the last box is never
+    closed."""
     boxes: list[tuple[int, int]] = []
     opened: list[re.Match[str] | None] = []  # None: a brace of something else
     last = None
@@ -118,12 +120,108 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 
 def _whole_number(text: str) -> int | None:
-    """The whole number that a box holds, after the last equals sign if it has one.
+    """The whole number in a box, after the last equals sign if there is one.
 
-    Fonts, units, degree signs, thousands separators, leading zeros and zero decimals do not matter.
+    Fonts, units, degree signs, thousands separators, leading zeros and zero decimals are ignored.
     """
     *before, number = text.split("=")
     if any(_SEVERAL.search(_DECORATION.sub("", side)) for side in before):  # a = 73, b = 4
         return None
     bare = _NO_FRACTION.sub("", _DECORATION.sub("", _UNIT.sub("", number.strip())).strip())
     return int(bare.replace(",", "")) if _WHOLE.fullmatch(bare) else None
+
+
+LM_EVAL_PROMPT = "Question: {problem}\nAnswer:"
+"""The harness's prompt, without examples. It does not ask for a box."""
+STOPS = ("Question:", "</s>", "<|im_end|>", "<|eot_id|>")
+"""Generation ends at these; text after them is ignored."""
+
+_SPACE = " "
+_BOX = "\\boxed"
+_BEFORE_UNITS = (
+    ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
+    ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
+)  # fmt: skip
+_AFTER_UNITS = (("\\%", ""), ("\\%", ""), (" .", " 0."), ("{.", "{0."))  # the first one twice: "\\\\%%" holds two
+
+
+def given_answer(text: str) -> tuple[str, bool]:
+    """The answer in a response, and whether it is in a box or between dollar signs.
+
+    The last box; without a closed box, the text between the first and the last dollar sign; else the whole text.
+    """
+    for stop in STOPS:
+        text = text.partition(stop)[0]
+    box = _last_box(text)
+    if box is not None:
+        return box, True
+    first, last = text.find("$"), text.rfind("$")
+    return (text[first + 1 : last], True) if first < last else (text, False)
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two answers are the same string when normalised; unnormalised if one cannot be normalised."""
+    try:
+        return normalised(one) == normalised(other)
+    except ValueError:
+        return one == other
+
+
+def _last_box(text: str) -> str | None:
+    """Content of the last box. `\\boxed 7`, up to the next dollar sign, takes precedence."""
+    if _BOX + _SPACE in text:
+        return text.rpartition(_BOX + _SPACE)[2].partition("$")[0]
+    start = text.rfind(_BOX + "{")
+    if start < 0 or start != text.rfind(_BOX):
+        return None
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start + len(_BOX) + 1 : start + brace.start()]
+    return None
+
+
+def normalised(text: str) -> str:
+    """MATH's normal form of an answer.
+
+    Raises:
+        ValueError: there is none (several units, an empty root or fraction, a quotient not of two integers).
+    """
+    for old, new in _BEFORE_UNITS:
+        text = text.replace(old, new)
+    text, *units = text.split("\\text{ ")
+    if len(units) > 1:
+        raise ValueError("More than one unit.")
+    for old, new in _AFTER_UNITS:
+        text = text.replace(old, new)
+    if text.startswith("."):
+        text = "0" + text
+    name, *values = text.split("=")
+    if len(values) == 1 and len(name) <= 2:  # "x=" and the like
+        text = values[0]
+    if re.search(r"\\sqrt(?:\Z|\\sqrt)", text):
+        raise ValueError("A root of nothing.")
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(_SPACE, "")
+    text = _braced_fractions(text)
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    if text.count("/") == 1:
+        above, below = map(int, text.split("/"))
+        if text == f"{above}/{below}":
+            return f"\\frac{{{above}}}{{{below}}}"
+    return text
+
+
+def _braced_fractions(text: str) -> str:
+    """`\\frac12` as `\\frac{1}{2}`; the text as it is where a fraction has one character only."""
+    whole, *parts = text.split("\\frac")
+    for part in parts:
+        if not part:
+            raise ValueError("A fraction of nothing.")
+        if part[0] != "{" and len(part) < 2:
+            return text
+        if part[0] != "{":
+            part = f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
+        whole += "\\frac" + part
+    return whole

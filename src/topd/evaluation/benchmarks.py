@@ -1,6 +1,6 @@
-"""What is asked: the benchmarks that are known by name, and any file or Hub dataset of problems with answers.
+"""The problems: benchmarks known by name, and any file or Hub dataset of problems with answers.
 
-No problem is kept in this project: benchmarks come from the Hub, or from a file of yours (`--benchmark aime24=FILE`).
+This project contains no benchmark problems: they come from the Hub or from your own file (`--benchmark aime24=FILE`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import DataError, TOPDError
-from topd.evaluation import lm_eval_answers
-from topd.evaluation.answers import Rule
+from topd.evaluation.answers import LM_EVAL_PROMPT, Rule
 from topd.loading.data import load_prompts
 
 PromptStyle = Literal["boxed", "lm-eval"]
-"""boxed: ours. lm-eval: the prompt and the reading of answers of lm-evaluation-harness, which the paper used."""
+"""boxed: ours. lm-eval: prompt and answer extraction of lm-evaluation-harness, which the paper used."""
 LM_EVAL_BENCHMARKS = ("aime24", "aime25", "hmmt25")
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 BOXED = "{problem}" + INSTRUCTION.replace("{}", "{{}}")
@@ -32,11 +31,11 @@ class Benchmark:
     Attributes:
         source: Hub name, with the configuration after a colon; None for the embedded task.
         split: of the Hub dataset.
-        size: number of problems; a source that has another number is refused.
+        size: number of problems; a source with another number is refused.
         rule: how answers are compared.
-        licence: of the dataset, as its card states it.
+        licence: of the dataset, as stated on its card.
         template: the prompt; {problem} stands for the problem's text.
-        max_new_tokens: of a response, where the user does not say (our choice: the paper gives no length).
+        max_new_tokens: default length limit of a response (our choice: the paper gives no length).
     """
 
     source: str | None
@@ -58,7 +57,7 @@ BENCHMARKS = {
     "embedded-long": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 224),
 }
 EMBEDDED_SEED = 1_000_000
-"""Of the held-out problems of the embedded task; those of `topd demo` with seed 0."""
+"""Seed of the embedded task's held-out problems, which are those of `topd demo` with seed 0."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +85,23 @@ def load_benchmark(
     """The problems of a benchmark.
 
     Args:
-        name: a known name; "NAME=SOURCE", a known benchmark from a file or dataset of yours, or a set that you name;
-            or just a source: a JSONL, JSON, CSV or Parquet file, a folder of `save_to_disk`, or a Hub dataset, with
+        name: a known name; "NAME=SOURCE", a known benchmark from your own file or dataset, or your own name for it; or
+            just a source: a JSONL, JSON, CSV or Parquet file, a folder of `save_to_disk`, or a Hub dataset, with
             `problem` (or `question`, `prompt`) and `answer`.
-        limit: keep the first so many.
-        split: of a Hub dataset that is not known.
-        rule: of a set that is not known.
-        style: of the prompt and of reading answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
+        limit: keep only the first N.
+        split: of your own Hub dataset.
+        rule: for your own problems.
+        style: of the prompt and of extracting answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
 
     Raises:
-        TOPDError: the source cannot be read, a problem has no answer, a known set has another size than it should, or
-            the style does not fit the set.
+        TOPDError: the source cannot be read, a problem has no answer, a known benchmark has another size than expected,
+            or the style does not fit the benchmark.
     """
     label, source = _label_and_source(name)
     if style == "lm-eval" and label not in LM_EVAL_BENCHMARKS:
         raise TOPDError(
-            f"--prompt-style lm-eval is for {', '.join(LM_EVAL_BENCHMARKS)}, not for {label}. A file with the problems "
-            "of one of them is named so: --benchmark aime24=FILE."
+            f"--prompt-style lm-eval is for {', '.join(LM_EVAL_BENCHMARKS)}, not for {label}. To use a file with the "
+            "problems of one of them: --benchmark aime24=FILE."
         )
     known = BENCHMARKS.get(label)
     if known is not None and known.source is None and source is None:
@@ -118,14 +117,14 @@ def load_benchmark(
         rows = _rows(str(source), split, name)
     known = known or Benchmark(source, split, len(rows), rule, "of the user")
     if style == "lm-eval":
-        known = replace(known, template=lm_eval_answers.PROMPT, rule="lm_eval")
+        known = replace(known, template=LM_EVAL_PROMPT, rule="lm_eval")
         rows = [row | {"prompt": _bare(row["prompt"], name), "answer": _without_zeros(row["answer"])} for row in rows]
     problems = [_problem(number, row, known.template) for number, row in enumerate(rows[:limit], 1)]
     return ProblemSet(label, known.rule, known.max_new_tokens, tuple(problems))
 
 
 def _label_and_source(name: str) -> tuple[str, str | None]:
-    """What a set is called (its records' files too), and where it is; None: where the table says."""
+    """Name of a benchmark and of its files of records, and its source; None for the source in `BENCHMARKS`."""
     if name in BENCHMARKS:
         return name, None
     match = re.fullmatch(r"([\w-][\w.-]*)=(.+)", name)
@@ -158,7 +157,7 @@ def _rows(source: str, split: str, name: str) -> list[dict[str, Any]]:
 
 
 def _bare(prompt: Any, name: str) -> str:
-    """A problem's text without our instruction, which some files have in it."""
+    """A problem's text without our instruction, which some files contain."""
     text = prompt.removesuffix(INSTRUCTION) if isinstance(prompt, str) else ""
     if not text or r"\boxed" in text:
         raise TOPDError(
@@ -169,7 +168,7 @@ def _bare(prompt: Any, name: str) -> str:
 
 
 def _without_zeros(answer: str) -> str:
-    """025 as 25: the harness compares strings, and its datasets have no leading zeros."""
+    """025 -> 25: the harness compares strings, and its datasets have no leading zeros."""
     return str(int(answer)) if answer.strip().isdigit() else answer
 
 

@@ -1,4 +1,4 @@
-"""Models side by side on the same problems: the paper's Table 1 with intervals, and each beside the first."""
+"""Models compared on the same problems: the paper's Table 1 with intervals, and each model against the first."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from topd.errors import TOPDError
-from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm
-from topd.evaluation.power import power_of
+from topd.evaluation.accuracy import accuracy_difference, accuracy_interval, holm, power_of
 from topd.evaluation.results import Results, benchmarks_in, read_results
 from topd.paper import MEAN
 from topd.runs.files import write_json
 
 COMPARISON = "comparison.json"
 PAPER_GAIN = 0.044
-"""TOPD over OPD in the paper's Table 1: 52.2 - 47.8 points, 4 of 90 problems."""
+"""TOPD minus OPD in the paper's Table 1: 52.2 - 47.8 points, 4 of 90 problems."""
 
 
 def evaluation_folders(given: Sequence[Path]) -> list[Path]:
-    """The models' folders among and in the given ones."""
+    """The models' folders among the given folders and in them."""
     found: list[Path] = []
     for folder in given:
         inside = evaluations_in(folder)
@@ -39,27 +38,27 @@ def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dic
     """Compute and write `comparison.json`; return it.
 
     Args:
-        folders: a model's each, as `topd eval` wrote them; the first is what the others are compared with.
+        folders: one per model, as `topd eval` wrote them; the others are compared with the first.
         out: folder for it.
         gain: for the power of each comparison, in units of accuracy.
 
     Raises:
-        TOPDError: two folders have the same label, or other problems under the same name.
+        TOPDError: two folders have the same label, or different problems under the same name.
     """
-    told = comparison(dict(zip(labels(folders), map(read_results, folders), strict=True)), gain)
-    write_json(told, out / COMPARISON)
-    return told
+    found = comparison(dict(zip(labels(folders), map(read_results, folders), strict=True)), gain)
+    write_json(found, out / COMPARISON)
+    return found
 
 
 def comparison(models: Mapping[str, dict[str, Results]], gain: float = PAPER_GAIN) -> dict[str, Any]:
-    """Each model's accuracy by benchmark and their mean, and each beside the first.
+    """Each model's accuracy by benchmark and on average, and its difference from the first model.
 
     Args:
-        models: by label, what `read_results` found.
+        models: by label, as `read_results` returns them.
         gain: for the power of each comparison, in units of accuracy.
 
     Raises:
-        TOPDError: other problems under the same name.
+        TOPDError: different problems under the same name.
     """
     columns = list(dict.fromkeys(name for results in models.values() for name in results))
     rows = {label: _row(results, columns) for label, results in models.items()}
@@ -67,7 +66,7 @@ def comparison(models: Mapping[str, dict[str, Results]], gain: float = PAPER_GAI
     comparisons = [
         comparison
         for other in others
-        for comparison in _beside(models[first], models[other], first, other, columns, gain)
+        for comparison in _differences(models[first], models[other], first, other, columns, gain)
     ]
     for comparison, adjusted in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
         comparison["p_holm"] = adjusted
@@ -86,12 +85,12 @@ def labels(folders: Sequence[Path]) -> list[str]:
     ]
     twice = [label for label in found if found.count(label) > 1]
     if twice:
-        raise TOPDError(f"More than one folder is called {twice[0]}. Rename one: the table needs to tell them apart.")
+        raise TOPDError(f"More than one folder is called {twice[0]}. Rename one of them.")
     return found
 
 
 def _row(results: dict[str, Results], columns: list[str]) -> dict[str, Any]:
-    """Accuracy by column; the mean only where no benchmark is missing."""
+    """Accuracy by column; the mean only if no benchmark is missing."""
     row = {
         name: asdict(accuracy_interval([each.right])) | {"samples": each.right.shape[1]}
         for name, each in results.items()
@@ -101,15 +100,15 @@ def _row(results: dict[str, Results], columns: list[str]) -> dict[str, Any]:
     return row
 
 
-def _beside(
+def _differences(
     first: dict[str, Results], other: dict[str, Results], base: str, label: str, columns: list[str], gain: float
 ) -> list[dict[str, Any]]:
-    """The other minus the first, on each benchmark that both have, and on their mean."""
+    """The other model minus the first, on each benchmark that both have, and on their mean."""
     both = [name for name in columns if name in first and name in other]
     for name in both:
         if first[name].ids != other[name].ids:
             raise TOPDError(
-                f"{base} and {label} were asked other problems under the name {name} (or with another prompt). Compare "
+                f"{base} and {label} answered different problems or prompts under the name {name}. Compare "
                 "runs on the same file, with the same --limit."
             )
     sets = {name: [name] for name in both} | ({MEAN: both} if len(both) > 1 else {})
@@ -125,7 +124,7 @@ def _beside(
 
 
 def _other_settings(first: dict[str, Results], other: dict[str, Results], base: str, label: str) -> list[str]:
-    """Notes where two sides were not sampled in the same way."""
+    """Notes on settings in which two models' evaluations differ."""
     notes = []
     for name in sorted(first.keys() & other.keys()):
         one, two = (side[name].settings | side[name].settings["versions"] for side in (first, other))

@@ -1,4 +1,4 @@
-"""How many problems of the embedded task a model answers right."""
+"""Accuracy of a model on the embedded task."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def answer_problems(
 def correct_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], *, temperature: float = 0.0
 ) -> list[bool]:
-    """Whether each problem is answered right."""
+    """Whether each problem is answered correctly."""
     texts = answer_problems(model, tokenizer, problems, temperature=temperature)
     return [is_correct(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
 
 
 def greedy_accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
-    """Share of problems answered right with greedy decoding, 0..1."""
+    """Share of problems answered correctly with greedy decoding, 0..1."""
     correct = correct_answers(model, tokenizer, problems)
     return sum(correct) / len(correct)

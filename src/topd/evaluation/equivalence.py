@@ -1,7 +1,7 @@
-"""Whether two answers are the same mathematics: the package math-verify, in a process of its own that can be killed.
+"""Whether two answers are mathematically equal: the package math-verify, in a child process that can be killed.
 
-math-verify limits its time by a signal, which works in the main thread only and cannot stop a loop inside C (the
-power in `9^{9^{9}}`). A process can be stopped from any thread, and its memory has a bound too.
+math-verify limits its time with a signal, which works only in the main thread and cannot stop a loop inside C (the
+power in `9^{9^{9}}`). A child process can be stopped from any thread, and its memory can be limited.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MEMORY_BYTES = 4 << 30
 
 
 def same_answer(wanted: str, given: str) -> bool | None:
-    """Whether `given` equals `wanted`, both LaTeX without a box; None if that could not be found out in time.
+    """Whether `given` equals `wanted`, both LaTeX without a box; None if the comparison ran out of time.
 
     Args:
-        wanted: the benchmark's answer. A set, interval or equation may be written in any equal way.
+        wanted: the benchmark's answer. A set, interval or equation may be written in any equivalent way.
         given: the model's.
 
     Raises:
@@ -41,7 +41,7 @@ def same_answer(wanted: str, given: str) -> bool | None:
 
 
 def check_installed() -> None:
-    """Raise `TOPDError` without math-verify: better before hours of sampling than after."""
+    """Raise `TOPDError` without math-verify. Called before sampling starts."""
     if importlib.util.find_spec("math_verify") is None:
         raise TOPDError("Checking mathematical answers needs math-verify: pip install 'topd[eval]'.")
 
@@ -81,7 +81,7 @@ class _Process:
         if _line(child, START_SECONDS) is None:
             self.stop()
             raise TOPDError(
-                "The process that checks answers does not start. See what `python -c 'import math_verify, topd'` says."
+                "The process that checks answers does not start. Run `python -c 'import math_verify, topd'` to see why."
             )
         return child
 
@@ -93,7 +93,7 @@ class _Process:
 
 
 def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-    """The next line that the child writes, or None if it stays silent for so long or has ended."""
+    """The next line that the child writes, or None if there is none within this time or the child has ended."""
     assert child.stdout is not None
     if not select.select([child.stdout], [], [], seconds)[0]:
         return None
@@ -115,20 +115,20 @@ def _compare(wanted: str, given: str) -> bool | None:
             return None
         same = verify(
             expected, found, timeout_seconds=SOFT_SECONDS, raise_on_error=True,
-            allow_set_relation_comp=True,  # an interval may be written as an inequality, whichever the benchmark has
+            allow_set_relation_comp=True,  # an interval may be written as an inequality
         )  # fmt: skip
         return bool(same)
     except (TimeoutException, MemoryError):
         return None
-    except Exception:  # sympy may raise anything at two things that cannot be compared: they differ
+    except Exception:  # sympy may raise anything for values that cannot be compared: they differ
         return False
 
 
-def _tell_tiny_numbers_apart() -> None:
+def _compare_tiny_numbers_by_ratio() -> None:
     """In the child: make math-verify compare numbers below 0.001 by their ratio.
 
-    It compares by the difference, to six or fifteen digits after the point: 1/2004! is 1/2006! then, and 0.0000001 is
-    0.0000002.
+    It compares by the difference, to six or fifteen decimal places, so that 1/2004! would equal 1/2006!, and 0.0000001
+    would equal 0.0000002.
     """
     from math_verify import grader
 
@@ -144,7 +144,7 @@ def _tiny_and_apart(a: Any, b: Any) -> bool:
     """Whether both are numbers below 0.001 that differ by more than a millionth of the larger one."""
     try:
         values = [number.doit().evalf(15) for number in (a, b)]
-        if not all(value.is_comparable or value.is_zero for value in values):  # no number, or 0 that is not seen to be
+        if not all(value.is_comparable or value.is_zero for value in values):  # not a number, or not recognized as 0
             return False
         largest = max(map(abs, values))
         return bool(largest < 1e-3 and abs(values[0] - values[1]) > 1e-6 * largest)
@@ -153,8 +153,8 @@ def _tiny_and_apart(a: Any, b: Any) -> bool:
 
 
 def _serve() -> None:
-    """The child: a line in, a line out, until the parent closes the pipe or is gone."""
-    _tell_tiny_numbers_apart()  # imports math_verify, before memory is limited
+    """The child: answers each line with a line, until the parent closes the pipe or ends."""
+    _compare_tiny_numbers_by_ratio()  # imports math_verify, before memory is limited
     _limit_memory()
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)
@@ -163,7 +163,7 @@ def _serve() -> None:
 
 
 def _limit_memory() -> None:
-    """On Linux only: macOS refuses this limit and Windows has no `resource`. Without it `HARD_SECONDS` still holds."""
+    """Linux only: macOS rejects this limit and Windows has no `resource`. `HARD_SECONDS` applies everywhere."""
     if sys.platform == "linux":
         import resource
 

@@ -1,4 +1,4 @@
-"""From the samples of a folder to `eval.json`. No model is needed: everything is computed from the records."""
+"""From the samples in a folder to `eval.json`. Everything is computed from records, without a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RECORD_KEYS = ("problem", "sample", "text", "truncated", "tokens", "right", "ext
 
 @dataclass(frozen=True)
 class Results:
-    """The samples of one model on one benchmark, as many of each problem as all problems have.
+    """The samples of one model on one benchmark, equally many of each problem.
 
     Attributes:
-        model: its label, the folder's name.
+        model: its label, which is the folder's name.
         benchmark: its name.
-        settings: of the sampling, and the problems' ids and answers.
-        records: one for each problem and sample, nested in this order.
+        settings: the sampling options, and the problems' ids and answers.
+        records: `[problem][sample]`
     """
 
     model: str
@@ -46,21 +46,21 @@ class Results:
 
     @property
     def ids(self) -> list[str]:
-        """[problem] each with a digest of its text."""
+        """[problem] ids, which contain a digest of the text."""
         return [problem["id"] for problem in self.settings["problems"]]
 
 
 def benchmarks_in(folder: Path) -> list[str]:
-    """Names of the benchmarks of which a model's folder has samples."""
+    """Names of the benchmarks with samples in a model's folder."""
     names = (file.name.removesuffix(SAMPLES) for file in folder.glob(f"*{SAMPLES}"))
     return sorted(name for name in names if (folder / f"{name}{SETTINGS}").is_file())
 
 
 def read_results(folder: Path) -> dict[str, Results]:
-    """Benchmark -> results: the paper's first, in its order.
+    """Benchmark -> results; the paper's benchmarks first, in its order.
 
     Raises:
-        TOPDError: the folder has no samples, or those of a benchmark are too few to give each problem one.
+        TOPDError: the folder has no samples, or a problem of a benchmark has none.
     """
     found = benchmarks_in(folder)
     if not found:
@@ -79,7 +79,7 @@ def _read(folder: Path, name: str) -> Results:
         complete += 1
     if complete == 0:
         raise TOPDError(
-            f"{folder}: not every problem of {name} has a sample yet. Run the same `topd eval` again to go on with it."
+            f"{folder}: not every problem of {name} has a sample yet. Run the same `topd eval` again to resume it."
         )
     records = [[samples[i] for i in range(complete)] for samples in by_problem.values()]
     return Results(folder.name, name, settings, records)
@@ -88,13 +88,13 @@ def _read(folder: Path, name: str) -> Results:
 def write_result(folder: Path) -> dict[str, Any]:
     """Compute and write `eval.json`; return it."""
     results = read_results(folder)
-    told = {"version": 1, "model": folder.name, "benchmarks": {name: summary(each) for name, each in results.items()}}
-    write_json(told, folder / RESULT)
-    return told
+    found = {"version": 1, "model": folder.name, "benchmarks": {name: summary(each) for name, each in results.items()}}
+    write_json(found, folder / RESULT)
+    return found
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """Accuracies from 0 to 1 with 95 % intervals; counts of samples; each problem."""
+    """Accuracies from 0 to 1 with 95 % intervals, counts of samples, and the accuracy per problem."""
     right = results.right
     k = right.shape[1]
     majority = [
@@ -119,7 +119,7 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def _counts(results: Results) -> dict[str, Any]:
-    """Of all samples: how many were cut by the limit, and how many gave no answer that could be read."""
+    """Counts of all samples: truncated by the length limit, without a parsed answer, wrong."""
     truncated, unparsed = results.table("truncated"), 1 - results.table("parsed")
     return {
         "truncated": int(truncated.sum()),

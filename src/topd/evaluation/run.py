@@ -1,38 +1,106 @@
-"""One model on one benchmark: every sample is a line that is kept as soon as it is there."""
+"""One model on one benchmark: every sample is saved as soon as it is ready. And the names of models."""
 
 from __future__ import annotations
 
-import contextlib
-import platform
+import hashlib
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from topd.embedded.pair import resolve_model
+from topd.errors import TOPDError
 from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet
+from topd.evaluation.engines import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.equivalence import check_installed
-from topd.evaluation.responses import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
+from topd.runs.console import progress
 from topd.runs.files import append_records
-from topd.runs.resumable import earlier_records, write_options
-from topd.version import __version__
+from topd.runs.provenance import versions
+from topd.runs.records import earlier_records, write_options
+
+_WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+_ENDS = 1 << 20
+"""Bytes read at each end of a file. Training changes them, and large files stay fast."""
+
+
+def label_and_source(name: str) -> tuple[str, str]:
+    """Split "LABEL=SOURCE"; the label of a plain source is its last part. A label names a folder, so it is never "..".
+
+    Raises:
+        TOPDError: the source has no last part.
+    """
+    if match := re.fullmatch(r"([\w-][\w.-]*)=(.+)", name):
+        return match[1], match[2]
+    label = Path(name.replace(":", "-")).name
+    if label in ("", "..") and not (label := Path(os.path.abspath(name)).name):
+        raise TOPDError(f"--model {name}: give it a name, as in --model my-model={name}.")
+    return label, name
+
+
+def labelled_models(names: list[str]) -> dict[str, str]:
+    """Label -> source.
+
+    Raises:
+        TOPDError: two models would have the same label.
+    """
+    pairs = [label_and_source(name) for name in names]
+    models = dict(pairs)
+    for label, source in pairs:
+        if label in ("", ".", ".."):
+            raise TOPDError(f"--model {source}: its results need a name other than {label!r}. Write NAME={source}.")
+    if len(models) < len(pairs):
+        raise TOPDError(
+            f"Two models have the same label ({', '.join(label for label, _ in pairs)}). Name them: "
+            "--model opd=runs/a/checkpoint-100 --model topd=runs/b/checkpoint-100."
+        )
+    return models
+
+
+def fingerprint(source: str) -> str | None:
+    """Digest of a model's folder: names, sizes and both ends of its files. None for a Hub name."""
+    folder = Path(resolve_model(source))
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_ENDS))
+            content.seek(max(0, size - _ENDS))
+            digest.update(content.read(_ENDS))
+    return digest.hexdigest()[:16]
+
 
 SAMPLE_STRIDE = 100_000
-"""The number of a response is `sample * SAMPLE_STRIDE + problem`: the same however many of either there are."""
+"""A response's number is `sample * SAMPLE_STRIDE + problem`, independent of how many there are."""
+
+
+DECISIVE = ("torch", "transformers", "vllm", "math-verify")
+"""Packages that can change a response or its verdict."""
 
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What the samples of one file depend on. How many there are is not among it: more can be added.
+    """What the samples of one file depend on. Their number is not part of it, so that more can be added.
 
     Attributes:
-        model: what answers: name, fingerprint, engine, dtype.
-        chat: whether text prompts are put into the chat template, as the user's turn.
+        model: record of the model: name, fingerprint, engine, dtype.
+        chat: whether text prompts go through the chat template as a user message.
     """
 
     model: dict[str, Any]
@@ -41,19 +109,10 @@ class EvalRun:
     chat: bool
 
     def settings(self) -> dict[str, Any]:
-        """For the file beside the samples. Prompts are in it as digests (see `Problem.id`), answers as they are."""
+        """The settings file: prompts as digests (see `Problem.id`), answers in full."""
         problems = [{"id": problem.id, "answer": problem.answer} for problem in self.problem_set.problems]
         named = {"benchmark": self.problem_set.name, "rule": self.problem_set.rule, "chat": self.chat}
         return {"version": 1, **named, **self.model, **asdict(self.sampling), "problems": problems}
-
-
-def versions() -> dict[str, str]:
-    """Of what can change a response or its verdict, where it is installed."""
-    found = {"topd": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "vllm", "math-verify"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def samples_file(folder: Path, benchmark: str) -> Path:
@@ -65,7 +124,7 @@ def settings_file(folder: Path, benchmark: str) -> Path:
 
 
 def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, console: Console) -> None:
-    """Sample what is missing of `samples` responses to each problem, and judge it.
+    """Sample and judge the missing ones of `samples` responses per problem.
 
     Raises:
         TOPDError: the folder holds samples with other settings, or the engine cannot respond.
@@ -79,13 +138,13 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     ]
     settings = run.settings()
     records = earlier_records(file, settings_file(folder, name), settings, needs=RECORD_KEYS, may_change="")
-    write_options(settings_file(folder, name), settings | {"versions": versions()})
+    write_options(settings_file(folder, name), settings | {"versions": versions(DECISIVE)})
     places = {problem.id: place for place, problem in enumerate(problems)}
     done = {r["sample"] * SAMPLE_STRIDE + places[r["problem"]] for r in records if r["problem"] in places}
     missing = [request for request in requests if request.number not in done]
     console.print(
         f"{name}: {len(problems)} problems x {samples} samples of up to {run.sampling.max_new_tokens} tokens; "
-        f"{len(requests) - len(missing)} of {len(requests)} are there."
+        f"{len(requests) - len(missing)} of {len(requests)} are done."
     )
     if not missing:
         return
@@ -99,19 +158,15 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
 def _with_progress(
     run: EvalRun, engine: Engine, missing: list[Request], total: int, console: Console
 ) -> Iterator[list[dict[str, Any]]]:
-    """Records as they come, with a bar that shows the share of right ones among the new."""
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[told]}"), console=console,
-    ) as bar:  # fmt: skip
-        task = bar.add_task(run.problem_set.name, total=total, completed=total - len(missing), told="")
+    """Records as they are ready, with a progress bar that shows the accuracy of the new ones."""
+    with progress(console, run.problem_set.name, total, total - len(missing)) as advance:
         new: list[dict[str, Any]] = []
         for batch in engine.respond(missing, run.sampling):
             records = [_record(run.problem_set, number, response) for number, response in batch]
             yield records
             new += records
-            told = f"{sum(r['right'] for r in new) / len(new):.1%} right, {sum(r['tokens'] for r in new)} tokens"
-            bar.update(task, advance=len(batch), told=told)
+            right, tokens = (sum(record[key] for record in new) for key in ("right", "tokens"))
+            advance(len(batch), f"{right / len(new):.1%} right, {tokens} tokens")
 
 
 def _record(problem_set: ProblemSet, number: int, response: Response) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from topd.errors import ServerError
-from topd.evaluation.responses import SEED_STRIDE, Request, Response, Sampling
+from topd.evaluation.engines import SEED_STRIDE, Request, Response, Sampling
 from topd.near_future.generation import NEUTRAL
 from topd.teachers.openai_server import Limits, OpenAIServer, UnusableAnswer, refuse_unfinished
 
 LIMITS = Limits(timeout=3600.0, concurrency=64)
-"""A long response may take an hour where many are under way."""
+"""With many parallel requests, a long response may take an hour."""
 
 
 class ServerEngine:
@@ -19,9 +19,9 @@ class ServerEngine:
 
     Args:
         url: of the server, with or without /v1.
-        model: the name under which it serves the model.
+        model: the name under which the server serves it.
         key_variable: environment variable that holds the API key.
-        with_reasoning: refuse text without its reasoning, which a server with a reasoning parser takes out of it.
+        with_reasoning: refuse text without its reasoning, which a server's reasoning parser removes.
 
     Raises:
         ServerError: `url` is no address, or the variable holds no key.
@@ -37,14 +37,12 @@ class ServerEngine:
         key_variable: str | None = None,
         with_reasoning: bool = False,
     ) -> None:
-        remedy = (
-            "What it answered before is kept: mend the server or the request, and run the same command again to go on."
-        )
+        remedy = "Earlier responses are saved: fix the server or the request, and run the same command again to resume."
         self.model, self.with_reasoning = model, with_reasoning
         self.server = OpenAIServer(url, limits, remedy=remedy, key_variable=key_variable)
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        """The server is there and serves the model."""
+        """Check that the server is reachable and serves the model."""
         served = self.server.models()
         if self.model not in served:
             raise ServerError(
@@ -54,7 +52,7 @@ class ServerEngine:
             )
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`, in the order of arrival. After a failure, what is under way is waited for and kept."""
+        """See `Engine`. Yields in the order of arrival. After a failure, requests in flight are completed and saved."""
         bodies = [self._body(request, sampling) for request in requests]
         for place, response in self.server.answers(bodies, self._response):
             yield [(requests[place].number, response)]
@@ -82,8 +80,7 @@ class ServerEngine:
         apart = message.get("reasoning_content") or message.get("reasoning")
         if apart and (not text or self.with_reasoning):
             raise UnusableAnswer(
-                "returns the reasoning apart from the text: serve the model without --reasoning-parser, so that the "
-                "text is all that it wrote"
+                "returns the reasoning separately from the text: serve the model without --reasoning-parser"
             )
         if text is None:
             raise UnusableAnswer("returns no text (null)")

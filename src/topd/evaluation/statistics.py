@@ -1,9 +1,9 @@
-"""How sure a score is: bootstrap intervals over problems, and a paired test of two arms.
+"""Intervals and tests of mean scores: bootstrap over problems, and a paired permutation test.
 
-The unit is the problem: a benchmark is a sample of the problems that could have been asked. Nothing here assumes a
-normal distribution, and every number is reproducible from a seed. Where few different values occur (right or wrong,
-say), how often each is drawn has an exact binomial or multinomial law; that is drawn instead of the problems
-themselves, so 10,000 resamples of 2,000 problems take milliseconds.
+The unit is the problem: a benchmark is a sample of the problems that could have been used. Nothing assumes a normal
+distribution, and every number is reproducible from a seed. scipy's bootstrap draws every problem of every resample;
+here values that occur often (right or wrong) are drawn as multinomial counts, which follow the same law: 10,000
+resamples of 2,000 problems take milliseconds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 _CHUNK = 4_000_000
-"""Numbers held at once while resampling (32 MB of float64)."""
+"""Values in memory at once while resampling (32 MB of float64)."""
 _FEW = 32
-"""Up to so many different values, counts are drawn instead of problems. Both are the same law."""
+"""With up to this many different values, counts are drawn instead of problems. Both follow the same law."""
+
+EXACT_UP_TO = 12
+"""Differences up to which a permutation test tries every assignment of signs. Our choice: 4,096 take milliseconds."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` problems and the interval that holds it, in the units of the values."""
+    """A mean over `n` problems and its interval, in the units of the values."""
 
     mean: float
     low: float
@@ -47,8 +50,8 @@ def bootstrap_mean(values: ArrayLike, *, samples: int = 10_000, level: float = 0
     """Mean and its percentile bootstrap interval.
 
     Args:
-        values: [problem], 0/1 or any numbers. Or [problem, sample]: several answers to each problem; then a problem is
-            drawn together with its answers, which holds the chance of both (see `accuracy`).
+        values: [problem], 0/1 or any numbers. Or [problem, sample], several answers per problem: a problem is drawn
+            together with its answers, which covers both sources of variance (see `accuracy`).
         samples: bootstrap resamples.
         level: share of resampled means inside the interval.
         seed: the same seed gives the same interval. The order of problems does not matter.
@@ -68,9 +71,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Mean of a - b on the same problems, its percentile bootstrap interval, and a sign-flip permutation test.
 
-    The test: if the two arms did not differ, each problem's difference could as well have had the other sign. p is the
-    share of random sign assignments whose mean is at least as far from 0, by the rule (count + 1) / (samples + 1),
-    which is never 0 and never too small.
+    The test: if the two arms do not differ, both signs of each problem's difference are equally likely. See
+    `sign_flip_p`.
 
     Args:
         a: [problem], or [problem, sample]; each problem's answers are averaged first.
@@ -107,9 +109,19 @@ def resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> F
     return _in_chunks(samples, n, lambda size: ordered[rng.integers(n, size=(size, n))].mean(axis=1))
 
 
-def sign_flip_p(difference: Floats, samples: int, rng: np.random.Generator) -> float:
-    """Two-sided sign-flip permutation p-value of the sum of [problem] differences."""
-    size = np.sort(np.abs(difference[difference != 0]))
+def sign_flip_p(differences: Floats, samples: int, rng: np.random.Generator) -> float:
+    """Two-sided sign-flip permutation p-value of the sum of differences: the share of sign assignments at least as far
+    from 0. All are tried for up to `EXACT_UP_TO` differences; else p is (count + 1) / (samples + 1) of random ones."""
+    if len(differences) == 1:
+        return 1.0
+    if len(differences) <= EXACT_UP_TO:
+        from scipy.stats import permutation_test
+
+        every = permutation_test(
+            (differences,), np.sum, permutation_type="samples", vectorized=True, n_resamples=np.inf
+        )
+        return float(every.pvalue)
+    size = np.sort(np.abs(differences[differences != 0]))
     distinct, count = np.unique(size, return_counts=True)
     if len(distinct) <= _FEW:  # the signs of c equal sizes add up to 2 Binomial(c, 1/2) - c
         sums = (2 * rng.binomial(count, 0.5, size=(samples, len(count))) - count) @ distinct
@@ -118,12 +130,12 @@ def sign_flip_p(difference: Floats, samples: int, rng: np.random.Generator) -> f
             samples, len(size), lambda draws: (2.0 * rng.integers(2, size=(draws, len(size)), dtype=np.int8) - 1) @ size
         )
     tolerance = 1e-9 * size.sum()  # so that equal sums stay equal whatever the order of summation
-    extreme = int((np.abs(sums) >= abs(difference.sum()) - tolerance).sum())
+    extreme = int((np.abs(sums) >= abs(differences.sum()) - tolerance).sum())
     return (extreme + 1) / (samples + 1)
 
 
 def _in_chunks(samples: int, width: int, draw: Callable[[int], Floats]) -> Floats:
-    """[samples] results of `draw(size) -> [size]`, each of which holds `size * width` numbers at once."""
+    """[samples] results of `draw(size) -> [size]`, each call of which needs `size * width` values in memory."""
     size = max(1, _CHUNK // width)
     return np.concatenate([draw(min(size, samples - start)) for start in range(0, samples, size)])
 
@@ -134,7 +146,7 @@ def percentiles(means: Floats, level: float) -> tuple[float, float]:
 
 
 def table_of(values: ArrayLike, name: str) -> Floats:
-    """[problem, sample] float64; a list of problems gets one sample each."""
+    """[problem, sample] float64; [problem] values get one sample each."""
     try:
         table = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -12,19 +12,20 @@ from rich.table import Table
 from topd.paper import MEAN, TABLE_1
 
 LEGEND = (
-    "±: what another draw of samples on these problems would change (standard error). cut: responses that the length "
-    "limit ended; unread: responses without an answer that can be read. Neither is right unless its answer is."
+    "±: standard error due to sampling on these problems. truncated: responses ended by the length limit. unparsed: "
+    "responses without a readable answer, which count as wrong."
 )
 POWER_LEGEND = (
-    "Holm: p over all rows of this table. seen: the smallest gain that an evaluation like this shows with 80 % power, "
-    "in points. needed: problems for a gain of {gain:.1f} points, with as many samples; at best: with endless samples."
+    "Holm: p adjusted for all rows of this table. min. detectable effect: the smallest gain, in points, that an "
+    "evaluation of this size detects with 80 % power. problems needed: for a gain of {gain:.1f} points, with as many "
+    "samples as here, and with unlimited samples."
 )
 
 
 def result_table(result: dict[str, Any]) -> Group:
-    """One model: a row a benchmark."""
+    """One model, one row per benchmark."""
     table = _table()
-    for name in ("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "cut", "unread", "tokens"):
+    for name in ("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "truncated", "unparsed", "tokens"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in result["benchmarks"].items():
         error = row["sampling_error"]
@@ -44,7 +45,7 @@ def result_table(result: dict[str, Any]) -> Group:
 
 
 def comparison_tables(comparison: dict[str, Any]) -> Group:
-    """The paper's Table 1 with intervals, its own figures apart, and each model beside the first."""
+    """The models with intervals, the paper's Table 1, and each model's difference from the first."""
     columns = [*comparison["columns"], *([MEAN] if len(comparison["columns"]) > 1 else [])]
     table = _table()
     _add_columns(table, columns)
@@ -56,8 +57,8 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
         parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", _paper_table(columns)]
     if comparison["comparisons"]:
         first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
-        parts += ["", f"[bold]Points more than {first} on the same problems; sign-flip test[/bold]"]
-        parts += [_beside_table(comparison), POWER_LEGEND.format(gain=gain)]
+        parts += ["", f"[bold]Difference from {first} in points, on the same problems; sign-flip test[/bold]"]
+        parts += [_difference_table(comparison), POWER_LEGEND.format(gain=gain)]
     return Group(*parts, *(f"Note: {escape(note)}." for note in comparison["notes"]))
 
 
@@ -69,9 +70,18 @@ def _paper_table(columns: list[str]) -> Table:
     return table
 
 
-def _beside_table(comparison: dict[str, Any]) -> Table:
+def _difference_table(comparison: dict[str, Any]) -> Table:
     table = _table()
-    for name in ("", "points", "95 % interval", "p", "Holm", "seen", "needed", "at best"):
+    for name in (
+        "",
+        "points",
+        "95 % interval",
+        "p",
+        "Holm",
+        "min.\ndetectable",
+        "problems\nneeded",
+        "unlimited\nsamples",
+    ):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     model = ""
     for row in comparison["comparisons"]:

@@ -1,1 +1,1 @@
-"""Everything that is loaded by name: models, adapters, tokenizers, data, prompts, options."""
+"""Loading by name: models, adapters, tokenizers, data, prompts, options."""

@@ -1,7 +1,7 @@
 """Prompts for training, probing and evaluation: every row of a source is checked before anything starts.
 
 JSONL and CSV are read here, not by `datasets`, so that an error can name the line. Heavy libraries are imported on use.
-A reader yields (number from 1, row); a row that cannot be read comes as the `DataError` that says why.
+A reader yields (number from 1, row), with a `DataError` in place of a row that cannot be read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 Read = Callable[[object, str], Any]
-"""Reads a value, given its name for the `DataError` that says why it cannot be used."""
+"""Reads a value; the text names the value in its `DataError`."""
 
 
 def load_prompts(
@@ -42,13 +42,13 @@ def load_prompts(
 
     `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; a
     folder written by `save_to_disk`; or a Hub dataset, "owner/name" or "owner/name:configuration". `split` picks a part
-    of the latter two (a file has no parts). `limit`: keep the first so many rows; all are checked.
-    `responses`: every row must have a `response` or `completion` (text), which comes as the column `response`. `also`:
-    further columns, and what reads their values (None where a row has none).
+    of the latter two (a file has no parts). `limit`: keep the first N rows; all are checked.
+    `responses`: every row must have a `response` or `completion` (text), returned as the column `response`. `also`:
+    further columns, and the functions that read their values (None if a row has none).
 
-    Returns the column `prompt` (text, or messages {"role", "content"}: one kind throughout) and, if any row has one,
-    `answer` (text; None where it is missing or blank; a whole number is written without ".0"), and what else is asked
-    for. Raises `DataError`.
+    Returns the column `prompt` (text, or messages {"role", "content"}; one kind in all rows), `answer` if any row has
+    one (text; None if missing or blank; a whole number is written without ".0"), and the columns of `also`. Raises
+    `DataError`.
     """
     import datasets
 
@@ -60,7 +60,7 @@ def load_prompts(
         rows = _checked(reader(source, split, also), "line" if reader in (_jsonl, _csv) else "row", responses, also)
     except DataError as error:
         raise DataError(f"{source!r}: {error}") from None
-    except Exception as error:  # whatever a library, the disk or the network raises
+    except Exception as error:  # from a library, the disk or the network
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{source!r}: cannot be read ({reason}). {remedy}") from error
     text = datasets.Value("string")
@@ -77,7 +77,7 @@ def load_prompts(
 
 
 def _reader(source: str) -> tuple[Any, str]:
-    """The function that reads a source, and what to do when it fails."""
+    """The function that reads a source, and the remedy if it fails."""
     ending = next((ending for ending in _READERS if source.lower().endswith(ending)), "")
     if os.path.isdir(source):
         return _dataset, "Name a data file, or a folder written by save_to_disk."
@@ -91,19 +91,19 @@ def _reader(source: str) -> tuple[Any, str]:
     near = difflib.get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
     missing = "There is no such file or folder" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ".")
     if ending or not _HUB_NAME.fullmatch(source):
-        raise DataError(f"{missing} It was not looked for on the Hub, where a name is owner/name.")
+        raise DataError(f"{missing} Hub names have the form owner/name.")
     return _dataset, f"{missing} On the Hub: check owner/name:configuration, split, network, HF_HUB_OFFLINE, login."
 
 
 def _checked(
     rows: Iterable[tuple[int, Any]], place: str, responses: bool, also: Mapping[str, Read]
 ) -> list[tuple[Any, ...]]:
-    """(prompt, answer, response, what else is asked for) of all rows, or the `DataError` that lists the broken ones."""
+    """(prompt, answer, response, further columns) of all rows; or a `DataError` that lists the broken ones."""
     good, broken, first = [], [], None
     for number, row in rows:
         try:
             if not isinstance(row, dict):
-                raise (row if isinstance(row, DataError) else DataError(f"{row!r:.40} is no object with `prompt`"))
+                raise (row if isinstance(row, DataError) else DataError(f"{row!r:.40} is not an object with `prompt`"))
             column = _columns(list(row))[0]
             prompt, answer = _prompt(row[column]), _answer(row.get("answer"))
             kind = f"`{column}` is {'text' if isinstance(prompt, str) else 'a conversation'}"
@@ -116,14 +116,14 @@ def _checked(
             broken.append((number, f"  {place} {number}: {error}"))
     if broken:
         listed = [text for _, text in sorted(broken)[:5]] + [f"  and {len(broken) - 5} more"] * (len(broken) > 5)
-        raise DataError("\n".join([f"broken rows: {len(broken)}; nothing was loaded. Mend or remove:", *listed]))
+        raise DataError("\n".join([f"broken rows: {len(broken)}; nothing was loaded. Fix or remove:", *listed]))
     if not good:
         raise DataError("there are no rows. Write at least one, with a `prompt`.")
     return good
 
 
 def _lines(path: str, bad: dict[int, DataError]) -> Iterator[str]:
-    """The lines of a file; those that are not UTF-8 are noted in `bad` and come with a replacement character."""
+    """The lines of a file. Lines that are not UTF-8 go into `bad` and are yielded with replacement characters."""
     with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -139,7 +139,7 @@ def _parsed(text: str) -> Any:
     try:
         return read_json(text)
     except json.JSONDecodeError as error:
-        hint = " (one object a line belongs in a .jsonl file)" if error.msg == "Extra data" else ""
+        hint = " (one object per line belongs in a .jsonl file)" if error.msg == "Extra data" else ""
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         return DataError(f"broken JSON at {where}: {error.msg}{hint}")
     except (ValueError, RecursionError) as error:
@@ -162,7 +162,7 @@ def _json(path: str, *_: Any) -> Iterator[tuple[int, Any]]:
         raise next(iter(bad.values()), value)
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
     if len(lists) != 1 or not isinstance(lists[0], list):
-        raise DataError("write a list of objects, or an object with exactly one list; nothing else can be told apart.")
+        raise DataError("write a list of objects, or an object with exactly one list.")
     yield from enumerate(lists[0], 1)
 
 
@@ -171,7 +171,7 @@ def _csv(path: str, *_: Any) -> Iterator[tuple[int, Any]]:
     header: list[str] = []
     row: list[str] | None = []
     reader = csv.reader(_lines(path, bad), strict=True)
-    csv.field_size_limit(2**31 - 1)  # for the whole process: a long field is no error
+    csv.field_size_limit(2**31 - 1)  # for the whole process: long fields are allowed
     while row is not None and (header or not bad):
         number = reader.line_num + 1  # where the row starts: a quoted field may hold line ends
         try:
@@ -222,7 +222,7 @@ _READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv,
 
 
 def _columns(found: list[str], also: Iterable[str] = ()) -> list[str]:
-    """The columns to read: the one with the prompt first."""
+    """The columns to read, the prompt's first."""
     twice = [name for name in dict.fromkeys(found) if name and found.count(name) > 1]
     if twice:
         raise DataError(f"more than one column is called {str(twice)[:200]}; rename or remove one")
@@ -234,7 +234,7 @@ def _columns(found: list[str], also: Iterable[str] = ()) -> list[str]:
 
 
 def _prompt(value: object) -> Any:
-    """The text, or the messages with role and content only."""
+    """The text, or the messages with only role and content."""
     if isinstance(value, str):
         return read_text(value, "the prompt")
     if not isinstance(value, list) or not value:
@@ -246,7 +246,7 @@ def _prompt(value: object) -> Any:
         if message["role"] not in ROLES:
             raise DataError(f"{what} has the role {str(message['role'])[:40]!r}; use one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
-            raise DataError(f"{what} has tool_calls, which would be lost; write them into its content")
+            raise DataError(f"{what} has tool_calls, which are not supported; write them into its content")
         read_text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
     if value[-1]["role"] == "assistant":
         raise DataError("the last message of the prompt is the assistant's; end with the user's turn")
@@ -271,12 +271,12 @@ def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
 
 
 def has_half_character(text: str) -> bool:
-    """Whether half a surrogate pair is in it: JSON can escape one, UTF-8 cannot hold it."""
+    """Whether a text has an unpaired surrogate: JSON can escape one, UTF-8 cannot encode it."""
     return _HALF_CHARACTER.search(text) is not None
 
 
 def read_flag(value: object, what: str) -> bool:
-    """True or false; false where there is none. CSV has them as words."""
+    """True or false; false for a missing value. CSV has words."""
     if value is None or isinstance(value, bool):
         return bool(value)
     if str(value).strip().lower() in ("true", "false", ""):

@@ -1,4 +1,4 @@
-"""Check a trainer's dataset before training: one dataset, with a prompt in every row, and enough rows for a step."""
+"""Check a trainer's dataset: one dataset, with a prompt in every row, and enough rows for a step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _REMEDIES = {
     "messages": "dataset.map(lambda row: {'prompt': row['messages'][:-1]}) keeps all but the last answer",
     "conversations": "dataset.map(lambda row: {'prompt': row['conversations'][:-1]}) keeps all but the last answer",
 } | {name: f"dataset.rename_column({name!r}, 'prompt')" for name in PROMPT_COLUMNS if name != COLUMN}
-"""What to do where the prompts are in another column."""
+"""Remedies if the prompts are in another column."""
 
 
 def check_datasets(train: Any, evaluation: Any) -> None:
-    """Raise `DataError` unless what a trainer is given is a dataset of prompts; evaluation may be several by name."""
+    """Raise `DataError` unless a trainer's datasets hold prompts; the evaluation may be several datasets by name."""
     parts = {"train_dataset": train}
     if isinstance(evaluation, Mapping):
         parts |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
@@ -33,8 +33,8 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
     """Raise `DataError` unless this is one dataset with a prompt in every row.
 
     Args:
-        dataset: what a trainer is given; of a stream only the columns are checked, its rows come with each batch.
-        name: of the argument, for the message.
+        dataset: the trainer's argument. Only the columns of a stream are checked; its rows are checked per batch.
+        name: the argument's name, for the message.
     """
     check_one(dataset, name)
     columns = getattr(dataset, "column_names", None)
@@ -46,7 +46,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
 
 
 def check_one(dataset: Any, name: str = "train_dataset") -> None:
-    """Raise `DataError` where several datasets were given in the place of one."""
+    """Raise `DataError` if several datasets are given in place of one."""
     if isinstance(dataset, Mapping):
         raise DataError(
             f"{name} has the splits {', '.join(map(str, dataset))}. Pass one of them: {name}=dataset["
@@ -66,16 +66,16 @@ def check_prompts(prompts: Iterable[Any], name: str = "train_dataset") -> None:
 
 
 def check_tokens(prompt_ids: Sequence[Sequence[int]]) -> None:
-    """Raise `DataError` where a prompt has no tokens: a template renders it to nothing."""
+    """Raise `DataError` if a prompt has no tokens: the template renders it to nothing."""
     if not all(map(len, prompt_ids)):
         raise DataError(
-            "A prompt has no tokens after the chat template: correct the template (chat_template.jinja), or give "
-            "prompts as text."
+            "A prompt has no tokens after the chat template: fix the template (chat_template.jinja), or give prompts "
+            "as text."
         )
 
 
 def _fault(prompt: Any) -> str | None:
-    """What is wrong with a prompt."""
+    """What is wrong with a prompt; None if nothing is."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "the prompt is empty" if not prompt else "the prompt is blank"
     if not isinstance(prompt, list) or not prompt:
@@ -89,14 +89,14 @@ def _fault(prompt: Any) -> str | None:
 
 
 def step_size(args: Any) -> tuple[int, str]:
-    """Prompts that one optimizer step takes, and where the number comes from."""
+    """Prompts per optimizer step, and how the number is computed."""
     sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     step = math.prod(sizes)
     return step, f"a step takes {step:,} prompts ({' x '.join(map(str, sizes))}: per device, accumulated, processes)"
 
 
 def check_enough(dataset: Any, args: Any) -> None:
-    """Raise `DataError` where there is no data, or less than one step takes: nothing would be trained."""
+    """Raise `DataError` if there is no data, or less than one step takes."""
     if dataset is None:
         raise DataError("There is nothing to train on: pass train_dataset, a dataset with the column 'prompt'.")
     step, found = step_size(args)

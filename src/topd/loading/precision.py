@@ -1,4 +1,4 @@
-"""The precision that a step computes in, and whether the optimizer's steps survive the rounding of the weights."""
+"""The precision that a step computes in, and whether the optimizer's updates survive the rounding of the weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from topd.near_future.model_parts import backbone_of
 logger = logging.getLogger(__name__)
 
 WEIGHT = 0.02
-"""Size of a usual weight."""
+"""Typical size of a weight."""
 HALF_A_STEP = {"bfloat16": 2**-9, "float16": 2**-12, "float32": 2**-25}
-"""What is rounded away for certain, as a share of a weight."""
+"""Updates below this share of a weight are always rounded away."""
 REMEDY = (
     "--dtype float32 --bf16 true keeps the student's weights in float32 and computes in bfloat16; "
     '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\' keeps the teacher small. Or train adapters (--use_peft '
-    "true), or take a larger learning rate."
+    "true), or use a larger learning rate."
 )
 
 
 def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
-    """What is lost of steps of this size, in words; None if they survive.
+    """A warning if updates of this size are rounded away; None otherwise.
 
-    Two neighbours in bfloat16 are 1/256 to 1/128 of themselves apart: an update of less than 1/512 of a weight is
-    rounded away for certain, and AdamW moves a weight by about the learning rate.
+    Neighbouring bfloat16 values differ by 1/256 to 1/128 of their size, so an update below 1/512 of a weight is always
+    rounded away. AdamW changes a weight by about the learning rate.
     """
     least = WEIGHT * HALF_A_STEP.get(dtype, HALF_A_STEP["float32"])
     if learning_rate >= least:
@@ -44,15 +44,15 @@ def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
 
 
 def watch_rounding(trainer: Any) -> None:
-    """Let a trainer warn of steps that will be lost. DeepSpeed keeps float32 weights of its own: nothing is lost."""
+    """Make a trainer warn of updates that are rounded away. DeepSpeed keeps float32 weights and loses none."""
     if not trainer.is_deepspeed_enabled:
-        trainer.add_callback(WarnsOfRounding())
+        trainer.add_callback(RoundingWarning())
 
 
-class WarnsOfRounding(TrainerCallback):
-    """Says once, as training begins, that steps will be lost: by the weights that are trained, as they are by then.
+class RoundingWarning(TrainerCallback):
+    """Warns once, when training begins, by the dtype that the trained weights then have.
 
-    (FSDP2 has float32 ones by then, adapters are float32 on any base.)
+    (FSDP2 has made them float32 by then; adapters are float32 on any base.)
     """
 
     _done = False
@@ -69,12 +69,12 @@ class WarnsOfRounding(TrainerCallback):
 
 @contextmanager
 def autocasting(models: Sequence[Any], accelerator: Accelerator) -> Iterator[None]:
-    """Run unwrapped models under the accelerator's autocast (`bf16`, `fp16`) in this block, their backbones included.
+    """Run unwrapped models and their backbones under the accelerator's autocast (`bf16`, `fp16`) in this block.
 
-    accelerate puts autocast around the forward pass of a whole model. Scoring, windows and the loss call its backbone,
-    which lies inside: without this, float32 weights compute in float32 whatever `bf16` says, in one process and under
-    DDP. A backbone's states come in autocast's dtype, in which the output head takes them. FSDP2 and DeepSpeed have a
-    precision of their own, and nothing changes there.
+    accelerate autocasts the forward pass of a whole model. Scoring, windows and the loss call its backbone directly:
+    without this function, float32 weights would compute in float32 despite `bf16`, in one process and under DDP. A
+    backbone returns states in autocast's dtype, which the output head takes. FSDP2 and DeepSpeed have their own
+    precision; nothing changes there.
     """
     with ExitStack() as stack:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

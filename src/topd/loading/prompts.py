@@ -1,4 +1,4 @@
-"""Prompts and solutions as token ids, the same in every command: what a model reads, and what it would have written."""
+"""Prompts and solutions as token ids, the same for every command."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from topd.errors import TOPDError
 
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 20.0, 50_000_000
-"""Limits of one rendering: far above what any conversation takes."""
+"""Limits of rendering one conversation, far above any real need."""
 
 _OPENED = re.compile(r"<(\w+)>\s*$")
-_TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello 4711"}]
+_CONVERSATION = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello 4711"}]
 
 
 def prompt_ids(
-    tokenizer: Any, prompt: Any, template_options: Mapping[str, Any], *, answered: bool = False
+    tokenizer: Any, prompt: Any, template_options: Mapping[str, Any] | None, *, answered: bool = False
 ) -> list[int]:
-    """Token ids of a prompt; messages go through the chat template, with the assistant to speak next or `answered`.
+    """Token ids of a prompt. Messages go through the chat template, with a generation prompt unless `answered`.
 
     Text that already begins with the tokenizer's BOS gets no second one.
     """
@@ -30,26 +30,28 @@ def prompt_ids(
     )
 
 
-def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any], answered: bool = False) -> str:
-    """The text of a prompt: as it is, or as the chat template renders the messages.
+def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any] | None, answered: bool = False) -> str:
+    """The text of a prompt: text as it is, messages as the chat template renders them.
 
     Raises:
-        TOPDError: the template fails, takes too long, or writes too much or nothing.
+        TOPDError: there is no template; or it fails, takes too long, or writes too much or nothing.
     """
     if isinstance(prompt, str):
         return prompt
+    if not tokenizer.chat_template:
+        raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
     try:
         with _at_most(TEMPLATE_SECONDS):
             text: str = tokenizer.apply_chat_template(
-                without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **template_options
+                without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **(template_options or {})
             )
         if not text.strip() or len(text) > TEMPLATE_CHARACTERS:
             raise ValueError(f"it writes {len(text):,} characters" if text.strip() else "it writes nothing")
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TOPDError(
-            f"The chat template cannot render a conversation: {reason}. Change the messages, the options of the "
-            "template (--chat-template-kwargs), or the template."
+            f"The chat template cannot render a conversation: {reason}. Change the messages, the template's options "
+            "(--chat-template-kwargs), or the template."
         ) from error
     return text
 
@@ -57,11 +59,11 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
 def solution_ids(
     tokenizer: Any, prompt: Any, response: str, template_options: Mapping[str, Any], closing: int
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of a response that is known as text, closed by `closing`, as generation gives them.
+    """Token ids of a prompt and of a response given as text, closed by `closing`, as generation would produce them.
 
-    The response follows what the template writes before an answer (such as `<think>`), and an opening tag there is not
-    repeated. Rendering the response as the assistant's turn would not do: templates drop the reasoning of past turns.
-    Both are tokenized together where the prompt's ids stay as they are, else apart.
+    The response follows what the template writes before an answer (such as `<think>`); an opening tag there is not
+    repeated. The response is not rendered as an assistant turn, because templates drop the reasoning of past turns.
+    Both are tokenized together if that leaves the prompt's ids unchanged, else separately.
     """
     ids, text = prompt_ids(tokenizer, prompt, template_options), prompt_text(tokenizer, prompt, template_options)
     response = response.removesuffix(tokenizer.decode([closing]))
@@ -76,20 +78,20 @@ def solution_ids(
 
 
 def closing_id(tokenizer: Any, ends: Sequence[int], template_options: Mapping[str, Any], conversational: bool) -> int:
-    """The token that closes a response: in conversations the end token that the template puts behind an assistant's
-    turn, if it puts one there; else the first of `ends`."""
+    """The token that closes a response: in conversations, the end token that the template writes after an assistant
+    turn; if it writes none, and for text, the first of `ends`."""
     if not conversational:
         return ends[0]
     try:
-        text = prompt_text(tokenizer, _TALK, template_options, answered=True)
-    except TOPDError:  # a template may refuse this talk
+        text = prompt_text(tokenizer, _CONVERSATION, template_options, answered=True)
+    except TOPDError:  # a template may reject this conversation
         return ends[0]
-    after = tokenizer(text.rpartition(_TALK[1]["content"])[2], add_special_tokens=False)["input_ids"]
+    after = tokenizer(text.rpartition(_CONVERSATION[1]["content"])[2], add_special_tokens=False)["input_ids"]
     return next((int(token) for token in after if token in ends), ends[0])
 
 
 def one_beginning(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids with at most one BOS at the beginning: rendered text has one, and the tokenizer adds another."""
+    """Token ids with at most one BOS at the beginning: the template writes one, and the tokenizer may add another."""
     first = 0
     while tokenizer.bos_token_id is not None and list(ids[first : first + 2]) == [tokenizer.bos_token_id] * 2:
         first += 1
@@ -97,7 +99,7 @@ def one_beginning(ids: Sequence[int], tokenizer: Any) -> list[int]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Messages without the null keys that Arrow adds (`tool_calls`, `name`): templates ask whether a key is there."""
+    """Messages without the null keys that Arrow adds (`tool_calls`, `name`): templates test whether a key exists."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -105,8 +107,7 @@ def without_nulls(value: Any) -> Any:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` after so long: a template may hold loops without end. In the main thread only, where signals
-    arrive."""
+    """Raise `TimeoutError` after this time: a template may loop forever. Works in the main thread only."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -124,7 +125,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _tokens(tokenizer: Any, text: str, prompt: Any) -> list[int]:
-    """A template writes its own special tokens."""
+    """Token ids of a prompt's text; a template writes its own special tokens."""
     return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
 

@@ -1,8 +1,8 @@
-"""Models that processes share: whole while a batch is sampled and looked at, in parts while the student is trained.
+"""Sharded models: gathered while a batch is sampled and windows are decoded, sharded while the student is trained.
 
-DDP keeps a whole model in every process. FSDP2 and DeepSpeed ZeRO-3 keep parts of it, and gather each layer whenever it
-runs, which all processes must do in step. Windows differ in number and length from process to process, so decoding
-them in step is not possible; gathering the parts once for all of them also costs far less than once a token.
+DDP keeps a whole model in every process. FSDP2 and DeepSpeed ZeRO-3 shard it, and gather each layer for every forward
+pass, which all processes must run in step. Windows differ in number and length between processes, so they cannot be
+decoded in step; gathering the shards once for all windows also costs far less than once per token.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from topd.errors import TOPDError
 
 @contextmanager
 def held_whole(model: Any, accelerator: Accelerator) -> Iterator[None]:
-    """All parameters of a model in every process; what is done with it in this block needs no other process.
+    """Gather all parameters of a model in every process, so that the block needs no other process.
 
     Args:
-        model: as accelerate wrapped it.
+        model: as wrapped by accelerate.
     """
     with unwrap_model_for_generation(model, accelerator) as unwrapped, unsharded(unwrapped):
         yield
@@ -32,11 +32,11 @@ def held_whole(model: Any, accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def unsharded(model: Any) -> Iterator[None]:
-    """Gather what FSDP2 has sharded, once, and keep it through all forward passes in this block. Else do nothing."""
+    """Gather what FSDP2 has sharded, once for all forward passes in this block. Without FSDP2, do nothing."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if parts:
-        model._get_fsdp_state()._lazy_init()  # as before a first forward pass, which may not come: see the end
-    resharding = {part: _reshards_after_forward(part) for part in parts if part is not model}  # the root never does
+        model._get_fsdp_state()._lazy_init()  # as before a first forward pass: see the end
+    resharding = {part: _reshards_after_forward(part) for part in parts if part is not model}  # the root never reshards
     for part in resharding:
         part.set_reshard_after_forward(False, recurse=False)
     for part in parts:
@@ -45,23 +45,23 @@ def unsharded(model: Any) -> Iterator[None]:
         yield
     finally:
         if parts:
-            # Shards again, and forgets the forward passes: FSDP would take them for the beginning of the next training
-            # pass, and gather layers ahead of its backward by them, differently in each process.
+            # Reshard, and forget the forward passes: FSDP would otherwise use them to prefetch layers in the next
+            # backward pass, differently in each process.
             model.reset_iter_state()
         for part, reshards in resharding.items():
             part.set_reshard_after_forward(reshards, recurse=False)
 
 
 def _reshards_after_forward(part: FSDPModule) -> bool:
-    groups = part._get_fsdp_state()._fsdp_param_groups  # there is no public way to ask
+    groups = part._get_fsdp_state()._fsdp_param_groups  # there is no public API for this
     return any(group.post_forward_mesh_info is not None for group in groups)
 
 
 def shard_teacher(teacher: Any, accelerator: Accelerator) -> Any:
-    """Shard the teacher as accelerate shards the student. (TRL 1.16 leaves it whole, and where it was loaded.)
+    """Shard the teacher as accelerate shards the student. (TRL 1.16 leaves it unsharded, on its first device.)
 
     Raises:
-        TOPDError: with FSDP1, whose parts cannot be held whole during a forward pass.
+        TOPDError: with FSDP1, whose shards cannot stay gathered during a forward pass.
     """
     if not accelerator.is_fsdp2:
         raise TOPDError(

@@ -1,4 +1,4 @@
-"""Do student and teacher speak of the same tokens, and does the text fit their contexts?"""
+"""Whether student and teacher share a tokenizer, and whether text fits their contexts."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revision: str | None) -> str | None:
-    """Compare the student's tokenizer with the teacher's, wherever that can be found; else say that they were not.
+    """Compare the student's tokenizer with the teacher's; return a note if the teacher's cannot be found.
 
     Args:
-        ours: the student's.
-        teacher: a name, or a loaded model, whose tokenizer is looked for where the model came from.
+        ours: the student's tokenizer.
+        teacher: a name, or a loaded model, whose tokenizer is loaded from where the model came from.
 
     Raises:
         TokenizerMismatchError: they differ.
@@ -47,16 +47,16 @@ def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revisio
         check_tokenizers(ours, theirs)
         return None
     return (
-        "The tokenizers were not compared: the teacher's is not known, because the model was passed without the name "
-        "of a folder that holds one. Make sure that both models were trained with the same tokenizer."
+        "The tokenizers were not compared: the teacher's is unknown, because the loaded model does not name a folder "
+        "with one. Make sure that both models were trained with the same tokenizer."
     )
 
 
 def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:
-    """The tokenizer of a name; of a loaded model, that of the folder or Hub name that it came from, None without one.
+    """The tokenizer of a name, or of the folder or Hub name that a loaded model came from (None if there is none).
 
     Raises:
-        TOPDError: a name has none.
+        TOPDError: the name has no tokenizer.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if isinstance(model, str):
@@ -70,21 +70,21 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     name = getattr(model.config, "_name_or_path", "")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options) if name else None
-    except Exception:  # whatever a library raises: a folder without one, a Hub name without a network
+    except Exception:  # a folder without one, a Hub name without a network
         return None
     return tokenizer if tokenizer is not None and _has_vocabulary(tokenizer) else None
 
 
 def _has_vocabulary(tokenizer: Any) -> bool:
-    """For a folder with a config and no tokenizer transformers makes one of special tokens alone."""
+    """False for the tokenizer of special tokens only that transformers makes for a folder without one."""
     return not set(tokenizer.get_vocab().values()) <= set(tokenizer.added_tokens_decoder)
 
 
 def check_rows(tokenizer: Any, ours: int, theirs: int) -> str | None:
-    """Whether both output heads have a row for every token, and what to know where added tokens alone have none.
+    """Check that both output heads have a row for every token; return a note if only added tokens have none.
 
     Args:
-        ours, theirs: rows of the student's and of the teacher's head. The larger one is cut to the smaller.
+        ours, theirs: rows of the student's and of the teacher's head. The larger head is cut to the smaller.
 
     Raises:
         TokenizerMismatchError: the student would be cut below its tokenizer, or tokens of the vocabulary have no row.
@@ -101,21 +101,30 @@ def check_rows(tokenizer: Any, ours: int, theirs: int) -> str | None:
     if theirs < ours or not set(beyond.values()) <= set(tokenizer.added_tokens_decoder):
         raise TokenizerMismatchError(
             f"{found}. Use the tokenizer that the models were trained with, or a pair of one family; tokens that you "
-            "added need a row in both models (resize_token_embeddings) and training in both."
+            "added need a row in both models (resize_token_embeddings), and must be trained in both."
         )
-    return f"{found}. Prompts must not hold them."
+    return f"{found}. Prompts must not contain them."
 
 
 def check_context(
-    prompt_length: int, prompt: str, response_length: int, window_length: int, configs: Mapping[str, PreTrainedConfig]
-) -> None:
-    """Raise `ContextError` if prompt + response + window is longer than a model's context."""
+    prompt_length: int, prompt: str, response_length: int, window_length: int, configs: Mapping[str, PreTrainedConfig],
+    limited_by: str = "max_completion_length",
+) -> None:  # fmt: skip
+    """Raise `ContextError` if prompt + response + window is longer than a model's context.
+
+    Args:
+        configs: by the model's role, for the message.
+        limited_by: the option that sets the response length.
+    """
     for role, config in configs.items():
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         needed = prompt_length + response_length + window_length
         if limit is not None and needed > limit:
+            window = f" + window_length {window_length}" if window_length else ""
+            room = limit - prompt_length - window_length
+            lower = [f"lower {limited_by} to at most {room}"] * (room > 0) + ["lower window_length"] * bool(window)
             raise ContextError(
-                f"A prompt of {prompt_length} tokens + max_completion_length {response_length} + window_length "
-                f"{window_length} = {needed} tokens do not fit the {role}'s context of {limit}. Shorten or drop the "
-                f"prompt, or lower max_completion_length or window_length. It begins: {prompt[:160]!r}."
+                f"A prompt of {prompt_length} tokens + {limited_by} {response_length}{window} = {needed} tokens do not "
+                f"fit the {role}'s context of {limit}. {', or '.join(['Shorten or drop the prompt', *lower])}. It "
+                f"begins: {prompt[:160]!r}."
             )

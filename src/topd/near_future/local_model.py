@@ -67,11 +67,11 @@ class LocalModel:
             return
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         in_order = [lengths[index] for index in by_length]
-        groups = ways_of(self.model).together(in_order, [-n for n in in_order], growth)
-        groups = [[by_length[place] for place in group] for group in groups]
-        for group in groups:
-            for start in range(0, len(group), self.batch_size):
-                yield group[start : start + self.batch_size]
+        ways = ways_of(self.model)
+        size = self.batch_size if ways.batches else 1
+        for group in ways.together(in_order, [-n for n in in_order], growth):
+            for start in range(0, len(group), size):
+                yield [by_length[place] for place in group[start : start + size]]
 
     @torch.no_grad()
     def continue_over_prefix(

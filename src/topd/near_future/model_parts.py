@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,3 +88,20 @@ class evaluating:
 
     def __exit__(self, *_: object) -> None:
         self.model.train(self.was_training)
+
+
+@contextmanager
+def without_autocast(model: Any, device_type: str) -> Iterator[None]:
+    """In the dtype of the weights, also where autocast stands around the forward pass of the model or its backbone."""
+    wrapped = [
+        module
+        for module in (model, backbone_of(model))
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook")  # hooks move tensors between devices
+    ]
+    forwards = [vars(module).pop("forward") for module in wrapped]
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            vars(module)["forward"] = forward

@@ -1,19 +1,22 @@
 """Recurrent states at the places where windows branch off a rollout, for models with linear attention or convolutions.
 
 Keys and values of a prefix are part of those of the rollout; a recurrent state is not part of a later one. So the
-rollout is read once more, in segments that end where windows branch off, and the states are copied there. That is one
-forward pass per rollout in the place of one per window.
+rollout is read once more, and its recurrent layers run in segments that end where windows branch off. Their states are
+copied there. That is one forward pass per rollout in the place of one per window.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -71,19 +74,75 @@ def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache 
     branches = empty_cache(backbone)
     if not is_recurrent(branches):
         return None
-    for number, (places, padding) in enumerate(zip(place.tolist(), rollouts.padding.tolist(), strict=True)):
-        ids = rollouts.input_ids[number, padding:]
-        cache, read = empty_cache(backbone), 0
-        for end in sorted({at - padding for at in places}):
-            _read_on(backbone, ids, cache, read, end)
-            read = end
-            rows = [number * len(places) + slot for slot, at in enumerate(places) if at - padding == end]
-            _copy_states(cache, branches, rows, place.numel())
     layers: list[Any] = branches.layers
+    mixers = mixers_of(backbone, branches)
+    for number, (places, padding) in enumerate(zip(place.tolist(), rollouts.padding.tolist(), strict=True)):
+        rows: dict[int, list[int]] = {}  # of the branches, by the number of tokens before them
+        for slot, at in enumerate(places):
+            rows.setdefault(at - padding, []).append(number * len(places) + slot)
+        cache = empty_cache(backbone)
+        keep = partial(_copy_states, cache, branches, rows, place.numel())
+        ids, ends = rollouts.input_ids[number, padding:], sorted(rows)
+        if mixers is not None:
+            with in_segments(mixers, ends, keep):
+                _read_on(backbone, ids, cache, 0, ends[-1])
+            continue
+        for start, end in pairwise([0, *ends]):
+            _read_on(backbone, ids, cache, start, end)
+            for layer in range(len(layers)):
+                keep(layer, end)
     for layer in layers:
         if hasattr(layer, "keys"):
             layer.update = lambda keys, values, *_, **__: (keys, values)
     return branches
+
+
+def mixers_of(backbone: Any, cache: Cache) -> dict[int, nn.Module] | None:
+    """The module that updates the states of each recurrent layer; None where that is not plain to see."""
+    recurrent = {number for number, layer in enumerate(cache.layers) if hasattr(layer, "conv_states")}
+    layers: list[Any] = [module for module in backbone.modules() if getattr(module, "layer_idx", None) in recurrent]
+    takers = [module for module in layers if _takes_states(module)]
+    around = {id(outer) for outer in takers for part in outer.modules() if part is not outer and part in takers}
+    mixers = [module for module in takers if id(module) not in around]
+    found = {module.layer_idx: module for module in mixers}
+    return found if set(found) == recurrent and len(mixers) == len(found) else None
+
+
+def _takes_states(module: nn.Module) -> bool:
+    names = inspect.signature(type(module).forward).parameters
+    return {"hidden_states", "attention_mask"} <= set(names) and any(name in names for name in CACHE_ARGUMENTS)
+
+
+@contextmanager
+def in_segments(mixers: dict[int, nn.Module], ends: list[int], after: Callable[[int, int], None]) -> Iterator[None]:
+    """These modules run a row in segments, whereas everything around them runs it as a whole.
+
+    Args:
+        mixers: by number of the layer.
+        ends: number of tokens up to the end of each segment; the last is the row's length.
+        after: called with the layer and the end of each segment that a module has run.
+    """
+    usual: dict[int, Any] = {number: vars(mixer).get("forward") for number, mixer in mixers.items()}
+    try:
+        for number, mixer in mixers.items():
+            mixer.forward = partial(_segments, mixer.forward, ends, partial(after, number))
+        yield
+    finally:
+        for number, mixer in mixers.items():
+            vars(mixer).pop("forward", None)
+            if usual[number] is not None:  # a hook that accelerate has put there
+                mixer.forward = usual[number]
+
+
+def _segments(
+    forward: Callable[..., Tensor], ends: list[int], after: Callable[[int], None], hidden_states: Tensor, *args: Any,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    parts = []
+    for start, end in pairwise([0, *ends]):
+        parts.append(forward(hidden_states[:, start:end], *args, **kwargs))
+        after(end)
+    return torch.cat(parts, dim=1)
 
 
 def _read_on(backbone: Any, ids: Tensor, cache: DynamicCache, start: int, end: int) -> None:
@@ -93,20 +152,22 @@ def _read_on(backbone: Any, ids: Tensor, cache: DynamicCache, start: int, end: i
     backbone(**inputs)
 
 
-def _copy_states(source: Cache, target: Cache, rows: list[int], batch: int) -> None:
-    """Copy the only row of a cache's recurrent states to rows of another cache."""
-    for old, new in zip(source.layers, target.layers, strict=True):
-        if not hasattr(old, "conv_states"):
+def _copy_states(
+    source: Cache, target: Cache, rows: dict[int, list[int]], batch: int, layer: int, end: int
+) -> None:  # fmt: skip
+    """Copy the only row of a recurrent layer's states to the rows of the branches that start at `end`."""
+    old, new = source.layers[layer], target.layers[layer]
+    if not hasattr(old, "conv_states"):
+        return
+    for name in vars(LinearAttentionLayer()):
+        value = getattr(old, name)
+        if name not in ("conv_states", "recurrent_states"):
+            setattr(new, name, dict(value) if isinstance(value, dict) else value)
             continue
-        for name in vars(LinearAttentionLayer()):
-            value = getattr(old, name)
-            if name not in ("conv_states", "recurrent_states"):
-                setattr(new, name, dict(value) if isinstance(value, dict) else value)
+        for index, state in value.items():
+            if state is None:
                 continue
-            for index, state in value.items():
-                if state is None:
-                    continue
-                states = getattr(new, name)
-                if states[index] is None:
-                    states[index] = state.new_zeros(batch, *state.shape[1:])
-                states[index][rows] = state
+            states = getattr(new, name)
+            if states[index] is None:
+                states[index] = state.new_zeros(batch, *state.shape[1:])
+            states[index][rows[end]] = state

@@ -7,8 +7,7 @@ unpadded and without a cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,13 +19,13 @@ from torch.distributed.fsdp import FSDPModule
 from topd.near_future.branches import Branches, packed, rollout_hidden, separate
 from topd.near_future.generation import own_settings_only
 from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
-from topd.near_future.model_parts import backbone_of, evaluating, output_head
+from topd.near_future.model_parts import backbone_of, evaluating, output_head, without_autocast
 from topd.near_future.padding import last_states, left_padded
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.shared_prefix import Prefill, Start, continue_over_prefix, prefill
 from topd.near_future.true_states import PROMPTS, RESPONSE, STARTS, TOLERANCE, alone, padding_id, sample_of
-from topd.near_future.ways import ArchitectureError, Ways
+from topd.near_future.ways import ArchitectureError, Batching, Ways
 from topd.near_future.windows import Places, Rollouts
 
 FAST = ("shared_prefix", "packed_rows", "sampling_states")
@@ -108,12 +107,13 @@ class Check:
         if not sampled:
             self._stop_unless_generates()
         if padded and not sampled:
-            padded = self._try("left_padding", self._same_tokens_alone)
+            padded = self._try("left_padding", self._padded_tokens)
         return Ways(
             shared_prefix=math.inf if self._try("shared_prefix", self._shared_prefix) else 0,
             packed_rows=math.inf if self._try("packed_rows", self._packed_rows) else 0,
             sampling_states=math.inf if padded and sampled else 0,
             left_padding=padded,
+            batches=padded or self._try("batches", self._batched_tokens),
             trl=self._trl(),
             cached_prefix=self.cached_prefix,
             trains=self._try("trains", self._trains),
@@ -162,9 +162,16 @@ class Check:
 
     def _stop_unless_generates(self) -> None:
         try:
-            self._generated([1])
+            self._generated([self.sample.rollouts.prefix(1, 0)])
         except Exception as error:
             raise ArchitectureError(f"{type(self.model).__name__} cannot generate text: {_in_words(error)}.") from error
+
+    def batching(self) -> Batching:
+        """Which prompts `generate` may continue together."""
+        if self._try("left_padding", self._padded) and self._try("left_padding", self._padded_tokens):
+            return Batching()
+        equal = self._try("batches", self._batched_tokens)
+        return Batching(False, equal, self.reasons["left_padding" if equal else "batches"])
 
     def _padded(self) -> str | None:
         rollouts = self.sample.rollouts
@@ -250,7 +257,7 @@ class Check:
 
     def _sampled(self) -> str | None:
         """States, and windows over the prefix, that are kept from sampling."""
-        ids, mask, response, states = self._generated([0, 1])
+        ids, mask, response, states = self._generated([self.sample.rollouts.prefix(row, 0) for row in range(2)])
         ones = torch.ones_like(response)
         rollouts = Rollouts(ids, mask, response, ones, ones)
         sampled = states.prefill(rollouts, keep_prefix=False)
@@ -261,14 +268,23 @@ class Check:
         truth = torch.stack([states[p - 1 : -1] for states, p in zip(row_states, PROMPTS, strict=True)])
         return self.sample.error(sampled.hidden, truth)
 
-    def _same_tokens_alone(self) -> str | None:
-        together = self._generated([0, 1])[2]
-        separately = torch.cat([self._generated([row])[2] for row in range(2)])
-        return None if torch.equal(together, separately) else "generate continues padded prompts otherwise"
+    def _padded_tokens(self) -> str | None:
+        return self._same_tokens_alone([0, 0])
 
-    def _generated(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, SamplingStates]:
+    def _batched_tokens(self) -> str | None:
+        """Prompts of equal length: the first with some tokens of its rollout."""
+        return self._same_tokens_alone([PROMPTS[1] - PROMPTS[0], 0])
+
+    def _same_tokens_alone(self, positions: list[int]) -> str | None:
+        prompts = [self.sample.rollouts.prefix(row, position) for row, position in enumerate(positions)]
+        together = self._generated(prompts)[2]
+        separately = torch.cat([self._generated([prompt])[2] for prompt in prompts])
+        kind = "padded prompts" if positions == [0, 0] else "prompts in a batch"
+        return None if torch.equal(together, separately) else f"generate continues {kind} otherwise than alone"
+
+    def _generated(self, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, SamplingStates]:
         """Greedy responses: prompt ids and mask, responses, and what was kept."""
-        ids, mask = left_padded([self.sample.rollouts.prefix(row, 0) for row in rows], padding_id(self.model))
+        ids, mask = left_padded(prompts, padding_id(self.model))
         states = SamplingStates()
         with states.keeping(self.model):
             output = self.model.generate(
@@ -305,23 +321,6 @@ def _alike(some: Prefill | None, other: Prefill) -> bool:
         for pairs in zip(some.prefix, other.prefix, strict=True)
         for a, b in zip(*pairs, strict=True)
     )
-
-
-@contextmanager
-def without_autocast(model: Any, device_type: str) -> Iterator[None]:
-    """In the dtype of the weights, also where autocast stands around the forward pass of the model or its backbone."""
-    wrapped = [
-        module
-        for module in (model, backbone_of(model))
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook")  # hooks move tensors between devices
-    ]
-    forwards = [vars(module).pop("forward") for module in wrapped]
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for module, forward in zip(wrapped, forwards, strict=True):
-            vars(module)["forward"] = forward
 
 
 def _in_words(error: Exception) -> str:

@@ -159,7 +159,7 @@ def _grow(
     backbone: Any, prefill: Prefill, next_token: NextToken, rollouts: Rollouts,
     where: Tensor, wanted: Tensor, eos: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[branch, token] what each branch (rollout, response position of its first fed token, that token) goes on with."""
+    """[branch, token] how each branch (rollout, response position of its first fed token, that token) continues."""
     order = where[:, 0].argsort(stable=True)
     row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
@@ -178,10 +178,11 @@ def _grow(
     if states is not None:
         inputs = {"use_cache": True, cache_argument(backbone): states}
     grown = fed.new_zeros(len(rollouts), most, steps)
+    positions = takes_positions(backbone)
     with attending_in(tree, backbone.config):
         for step in range(steps):
             tree.grow()
-            if takes_positions(backbone):
+            if positions:
                 inputs["position_ids"] = (tree.start + step).view(-1, 1)
             hidden = backbone(input_ids=fed.view(-1, 1), **inputs).last_hidden_state
             if tree.calls != len(tree.prefix):

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +29,19 @@ class ArchitectureError(TOPDError, RuntimeError):
     """A model cannot be distilled: its states or logits are not those of a causal language model."""
 
 
+class Batching(NamedTuple):
+    """Which prompts `generate` may continue together, and why not all.
+
+    Attributes:
+        padded: of different lengths, padded on the left.
+        equal: of equal length.
+    """
+
+    padded: bool = True
+    equal: bool = True
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class Ways:
     """What is exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
@@ -38,6 +51,7 @@ class Ways:
         packed_rows: the same for windows behind their rollout in one row, with gradients.
         sampling_states: the same for the states that sampling computes.
         left_padding: rows of different lengths may share a batch.
+        batches: rows of equal length may share a batch of `generate`.
         trains: a backward pass works.
         trl: where TRL's own forward pass, which passes no position ids, is exact.
         switch: length beyond which the model rotates all positions differently (LongRoPE); None: it never does.
@@ -51,6 +65,7 @@ class Ways:
     packed_rows: float = math.inf
     sampling_states: float = math.inf
     left_padding: bool = True
+    batches: bool = True
     trains: bool = True
     trl: Literal["always", "without left padding", "never"] = "always"
     switch: int | None = None
@@ -158,6 +173,11 @@ def notice_of(model: Any, ways: Ways) -> str | None:
             continue
         where = "" if longest == 0 else f" where a row is longer than {int(longest):,} tokens"
         parts.append(f"{cost}{where} ({ways.reasons.get(name, 'not exact otherwise')})")
+    if not ways.batches:
+        parts.append(
+            f"windows are generated one at a time ({ways.reasons['batches']}), and rollouts that are sampled in a "
+            "batch are not the model's own"
+        )
     if not ways.left_padding:
         parts.append(
             f"prompts of different lengths run one after the other ({ways.reasons.get('left_padding', 'not exact')})"

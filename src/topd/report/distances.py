@@ -27,7 +27,7 @@ BINS, BIN_PLACES = 8, 5
 
 def distance_figures(points: Sequence[Point]) -> list[Figure]:
     """D_OT of the candidates in audited rollouts."""
-    return [figure for figure in (_histogram(points), loss_against_distance(points)) if figure]
+    return [figure for figure in (_histogram(points), scatter(points)) if figure]
 
 
 def _histogram(points: Sequence[Point]) -> Figure | None:
@@ -64,18 +64,13 @@ def _histogram(points: Sequence[Point]) -> Figure | None:
     )
 
 
-def loss_against_distance(points: Sequence[Point], name: str = "loss-distance") -> Figure | None:
-    """Each candidate's token loss and D_OT. `name`: unique on the page."""
-    return _scatter([(p.token_loss, p.distance, p.kind) for p in points], "Token loss", name)
+def scatter(points: Sequence[Point], axis: str = "Token loss", name: str = "loss-distance") -> Figure | None:
+    """Each candidate's D_OT by token loss or, as in the paper's Fig. 6, by the teacher's NLL of the sampled token.
 
-
-def teacher_nll_against_distance(points: Sequence[Point], name: str) -> Figure | None:
-    """The same with the teacher's NLL of the sampled token, the x axis of the paper's Fig. 6."""
-    return _scatter([(p.teacher_nll, p.distance, p.kind) for p in points], "Teacher's NLL", name)
-
-
-def _scatter(places: Sequence[tuple[float | None, float | None, str]], axis: str, name: str) -> Figure | None:
-    """Dots or, where there are many, their density; the linear trend; means of bins with their standard errors."""
+    Dots or, where there are many, their density; the linear trend; means of bins with their standard errors. `name`:
+    unique on the page.
+    """
+    places = [(p.token_loss if axis == "Token loss" else p.teacher_nll, p.distance, p.kind) for p in points]
     known = [(x, y, kind) for x, y, kind in places if x is not None and y is not None]
     if len(known) < 2:
         return None

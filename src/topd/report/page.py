@@ -121,7 +121,7 @@ def _forks(runs: Sequence[Run], limit: int) -> dict[str, object]:
         "shown": shown,
         "cards": cards,
         "kinds": Counter(card.candidate.kind for card in cards),
-        "sources": Counter(card.arm for card in cards),
+        "sources": Counter(sorted(card.arm for card in cards)),
         "tokens": Counter(card.token for card in cards).most_common(MOST_TOKENS),
         "futures": [card.alignment.data if card.alignment else None for card in cards],
         "left_out": sum(len(arm.points) for arm in arms) - len(cards),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
-from topd.report.distances import groups_figure, loss_against_distance, readings_figure, teacher_nll_against_distance
-from topd.report.elements import Group, Section, Table, decimals, interval_of, numbers, percent, value_with_interval
-from topd.report.reading import check_version, clean, mapping, mappings, number, plan, read_lines, read_object, strings
-from topd.report.rollouts import Candidate, Point, Rollout, losses_of, visible
+from topd.report.distances import groups_figure, readings_figure, scatter
+from topd.report.elements import Group, Section, Table, decimals, numbers, percent, value_with_interval
+from topd.report.reading import check_version, clean, mapping, mappings, number, read_lines, read_object
+from topd.report.rollouts import Point, Rollout, candidate_of, point_of, rollout_of, visible
 
 MOST_TOKENS = 24
 
@@ -50,7 +50,7 @@ def load_probe(folder: Path, notes: list[str], keep: int) -> ProbeRecords | None
     ):  # fmt: skip
         for kind, group, distance in distances:
             found.distances[kind][group].append(distance)
-        found.points += [Point(c.token_loss, c.distance, c.kind, c.teacher_nll) for c in rollout.candidates]
+        found.points += map(point_of, rollout.candidates)
         if count < keep:
             found.rollouts.append(rollout)
             count += max(1, len(rollout.candidates))
@@ -69,32 +69,12 @@ def _probed(
             if distance is not None and place["group"] in GROUPS:
                 distances.append((kind, place["group"], distance))
         if place["group"] == "high":
-            candidates.append(_candidate(place, number(measured.get(variant)), threshold))
-    tokens = strings(record.get("tokens"))
-    return Rollout(
-        step=0,
-        method="",
-        prompt=clean(record.get("prompt") or ""),
-        tokens=tokens,
-        token_loss=losses_of(record, tokens),
-        candidates=tuple(sorted(candidates, key=lambda candidate: candidate.position)),
-        title=f"Probe, rollout {int(record.get('rollout') or 0) + 1}",
-    ), distances
-
-
-def _candidate(place: Mapping[str, Any], distance: float | None, threshold: float | None) -> Candidate:
-    return Candidate(
-        position=int(place["position"]),
-        token=clean(place.get("token") or ""),
-        token_loss=number(place.get("token_loss")),
-        distance=distance,
-        fork=distance is not None and threshold is not None and distance > threshold,
-        decision="",
-        student_window=strings(place.get("student_window")),
-        teacher_window=strings(place.get("teacher_window")),
-        plan=plan(place.get("plan")),
-        teacher_nll=number(place.get("teacher_nll")),
-    )
+            distance = number(measured.get(variant))
+            fork = distance is not None and threshold is not None and distance > threshold
+            candidates.append(candidate_of(place | {"distance": distance, "fork": fork}, decision=""))
+    candidates.sort(key=lambda candidate: candidate.position)
+    title = f"Probe, rollout {int(record.get('rollout') or 0) + 1}"
+    return rollout_of(record, record, candidates, title), distances
 
 
 def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> Section:
@@ -107,32 +87,23 @@ def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> Section:
         lede += f" Threshold: the upper quartile of D_OT at low-loss tokens, {threshold:.4g}. A high-loss token below "
         lede += "the threshold is a false alarm."
     section = Section(f"Probe{of}", lede)
-    section.add(
-        "table",
-        Table(
-            "Table of the probe", ("", "This pair", "95 % interval", "Paper"), [Group(_lines(result))],
-            "95 % bootstrap intervals over rollouts. The paper’s pair: Qwen3-30B-A3B and Qwen3-4B.", paper=True,
-        ),
-    )  # fmt: skip
+    variants = mapping(result.get("variants"))
+    readings = {clean(kind): mapping(variants.get(name)) for kind, name in mapping(result.get("readings")).items()}
+    caption = "In parentheses: 95 % bootstrap intervals over rollouts. The paper’s pair: Qwen3-30B-A3B and Qwen3-4B."
+    if len(readings) > 1:
+        caption = (
+            f"The student’s window in each reading, at the same positions with the same teacher windows. {caption}"
+        )
+    head = ("", *(readings if len(readings) > 1 else ["This pair"]), "Paper")
+    rows = _quantities([result, *list(readings.values())[1:]])  # the first reading is the main one
+    section.add("table", Table("Table of the probe", head, [Group(rows)], caption, paper=True))
     figures = [
         groups_figure(next(iter(probe.distances.values())), f"groups-{index}"),
         readings_figure(probe.distances, f"readings-{index}"),
-        loss_against_distance(probe.points, f"probe-loss-{index}"),
-        teacher_nll_against_distance(probe.points, f"probe-nll-{index}"),
+        scatter(probe.points, "Token loss", f"probe-loss-{index}"),
+        scatter(probe.points, "Teacher's NLL", f"probe-nll-{index}"),
     ]
     section.add("figures", [figure for figure in figures if figure])
-    variants = mapping(result.get("variants"))
-    readings = {clean(kind): mapping(variants.get(name)) for kind, name in mapping(result.get("readings")).items()}
-    if len(readings) > 1:
-        section.add("heading", "The student’s window in each reading")
-        section.add(
-            "table",
-            Table(
-                "Table of the readings", ("", *readings, "Paper"), [Group(_readings(readings))],
-                "The same positions and teacher windows. In parentheses: 95 % bootstrap intervals over rollouts.",
-                paper=True,
-            ),
-        )  # fmt: skip
     if len(variants) > 1:
         section.add("heading", "The same positions with other settings")
         head = ("Window / embedding / cost / K", "High", "Random", "Low", "False alarms, %", "Pearson", "Spearman")
@@ -141,52 +112,30 @@ def probe_section(probe: ProbeRecords, index: int = 0, of: str = "") -> Section:
     return section.add("tokens", _tokens(result))
 
 
-def _lines(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Quantity, value, interval, the paper's; without those that are not recorded."""
-    groups = {group: mapping(mapping(result.get("groups")).get(group)) for group in GROUPS}
-    lines = [
-        (f"Median D_OT, {words} (n = {n:.0f})", numbers(groups[group]), "median", PROBE[group], 3)
-        for group, words in GROUPS.items()
-        if (n := number(groups[group].get("n"))) is not None
-    ]
-    lines += [
-        (f"D_OT below {NEAR_ZERO}, {words}, %", percent(groups[group].get("near_zero")), "value",
-         100 * NEAR_ZERO_SHARES[group], 1)
-        for group, words in GROUPS.items()
-    ]  # fmt: skip
-    lines += [
-        (words, numbers(result.get(name)), "value", PROBE[name.removesuffix("_nll")], 3)
-        for name, words in CORRELATIONS.items()
-    ]
-    alarms = percent(result.get("false_alarm_share"))
-    lines.append(("False alarms among high-loss tokens, %", alarms, "value", 100 * PROBE["false_alarm_share"], 1))
-    return [
-        (words, decimals(values[key], digits), interval_of(values, digits), f"{paper:.{digits}f}")
-        for words, values, key, paper, digits in lines
-        if key in values
-    ]
-
-
-def _readings(readings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per quantity: its value in each reading, and the paper's."""
+def _quantities(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row per quantity that is recorded: its value in each reading, and the paper's."""
     rows: list[tuple[str, ...]] = []
 
-    def add(words: str, found: list[dict[str, float]], paper: str, digits: int, key: str = "value") -> None:
+    def add(words: str, found: list[dict[str, float]], paper: str, digits: int = 3, key: str = "value") -> None:
         if any(key in each for each in found):
             rows.append((words, *(value_with_interval(each, digits, key) for each in found), paper))
 
-    in_groups = {group: [mapping(mapping(each.get("groups")).get(group)) for each in readings.values()]
-                 for group in GROUPS}  # fmt: skip
+    groups = {group: [mapping(mapping(each.get("groups")).get(group)) for each in results] for group in GROUPS}
     for group, words in GROUPS.items():
-        near = [percent(each.get("near_zero")) for each in in_groups[group]]
-        add(f"D_OT below {NEAR_ZERO}, {words}, %", near, f"{100 * NEAR_ZERO_SHARES[group]:.1f}", 1)
+        n = number(groups[group][0].get("n"))
+        of = "" if n is None else f" (n = {n:.0f})"
+        add(f"Median D_OT, {words}{of}", [numbers(each) for each in groups[group]], decimals(PROBE[group]), 3, "median")
     for group, words in GROUPS.items():
-        add(f"Median D_OT, {words}", [numbers(each) for each in in_groups[group]], f"{PROBE[group]:.3f}", 3, "median")
-    alarms = [percent(each.get("false_alarm_share")) for each in readings.values()]
-    add("False alarms, %", alarms, f"{100 * PROBE['false_alarm_share']:.1f}", 1)
+        near = [percent(each.get("near_zero")) for each in groups[group]]
+        add(f"D_OT below {NEAR_ZERO}, {words}, %", near, decimals(100 * NEAR_ZERO_SHARES[group], 1), 1)
+    for name, words in CORRELATIONS.items():
+        paper = decimals(PROBE[name.removesuffix("_nll")])
+        add(words, [numbers(each.get(name)) for each in results], paper)
+    alarms = [percent(each.get("false_alarm_share")) for each in results]
+    add("False alarms among high-loss tokens, %", alarms, decimals(100 * PROBE["false_alarm_share"], 1), 1)
     for group, words in GROUPS.items():
-        begins = [percent(each.get("begins_with_candidate")) for each in in_groups[group]]
-        add(f"Begins with the candidate, {words}, %", begins, "", 1)
+        begins = [percent(each.get("begins_with_candidate")) for each in groups[group]]
+        add(f"Window begins with the candidate, {words}, %", begins, "", 1)
     return rows
 
 

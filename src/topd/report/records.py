@@ -23,13 +23,11 @@ from topd.report.reading import (
     mapping,
     mappings,
     number,
-    plan,
     read_lines,
     read_object,
     read_run_file,
-    strings,
 )
-from topd.report.rollouts import Candidate, Point, Rollout, losses_of
+from topd.report.rollouts import Point, Rollout, candidate_of, point_of, rollout_of
 from topd.report.study import load_study
 from topd.teachers.server_address import without_secrets
 
@@ -103,11 +101,11 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
     arm.settings, arm.provenance = read_run_file(folder, notes)
-    if isinstance(server := arm.options.get("teacher_window_server"), str):
-        arm.options["teacher_window_server"] = without_secrets(server)  # an older run may have kept them
+    if isinstance(server := arm.options.get("teacher_model_server_url"), str):
+        arm.options["teacher_model_server_url"] = without_secrets(server)  # an older run may have kept them
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
         arm.audited += 1
-        arm.points += [Point(c.token_loss, c.distance, c.kind) for c in rollout.candidates]
+        arm.points += map(point_of, rollout.candidates)
         arm.rollouts.append(rollout)
         if len(arm.rollouts) % 256 == 0:  # a long run's windows need not all stay in memory
             arm.rollouts = _newest(arm.rollouts, keep)
@@ -116,7 +114,7 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
 
 
 def _trainer_state(folder: Path) -> Path:
-    """The trainer's state, or that of the newest checkpoint while training still goes on."""
+    """The trainer's state, or that of the newest checkpoint while training continues."""
     final = folder / "trainer_state.json"
     return final if final.is_file() else max(_checkpoints(folder), key=lambda path: path.stat().st_mtime, default=final)
 
@@ -133,32 +131,8 @@ def _newest(rollouts: list[Rollout], keep: int) -> list[Rollout]:
 
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
-    spoken = record.get("rollout") or {}
-    tokens = strings(spoken.get("tokens"))
-    return Rollout(
-        step=int(record.get("step") or 0),
-        method=clean(record.get("method") or ""),
-        prompt=clean(record.get("prompt") or ""),
-        tokens=tokens,
-        token_loss=losses_of(spoken, tokens),
-        candidates=tuple(_candidate(candidate) for candidate in record.get("candidates") or ()),
-    )
-
-
-def _candidate(record: Mapping[str, Any]) -> Candidate:
-    weight = number(record.get("weight"))
-    return Candidate(
-        position=int(record["position"]),
-        token=clean(record.get("token") or ""),
-        token_loss=number(record.get("token_loss")),
-        distance=number(record.get("distance")),
-        fork=bool(record.get("fork")),
-        decision=clean(record.get("decision") or "none"),
-        weight=1.0 if weight is None else weight,
-        student_window=strings(record.get("student_window")),
-        teacher_window=strings(record.get("teacher_window")),
-        plan=plan(record.get("plan")),
-    )
+    candidates = [candidate_of(candidate) for candidate in record.get("candidates") or ()]
+    return rollout_of(record, record.get("rollout") or {}, candidates)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from topd.report.reading import number
+from topd.report.reading import clean, number, plan, strings
 
 if TYPE_CHECKING:
     from topd.report.records import Arm
@@ -80,10 +80,44 @@ class Point:
     teacher_nll: float | None = None
 
 
-def losses_of(record: Mapping[str, Any], tokens: tuple[str, ...]) -> tuple[float | None, ...]:
-    """The recorded loss of each token, None where there is none."""
-    losses = [number(loss) for loss in record.get("token_loss") or ()][: len(tokens)]
-    return (*losses, *[None] * (len(tokens) - len(losses)))
+def candidate_of(record: Mapping[str, Any], decision: str = "none") -> Candidate:
+    """A candidate from its record; `decision`: where none is recorded."""
+    weight = number(record.get("weight"))
+    return Candidate(
+        position=int(record["position"]),
+        token=clean(record.get("token") or ""),
+        token_loss=number(record.get("token_loss")),
+        distance=number(record.get("distance")),
+        fork=bool(record.get("fork")),
+        decision=clean(record.get("decision") or decision),
+        weight=1.0 if weight is None else weight,
+        student_window=strings(record.get("student_window")),
+        teacher_window=strings(record.get("teacher_window")),
+        plan=plan(record.get("plan")),
+        teacher_nll=number(record.get("teacher_nll")),
+    )
+
+
+def point_of(candidate: Candidate) -> Point:
+    """Only its numbers."""
+    return Point(candidate.token_loss, candidate.distance, candidate.kind, candidate.teacher_nll)
+
+
+def rollout_of(
+    record: Mapping[str, Any], response: Mapping[str, Any], candidates: Sequence[Candidate], title: str = ""
+) -> Rollout:
+    """A rollout from its record and the part of it that holds tokens and losses."""
+    tokens = strings(response.get("tokens"))
+    losses = [number(loss) for loss in response.get("token_loss") or ()][: len(tokens)]
+    return Rollout(
+        step=int(record.get("step") or 0),
+        method=clean(record.get("method") or ""),
+        prompt=clean(record.get("prompt") or ""),
+        tokens=tokens,
+        token_loss=(*losses, *[None] * (len(tokens) - len(losses))),
+        candidates=tuple(candidates),
+        title=title,
+    )
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def _curves(arms: Arms, key: str, name: str, unit: str, index: int) -> Figure | 
             if arm != _REFERENCE and _REFERENCE in curves:
                 _draw(axes, curves[_REFERENCE], INK, "--")
                 if arm == panels[0]:
-                    end, other = (np.mean(curves[one], axis=0)[:, -1] for one in (_REFERENCE, arm))
-                    above = end[1] >= other[1]
+                    end = np.mean(curves[_REFERENCE], axis=0)[:, -1]
+                    above = end[1] >= np.interp(end[0], *np.mean(curves[arm], axis=0))
                     axes.annotate(
                         "OPD", end, (0, 6 if above else -6), textcoords="offset points", ha="right",
                         va="bottom" if above else "top",

@@ -131,47 +131,48 @@ def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Pair, data, batch, precision, device, seed, time and versions, as far as recorded; each value once."""
     found: dict[str, dict[str, None]] = {}
     for run in runs:
-        parts = [*map(_of_arm, run.arms), _of_run(run)]
-        for name, value in (item for part in parts for item in part.items()):
-            if value:
-                found.setdefault(name, {})[clean(value)] = None
-    several = {name: "; ".join(values)[:LONGEST] for name, values in found.items()}
-    return [(name, several[name]) for name in _SETUP if name in several]
+        for name, value in (item for part in (*map(facts, run.arms), _of_run(run)) for item in part.items()):
+            found.setdefault(name, {})[value] = None
+    return [(name, "; ".join(found[name])[:LONGEST]) for name in _SETUP if name in found]
 
 
 _SETUP = ("Pair", "Data", "Batch", "Precision", "Device", "Seed", "Total time", "Versions")
 
 
-def _of_arm(arm: Arm) -> dict[str, str]:
+def facts(arm: Arm) -> dict[str, str]:
+    """What an arm was made of, by name, as far as its `run.yaml` records it; each model by its name there."""
     record, options = arm.provenance, arm.settings
-    student, teacher = (mapping(record.get(name)) for name in ("student", "teacher"))
-    data = mapping(record.get("data"))
-    seed = options.get("seed", arm.options.get("seed"))
-    versions = mapping(record.get("versions"))
-    return {
-        "Pair": f"{_short(student)} distilled from {_short(teacher)}" if student and teacher else "",
+    models = {name: part for name, part in record.items() if isinstance(part, dict) and "architecture" in part}
+    data, resumed = mapping(record.get("data")), mappings(record.get("resumed"))
+    pair = [_short(models[name]) for name in ("student", "teacher") if name in models]
+    found = {
+        "Pair": " distilled from ".join(pair) if len(pair) == 2 else "",
+        **{name: _model(part) for name, part in models.items()},
         "Data": f"{_count(data.get('rows'))} prompts, digest {data.get('digest')}" if data else "",
         "Batch": _batch(options, number(record.get("processes")) or 1),
         "Precision": joined(mapping(record.get("precision"))),
         "Device": " × ".join(str(record[name]) for name in ("processes", "device") if name in record),
-        "Seed": "" if seed is None else str(seed),
-        "Versions": joined(versions),
+        "Seed": str(options.get("seed", arm.options.get("seed", ""))),
+        "Versions": joined(mapping(record.get("versions"))),
+        "Command": record.get("command", ""),
+        "Started": record.get("time", ""),
+        "Resumed": "; ".join(_resumed(entry) for entry in resumed),
     }
+    return {clean(name): clean(value)[:LONGEST] for name, value in found.items() if value}
 
 
 def _of_run(run: Run) -> dict[str, str]:
-    seconds, seed = number(run.results.get("seconds_total")), run.results.get("seed")
-    own = mapping(run.results.get("versions"))
-    recorded = any(arm.provenance.get("versions") for arm in run.arms)
+    """What the results, the probe or the study of a run add to its arms."""
+    seconds, known = number(run.results.get("seconds_total")), [facts(arm) for arm in run.arms]
     source = mapping(run.probe.result.get("run")) if run.probe else mapping((run.study or {}).get("plan"))
-    known = any(arm.provenance.get("student") for arm in run.arms)
-    pair = [clean(source[name]) for name in ("student", "teacher") if source.get(name)]
-    return {
-        "Pair": " distilled from ".join(pair) if len(pair) == 2 and not known else "",
-        "Seed": "" if seed is None else str(seed),
+    pair = [str(source[name]) for name in ("student", "teacher") if source.get(name)]
+    found = {
+        "Pair": " distilled from ".join(pair) if len(pair) == 2 and not any("Pair" in each for each in known) else "",
+        "Seed": str(run.results.get("seed", "")),
         "Total time": "" if seconds is None else duration(seconds),
-        "Versions": "" if recorded else joined({str(name): str(value)[:80] for name, value in own.items()}),
+        "Versions": "" if any("Versions" in each for each in known) else joined(mapping(run.results.get("versions"))),
     }
+    return {name: clean(value) for name, value in found.items() if value}
 
 
 def _short(model: Mapping[str, Any]) -> str:
@@ -247,28 +248,13 @@ def option_rows(arms: Sequence[Arm]) -> ByArm:
 
 def provenance_rows(arms: Sequence[Arm]) -> ByArm:
     """Models, data, command and versions of each arm; empty where no arm has a `run.yaml`."""
-    found = [_provenance(arm.provenance) for arm in arms]
-    return _by_arm(found, list(dict.fromkeys(name for each in found for name in each)))
+    found = [facts(arm) if arm.provenance else {} for arm in arms]
+    return _by_arm(found, [name for name in dict.fromkeys(name for each in found for name in each) if name != "Pair"])
 
 
 def _by_arm(found: Sequence[Mapping[str, str]], names: Sequence[str]) -> ByArm:
     rows = [(name, [each.get(name, "–") for each in found]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in rows]
-
-
-def _provenance(record: Mapping[str, Any]) -> dict[str, str]:
-    models = {name: part for name, part in record.items() if isinstance(part, dict) and "architecture" in part}
-    data, resumed = mapping(record.get("data")), mappings(record.get("resumed"))
-    found = {name: _model(part) for name, part in models.items()} | {
-        "data": f"{_count(data.get('rows'))} rows, digest {data.get('digest')}" if data else "",
-        "precision": joined(mapping(record.get("precision"))),
-        "device": " x ".join(str(record[name]) for name in ("processes", "device") if name in record),
-        "command": record.get("command", ""),
-        "started": record.get("time", ""),
-        "versions": joined(mapping(record.get("versions"))),
-        "resumed": "; ".join(_resumed(entry) for entry in resumed),
-    }
-    return {clean(name): clean(value)[:LONGEST] for name, value in found.items() if value}
 
 
 def _model(part: Mapping[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""Checkpoints on disk: which ones are whole, and how a new one takes its place.
+"""Checkpoints on disk: which ones are whole, how a new one takes its place, and whose the output folder is.
 
-A checkpoint is written into `unfinished/`, flushed to the disk and then renamed to `checkpoint-N`. So whatever is
-called `checkpoint-N` is whole, unless something else wrote or damaged it; that is looked for when a run resumes, by the
-checksums in it.
+A checkpoint is written into `unfinished/`, flushed to the disk and then renamed to `checkpoint-N`. So every
+`checkpoint-N` is whole, unless something else wrote or damaged it; resuming compares the checksums in it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ from topd.errors import ResumeError, SavingError, TOPDError
 from topd.runs.files import flush, write_json
 
 UNFINISHED = "unfinished"
-"""Folder in the output folder in which a checkpoint is written; its name must not begin like a checkpoint's."""
+"""Folder in which a checkpoint is written, in the output folder. Its name must not begin with `checkpoint-`."""
 
 CHECKSUMS = "checksums.json"
-"""In a checkpoint: {file: [bytes, XXH3-128]} of what resuming reads. Not a signature: it finds damage, no attacker."""
+"""In a checkpoint: {file: [bytes, XXH3-128]} of the files that resuming reads. It detects damage, not tampering."""
 _NEVER_READ = (CHECKSUMS, "training_args.bin")
 
 _PARTS = {
@@ -38,19 +38,18 @@ _PARTS = {
     "the scheduler's state": ("scheduler.pt",),
     "random states": ("rng_state*.pth",),
 }
-"""What a checkpoint holds besides `trainer_state.json`: one file or folder of each row. DeepSpeed keeps the first three
-in `global_step*`."""
+"""A checkpoint holds `trainer_state.json` and a file or folder of each row. DeepSpeed keeps the first three in
+`global_step*`."""
 
 
 def damage(checkpoint: Path, thorough: bool = False) -> str | None:
-    """What keeps a run from resuming here; None if the checkpoint is whole.
+    """Why a run cannot resume from a checkpoint; None if the checkpoint is whole.
 
-    Looks at what is there, at the headers of the weights (which give the length that the file must have), and at the
-    ends of the other files.
+    Checks which files exist, the headers of the weights (which give the file's length), and the ends of other files.
 
     Args:
-        thorough: read every byte, too, and compare with the checksums; where there are none (a checkpoint of an earlier
-            version, or of another trainer), with those that .pt files have inside. Weights have none.
+        thorough: also read every byte and compare checksums. A checkpoint without checksums (of an earlier version or
+            another trainer) is checked by those inside its .pt files; weights have none.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
@@ -78,7 +77,7 @@ def damage(checkpoint: Path, thorough: bool = False) -> str | None:
 
 
 def _changed(checkpoint: Path) -> str | None:
-    """The first file that is not as it was saved, by its checksum."""
+    """The first file that differs from its checksum."""
     if not (checkpoint / CHECKSUMS).exists():
         for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
             try:
@@ -96,15 +95,15 @@ def _changed(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             found = (checkpoint / name).stat()
             if found.st_size != length or _digest(checkpoint / name, found.st_size, found.st_mtime_ns) != digest:
-                return f"{name} is damaged: its checksum in {CHECKSUMS} is another"
+                return f"{name} is damaged: its checksum differs from {CHECKSUMS}"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return f"{CHECKSUMS} or a file that it names cannot be read"
+        return f"{CHECKSUMS} or a file that it lists cannot be read"
     return None
 
 
 @lru_cache(maxsize=4096)
 def _digest(path: Path, length: int, changed: int) -> str:
-    """Of a file's bytes; read again only when its length or the time of its last change (ns) is another."""
+    """Checksum of a file, cached by its length and modification time (ns)."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as content:
         while block := content.read(2**22):
@@ -113,7 +112,7 @@ def _digest(path: Path, length: int, changed: int) -> str:
 
 
 def _shards(checkpoint: Path) -> set[str]:
-    """Files that the index of sharded weights names."""
+    """The files listed in the index of sharded weights."""
     index = checkpoint / "model.safetensors.index.json"
     if not index.is_file():
         return set()
@@ -129,40 +128,40 @@ def _step(checkpoint: Path) -> int:
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """All of a run, whole or not, by step."""
+    """All checkpoints of a run, whole or not, by step."""
     return sorted(run_folder.glob("checkpoint-*"), key=_step)
 
 
 def newest_whole(run_folder: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The last whole checkpoint, or None; and a line about each later one that is damaged. `thorough`: see `damage`."""
-    passed_over: list[str] = []
+    """The newest whole checkpoint, or None; and a line about each later damaged one. `thorough`: see `damage`."""
+    skipped: list[str] = []
     for path in reversed(checkpoints(run_folder)):
         if _step(path) < 0 or not path.is_dir():
             continue
         found = damage(path, thorough)
         if found is None:
-            return path, passed_over
-        passed_over.append(f"{path} is not whole ({found})")
-    return None, passed_over
+            return path, skipped
+        skipped.append(f"{path} is not whole ({found})")
+    return None, skipped
 
 
 def checkpoint_to_resume(
     wanted: Literal[True] | str | os.PathLike[str], run_folder: Path, thorough: bool = True
 ) -> tuple[Path, list[str]]:
-    """Where to resume: the newest whole checkpoint (True) or the one named; and a line about each one passed over.
+    """The checkpoint to resume from: the newest whole one (True) or a named one; and a line about each skipped one.
 
     Args:
         thorough: see `damage`.
 
     Raises:
-        ResumeError: there is none, or the one named is not whole.
+        ResumeError: there is no whole checkpoint, or the named one is not whole.
     """
     if wanted is True:
-        newest, passed_over = newest_whole(run_folder, thorough)
+        newest, skipped = newest_whole(run_folder, thorough)
         if newest is None:
-            lines = [f"There is no checkpoint in {run_folder} to resume from{'' if not passed_over else ':'}"]
-            raise ResumeError("; ".join([*lines, *passed_over]) + ". Leave --resume_from_checkpoint out, or give auto.")
-        return newest, passed_over
+            lines = [f"There is no checkpoint in {run_folder} to resume from{'' if not skipped else ':'}"]
+            raise ResumeError("; ".join([*lines, *skipped]) + ". Leave --resume_from_checkpoint out, or give auto.")
+        return newest, skipped
     folder = Path(os.fspath(wanted))
     if not folder.is_dir():
         raise ResumeError(f"--resume_from_checkpoint {folder}: there is no such folder.")
@@ -175,7 +174,7 @@ def checkpoint_to_resume(
 
 
 def put_in_place(written: Path, checkpoint: Path) -> None:
-    """Add checksums, flush all to the disk, then give it its name at once. An older one of that name goes."""
+    """Add checksums, flush all files to the disk, then rename. A checkpoint of the same name is replaced."""
     sums: dict[str, Any] = {}
     for path in sorted(path for path in written.rglob("*") if path.is_file()):
         flush(path)
@@ -193,7 +192,7 @@ def put_in_place(written: Path, checkpoint: Path) -> None:
 
 @contextmanager
 def saving(what: str, run_folder: Path) -> Iterator[None]:
-    """Turn the many errors of a full or broken disk into one message that names the last whole checkpoint."""
+    """Turn the errors of a full or broken disk into one message that names the last whole checkpoint."""
     try:
         yield
     except TOPDError:
@@ -210,9 +209,40 @@ def saving_error(what: str, run_folder: Path, error: BaseException) -> SavingErr
         + (f"The last whole checkpoint is {newest}. " if newest else "There is no earlier checkpoint. ")
         + f"Free space on the disk of {run_folder}"
         + (
-            ", then go on with the same command and --resume_from_checkpoint true; --save_total_limit 2 keeps the disk "
-            "from filling up."
+            ", then run the same command with --resume_from_checkpoint true; --save_total_limit 2 keeps the disk from "
+            "filling up."
             if newest
             else ", then start again."
         )
     )
+
+
+AUTO = "auto"
+"""Value of `resume_from_checkpoint`: resume from the newest whole checkpoint if there is one, else start."""
+
+
+def check_writable(args: Any) -> None:
+    """Create the output folder; raise `SavingError` if it cannot be written. Processes that save nothing skip this."""
+    folder = Path(str(args.output_dir))
+    if not args.should_save:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SavingError(
+            f"Cannot write to {folder} ({error.strerror or error}). Name another --output_dir, or change "
+            "its permissions."
+        ) from error
+
+
+def refuse_second_run(folder: Path) -> None:
+    """Raise `ResumeError` if an earlier run left checkpoints: those of a new run would be mixed with them."""
+    newest, _ = newest_whole(folder)
+    if newest is not None:
+        raise ResumeError(
+            f"{folder} holds the checkpoints of an earlier run, up to {newest.name}. Resume with "
+            "--resume_from_checkpoint true (in Python: trainer.train(resume_from_checkpoint=True)), or name another "
+            "--output_dir, or delete them."
+        )

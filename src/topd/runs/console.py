@@ -1,13 +1,26 @@
-"""What `topd train` and `topd warmstart` show: a line a log, in place of the libraries' bar and dictionary."""
+"""What `topd train`, `topd warmstart` and the other commands print: log lines, progress, and the final summary."""
 
 from __future__ import annotations
 
+import logging
+import shlex
 import time
-from collections.abc import Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from topd.runs.checkpoints import checkpoints
+from topd.runs.records import AUDIT_FILE
 
 FIELDS = (
     ("loss", "loss {:7.4f}"),
@@ -19,13 +32,13 @@ FIELDS = (
     ("forks/per_rollout", "forks {:4.1f}"),
     ("completions/mean_length", "{:5.0f} tokens"),
     ("learning_rate", "lr {:.1e}"),
-    ("step_time", "{:6.2f} s a step"),
+    ("step_time", "{:6.2f} s/step"),
 )
-"""Metrics of a line, in their order; those that were not logged are left out."""
+"""Metrics of a log line, in order; metrics that were not logged are left out."""
 
 
-def speak(trainer: Any) -> LogLines:
-    """From now on the trainer's log comes as lines, from what is returned."""
+def print_log_lines(trainer: Any) -> LogLines:
+    """Make a trainer print one line per log step instead of a progress bar; return the callback that does it."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     lines = LogLines(Console())
@@ -34,7 +47,7 @@ def speak(trainer: Any) -> LogLines:
 
 
 class LogLines(TrainerCallback):
-    """Prints on the main process."""
+    """Prints one line per log step, on the main process."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -42,19 +55,19 @@ class LogLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
-        goes_on = f", going on after step {self.first}" if self.first else ""
-        every = f"; a line every {state.logging_steps:g}" if args.logging_strategy == "steps" else ""
-        self._print(state, f"{state.max_steps} steps{goes_on}{every}.")
+        resumed = f", resuming after step {self.first}" if self.first else ""
+        every = f"; one line every {state.logging_steps:g}" if args.logging_strategy == "steps" else ""
+        self._print(state, f"{state.max_steps} steps{resumed}{every}.")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        parts = described(logs or {})
-        if not parts:  # the end of training logs its own time
+        parts = formatted(logs or {})
+        if not parts:  # the log at the end of training
             return
         step = f"{state.global_step:{len(str(state.max_steps))}}/{state.max_steps}"
         done = state.global_step - self.first
         if done > 0 and "loss" in (logs or {}):
             left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-            parts.append(f"{in_words(left)} left")
+            parts.append(f"{duration(left)} left")
         self._print(state, "  ".join([step, *parts]))
 
     def _print(self, state: Any, text: str) -> None:
@@ -62,15 +75,169 @@ class LogLines(TrainerCallback):
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def described(logs: Mapping[str, Any]) -> list[str]:
-    """A log's metrics in words."""
+def formatted(logs: Mapping[str, Any]) -> list[str]:
+    """The metrics of a log entry as text."""
     return [words.format(float(logs[key])) for key, words in FIELDS if key in logs]
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """45 s; 3 min 20 s; 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def silence_libraries() -> None:
+    """Hide the libraries' warnings and progress bars; errors and download bars stay."""
+    import transformers
+
+    hide_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def hide_progress_bars() -> None:
+    """Hide the libraries' progress bars and FutureWarnings; other warnings and download bars stay."""
+    import transformers
+    from huggingface_hub.utils import enable_progress_bars
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+@contextmanager
+def progress(console: Console, description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar. The yielded function takes how many more are done, and a note to show behind the bar."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(description, total=total, completed=done, note="")
+        yield lambda advance, note="": bar.update(task, advance=advance, note=note)
+
+
+STAGES = ("rollout", "scoring", "windows", "calibration", "transport", "loss", "backward")
+
+
+class Stopwatch:
+    """Adds up wall-clock seconds by name. On CUDA it synchronizes, so that each stage counts its own work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self._now() - started
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds so far and reset."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+ROWS = (
+    ("loss", "loss, nats", "{:.4f}"),
+    ("token_loss/mean", "token loss, nats", "{:.4f}"),
+    ("forward_kl", "forward KL, nats", "{:.4f}"),
+    ("cross_entropy", "cross-entropy, nats", "{:.4f}"),
+    ("eval_loss", "evaluation loss, nats", "{:.4f}"),
+    ("false_alarm_share", "false alarms among candidates", "{:.1%}"),
+    ("forks/per_rollout", "forks/rollout", "{:.2f}"),
+    ("completions/mean_length", "tokens/response", "{:.1f}"),
+    ("step_time", "s/step", "{:.2f}"),
+)
+
+Log = Sequence[dict[str, Any]]
+
+
+def print_summary(log: Log, where: Sequence[str], steps: int, resumed: int = 0, console: Console | None = None) -> None:
+    """Print how a run went, where the time went, and where its files are.
+
+    Args:
+        log: the trainer's log history.
+        where: lines that name the files.
+        resumed: the step after which this start resumed.
+    """
+    console = console or Console()
+    seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    for table in (metrics_table(log, steps, seconds, resumed), stages_table(log)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    console.print()
+    for line in where:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def metrics_table(log: Log, steps: int, seconds: float | None, resumed: int = 0) -> Table:
+    """First and last value of each metric, and its mean over all logs, including those before a resume."""
+    which = f", of which {steps - resumed}" if resumed else ""
+    took = "" if seconds is None else f"{which} in {duration(seconds)}"
+    table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
+    for key, words, form in ROWS:
+        if values := values_of(log, key):
+            table.add_row(words, *map(form.format, (values[0], values[-1], sum(values) / len(values))))
+    return table
+
+
+def stages_table(log: Log) -> Table | None:
+    """Mean seconds of each stage and its share of their sum; None if no stage was measured."""
+    means = {name: sum(values) / len(values) for name in STAGES if (values := values_of(log, f"seconds/{name}"))}
+    whole = sum(means.values())
+    if not whole:
+        return None
+    table = _table("where the time goes", ("", "s/step", "share"))
+    for name, mean in means.items():
+        table.add_row(name, f"{mean:.3f}", f"{mean / whole:.0%}")
+    return table
+
+
+def where_weights_are(folder: Path) -> list[str]:
+    """Lines that name the model and its checkpoints."""
+    steps = [path.name.rpartition("-")[2] for path in checkpoints(folder)]
+    listed = steps if len(steps) <= 6 else [*steps[:2], "...", steps[-1]]
+    saved = [f"Checkpoints: {folder}/checkpoint-N, after steps {', '.join(listed)}"] if steps else []
+    return [f"Model: {folder}", *saved]
+
+
+def where_to_look(folder: Path) -> list[str]:
+    """Lines that name the model, checkpoints and records of `topd train`, and the command that shows them."""
+    audit, lines = folder / AUDIT_FILE, where_weights_are(folder)
+    if audit.is_file():
+        count = len(audit.read_bytes().splitlines())
+        lines.append(f"Audit: {audit}, {count} rollouts with their candidates")
+    else:
+        lines.append("Audit: none (--audit_steps 10 records rollouts with their forks)")
+    return [*lines, f"The page of this run: topd report {shlex.quote(str(folder))}"]
+
+
+def values_of(log: Log, key: str) -> list[float]:
+    """The values logged under a name, in order."""
+    return [float(entry[key]) for entry in log if key in entry]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(
+        title=f"[bold]{title}[/bold]",
+        title_style="",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    return table

@@ -12,15 +12,15 @@ from typing import Any
 from topd.errors import TOPDError
 
 PART = ".part"
-"""Ending of a file that is being written."""
+"""Suffix of a file that is being written."""
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to. When the block ends, it is flushed to the disk and takes the name of `file`.
+    """A path to write to. When the block ends, it is flushed to the disk and renamed to `file`.
 
-    Readers, and whoever comes after a crash, find the old file or the new one, never half of it. If the block raises,
-    the old file stays and nothing else is left. Links are followed; a device such as /dev/stdout is written directly.
+    Readers find the old file or the new one, never half of it, also after a crash. If the block raises, the old file
+    stays and nothing else is left. Links are followed; a device such as /dev/stdout is written directly.
     """
     file = Path(os.path.realpath(file))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def flush(file: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,7 +89,7 @@ def read_json(file: Path, remedy: str) -> Any:
 
 
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """The same for a file that must hold a JSON object."""
+    """`read_json` for a file that must hold a JSON object."""
     value = read_json(file, remedy)
     if not isinstance(value, dict):
         raise TOPDError(f"{file} is damaged: it holds no JSON object. {remedy}")
@@ -99,11 +99,10 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
 def read_records(file: Path, needs: Iterable[str] = ()) -> tuple[list[dict[str, Any]], list[int]]:
     """The records of a JSON-lines file, and the numbers (from 1) of its broken lines. Both are empty if it is missing.
 
-    Only "\\n" ends a line: other characters that do so for Python, such as U+2028, may stand in a record. Blank lines
-    are skipped.
+    Only "\\n" ends a line: a record may contain other characters that Python treats as line ends, such as U+2028.
 
     Args:
-        needs: keys without which an object is not a record.
+        needs: keys that every record has.
     """
     records: list[dict[str, Any]] = []
     broken: list[int] = []

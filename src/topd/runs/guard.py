@@ -1,13 +1,16 @@
-"""Around every command: whatever nothing else has put in words ends in a message, its traceback in a file."""
+"""Around every command: a closed output is no error, and an unforeseen error ends in a message."""
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from topd.errors import SavingError, TOPDError
 
@@ -22,55 +25,55 @@ _REMEDIES = {
     errno.EISDIR: "A folder is in the way of a file. Name another one.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
-"""What to do about an error of the system that names a file."""
+"""Remedies for system errors that name a file."""
 
 
 @contextmanager
 def guarded(folder: Path | None) -> Iterator[None]:
-    """Turn everything unforeseen into a `TOPDError`.
+    """Turn every unforeseen error into a `TOPDError`, and write its traceback to a file.
 
     Args:
-        folder: where the command writes, and so its traceback; None: there is none yet.
+        folder: where the command writes, and so the traceback; None: there is none yet.
     """
     try:
         yield
     except TOPDError:
         raise
     except Exception as error:
-        raise in_words(error, folder) from error
+        raise as_topd_error(error, folder) from error
 
 
-def in_words(error: Exception, folder: Path | None) -> TOPDError:
-    """What an error means to the user."""
+def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
+    """The message for an error: what it means and what to do."""
     if isinstance(error, ImportError) and error.name in REPORT_NEEDS:
         return TOPDError(f"this needs {error.name}: pip install 'topd[report]'.")
     reason = " ".join(str(error).split())[:400]
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return SavingError(
-            f"The disk is full ({reason}). What was written so far is whole. Free space, then run the same command "
-            "again to go on."
+            f"The disk is full ({reason}). Files written so far are whole. Free space, then run the same command "
+            "again to resume."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
         return TOPDError(f"{error.filename}: {error.strerror}. {_REMEDIES[error.errno]}")
-    kept = _kept_traceback(folder)
+    where = _write_traceback(folder)
     if type(error).__module__.partition(".")[0] == "jinja2" and not _is_of_the_report(error):
         return TOPDError(
-            f"The chat template refuses a prompt, or is broken ({type(error).__name__}: {reason}). Change the prompts "
-            f"or the options that it takes, or repair the template.{kept}"
+            f"The chat template rejects a prompt, or is broken ({type(error).__name__}: {reason}). Change the prompts "
+            f"or the template's options, or fix the template.{where}"
         )
     return TOPDError(
         f"Stopped by {type(error).__name__}: {reason} If this names an option, correct it; otherwise it may be a bug."
-        f"{kept}"
+        f"{where}"
     )
 
 
 def _is_of_the_report(error: Exception) -> bool:
-    """Whether the template is our own page."""
+    """Whether the error is in a template of the report page."""
     return any(Path(frame.filename).parent.name == "report" for frame in traceback.extract_tb(error.__traceback__))
 
 
-def _kept_traceback(folder: Path | None) -> str:
-    """Write the traceback, and say where it is: in the folder, or where that cannot be, among temporary files."""
+def _write_traceback(folder: Path | None) -> str:
+    """Write the traceback to the folder, or else to the temporary folder; return a sentence that names the file."""
     for place in (folder, Path(tempfile.gettempdir()) / "topd"):
         if place is not None:
             try:
@@ -78,5 +81,68 @@ def _kept_traceback(folder: Path | None) -> str:
                 (place / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
             except OSError:
                 continue
-            return f" {place / 'traceback.txt'} says where it happened."
+            return f" The traceback is in {place / 'traceback.txt'}."
     return ""
+
+
+CLOSED = 128 + 13
+"""Exit status of a program ended by SIGPIPE."""
+
+
+@contextmanager
+def output_may_close(continues: bool) -> Iterator[None]:
+    """While the block runs, a closed standard output or error is no error, as in `topd train | head`.
+
+    Args:
+        continues: whether the command continues without output (as training does) or exits with status 141.
+    """
+    before = sys.stdout, sys.stderr
+    streams = [_Stream(stream, continues) for stream in before]
+    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    try:
+        yield
+        for stream in streams:
+            stream.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Stream:
+    """A text stream that tolerates a closed reader, and writes characters that it cannot encode as escapes."""
+
+    def __init__(self, stream: Any, continues: bool) -> None:
+        self._stream, self._continues = stream, continues
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except BrokenPipeError:
+            self._closed()
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._closed()
+
+    def _closed(self) -> None:
+        """Redirect the descriptor to the null device, so that nothing more is printed, not even by the final flush."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if not self._continues:
+            raise SystemExit(CLOSED)
+        if self is sys.stdout:
+            print("topd: the output is closed (a pipe, as `| head`); the run continues without it.", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

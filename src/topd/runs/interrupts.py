@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step in flight is finished, a checkpoint saved, and the run says how to go on."""
+"""Ctrl-C and SIGTERM: the run finishes its step, saves a checkpoint, and prints how to resume."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopWhenAsked(TrainerCallback):
-    """Listens for signals while a run trains. A second Ctrl-C stops it at once.
+    """Handles signals while a run trains. A second Ctrl-C stops it at once.
 
-    SIGTERM may come more than once, and launchers send to their workers what those have had from the terminal: so a
-    second signal counts only if it is Ctrl-C and comes a second later.
+    SIGTERM may arrive more than once, and launchers forward signals that workers already got from the terminal. So a
+    second signal counts only if it is Ctrl-C and arrives at least a second later.
 
     Args:
-        any_process: whether it is true on some process: all must stop after the same step.
+        any_process: whether a value is true on any process: all must stop after the same step.
 
     Attributes:
-        received: the first signal that came to this process.
-        stopped: whether the run was ended for one, on whichever process.
+        received: the first signal that this process got.
+        stopped: whether a signal, to any process, ended the run.
     """
 
     def __init__(self, any_process: Callable[[bool], bool]) -> None:
@@ -41,7 +41,7 @@ class StopWhenAsked(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals come to the main thread only; elsewhere nothing changes."""
+        """Handle signals in this block. Only the main thread gets signals; in other threads nothing changes."""
         self.received, self.stopped = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -60,11 +60,11 @@ class StopWhenAsked(TrainerCallback):
             return
         self.received, self._since = number, time.monotonic()
         text = (
-            "\ntopd: finishing this step (or giving it up, if it waits for a server), then saving a checkpoint. Ctrl-C "
-            "again stops at once and loses this step.\n"
+            "\ntopd: finishing this step (or abandoning it, if it waits for a server), then saving a checkpoint. "
+            "Ctrl-C again stops at once and loses this step.\n"
         )
-        with suppress(OSError):  # nobody may read it
-            os.write(2, text.encode())  # print is not allowed to interrupt itself
+        with suppress(OSError):  # the output may be closed
+            os.write(2, text.encode())  # print is not reentrant
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -80,14 +80,14 @@ def run_interrupted(state: TrainerState, folder: Path, received: int | None) -> 
     Args:
         state: of the run, whose checkpoint is saved.
         folder: of the run.
-        received: the signal; None if it came to another process.
+        received: the signal; None if another process got it.
     """
     number = received or signal.SIGTERM
     if state.global_step == 0:
-        return RunInterrupted("Stopped in the first step, as asked: nothing to save yet. Start the run again.", number)
+        return RunInterrupted("Stopped in the first step: nothing to save yet. Start the run again.", number)
     return RunInterrupted(
-        f"Stopped after step {state.global_step} of {state.max_steps}, as asked. Saved: "
-        f"{folder / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'}. Go on with the same command "
+        f"Stopped after step {state.global_step} of {state.max_steps}. Saved: "
+        f"{folder / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'}. Resume with the same command "
         "and --resume_from_checkpoint true.",
         number,
     )

@@ -1,4 +1,4 @@
-"""A NaN or infinity stops the run before the optimizer moves, and says where it came from."""
+"""A NaN or infinity stops the run before the optimizer steps, with a message that says where it is."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from topd.errors import NonFiniteError
-from topd.runs.files import write_json
 from topd.near_future import Rollouts
 from topd.runs.checkpoints import newest_whole
+from topd.runs.files import write_json
 
 
 def non_finite_error(
     what: str, step: int, output_dir: str, rollouts: Rollouts | None, row_loss: torch.Tensor | None, decode: Any
 ) -> NonFiniteError:
-    """Name the step and the rollouts at fault, write them to `non_finite.json`, and return the error to raise.
+    """The error to raise: it names the step and the rollouts at fault, which are written to `non_finite.json`.
 
     Args:
         what: "loss", "gradient of layer X", ...
-        row_loss: [rollout] mean token loss (nats); the rows that are not finite are at fault, else the largest.
+        row_loss: [rollout] mean token loss (nats). Rows that are not finite are at fault, or else the largest.
         decode: token ids to text.
     """
     newest, _ = newest_whole(Path(output_dir))
@@ -49,7 +49,7 @@ def non_finite_error(
         lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
     lines.append(
         f"{'Resume from it' if newest else 'Start again'} with a lower learning_rate or a smaller guidance_weight; if "
-        "it comes back on the same rollout, look for -inf or NaN in the models' logits there (half precision, masked "
+        "it happens again on the same rollout, look for -inf or NaN in the models' logits (half precision, masked "
         "vocabulary)."
     )
     return NonFiniteError(" ".join(lines))
@@ -57,7 +57,7 @@ def non_finite_error(
 
 @contextmanager
 def naming_nan_in_sampling(step: int, output_dir: str) -> Iterator[None]:
-    """`generate` refuses to sample from NaN probabilities with a bare RuntimeError: say what it means."""
+    """Explain the bare RuntimeError with which `generate` refuses to sample from NaN probabilities."""
     try:
         yield
     except RuntimeError as error:
@@ -68,7 +68,7 @@ def naming_nan_in_sampling(step: int, output_dir: str) -> Iterator[None]:
 
 
 class StopOnNonFiniteGradient(TrainerCallback):
-    """Looks at every gradient before the optimizer steps (not with fp16, whose scaler skips such steps itself)."""
+    """Checks every gradient before the optimizer steps (not with fp16, whose scaler skips such steps itself)."""
 
     def __init__(self, raise_error: Any) -> None:
         self.raise_error = raise_error
@@ -88,7 +88,7 @@ class StopOnNonFiniteGradient(TrainerCallback):
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The first trained weight that is NaN or infinite, of what this process holds; None if all are finite."""
+    """The first trained weight in this process that is NaN or infinite; None if all are finite."""
     weights = {name: _held_here(each) for name, each in model.named_parameters() if each.requires_grad}
     sums = [weight.sum() for weight in weights.values() if weight.numel()]
     if not sums or _all_finite(sums):
@@ -97,7 +97,7 @@ def first_non_finite(model: nn.Module) -> str | None:
 
 
 def _held_here(weight: Any) -> torch.Tensor:
-    """A shard, under FSDP or DeepSpeed."""
+    """The part of a weight in this process: a shard, under FSDP or DeepSpeed."""
     shard: torch.Tensor = getattr(weight, "ds_tensor", weight).detach()
     return shard.to_local() if isinstance(shard, DTensor) else shard
 
@@ -105,15 +105,15 @@ def _held_here(weight: Any) -> torch.Tensor:
 def non_finite_weights(name: str, step: int, what: str, output_dir: Path) -> NonFiniteError:
     """The error for weights that must not be saved."""
     newest, _ = newest_whole(output_dir)
-    go_on = (
+    remedy = (
         f"Resume from {newest}, the last whole checkpoint," if newest else "No checkpoint was saved yet. Start again"
     )
     return NonFiniteError(
-        f"The weight {name} is not finite after step {step}, so {what} was not saved. {go_on} with a lower "
+        f"The weight {name} is not finite after step {step}, so {what} was not saved. {remedy} with a lower "
         "learning_rate."
     )
 
 
 def _all_finite(values: list[torch.Tensor]) -> bool:
-    """One look at the device for all of them."""
+    """Whether all are finite, with one transfer from the device."""
     return bool(torch.stack([value.double().to(values[0].device) for value in values]).isfinite().all())

@@ -1,4 +1,4 @@
-"""`run.yaml`: what a run was made of, so that it can be made again, compared when it is resumed, and shown.
+"""`run.yaml`: what a run was made of, so that it can be repeated, compared when it is resumed, and reported.
 
 The file holds every option, as `topd train --config run.yaml` takes it, and under `provenance` what no option gives:
 command, versions, precision, digests of models and data, and what changed on resuming. Secrets are left out.
@@ -23,26 +23,26 @@ import torch
 import yaml
 from torch import Tensor
 
-from topd.runs.files import write_text
-from topd.parsing import read_yaml
 from topd.loading.options import PROVENANCE
+from topd.parsing import read_yaml
+from topd.runs.files import write_text
 from topd.version import __version__
 
 RUN_FILE = "run.yaml"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft", "vllm")
 SECRET = re.compile(r"(hub_|auth_|^)token$|password|secret|api_key", re.IGNORECASE)
-"""Names of options whose values are not written down."""
+"""Names of options whose values are never recorded."""
 NOT_OPTIONS = ("resume_from_checkpoint",)
-"""Options that say how a run is started, not what it is."""
+"""Options of how a run is started, which are not recorded."""
 SAMPLED = 16
-"""Numbers of each parameter that its digest reads."""
+"""Values of each parameter that go into its digest."""
 
 
 # Options
 
 
 def options_of(*parts: Any) -> dict[str, Any]:
-    """Every option of these dataclasses, as YAML takes it: secrets and `NOT_OPTIONS` are left out."""
+    """Every option of these dataclasses as YAML values, without secrets and `NOT_OPTIONS`."""
     found = {option.name: getattr(part, option.name) for part in parts for option in fields(part) if option.init}
     kept = {name: value for name, value in found.items() if not SECRET.search(name) and name not in NOT_OPTIONS}
     return {name: plain(value) for name, value in kept.items()}
@@ -51,7 +51,7 @@ def options_of(*parts: Any) -> dict[str, Any]:
 def changed_options(options: Mapping[str, Any], *parts: Any) -> list[str]:
     """Names of options that differ from the defaults of these dataclasses."""
     defaults = {option.name: plain(option.default) for part in parts for option in fields(part)}
-    empty: tuple[Any, ...] = (None, [], {}, "")  # some defaults are filled in with another kind of nothing
+    empty: tuple[Any, ...] = (None, [], {}, "")  # a default may be filled in with another empty value
     return [
         name
         for name, value in options.items()
@@ -60,7 +60,7 @@ def changed_options(options: Mapping[str, Any], *parts: Any) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """A value of text, numbers, lists and mappings only, without secrets."""
+    """A value as text, numbers, lists and mappings, without secrets."""
     if isinstance(value, Enum):
         return plain(value.value)
     if isinstance(value, str):
@@ -77,13 +77,13 @@ def plain(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """Text whose addresses have neither user, password nor values of their query."""
+    """Text with user, password and query values removed from its URLs."""
     text = re.sub(r"(\w://)[^/?#\s]*@", r"\1***@", text)
     return re.sub(r"(://[^\s?#]*\?)[^\s#]*", r"\1***", text)
 
 
 def command_line(words: Iterable[str]) -> str:
-    """A command as it was typed, without secrets."""
+    """A command as typed, without secrets."""
     shown: list[str] = []
     for word in words:
         name, equals, _ = word.lstrip("-").replace("-", "_").partition("=")
@@ -98,11 +98,11 @@ def command_line(words: Iterable[str]) -> str:
 
 
 def model_record(model: Any, name: str | None) -> dict[str, Any]:
-    """What a model is.
+    """The record of a model.
 
     Returns:
-        `name`, `revision` (commit on the Hub, if any), `architecture`, `parameters`, `trained`, `dtype`, and digests:
-        of the `shapes`, of the `weights`, and of the `frozen` weights; None where this process has not all of them.
+        `name`, `revision` (commit on the Hub, if any), `architecture`, `parameters`, `trained`, `dtype`, and digests
+        of the `shapes`, the `weights` and the `frozen` weights; None if this process does not have all of them.
     """
     parameters = dict(model.named_parameters())
     return {
@@ -119,9 +119,9 @@ def model_record(model: Any, name: str | None) -> dict[str, Any]:
 
 
 def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over `SAMPLED` numbers of each parameter, in float32. None where one is sharded or has no storage.
+    """SHA-256 over `SAMPLED` values of each parameter, in float32. None if one is sharded or has no storage.
 
-    It tells other weights from these, not a change of single numbers.
+    It identifies a set of weights; it does not detect a change of single values.
     """
     samples = []
     for _, parameter in sorted(parameters.items()):
@@ -133,7 +133,7 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
 
 
 def data_record(dataset: Any, columns: Iterable[str] = ("prompt", "completion", "teacher")) -> dict[str, Any]:
-    """Number of rows, columns, and a digest of the texts in those `columns`; of a stream the columns alone."""
+    """Number of rows, column names, and a digest of the texts in `columns`; only the names for a stream."""
     names = list(getattr(dataset, "column_names", None) or [])
     if not hasattr(dataset, "__len__"):
         return {"rows": None, "columns": names, "digest": None}
@@ -144,7 +144,7 @@ def data_record(dataset: Any, columns: Iterable[str] = ("prompt", "completion", 
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of every token and its id."""
+    """Digest of every token and its id."""
     return _digest(f"{i} {token}" for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
@@ -155,10 +155,10 @@ def _digest(texts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Of Python, this package and those that a run depends on."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python, this package, and those of the packages that are installed."""
     found = {"python": platform.python_version(), "topd": __version__}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -174,15 +174,15 @@ def now() -> str:
 
 
 def write_run(folder: Path, options: Mapping[str, Any], changed: Iterable[str], provenance: Mapping[str, Any]) -> None:
-    """Write `run.yaml`: options that were set, those at their defaults, provenance."""
+    """Write `run.yaml`: options that were set, options at their defaults, provenance."""
     given = {name: options[name] for name in options if name in set(changed)}
     rest = {name: options[name] for name in sorted(options) if name not in given}
     parts = (
-        "# Written as the run began. The same again: topd train --config run.yaml --output_dir OTHER\n",
+        "# Written when the run began. To repeat it: topd train --config run.yaml --output_dir OTHER\n",
         _yaml(given),
         "\n# At their defaults\n" if rest else "",
         _yaml(rest),
-        "\n# No options: what the run was made of\n",
+        "\n# Not options: what the run was made of\n",
         _yaml({PROVENANCE: dict(provenance)}),
     )
     write_text("".join(parts), folder / RUN_FILE)
@@ -193,7 +193,7 @@ def _yaml(value: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options and provenance of an earlier run; empty where there are none, or the file cannot be read."""
+    """Options and provenance of an earlier run; empty if there is no file or it cannot be read."""
     try:
         content = read_yaml((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -202,3 +202,73 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     provenance = content.pop(PROVENANCE, None)
     return content, provenance if isinstance(provenance, dict) else {}
+
+
+Run = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""Options and provenance, as `provenance.read_run` returns them."""
+
+NOT_COMPARED = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "preflight", "hub_model_id")
+"""Options that do not affect training."""
+_MODEL = ("name", "revision", "architecture", "parameters", "trained", "dtype")
+
+
+def compared(before: Run, now: Run) -> tuple[list[str], list[str]]:
+    """Every difference as text; and those that show that the checkpoint belongs to another model.
+
+    A student of other shapes, other weights under its adapters, and another tokenizer are refused. Other differences
+    may be intended and are reported.
+    """
+    changes = [
+        f"{name}: {_shown(before[0][name])} -> {_shown(now[0][name])}"
+        for name in now[0]
+        if name in before[0] and name not in NOT_COMPARED and before[0][name] != now[0][name]
+    ]
+    changes += _environment(before[1], now[1])
+    rows, now_rows = _part(before[1], "data"), _part(now[1], "data")
+    if _differ(rows, now_rows, "digest"):
+        changes.append(f"data: other prompts, {_shown(rows.get('rows'))} -> {_shown(now_rows.get('rows'))} rows")
+    for role in sorted({*before[1], *now[1]}):
+        old, new = _part(before[1], role), _part(now[1], role)
+        if "weights" not in old or "weights" not in new:
+            continue
+        changes += [f"{role}'s {name}: {_shown(old[name])} -> {_shown(new[name])}" for name in _MODEL
+                    if _differ(old, new, name)]  # fmt: skip
+        # a fully trained student gets the checkpoint's weights, whatever it started from
+        if role != "student" and old.get("dtype") == new.get("dtype") and _differ(old, new, "weights"):
+            changes.append(f"{role}: other weights")
+    return changes, _refused(before[1], now[1])
+
+
+def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = _part(before, "student"), _part(now, "student")
+    refused = []
+    if _differ(old, new, "shapes"):
+        sizes = " -> ".join(f"{_shown(each.get('parameters'))} parameters" for each in (old, new))
+        refused.append(f"the student's weights have other names or shapes ({sizes})")
+    elif old.get("dtype") == new.get("dtype") and _differ(old, new, "frozen"):
+        refused.append("the student's base, under the adapter, has other weights")
+    if _differ(before, now, "tokenizer"):
+        refused.append("the tokenizer is another one")
+    return refused
+
+
+def _environment(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = _part(before, "versions"), _part(now, "versions")
+    changed = [f"{name} {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in sorted({*old, *new})
+               if old.get(name) != new.get(name)]  # fmt: skip
+    return changed + [f"{name}: {_shown(before[name])} -> {_shown(now[name])}" for name in ("device", "processes")
+                      if _differ(before, now, name)]  # fmt: skip
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = record.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _differ(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> bool:
+    """Whether both are known and differ."""
+    return old.get(name) is not None and new.get(name) is not None and old[name] != new[name]
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{value:,}" if type(value) is int else f"{value}"[:100]

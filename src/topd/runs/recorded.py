@@ -1,37 +1,37 @@
-"""A trainer that records what its run is made of, compares it on resuming, and applies what was changed."""
+"""A trainer that records what its run is made of, compares it on resuming, and completes the model card."""
 
 from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.logging import get_logger
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from topd.errors import ResumeError
 from topd.runs import provenance
-from topd.runs.checkpoints import newest_whole, saving
-from topd.runs.model_card import complete_card
-from topd.runs.output_folder import AUTO, refuse_second_run
-from topd.runs.resumed_run import compared
+from topd.runs.checkpoints import AUTO, newest_whole, refuse_second_run, saving
+from topd.runs.provenance import compared
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Started:
-    """How a run was started: from the command line, or with `python` by a program of its own.
+class StartRecord:
+    """How a run was started, from the command line or by the user's own program.
 
     Attributes:
         options: every option, as `--config` takes it.
-        changed: names of those that differ from their defaults.
-        command: as it was typed.
+        changed: names of the options that differ from their defaults.
+        command: as typed.
     """
 
     options: Mapping[str, Any]
@@ -40,30 +40,30 @@ class Started:
 
 
 class RecordedTrainer(Trainer):
-    """See the module. To be put before the other classes of a trainer, as in `TOPDTrainer`.
+    """Records the run. Put it before the other base classes of a trainer, as in `TOPDTrainer`.
 
     Raises:
         ResumeError: from `train`: the folder holds the checkpoints of another run, or the checkpoint to resume from
             belongs to another model.
     """
 
-    started: Started | None = None
-    """Set by the command line; otherwise it is made from `args`."""
+    start_record: StartRecord | None = None
+    """Set by the command line; otherwise derived from `args`."""
     _names: Mapping[str, str | None] = {}
     _begun: dict[str, Any] | None = None
     _changes: tuple[str, ...] = ()
     _on_any_process: Any
-    """Whether something is so on any process: `SurvivingTrainer`'s."""
-    _alone: Any
-    """Holds the output folder: likewise."""
+    """Whether a value is true on any process: see `ResumableTrainer`."""
+    _locked_folder: Any
+    """Locks the output folder: see `ResumableTrainer`."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `resume_from_checkpoint="auto"` resumes where there is a whole checkpoint."""
+        """As in transformers; `resume_from_checkpoint="auto"` resumes if there is a whole checkpoint."""
         folder = Path(str(self.args.output_dir))
         resume = resume_from_checkpoint or None
         if resume == AUTO:
             resume = True if newest_whole(folder)[0] else None
-        with self._alone():
+        with self._locked_folder():
             if resume is None:
                 refuse_second_run(folder)
                 self._write_run(None)
@@ -74,11 +74,11 @@ class RecordedTrainer(Trainer):
     # The record
 
     def _models(self) -> dict[str, Any]:
-        """Student and teachers by their name in the record."""
+        """Student and teachers by their names in the record."""
         return {"student": self.model, "teacher": getattr(self, "teacher_model", None)}
 
-    def _run_record(self) -> tuple[Started, dict[str, Any]]:
-        """How the run was started, and what it is made of; of the models as they were before the first step."""
+    def _run_record(self) -> tuple[StartRecord, dict[str, Any]]:
+        """How the run was started, and what it is made of; models as they were before the first step."""
         if self._begun is None:
             tokenizer: Any = getattr(self, "_tokenizer", self.processing_class)
             unwrapped = {role: self.accelerator.unwrap_model(m) for role, m in self._models().items() if m is not None}
@@ -92,16 +92,16 @@ class RecordedTrainer(Trainer):
                 **models,
                 "data": provenance.data_record(self._prompts()),
             }
-        return self.started or self._started_here(), self._begun
+        return self.start_record or self._start_record_from_args(), self._begun
 
     def _prompts(self) -> Any:
-        """The dataset as it was given."""
+        """The dataset as given by the user."""
         return self.train_dataset
 
     def _computed(self) -> str:
         return "bfloat16 autocast" if self.args.bf16 else "float16 autocast" if self.args.fp16 else "as stored"
 
-    def _started_here(self) -> Started:
+    def _start_record_from_args(self) -> StartRecord:
         names = {"model_name_or_path": self._names.get("student")}
         if self._names.get("teacher"):
             names["teacher_model_name_or_path"] = self._names["teacher"]
@@ -109,10 +109,10 @@ class RecordedTrainer(Trainer):
             name: value for name, value in provenance.options_of(self.args).items() if not names.get(name)
         }
         changed = [*names, *provenance.changed_options(options, type(self.args))]
-        return Started(options, changed, provenance.command_line(["python", *sys.argv]))
+        return StartRecord(options, changed, provenance.command_line(["python", *sys.argv]))
 
     def _write_run(self, checkpoint: str | None) -> None:
-        """Write `run.yaml`, with what changed if the run is resumed from `checkpoint`."""
+        """Write `run.yaml`; if the run is resumed from `checkpoint`, with what changed."""
         if not self.accelerator.is_main_process:
             return
         started, made_of = self._run_record()
@@ -126,7 +126,7 @@ class RecordedTrainer(Trainer):
             provenance.write_run(folder, started.options, started.changed, record)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's, with the student's name, and with the run's record as a section of its own."""
+        """TRL's card, with the student's name and a section with the run's record."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             started, made_of = self._run_record()
@@ -135,7 +135,7 @@ class RecordedTrainer(Trainer):
     # Resuming
 
     def _compare_with(self, folder: Path) -> None:
-        """Report what differs from the run whose checkpoint is resumed; refuse what cannot be meant."""
+        """Report what differs from the run whose checkpoint is resumed; refuse another model's checkpoint."""
         refused: list[str] = []
         if self.accelerator.is_main_process:
             before, started, made_of = provenance.read_run(folder), *self._run_record()
@@ -143,25 +143,25 @@ class RecordedTrainer(Trainer):
                 changes, refused = compared(before, (started.options, made_of))
                 self._changes = tuple(changes)
             else:
-                logger.warning(f"{folder} has no {provenance.RUN_FILE}: whether its options were others is not known.")
+                logger.warning(f"{folder} has no {provenance.RUN_FILE}: its options cannot be compared.")
             if self._changes and not refused:
                 lines = "".join(f"\n  {line}" for line in self._changes)
-                logger.warning(f"Resuming with changes, which hold from here on:{lines}")
+                logger.warning(f"Resuming with changed options:{lines}")
         if self._on_any_process(bool(refused)):
             raise ResumeError(
-                f"The checkpoint belongs to another run, by {folder / provenance.RUN_FILE}: {'; '.join(refused)}. "
-                "Resume with the models of that run; or start a new run in another --output_dir, with the checkpoint "
-                "as its student."
+                f"The checkpoint belongs to another run, according to {folder / provenance.RUN_FILE}: "
+                f"{'; '.join(refused)}. Resume with the models of that run; or start a new run in another "
+                "--output_dir, with the checkpoint as its student."
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their states, and keep what this run sets: learning rate, weight decay, betas and the schedule."""
+        """Load both states, but keep this run's learning rate, weight decay, betas and schedule."""
         if checkpoint is None or self.optimizer is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         given = [dict(group, params=None) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.is_deepspeed_enabled:  # it has loaded them itself, with the model
+        if self.is_deepspeed_enabled:  # it loads the states itself, with the model
             if self._changes:
                 logger.warning("DeepSpeed keeps the checkpoint's learning rate, weight decay and betas.")
         else:
@@ -170,18 +170,18 @@ class RecordedTrainer(Trainer):
 
 
 def apply_given(optimizer: Any, scheduler: Any, given: list[dict[str, Any]]) -> None:
-    """Put the settings of an optimizer that was just made over those that a checkpoint restored.
+    """Restore an optimizer's own settings after a checkpoint has replaced them.
 
-    The learning rate follows from the schedule at the restored step. Where nothing was changed, nothing changes.
+    The learning rate follows from the schedule at the restored step.
 
     Args:
-        scheduler: of this optimizer, with the checkpoint's step.
+        scheduler: the optimizer's, at the checkpoint's step.
         given: the optimizer's groups before the checkpoint was loaded.
     """
     for group, settings in zip(optimizer.param_groups, given, strict=True):
         before = group.get("initial_lr")
         group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
-        if not isinstance(scheduler, LambdaLR) and before:  # without a formula: in proportion
+        if not isinstance(scheduler, LambdaLR) and before:  # a schedule without a formula: scale in proportion
             group["lr"] = group["lr"] * (group["initial_lr"] / before)
     rates = [group["lr"] for group in optimizer.param_groups]
     if isinstance(scheduler, LambdaLR):
@@ -194,3 +194,63 @@ def apply_given(optimizer: Any, scheduler: Any, given: list[dict[str, Any]]) -> 
         group["lr"] = rate
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = rates
+
+
+PAPER = {
+    "title": "Bridging Reasoning Trajectories in On-Policy Distillation via Near-Future Guidance",
+    "id": "2606.00305",
+    "citation": textwrap.dedent("""\
+        @article{jiang2026bridging,
+            title  = {{Bridging Reasoning Trajectories in On-Policy Distillation via Near-Future Guidance}},
+            author = {Yuxuan Jiang and Francis Ferraro},
+            year   = 2026,
+            eprint = {arXiv:2606.00305},
+        }"""),
+}
+"""The method's paper, in the form that TRL's card cites it."""
+
+HEADING = "## The run"
+_NOBODY = "[None](https://huggingface.co/None)"
+
+
+def complete_card(folder: Path, options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> None:
+    """Complete the `README.md` that TRL wrote into a run's folder, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    text = text.replace(_NOBODY, f"`{_name(provenance['student'])}`")
+    before, framework, after = text.partition("### Framework versions")
+    card.write_text(f"{before}{run_section(options, changed, provenance)}\n{framework}{after}", encoding="utf-8")
+
+
+def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> str:
+    """The run as Markdown: models, data, precision, versions, and the options that were set."""
+    data, models = provenance["data"], {role: part for role, part in provenance.items() if _is_model(part)}
+    rows = {role: f"`{_name(model)}`, {model['parameters']:,} parameters" for role, model in models.items()}
+    rows["data"] = f"{_cell(options.get('data') or 'a dataset')}, {_count(data['rows'])}, digest `{data['digest']}`"
+    rows["precision"] = ", ".join(f"{name}: {value}" for name, value in provenance["precision"].items())
+    rows["versions"] = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    given = {name: options[name] for name in options if name in set(changed)}
+    dumped = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
+    return (
+        f"{HEADING}\n\n| | |\n|---|---|\n{table}\n\nOptions (all of them are in `run.yaml`):\n\n```yaml\n{dumped}```\n"
+    )
+
+
+def _is_model(part: Any) -> bool:
+    return isinstance(part, Mapping) and "weights" in part
+
+
+def _name(model: Mapping[str, Any]) -> str:
+    revision = f" at {model['revision']}" if model["revision"] else ""
+    return f"{model['name']}{revision}".replace("`", "")
+
+
+def _count(rows: int | None) -> str:
+    return "a stream" if rows is None else f"{rows:,} rows"
+
+
+def _cell(text: Any) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

@@ -1,9 +1,9 @@
-"""A trainer whose runs can be killed at any moment: what is lost is the work since the last checkpoint.
+"""A trainer whose runs can be killed at any time: only the work since the last checkpoint is lost.
 
-Resumed on the same machine, a run equals the uninterrupted one, bit for bit on CPU. What transformers and TRL leave
-open for that, and is done here: a checkpoint is written aside and renamed; the order of the data is that of the epoch,
-also in later epochs; a finished run takes no further step; records of steps that are done again are cut; Ctrl-C and
-SIGTERM save a checkpoint; a full disk ends in a message.
+A run resumed on the same machine equals the uninterrupted one, bit for bit on CPU. This class adds what transformers
+and TRL lack for that: checkpoints are written aside and renamed; data order is restored, also in later epochs; a
+finished run takes no further step; records of repeated steps are cut; Ctrl-C and SIGTERM save a checkpoint; a full disk
+ends in a message.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
-from topd.runs.closed_pipe import output_may_close
 from topd.errors import ResumeError, TOPDError
-from topd.runs.files import write_json
-from topd.runs.guard import DISK_FULL
-from topd.runs.sole_writer import sole_writer
-from topd.runs.resumable import AUDIT_FILE, cut_records
 from topd.runs.checkpoints import UNFINISHED, checkpoint_to_resume, damage, put_in_place, saving, saving_error
+from topd.runs.files import write_json
+from topd.runs.guard import DISK_FULL, output_may_close
 from topd.runs.interrupts import StopWhenAsked, run_interrupted
 from topd.runs.non_finite import first_non_finite, non_finite_weights
+from topd.runs.records import AUDIT_FILE, cut_records
+from topd.runs.sole_writer import sole_writer
 
 logger = get_logger(__name__)
 
 OWN_STATE = "topd_state.json"
-"""In a checkpoint: what the method itself has learned about the run."""
+"""In a checkpoint: the state of the method itself."""
 
 
-class SurvivingTrainer(Trainer):
-    """See the module. To be put before a trainer of TRL or transformers, as in `TOPDTrainer`.
+class ResumableTrainer(Trainer):
+    """See the module. Put it before a trainer of TRL or transformers, as in `TOPDTrainer`.
 
     Raises:
         RunInterrupted: from `train`, after Ctrl-C or SIGTERM and a saved checkpoint.
@@ -69,9 +68,9 @@ class SurvivingTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
-        with self._alone(), output_may_close(goes_on=True), ExitStack() as stack:
+        with self._locked_folder(), output_may_close(continues=True), ExitStack() as stack:
             checkpoint = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
-            if self.args.save_strategy != "no":  # else there is nothing to go on from: signals do what they always do
+            if self.args.save_strategy != "no":  # else there is nothing to resume from: signals keep their defaults
                 stack.enter_context(self._interrupt.listening())
             output = self._trained(checkpoint, *args, **kwargs)
         if self._interrupt.stopped:
@@ -79,14 +78,14 @@ class SurvivingTrainer(Trainer):
         return output
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other run writes into the output folder meanwhile."""
+    def _locked_folder(self) -> Iterator[None]:
+        """Lock the output folder against other runs."""
         with ExitStack() as stack:
             self._on_main_process(lambda: stack.enter_context(sole_writer(self._folder)))
             yield
 
     def _on_main_process(self, act: Callable[[], Any]) -> Any:
-        """What it returns there, on all processes; a `TOPDError` there is raised on all."""
+        """Run `act` on the main process; return its result, or raise its `TOPDError`, on all processes."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -107,7 +106,7 @@ class SurvivingTrainer(Trainer):
         return checkpoint
 
     def _trained(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
-        """What goes wrong on the way, in words; the weights at the end are finite."""
+        """Train; explain errors, and refuse final weights that are not finite."""
         try:
             output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except pickle.UnpicklingError as error:
@@ -115,8 +114,8 @@ class SurvivingTrainer(Trainer):
             if broken is not None:
                 raise ResumeError(f"{checkpoint} is not a whole checkpoint: {broken}. Resume from another.") from error
             raise ResumeError(
-                f"{checkpoint} holds a file that would run code when it is loaded, so it was not. Resume only from "
-                "checkpoints of your own runs; to start from another's weights, name them as the student."
+                f"{checkpoint} holds a file that would run code when loaded, so it was not loaded. Resume only from "
+                "checkpoints of your own runs; to start from other weights, name them as the student."
             ) from error
         except OSError as error:
             if error.errno not in DISK_FULL:
@@ -126,7 +125,7 @@ class SurvivingTrainer(Trainer):
         return output
 
     def _refuse_non_finite(self, what: str, everywhere: bool = True) -> None:
-        """Raise `NonFiniteError` where a trained weight is; `everywhere`: on any process, and then on all."""
+        """Raise `NonFiniteError` if a trained weight is not finite; `everywhere`: on any process, then on all."""
         name = first_non_finite(self.accelerator.unwrap_model(self.model))
         if self._on_any_process(name is not None) if everywhere else name is not None:
             raise non_finite_weights(name or "of another process", self.state.global_step, what, self._folder)
@@ -134,7 +133,7 @@ class SurvivingTrainer(Trainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, but never weights that are not finite. (Not all processes need to call it.)"""
+        """As in transformers, but refuses weights that are not finite. (Not all processes need to call it.)"""
         if not _internal_call:
             self._refuse_non_finite("the model", everywhere=False)
         super().save_model(output_dir, _internal_call)
@@ -143,7 +142,7 @@ class SurvivingTrainer(Trainer):
         return str(self._aside or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:  # else it has not its name yet
+        if self._aside is None:  # else the checkpoint does not have its final name yet
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -179,11 +178,11 @@ class SurvivingTrainer(Trainer):
             self._push_from_checkpoint(str(checkpoint))
 
     def _own_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the method; JSON."""
+        """The method's state for a checkpoint, as JSON."""
         return {}
 
     def _restore_own_state(self, state: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the method's state."""
 
     # Resuming
 
@@ -195,11 +194,9 @@ class SurvivingTrainer(Trainer):
         self, max_steps: Any, steps_per_epoch: Any, num_epochs: Any, checkpoint: Any, trial: Any
     ) -> Any:
         epochs_trained, steps = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
-        self.state.compute_steps(self.args, max_steps)  # transformers would keep the earlier run's save_steps
+        self.state.compute_steps(self.args, max_steps)  # else transformers keeps the earlier run's save_steps
         sampler = getattr(self, "_train_sampler", None)
-        if (
-            isinstance(sampler, RepeatSampler) and sampler.shuffle
-        ):  # it shuffles anew each epoch, from one stream of random numbers
+        if isinstance(sampler, RepeatSampler) and sampler.shuffle:  # one random stream shuffles all epochs
             for _ in range(epochs_trained):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         if checkpoint is not None and (Path(checkpoint) / OWN_STATE).is_file():
@@ -209,7 +206,7 @@ class SurvivingTrainer(Trainer):
         return epochs_trained, steps
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # a finished run: transformers would do one step more
+        if self.state.global_step >= self.state.max_steps:  # a finished run: transformers would take one more step
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

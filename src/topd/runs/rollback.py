@@ -1,8 +1,8 @@
-"""A step that is given up half-way: the checkpoint holds the states of its beginning, so that it can be taken again.
+"""An abandoned step: the checkpoint holds the state at its beginning, so that the step can be repeated.
 
-A step is given up when the teacher's server is lost, and when Ctrl-C or SIGTERM comes while the step waits for the
-server. By then it has drawn random numbers and counted tokens. Weights and optimizer have not moved: the server is
-asked between optimizer steps.
+A step is abandoned when the teacher's server is lost, or when Ctrl-C or SIGTERM arrives while the step waits for the
+server. By then the step has drawn random numbers and counted tokens. Weights and optimizer have not changed: the server
+is called between optimizer steps.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy
 import torch
 
 from topd.errors import ServerError
-from topd.teachers.server_windows import ServerWindows
-from topd.teachers.openai_server import WaitingStopped
 from topd.runs.interrupts import run_interrupted
-from topd.runs.resumable_trainer import SurvivingTrainer
+from topd.runs.resumable_trainer import ResumableTrainer
+from topd.teachers.openai_server import WaitingStopped
+from topd.teachers.server_windows import ServerWindows
 
-GOES_ON, STOPPED, LOST = range(3)
-"""How the use of a server ended in a process; of several processes, the highest counts."""
+CONTINUES, STOPPED, LOST = range(3)
+"""How the use of a server ended in a process. Of several processes, the highest value counts."""
 
 
-class RollbackTrainer(SurvivingTrainer):
-    """See the module. A trainer that uses a server sets `_server`, by `_use_server`.
+class RollbackTrainer(ResumableTrainer):
+    """See the module. A trainer that uses a server calls `_use_server`.
 
     Raises:
         ServerError: from `train`, in all processes, after a checkpoint of the steps so far.
@@ -46,25 +46,25 @@ class RollbackTrainer(SurvivingTrainer):
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """All processes give up the step if one has to. A collective: every process uses the server equally often."""
+        """All processes abandon the step if one does. A collective: every process calls the server equally often."""
         failure: Exception | None = None
         try:
             yield
         except (ServerError, WaitingStopped) as error:
             failure = error
-        outcome = GOES_ON if failure is None else LOST if isinstance(failure, ServerError) else STOPPED
+        outcome = CONTINUES if failure is None else LOST if isinstance(failure, ServerError) else STOPPED
         if self.accelerator.num_processes > 1:
             outcomes = self.accelerator.gather(torch.tensor([outcome], device=self.accelerator.device))
             outcome = int(outcomes.max())
         if failure is not None:
             raise failure
         if outcome == LOST:
-            raise ServerError("Another process has lost the teacher's server: its message says why.")
+            raise ServerError("Another process lost the teacher's server: see its message.")
         if outcome == STOPPED:
             raise WaitingStopped
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `SurvivingTrainer`."""
+        """As in `ResumableTrainer`, with a checkpoint before an abandoned step."""
         try:
             return super().train(*args, **kwargs)
         except ServerError:
@@ -91,12 +91,12 @@ class RollbackTrainer(SurvivingTrainer):
         def back() -> None:
             put_back()
             self._restore_own_state(own | {"evaluation_due": self._evaluation_due})
-            self.state.num_input_tokens_seen = tokens  # TRL counts the tokens of a step when it has sampled them
+            self.state.num_input_tokens_seen = tokens  # TRL counts tokens when it samples them
 
         self._put_back = back
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._begin_step()  # an evaluation asks the server too
+        self._begin_step()  # an evaluation calls the server too
         self._evaluation_due = self._server is not None and bool(self.control.should_evaluate)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._begin_step()
@@ -117,7 +117,7 @@ class RollbackTrainer(SurvivingTrainer):
         if Path(checkpoint).resolve().parent == self._folder.resolve():
             self._saved_at = self.state.global_step
         self._begin_step()
-        if self._evaluation_due:  # the server was lost in it
+        if self._evaluation_due:  # the server was lost during the evaluation
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
             self._begin_step()
 
@@ -130,10 +130,10 @@ class RollbackTrainer(SurvivingTrainer):
 
 
 def random_states(device: torch.device) -> Callable[[], None]:
-    """Note the random states of this process: Python's, NumPy's, PyTorch's on the CPU and on `device`.
+    """Save the random states of this process: Python, NumPy, PyTorch on the CPU and on `device`.
 
     Returns:
-        What puts them back.
+        A function that restores them.
     """
     python, numbers, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     own: Any = None if device.type == "cpu" else torch.get_device_module(device)

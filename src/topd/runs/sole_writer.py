@@ -17,17 +17,17 @@ _held: set[Path] = set()
 
 @contextmanager
 def sole_writer(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a folder while the block runs. The system releases it when the process ends, however it ends.
+    """Lock a folder while the block runs. The system releases the lock when the process ends, for whatever reason.
 
-    A process may hold the same folder more than once.
+    A process may lock the same folder more than once.
 
     Args:
-        name: of the lock's file, where several commands may write different files into one folder.
+        name: of the lock file. Commands that write different files into one folder use different locks.
 
     Raises:
-        TOPDError: another process holds it.
+        TOPDError: another process holds the lock.
     """
-    from filelock import FileLock, Timeout  # it takes longer to import than `topd --help` to answer
+    from filelock import FileLock, Timeout  # slow to import
 
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def sole_writer(folder: Path, name: str = LOCK) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise TOPDError(
-            f"{folder} is in use by another command{_owner(file)}. Wait until it has ended, or name another output "
+            f"{folder} is in use by another command{_owner(file)}. Wait until it ends, or name another output "
             f"folder. (If there is no such process, delete {file}.)"
         ) from None
     _held.add(file)

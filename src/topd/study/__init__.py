@@ -1,1 +1,1 @@
-"""Arms x seeds from the same start: does guidance help, and when?"""
+"""`topd study`: arms x seeds from the same start. Does guidance help, and when?"""

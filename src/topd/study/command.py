@@ -1,16 +1,14 @@
-"""`topd study`: tune each arm with the same budget, run arms x seeds, compare. It goes on where it was interrupted."""
+"""`topd study`: tune each arm with the same budget, run arms x seeds, compare. An interrupted study resumes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from threading import Thread
@@ -20,29 +18,31 @@ from rich.console import Console
 
 from topd.errors import TOPDError
 from topd.runs.files import PART, write_json
+from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import SCRATCH, Job, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise
 from topd.study.tables import print_tables
 from topd.study.tasks import task_of
 from topd.version import STUDY_VERSION
+from topd.visible import slug
 
 RESULT = "study.json"
 MOST_TIMES = 4
-"""An arm that gets another one's time takes at most so many times the study's steps."""
-DIED = "a worker was killed, and all others with it; memory may not suffice for so many --workers"
+"""An arm with `time_of` takes at most this many times the study's steps."""
+DIED = "a worker was killed, which stops all workers; memory may be too small for this many --workers"
 
 
 def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
-    """Run what is missing, write `study.json` after every run, print the table; return what was written.
+    """Run the missing runs, write `study.json` after each, print the tables; return the content of `study.json`.
 
     Raises:
-        TOPDError: a model or the data cannot be used; or a run failed: the others are kept, and the next start goes on.
+        TOPDError: a model or the data cannot be used; or a run failed. Finished runs are saved and reused.
     """
     console = Console()
-    for left in [*out.rglob(f"*{SCRATCH}"), *out.rglob(f"*{PART}")]:  # by a study that was killed
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    task_of(plan)  # these two say what is wrong with data and models before anything runs
+    for remains in [*out.rglob(f"*{SCRATCH}"), *out.rglob(f"*{PART}")]:  # of a killed study
+        shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
+    task_of(plan)  # these two check data and models before anything runs
     pair_tokenizer(plan)
     tuning = _tune(plan, out, workers, console)
     tuned = {name: best(scores) for name, scores in tuning.items()}
@@ -53,12 +53,12 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuning, records | found, out))
     result = _write(plan, tuning, records, out)
     print_tables(result)
-    console.print(f"{out / RESULT} holds every figure, {out / 'runs'} every answer.")
+    console.print(f"Results: {out / RESULT}. Every answer: {out / 'runs'}.")
     return result
 
 
 def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[str, list[dict[str, Any]]]:
-    """By arm, each choice with its sampled accuracy on the tuning problems, the mean over tuning seeds."""
+    """By arm, each choice with its mean sampled accuracy on the tuning problems over the tuning seeds."""
     jobs = {}
     for arm in plan.arms:
         for index, choice in enumerate(arm.choices):
@@ -86,10 +86,10 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
 
 
 def unequal(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What the reference was tuned to and another arm, which tunes it too, could not choose: a line for each."""
+    """A line for each tuned value of the reference that another arm, which tunes the same option, could not choose."""
     return [
-        f"{name} could not choose {_words({option: value})}, which {REFERENCE} is tuned to: a difference between them "
-        "may be that alone. Add it to the arm's choices."
+        f"{name} could not choose {_words({option: value})}, the tuned value of {REFERENCE}, which may explain a "
+        "difference between them. Add it to the arm's choices."
         for name, scores in tuning.items()
         for option, value in (best(tuning[REFERENCE]) if REFERENCE in tuning else {}).items()
         if value not in (values := {each["choice"].get(option) for each in scores}) and values != {None}
@@ -97,7 +97,7 @@ def unequal(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def best(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """The choice with the highest accuracy, the first of equal ones."""
+    """The choice with the highest accuracy; the first of equal ones."""
     found: dict[str, Any] = max(scores, key=lambda each: each["accuracy"])["choice"]
     return found
 
@@ -119,7 +119,7 @@ def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out:
 
 
 def _applying(choice: dict[str, Any], arm: ArmPlan) -> dict[str, Any]:
-    """What of another arm's choice applies to this one: lambda only where the arm guides."""
+    """The part of another arm's choice that applies to this one: lambda only if the arm uses guidance."""
     guides = arm.options.get("method", "topd") == "topd"
     return {name: value for name, value in choice.items() if guides or name != "guidance_weight"}
 
@@ -127,7 +127,7 @@ def _applying(choice: dict[str, Any], arm: ArmPlan) -> dict[str, Any]:
 def _timed(
     plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path
 ) -> Job:
-    """The arm with as many steps as the other one's time allows, by the seconds of OPD's steps with the same seed."""
+    """The job of an arm with `time_of`: as many steps as OPD could take in that arm's time with the same seed."""
     other = next(each for each in plan.arms if each.name == arm.time_of)
     reference = next(each for each in plan.arms if each.name == REFERENCE)
     seconds = [records[_final(plan, each, seed, tuned, out).file]["seconds_training"] for each in (other, reference)]
@@ -137,11 +137,11 @@ def _timed(
 
 
 def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, each: Any) -> dict[Path, dict[str, Any]]:
-    """Records by file; `each` is called with those so far after every run."""
+    """Records by file; `each` is called with the records so far after every run."""
     records = {job.file: record for job in jobs if (record := known_record(plan, job)) is not None}
     missing = [job for job in jobs if job.file not in records]
     if records and missing:
-        console.print(f"{len(records)} of {len(jobs)} runs are there already.")
+        console.print(f"{len(records)} of {len(jobs)} runs are done already.")
     failed: list[str] = []
     for job, outcome in _outcomes(plan, missing, workers):
         if isinstance(outcome, Exception):
@@ -156,20 +156,20 @@ def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, e
         )
         each(records)
     if failed:
-        told = "\n".join(f"  {line}" for line in failed[:5])
-        raise TOPDError(f"{len(failed)} runs failed; the others are kept. Fix the cause and start again:\n{told}")
+        lines = "\n".join(f"  {line}" for line in failed[:5])
+        raise TOPDError(f"{len(failed)} runs failed; the others are saved. Fix the cause and start again:\n{lines}")
     return records
 
 
 def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[Job, Any]]:
     gpus = _gpus()
-    if len(gpus) < 2 and (workers == 1 or len(jobs) < 2):  # a process that sees several GPUs would spread a model
+    if len(gpus) < 2 and (workers == 1 or len(jobs) < 2):  # a process with several GPUs would split a model
         for job in jobs:
             yield job, _guarded(plan, job)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch can hang
     free = context.SimpleQueue()
-    for gpu in islice(cycle(gpus), workers):  # nothing if there are none
+    for gpu in islice(cycle(gpus), workers):  # none without GPUs
         free.put(gpu)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}
@@ -179,7 +179,7 @@ def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs that this process may use."""
+    """Ids of the GPUs that this process may use."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -187,14 +187,14 @@ def _gpus() -> list[str]:
 
 
 def _begin_worker(free: Any) -> None:
-    """A worker's first acts, before it imports torch: it ends with the study; one GPU is its own, if there are any."""
+    """Start a worker, before it imports torch: it ends with the study, and gets one GPU if there are any."""
     Thread(target=_end_with_study, daemon=True).start()
     if not free.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
 
 
 def _end_with_study() -> None:
-    """A worker of a study that was killed would wait for work for ever, and hold its memory."""
+    """End the worker when the study is killed; it would otherwise wait forever and keep its memory."""
     study = multiprocessing.parent_process()
     if study is not None:
         study.join()
@@ -202,15 +202,15 @@ def _end_with_study() -> None:
 
 
 def _guarded(plan: StudyPlan, job: Job) -> Any:
-    """A run's failure must not end the others."""
+    """Run a job; return its error, so that other jobs continue."""
     try:
         return run_job(plan, job)
-    except Exception as error:  # whatever went wrong is told at the end, with the arm and the seed
+    except Exception as error:  # reported at the end, with arm and seed
         return RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
 
 
 def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
-    """`study.json` from the records so far. Answers are a string a seed and way: "0110", in the problems' order."""
+    """Write `study.json` from the records so far. The answers of a seed are a string such as "0110"."""
     by_run = {(r["settings"]["arm"], r["settings"]["seed"]): r for r in records.values()}
     names = [arm.name for arm in plan.arms if any(name == arm.name for name, _ in by_run)]
     right = {
@@ -237,17 +237,11 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
             }
             for name in names
         },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "trl")},
+        "versions": versions(("torch", "transformers", "trl")),
     }
     write_json(result, out / RESULT, indent=None)
     return result
 
 
-def slug(name: str) -> str:
-    """An arm's name as a folder's."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
-
-
 def _words(choice: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in choice.items()) or "as it is"
+    return ", ".join(f"{name} {value}" for name, value in choice.items()) or "unchanged"

@@ -1,4 +1,4 @@
-"""What a study compares: read from YAML, checked before anything runs."""
+"""What a study compares: read from YAML and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import TOPDError
+from topd.loading.options import renamed, spelling
 from topd.teachers.server_address import without_secrets
 
 REFERENCE = "opd"
 """The arm that every other one is compared with."""
 OWN_DATA = ("data", "benchmark", "tune_benchmark", "rule", "sampling")
-"""What only a study on data of the user's has."""
+"""Settings that only a study on your own data has."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class ArmPlan:
     """One arm.
 
     Attributes:
-        options: of `TOPDConfig`, on top of the study's.
-        choices: option sets that tuning chooses from: its own, equally many in each arm, or the study's grid.
-        time_of: instead of the study's steps, as many as take the time that this arm took with the same seed.
-        tuned_as: instead of own choices, what this arm was tuned to.
-        steps_factor: times the study's steps, a fixed number instead of `time_of`.
+        options: of `TOPDConfig`; they override the study's.
+        choices: option sets that tuning chooses from: the arm's own, equally many in each arm, or the study's grid.
+        time_of: another arm; this one takes as many steps as fit into that arm's time with the same seed.
+        tuned_as: another arm, whose tuned options this one uses.
+        steps_factor: the number of steps as a multiple of the study's.
     """
 
     name: str
@@ -42,20 +43,20 @@ class StudyPlan:
     """Arms and seeds that share everything else.
 
     Attributes:
-        student, teacher: names, as everywhere; each run starts from the same student.
+        student, teacher: model names; each run starts from the same student.
         seeds: of prompts and sampling; an arm's run and OPD's run with the same seed are a pair.
         steps: optimizer steps of a run.
-        held_out: problems that each run answers at its end, the same for all.
-        curve_every, curve_problems: how often, and how many problems, for the learning curves.
-        tune_seeds, tune_problems: of tuning; its problems are neither trained on nor among the held-out ones.
+        held_out: number of problems that each run answers at its end, the same for all.
+        curve_every, curve_problems: interval in steps, and number of problems, of the learning curves.
+        tune_seeds, tune_problems: for tuning; its problems are neither trained on nor held out.
         options: of `TOPDConfig`, common to all arms.
         grid: values of `TOPDConfig` options; arms without `choices`, `time_of` and `tuned_as` choose from all
-            combinations. `guidance_weight` applies to method topd only: the other methods are its lambda of 0.
+            combinations. `guidance_weight` is varied for method topd only.
         level: of the embedded task's problems, short or long.
-        data: prompts to train on, as `topd train` takes them; without it, the embedded task is trained on and asked.
-        benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as `topd eval` takes them.
-        rule: of a benchmark that is not known by name: how answers are compared.
-        sampling: with `data`: of one sample a problem (`topd.evaluation.responses.Sampling`).
+        data: prompts to train on, as for `topd train`; without it, the embedded task is used.
+        benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as for `topd eval`.
+        rule: how answers to a benchmark of your own are compared.
+        sampling: with `data`: options of the one sample per problem (`topd.evaluation.engines.Sampling`).
     """
 
     student: str
@@ -78,13 +79,13 @@ class StudyPlan:
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """What two records must share to be compared: everything but how many seeds and which arms there are."""
+        """What two records must share to be comparable: everything but the seeds and arms."""
         left_out = {"seeds", "arms"} | (set(OWN_DATA) if self.data is None else set())
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
-def read_plan(path: Path) -> StudyPlan:
-    """Read and check a study's YAML.
+def read_plan(path: Path, given: Mapping[str, Any] | None = None) -> StudyPlan:
+    """Read and check a study's YAML. `given` overrides its entries.
 
     Raises:
         TOPDError: it cannot be read, an option is unknown, or the arms cannot be compared.
@@ -96,7 +97,7 @@ def read_plan(path: Path) -> StudyPlan:
     except (OSError, ValueError) as error:
         raise TOPDError(f"{path} cannot be read: {error}") from error
     try:
-        return plan_of(found)
+        return plan_of({**found, **(given or {})} if isinstance(found, Mapping) else found)
     except (TypeError, ValueError) as error:
         raise TOPDError(f"{path}: {error}") from error
 
@@ -106,7 +107,9 @@ def plan_of(found: Any) -> StudyPlan:
     if not isinstance(found, Mapping) or not isinstance(found.get("arms"), Mapping):
         raise ValueError("a study is a mapping with student, teacher, seeds, steps and arms (name: options).")
     known = {each.name for each in fields(StudyPlan)}
-    unknown = sorted(set(map(str, found)) - known)
+    found = renamed(found, lambda name: spelling(name, known))
+    found |= {name: _run_options(found[name]) for name in ("options", "grid") if isinstance(found.get(name), Mapping)}
+    unknown = sorted(set(found) - known)
     if unknown:
         raise ValueError(f"unknown: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
     missing = sorted({"student", "teacher", "seeds", "steps"} - set(found))
@@ -123,7 +126,7 @@ def plan_of(found: Any) -> StudyPlan:
 def _arm(name: str, options: Any, grid: Any) -> ArmPlan:
     if not isinstance(options, Mapping):
         raise ValueError(f"arm {name}: its options are not a mapping.")
-    own = dict(options)
+    own = _run_options(options)
     choices, time_of, tuned_as = own.pop("choices", []), own.pop("time_of", None), own.pop("tuned_as", None)
     factor = own.pop("steps_factor", 1.0)
     if grid and not (choices or time_of or tuned_as):
@@ -132,7 +135,15 @@ def _arm(name: str, options: Any, grid: Any) -> ArmPlan:
         raise ValueError(f"arm {name}: choices must be a list of option mappings.")
     if not isinstance(factor, int | float) or factor <= 0:
         raise ValueError(f"arm {name}: steps_factor must be a positive number; got {factor!r}.")
-    return ArmPlan(name, own, tuple(dict(choice) for choice in choices), time_of, tuned_as, float(factor))
+    return ArmPlan(name, own, tuple(map(_run_options, choices)), time_of, tuned_as, float(factor))
+
+
+def _run_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `TOPDConfig`, or of an arm, in their own spelling."""
+    from topd.training import TOPDConfig
+
+    known = {each.name for kind in (TOPDConfig, ArmPlan) for each in fields(kind)}
+    return renamed(options, lambda name: spelling(name, known))
 
 
 def _combinations(arm: str, grid: Any, guided: bool) -> list[dict[str, Any]]:
@@ -148,7 +159,7 @@ def _check(plan: StudyPlan) -> None:
 
     names = [arm.name for arm in plan.arms]
     if REFERENCE not in names:
-        raise ValueError(f"there is no arm {REFERENCE!r}, with which the others are compared.")
+        raise ValueError(f"there is no arm {REFERENCE!r}, the reference of all comparisons.")
     for name in ("steps", "held_out", "curve_every", "curve_problems", "tune_problems"):
         if not isinstance(getattr(plan, name), int) or getattr(plan, name) < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {getattr(plan, name)!r}.")
@@ -170,10 +181,10 @@ def _check(plan: StudyPlan) -> None:
             raise ValueError(
                 f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
             )
-        server = str(options.get("teacher_window_server"))
-        if without_secrets(server) != server:  # options are part of every record
+        server = str(options.get("teacher_model_server_url"))
+        if without_secrets(server) != server:  # options are written into every record
             raise ValueError(
-                f"{where}: leave the password or key out of teacher_window_server ({without_secrets(server)}); "
+                f"{where}: leave the password or key out of teacher_model_server_url ({without_secrets(server)}); "
                 "teacher_server_key_env names the environment variable that holds a key."
             )
     _check_own_data(plan)
@@ -185,21 +196,21 @@ def _check(plan: StudyPlan) -> None:
             raise ValueError(f"arm {arm.name}: tuned_as must name an arm that is tuned, in place of choices.")
     plain = [arm.name for arm in plan.arms if arm.time_of is None]
     if REFERENCE not in plain:
-        raise ValueError(f"arm {REFERENCE}: it is what the others are compared with, and has no time_of.")
+        raise ValueError(f"arm {REFERENCE}: the reference cannot have time_of.")
     for arm in plan.arms:
         if arm.time_of is not None and arm.time_of not in plain:
-            raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} is no other arm with steps of its own.")
+            raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} must name another arm without time_of.")
         if arm.time_of is not None and arm.choices:
-            raise ValueError(f"arm {arm.name}: with time_of it takes what {REFERENCE} was tuned to; leave out choices.")
+            raise ValueError(f"arm {arm.name}: with time_of it uses the tuned options of {REFERENCE}: no choices.")
 
 
 def _check_own_data(plan: StudyPlan) -> None:
-    from topd.evaluation.responses import Sampling
+    from topd.evaluation.engines import Sampling
 
     if plan.data is None:
         given = [name for name in ("benchmark", "tune_benchmark", "sampling") if getattr(plan, name)]
         if given:
-            raise ValueError(f"{given[0]} goes with `data`, the prompts to train on; without it the task is embedded.")
+            raise ValueError(f"{given[0]} needs `data`, the prompts to train on; without it the embedded task is used.")
         return
     if plan.benchmark is None:
         raise ValueError("data needs `benchmark`: the held-out problems, such as math500 or a file with answers.")

@@ -1,4 +1,4 @@
-"""One run of a study: one arm, one seed. Its answers are kept problem by problem."""
+"""One run of a study: one arm, one seed. Its answers are recorded problem by problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topd.study.config import ArmPlan, StudyPlan
 from topd.study.tasks import Task, task_of
 
 SCRATCH = ".scratch"
-"""Ending of the folder in which a run trains, beside its record."""
+"""Suffix of the folder in which a run trains, next to its record."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Job:
     """An arm with a seed.
 
     Attributes:
-        options: the arm's own, tuned ones included.
+        options: the arm's own, including tuned ones.
         steps: optimizer steps.
-        file: where its record goes.
-        held_out: whether it answers the held-out problems (else the tuning ones).
+        file: where its record is written.
+        held_out: whether it answers the held-out problems, or the tuning problems.
     """
 
     arm: str
@@ -37,12 +37,12 @@ class Job:
 
 
 def job_of(plan: StudyPlan, arm: ArmPlan, seed: int, options: dict[str, Any], file: Path, steps: int = 0) -> Job:
-    """The job of an arm with these options on top of its own."""
+    """The job of an arm; `options` override the arm's own."""
     return Job(arm.name, seed, arm.options | options, steps or round(plan.steps * arm.steps_factor), file)
 
 
 def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
-    """The record of an earlier run of the same job, if it is whole and its settings are the same."""
+    """The record of an earlier run of the same job with the same settings, if there is a whole one."""
     try:
         record = json.loads(job.file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -58,16 +58,17 @@ def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
 
 
 def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
-    """Train, answer, write the record aside and rename it; return it."""
+    """Train, answer, write and return the record."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PrinterCallback
+    from transformers import PrinterCallback
 
     from topd.embedded.pair import resolve_model
-    from topd.runs.quiet import quieten
+    from topd.loading.models import load_weights
+    from topd.runs.console import silence_libraries
     from topd.training import TOPDTrainer
 
-    quieten()
+    silence_libraries()
     torch.set_num_threads(1)
     started = time.perf_counter()
     task = task_of(plan)
@@ -77,11 +78,10 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         tokenizer = pair_tokenizer(plan)
         student, teacher = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
-        config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL takes them for names only
-        safe = {"dtype": torch.float32, "use_safetensors": True}
+        config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL accepts them for names only
         trainer = TOPDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.student), **safe | student),
-            teacher_model=AutoModelForCausalLM.from_pretrained(resolve_model(plan.teacher), **safe | teacher),
+            model=load_weights(resolve_model(plan.student), torch.float32, **student),
+            teacher_model=load_weights(resolve_model(plan.teacher), torch.float32, **teacher),
             args=config,
             train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)),
             processing_class=tokenizer,
@@ -113,11 +113,11 @@ KEPT_METRICS = (
     "loss", "token_loss/mean", "distance/q50", "false_alarm_share", "forks/per_rollout", "forks/threshold",
     "guidance/own_token_share", "guidance/grad_ratio",
 )  # fmt: skip
-"""Metrics that a record keeps for each step."""
+"""Metrics recorded at each step."""
 
 
 def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By metric, its value at each step that has one."""
+    """Values by metric and step."""
     return {
         name: {str(entry["step"]): float(f"{entry[name]:.4g}") for entry in log if entry.get(name) is not None}
         for name in KEPT_METRICS
@@ -126,7 +126,7 @@ def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def scratch_folder(job: Job) -> Path:
-    """An empty folder beside the job's record. What a killed run has left in it goes when the job runs again."""
+    """An empty folder next to the job's record. The files of a killed run are deleted."""
     folder = job.file.with_name(f".{job.file.stem}{SCRATCH}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -137,21 +137,15 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
     """The tokenizer that student and teacher share.
 
     Raises:
-        TOPDError: one of them cannot be loaded, is an adapter, or they do not share it.
+        TOPDError: one of them cannot be loaded or is an adapter, or their tokenizers differ.
     """
-    from transformers import AutoTokenizer
+    from topd.loading.models import model_to_train
+    from topd.loading.tokenizers import check_tokenizers, tokenizer_of
 
-    from topd.embedded.pair import resolve_model
-    from topd.loading.by_name import load_by_name
-    from topd.loading.models import check_whole
-    from topd.loading.tokenizers import check_tokenizers
-
-    check_whole("student", plan.student)
-    check_whole("teacher", plan.teacher)
-    student, teacher = (
-        load_by_name("tokenizer", resolve_model(name), AutoTokenizer.from_pretrained)
-        for name in (plan.student, plan.teacher)
-    )
+    names = {"student": plan.student, "teacher": plan.teacher}
+    student, teacher = (tokenizer_of(model_to_train(role, name)) for role, name in names.items())
+    assert student is not None
+    assert teacher is not None
     check_tokenizers(student, teacher)
     return student
 
@@ -172,9 +166,9 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
 
 
 class Curve:
-    """Greedy accuracy by steps, generated tokens and seconds of training (the answering itself is not counted).
+    """Greedy accuracy by steps, generated tokens and seconds of training, without the time for answering.
 
-    Seconds are the processor's, of one thread, where there is no GPU: what else the machine does is not counted.
+    Without a GPU, seconds are CPU time of one thread, so that other load on the machine does not count.
     """
 
     def __init__(self, plan: StudyPlan, task: Task, tokenizer: Any, asks: bool = True) -> None:
@@ -190,18 +184,18 @@ class Curve:
 
         class Callback(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                outer.answer(state, kwargs["model"])
+                outer.add_point(state, kwargs["model"])
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 outer.seconds += outer.clock() - outer.resumed
                 if state.global_step % outer.every == 0:
-                    outer.answer(state, kwargs["model"])
+                    outer.add_point(state, kwargs["model"])
                 outer.resumed = outer.clock()
 
         self.callback = Callback()
 
-    def answer(self, state: Any, model: Any) -> None:
-        """Add a point, unless nothing is asked."""
+    def add_point(self, state: Any, model: Any) -> None:
+        """Add a point, if the curve has problems."""
         if self.problems:
             right = self.task.right(model, self.tokenizer, self.problems, sampled=False)
             accuracy = sum(right) / len(right)
@@ -209,6 +203,6 @@ class Curve:
         self.resumed = self.clock()
 
     def with_tokens(self, log: list[dict[str, Any]]) -> list[dict[str, float]]:
-        """The points, each with the tokens that were read and generated up to its step (0 before the first)."""
+        """The points, each with the tokens processed up to its step (0 before the first)."""
         tokens = {entry["step"]: float(entry["num_tokens"]) for entry in log if "num_tokens" in entry}
         return [point | {"tokens": tokens.get(int(point["step"]), 0.0)} for point in self.points]

@@ -1,22 +1,16 @@
-"""What a study's records say: accuracy of each arm, and its difference from OPD over paired seeds and problems."""
+"""Summary of a study's records: accuracy of each arm, and its difference from OPD over paired seeds and problems."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from topd.evaluation.accuracy import holm
+from topd.evaluation.statistics import Floats, sign_flip_p
 from topd.study.config import REFERENCE
-
-Floats = NDArray[np.float64]
-
-_EXACT_UP_TO = 16
-"""Seeds up to which every assignment of signs is tried."""
 
 
 def summarise(
@@ -25,16 +19,16 @@ def summarise(
     """Each arm's accuracy and difference from a reference arm.
 
     Args:
-        right: by arm and training seed, 0 or 1 for each held-out problem (the same problems throughout).
+        right: by arm and training seed, 0 or 1 for each held-out problem (the same problems for all).
 
     Returns:
-        By arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but the reference `beside_opd` (after its
-        name) {mean, low, high, p, p_holm, seeds, ahead}: over the seeds that both have. Intervals (95 %) are over
-        seeds and problems, see `crossed_interval`. p: both signs of each seed's difference are as likely if nothing
-        differs; exact up to 16 seeds. p_holm: corrected for the number of comparisons (Holm).
+        By arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but the reference `beside_opd` (with the
+        reference's name) {mean, low, high, p, p_holm, seeds, ahead}, over the seeds that both arms have. Intervals
+        (95 %) are over seeds and problems, see `crossed_interval`. p is of a sign-flip test over seeds, see
+        `sign_flip_p`; with n seeds it is at least 2 / 2^n. p_holm is adjusted for the number of comparisons (Holm).
     """
     found: dict[str, Any] = {}
-    key = beside(reference)
+    key = difference_key(reference)
     for arm, by_seed in right.items():
         table = np.array([by_seed[each] for each in sorted(by_seed)], dtype=float)
         low, high = crossed_interval(table)
@@ -55,8 +49,9 @@ def summarise(
         )
         low, high = crossed_interval(difference)
         means = difference.mean(1)
+        p = sign_flip_p(means, 20_000, np.random.default_rng(seed))
         found[arm][key] = {
-            "mean": float(difference.mean()), "low": low, "high": high, "p": sign_flip_p(means, seed),
+            "mean": float(difference.mean()), "low": low, "high": high, "p": p,
             "seeds": common, "ahead": int((means > 0).sum()),
         }  # fmt: skip
     compared = [arm for arm in found if key in found[arm]]
@@ -65,13 +60,13 @@ def summarise(
     return found
 
 
-def beside(reference: str) -> str:
-    """The key of an arm's difference from the reference."""
+def difference_key(reference: str) -> str:
+    """The key of an arm's difference from the reference, as records name it."""
     return f"beside_{reference}"
 
 
 def answers(result: Mapping[str, Any], how: str) -> dict[str, dict[int, list[int]]]:
-    """By arm and seed, 0 or 1 for each held-out problem, from what `study.json` holds."""
+    """By arm and seed, 0 or 1 for each held-out problem, from `study.json`."""
     return {
         name: {int(seed): [int(each) for each in ways[how]] for seed, ways in arm["right"].items()}
         for name, arm in result["arms"].items()
@@ -79,12 +74,12 @@ def answers(result: Mapping[str, Any], how: str) -> dict[str, dict[int, list[int
 
 
 def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean of [seed, problem], both drawn at random and crossed.
+    """Interval of the mean of a [seed, problem] table with both factors random and crossed.
 
-    Its variance is (MS_seeds + MS_problems - MS_rest) / (seeds problems), the two-way analysis of variance, with
-    Satterthwaite's degrees of freedom. Our choice: drawing rows and columns anew (bootstrap) counts the rest three
-    times, and covers 96 to 100 % where this covers 94 to 97 (98 to 99 where neither seeds nor problems differ). With
-    one seed only problems are random: the interval then says nothing about other seeds.
+    The variance is (MS_seeds + MS_problems - MS_rest) / (seeds problems), from the two-way analysis of variance, with
+    Satterthwaite's degrees of freedom. Our choice: a bootstrap over rows and columns counts the rest three times, and
+    covers 96 to 100 %, compared with 94 to 97 % here (98 to 99 % if neither seeds nor problems differ). With one seed
+    only problems are random, and the interval does not cover other seeds.
     """
     rows, columns = table.shape
     mean = float(table.mean())
@@ -102,15 +97,3 @@ def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
         freedom = max(1.0, total**2 / parts) if parts else 1.0
     half = float(stdtrit(freedom, 0.5 + level / 2)) * float(total / (rows * columns)) ** 0.5
     return mean - half, mean + half
-
-
-def sign_flip_p(differences: Floats, seed: int = 0, samples: int = 20_000) -> float:
-    """Two-sided p that seeds' differences are symmetric about 0. With n seeds it cannot be below 2 / 2^n."""
-    n = len(differences)
-    if n <= _EXACT_UP_TO:
-        signs = np.array(list(product((-1.0, 1.0), repeat=n)))
-    else:
-        signs = np.random.default_rng(seed).choice((-1.0, 1.0), (samples, n))
-        signs[0] = 1.0
-    means = np.abs(signs @ differences)
-    return float((means >= abs(differences.sum()) - 1e-12).mean())

@@ -1,4 +1,4 @@
-"""A study's tables: each arm beside OPD, or beside any other arm."""
+"""A study's tables: each arm compared with OPD, or with any other arm."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from rich.table import Table
 from topd.errors import TOPDError
 from topd.runs.files import read_json
 from topd.study.config import REFERENCE
-from topd.study.summary import answers, beside, summarise
+from topd.study.summary import answers, difference_key, summarise
 from topd.version import STUDY_VERSION
 
 WAYS = ("greedy", "sampled")
 
 
 def read_study(file: Path) -> dict[str, Any]:
-    """What a `study.json` holds.
+    """Read a `study.json`.
 
     Raises:
-        TOPDError: it cannot be read, or is none.
+        TOPDError: it cannot be read, or has another format.
     """
-    result = read_json(file, "Name the study.json that `topd study` has written.")
+    result = read_json(file, "Name a study.json that `topd study` wrote.")
     if not isinstance(result, dict) or result.get("version") != STUDY_VERSION or "arms" not in result:
         raise TOPDError(
-            f"{file} is no study.json of version {STUDY_VERSION}. Run the study again: what is there is kept."
+            f"{file} is no study.json of version {STUDY_VERSION}. Run the study again: finished runs are reused."
         )
     return result
 
 
 def print_tables(result: dict[str, Any], against: str = REFERENCE) -> None:
-    """Both tables, greedy and sampled.
+    """Print both tables, greedy and sampled.
 
     Raises:
         TOPDError: there is no such arm.
@@ -59,14 +59,14 @@ def study_table(result: Mapping[str, Any], how: str, against: str = REFERENCE) -
 
 
 def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) -> list[list[str]]:
-    """A row an arm: name, accuracy with interval, difference with interval, corrected p, seeds ahead, seconds."""
+    """One row per arm: name, accuracy and difference with intervals, adjusted p, seeds ahead, seconds."""
     if against == REFERENCE:
         found = {name: arm[how] for name, arm in result["arms"].items()}
     else:
         found = summarise(answers(result, how), against)
     rows = []
     for name, arm in found.items():
-        accuracy, difference = arm["accuracy"], arm.get(beside(against))
+        accuracy, difference = arm["accuracy"], arm.get(difference_key(against))
         seconds = list(result["arms"][name]["seconds_training"].values())
         rows.append(
             [

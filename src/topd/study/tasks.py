@@ -1,9 +1,10 @@
-"""What a study trains on and asks: the embedded task, or data and a benchmark of the user's."""
+"""What a study trains on and evaluates: the embedded task, or your own data and benchmark."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+from topd.embedded.task import make_problems
 from topd.errors import TOPDError
 from topd.study.config import StudyPlan
 
@@ -12,21 +13,21 @@ class Task(Protocol):
     """Prompts for training, problems for the end of a run, and whether a model's answers are right."""
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """Rows with `prompt`, another draw for each seed; no problem of the other three lists is among them."""
+        """Rows with `prompt`, drawn by seed; disjoint from the other three lists."""
         ...
 
     def held_out(self) -> list[Any]: ...
 
     def tuning(self) -> list[Any]:
-        """None of them is held out."""
+        """Problems for tuning, disjoint from the held-out ones."""
         ...
 
     def curve(self) -> list[Any]: ...
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
-        """Whether each problem is answered right, greedily or by one sample, the same each time.
+        """Whether each problem is answered correctly, greedily or by one reproducible sample.
 
-        Greedily, it leaves torch's random numbers alone: learning curves ask in the middle of training.
+        Greedy decoding does not touch torch's random state, because learning curves run during training.
         """
         ...
 
@@ -35,41 +36,33 @@ def task_of(plan: StudyPlan) -> Task:
     """The task that the plan names.
 
     Raises:
-        TOPDError: data that cannot be read, or training prompts that are asked too.
+        TOPDError: data cannot be read, or training prompts are among the problems.
     """
     return EmbeddedTask(plan) if plan.data is None else OwnTask(plan)
 
 
 class EmbeddedTask:
-    """Arithmetic in words. No model was ever trained on any of the problems."""
+    """Arithmetic in words. No model was trained on any of the problems."""
 
     def __init__(self, plan: StudyPlan) -> None:
         self.plan = plan
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
-        from topd.embedded.task import make_problems
-
         return [
             {"prompt": problem.prompt}
             for problem in make_problems(count, seed=seed, held_out=False, level=self.plan.level)
         ]
 
     def held_out(self) -> list[Any]:
-        from topd.embedded.task import make_problems
-
         return make_problems(self.plan.held_out, seed=1_000_000, held_out=True, level=self.plan.level)
 
     def tuning(self) -> list[Any]:
-        from topd.embedded.task import make_problems
-
         asked = {problem.prompt for problem in self.held_out()}
         count = self.plan.held_out + self.plan.tune_problems
         others = make_problems(count, seed=2_000_000, held_out=True, level=self.plan.level)
         return [problem for problem in others if problem.prompt not in asked][: self.plan.tune_problems]
 
     def curve(self) -> list[Any]:
-        from topd.embedded.task import make_problems
-
         return make_problems(self.plan.curve_problems, seed=3_000_000, held_out=True, level=self.plan.level)
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
@@ -83,9 +76,9 @@ class EmbeddedTask:
 
 
 class OwnTask:
-    """Prompts of a file or the Hub; problems of any benchmark of `topd eval`, answered and judged as it does.
+    """Prompts of a file or the Hub; problems of any benchmark of `topd eval`, answered and judged in the same way.
 
-    The learning curve asks the first of the held-out problems.
+    The learning curve uses the first held-out problems.
     """
 
     def __init__(self, plan: StudyPlan) -> None:
@@ -113,7 +106,7 @@ class OwnTask:
             raise TOPDError(f"{plan.benchmark} has fewer problems than {plan.held_out}: write held_out: {count}.")
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """All rows in the seed's order, again in another order where they do not suffice."""
+        """All rows in an order drawn by seed, repeated in another order if there are too few."""
         import numpy as np
 
         rng = np.random.default_rng(seed)
@@ -133,8 +126,7 @@ class OwnTask:
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
         from topd.evaluation.answers import verdict
-        from topd.evaluation.local_engine import LocalEngine
-        from topd.evaluation.responses import Request, Sampling, as_chat
+        from topd.evaluation.engines import LocalEngine, Request, Sampling, as_chat
 
         sampling = Sampling(**{"max_new_tokens": self.held.max_new_tokens} | self.plan.sampling)
         if not sampled:
@@ -154,7 +146,7 @@ class OwnTask:
 
 
 def question(prompt: Any) -> str:
-    """What a prompt (text or messages) asks, without the instruction that a benchmark adds."""
+    """The question of a prompt (text or messages), without the instruction that a benchmark adds."""
     from topd.evaluation.benchmarks import BOXED
 
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]

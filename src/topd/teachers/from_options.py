@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -12,8 +13,8 @@ from topd.teachers.openai_server import Limits, OpenAIServer
 from topd.teachers.server_windows import ServerWindows, connect, served_as
 
 REMEDY = (
-    "Fix or restart it; a run that had begun goes on from its last checkpoint (--resume_from_checkpoint true). "
-    "teacher_server_patience and teacher_server_timeout say how long it is waited for."
+    "Fix or restart it; a run that had started continues from its last checkpoint (--resume_from_checkpoint true). "
+    "teacher_server_kwargs sets its timeout and patience."
 )
 
 if TYPE_CHECKING:
@@ -29,15 +30,25 @@ def teacher_server(options: TOPDConfig, has_weights: bool, patience: float | Non
     Raises:
         ServerError: there is no such server, or it does not serve the teacher.
     """
-    if options.teacher_window_server is None or (has_weights and not options.looks_ahead):
+    if options.teacher_model_server_url is None or (has_weights and not options.looks_ahead):
         return None
-    patience = options.teacher_server_patience if patience is None else patience
-    limits = Limits(options.teacher_server_timeout, patience, options.teacher_server_concurrency)
+    limits = limits_of(options.teacher_server_kwargs)
+    limits = limits if patience is None else replace(limits, patience=patience)
     server = OpenAIServer(
-        options.teacher_window_server, limits, "The teacher's server", REMEDY, options.teacher_server_key_env
+        options.teacher_model_server_url, limits, "The teacher's server", REMEDY, options.teacher_server_key_env
     )
     served_as(server, options.teacher_server_model)
     return server
+
+
+def limits_of(given: Any) -> Limits:
+    """`teacher_server_kwargs` as limits. Raises `TOPDError` for unknown names and values that are not positive."""
+    given = given or {}
+    known = [field.name for field in fields(Limits)]
+    wrong = [f"{name}: {value}" for name, value in given.items() if name not in known or not 0 < value < float("inf")]
+    if wrong:
+        raise TOPDError(f"teacher_server_kwargs takes positive values of {', '.join(known)}; got {', '.join(wrong)}.")
+    return replace(Limits(), **given)
 
 
 def teacher_windows(
@@ -64,15 +75,14 @@ def contexts(student: Any, teacher: Any, server: ServerWindows | None) -> dict[s
 
 def check_without_weights(options: TOPDConfig) -> None:
     """Raise `TOPDError` for what a teacher behind a server cannot do."""
-    if options.teacher_window_server is None:
+    if options.teacher_model_server_url is None:
         raise TOPDError(
             "TOPDTrainer needs a teacher: a teacher_model (a name, a folder, or a loaded model), or the "
-            "teacher_window_server that it is on."
+            "teacher_model_server_url that it is on."
         )
-    kl_in_its_contexts = options.guidance_context == "teacher" and options.teacher_context_loss != "cross_entropy"
     wrong = {
         f"embedding={options.embedding} (use student)": options.embedding.startswith("teacher"),
-        f"teacher_context_loss={options.teacher_context_loss} (use cross_entropy)": kl_in_its_contexts,
+        "guidance_context=teacher (use student)": options.guidance_context == "teacher",
         f"temperature={options.temperature:g} (use 1: servers give probabilities at 1)": options.temperature != 1,
         f"beta={options.beta:g} (use 1 or 0)": options.beta not in (0.0, 1.0),
     }

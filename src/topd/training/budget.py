@@ -1,4 +1,4 @@
-"""A budget: how many candidates a rollout may have, for the step to take at most so much longer than plain OPD.
+"""A budget: how many candidates per rollout keep the step-time overhead over plain OPD within a limit.
 
 The first steps measure the pair on the machine it runs on. One warms up; then steps without looking ahead, with all
 candidates and with half of them take turns. Apart from sampling the rollouts, which costs both methods the same, a
@@ -25,13 +25,13 @@ ROUNDS = ("warm-up", "plain", "all", "half", "plain", "all", "half", "plain", "a
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds a response token.
+    """Seconds per response token.
 
     Attributes:
         sampling: of the rollout.
         plain: of the rest of an OPD step.
         fixed: what looking ahead adds, whatever the number of candidates.
-        each: what every candidate adds (seconds a candidate).
+        each: what every candidate adds (seconds per candidate).
     """
 
     sampling: float
@@ -53,7 +53,7 @@ class CostModel:
 
 @dataclass
 class CandidateBudget:
-    """Turns `max_overhead` into a number of candidates a rollout, once the first steps have been measured."""
+    """Turns `max_overhead` into a number of candidates per rollout, once the first steps have been measured."""
 
     max_overhead: float
     calibration_every: int = 50
@@ -68,15 +68,15 @@ class CandidateBudget:
     def measuring(self) -> bool:
         return self.model is None
 
-    def at_most(self) -> int | None:
-        """Candidates a rollout in the next step: None, all; 0, do not look ahead."""
+    def max_candidates(self) -> int | None:
+        """Candidates per rollout in the next step: None, all; 0, do not look ahead."""
         if not self.measuring:
             return self.per_rollout
         kind = ROUNDS[len(self._measured)]
         return {"warm-up": None, "plain": 0, "all": None, "half": max(1, self._usual // 2)}[kind]
 
     def record(self, seconds: Mapping[str, float], tokens: float, rollouts: float, candidates: float) -> None:
-        """Tell it what a step took.
+        """Record the time of a step.
 
         Args:
             seconds: by stage, "rollout" among them.
@@ -121,10 +121,10 @@ def budget_message(budget: CandidateBudget, tokens_per_rollout: float) -> str:
     assert budget.model is not None
     assert budget.per_rollout is not None
     overhead = budget.model.overhead(budget.per_rollout / tokens_per_rollout)
-    decided = f"{budget.per_rollout} candidates a rollout, predicted {overhead:.1%} over plain OPD"
+    decided = f"{budget.per_rollout} candidates per rollout, predicted {overhead:.1%} over plain OPD"
     if overhead > budget.max_overhead:
         return (
-            f"max_overhead {budget.max_overhead:.0%} cannot be met: even one candidate a rollout is predicted to cost "
+            f"max_overhead {budget.max_overhead:.0%} cannot be met: one candidate per rollout is predicted to cost "
             f"{overhead:.1%}; using {decided}. Longer rollouts or student_window=rollout make looking ahead cheaper."
         )
     return f"max_overhead {budget.max_overhead:.0%}: {decided}."

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from topd.algorithm import false_alarm_threshold, highest_loss, low_loss_threshold, select_for_capping
-from topd.training.futures import Futures
-from topd.training.method import Method, StepContext
+from topd.algorithm import TokenScores, false_alarm_threshold, highest_loss, low_loss_threshold, select_for_capping
+from topd.near_future import Places, Rollouts
+from topd.training.futures import Futures, Look
+from topd.training.method import Method, Ranking, StepContext
 
 LOW_LOSS = 16
 """Low-loss positions per rollout that the fork threshold is estimated from, at most (our choice)."""
@@ -53,39 +54,51 @@ class LowLossQuartile:
             self._steps = 0
 
 
-def choose_candidates(ranking: Tensor, mask: Tensor, method: Method, at_most: int | None = None) -> Tensor:
+def choose_candidates(
+    scores: TokenScores, rollouts: Rollouts, method: Method, max_per_rollout: int | None = None
+) -> Places:
     """High-loss positions; the control "random" takes equally many positions of each rollout at random instead."""
+    order, mask = ranking(scores, method.candidate_ranking), rollouts.loss_mask.bool()
     if method.guides and method.guidance_at == "random":
-        ranking = torch.rand(ranking.shape, device=ranking.device)
-    chosen = highest_loss(ranking, mask, share=method.candidate_share)
-    if at_most is not None:
-        chosen &= highest_loss(ranking, mask, share=None, count=at_most)
-    return chosen
+        order = torch.rand(order.shape, device=order.device)
+    chosen = highest_loss(order, mask, share=method.candidate_share)
+    if max_per_rollout is not None:
+        chosen &= highest_loss(order, mask, share=None, count=max_per_rollout)
+    return Places.marked(rollouts, chosen)
 
 
-def choose_low_loss(token_loss: Tensor, mask: Tensor, candidates: Tensor) -> Tensor:
+def ranking(scores: TokenScores, kind: Ranking) -> Tensor:
+    """[rollout, position] what makes a position high-loss (nats)."""
+    if kind == "teacher_nll":
+        return scores.teacher_nll
+    return scores.teacher_nll - scores.student_nll if kind == "log_ratio" else scores.kl
+
+
+def choose_low_loss(token_loss: Tensor, candidates: Places) -> Places:
     """The positions with the lowest token loss, as many in each rollout as it has candidates, at most `LOW_LOSS`."""
-    chosen = torch.zeros_like(candidates)
-    for row, count in enumerate(candidates.sum(1).clamp(max=LOW_LOSS).tolist()):
+    rollouts, chosen = candidates.rollouts, torch.zeros_like(token_loss, dtype=torch.bool)
+    mask, counts = rollouts.loss_mask.bool(), torch.bincount(candidates.rows, minlength=len(rollouts))
+    for row, count in enumerate(counts.clamp(max=LOW_LOSS).tolist()):
         if count:
             chosen[row] = highest_loss(-token_loss[row : row + 1], mask[row : row + 1], share=None, count=count)[0]
-    return chosen
+    return Places.marked(rollouts, chosen)
 
 
-def fork_threshold(candidates: Futures, low_loss: Futures | None, method: Method, context: StepContext) -> float:
+def fork_threshold(look: Look, method: Method, context: StepContext) -> float:
     """D_OT above which a candidate is a fork, by `fork_rule`, over all processes. Updates `context.quartile`."""
     if method.fork_rule == "threshold":
         assert method.fork_threshold is not None
         return method.fork_threshold
     if context.quartile is None:
-        return false_alarm_threshold(context.gather(candidates.distance), method.false_alarm_share)
-    if low_loss is not None:
-        context.quartile.add(context.step, context.gather(low_loss.distance))
+        return false_alarm_threshold(context.gather(look.candidates.distance), method.false_alarm_share)
+    if look.low_loss is not None:
+        context.quartile.add(context.step, context.gather(look.low_loss.distance))
     return context.quartile.value
 
 
-def choose_capped(distance: Tensor, fork: Tensor, method: Method, context: StepContext) -> Tensor:
+def choose_capped(fork: Tensor, candidates: Futures, method: Method, context: StepContext) -> Tensor:
     """Whose token loss is capped: false alarms, or the bottom share by rank over all processes, or its controls."""
+    distance = candidates.distance
     if method.caps is None or method.caps == "false_alarms":
         return ~fork & distance.isfinite() if method.caps else torch.zeros_like(fork)
     owner = context.gather(torch.full_like(distance, context.process))

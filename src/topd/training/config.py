@@ -22,7 +22,7 @@ from topd.training.method import Ranking, StudentWindow
 Method = Literal["opd", "opd-capped", "topd"]
 
 
-CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "teacher_context_loss", "cap_false_alarms")
+CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "cap_false_alarms")
 """Options of `method=topd` that study what its parts do; no run needs them. `cap_selection` is that of `opd-capped`."""
 
 
@@ -40,11 +40,11 @@ class TOPDConfig(DistillationConfig):
         ValueError: a value is out of range or not among those allowed, or two options exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers"]
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers", "teacher_server_kwargs"]
 
     method: Method = _option(
         "topd",
-        "opd: on-policy distillation, exactly TRL's DistillationTrainer. opd-capped: false alarms suppressed "
+        "opd: on-policy distillation, as TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
     )
     window_length: int = _option(50, "K, tokens of each window. Paper: 50.")
@@ -80,15 +80,15 @@ class TOPDConfig(DistillationConfig):
     )
     max_overhead: float | None = _option(
         None,
-        "Longest that a step may take over plain OPD, as a share (0.10: ten percent). The first ten steps measure the "
+        "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
         "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
         "None: no limit. Our choice.",
     )
 
-    teacher_window_server: str | None = _option(
+    teacher_model_server_url: str | None = _option(
         None,
         "URL of an OpenAI-compatible server (vLLM, SGLang) that continues the teacher's windows. Without a "
-        "teacher_model the token losses come from it too, from its likeliest tokens (vLLM).",
+        "teacher_model the token losses come from it too, from its most likely tokens (vLLM).",
     )
     teacher_server_model: str | None = _option(
         None, "Name under which that server serves the teacher. None: the only model that it has."
@@ -96,14 +96,12 @@ class TOPDConfig(DistillationConfig):
     teacher_server_key_env: str | None = _option(
         None, "Name of the environment variable that holds the server's API key. The key itself is never written down."
     )
-    teacher_server_timeout: float = _option(
-        300.0, "Seconds that one request to it may take, from connecting to the last byte of the answer."
+    teacher_server_kwargs: dict[str, float] | str | None = _option(
+        None,
+        "Limits of its use. timeout: maximum seconds per request, from connecting to the last byte (300). patience: "
+        "give up after this many seconds of failed retries (600). concurrency: concurrent requests per process (16).",
     )
-    teacher_server_patience: float = _option(
-        600.0, "Seconds without an answer after which it is given up; until then requests are repeated."
-    )
-    teacher_server_concurrency: int = _option(16, "Requests to it at a time, from each process.")
-    teacher_top_k: int = _option(
+    loss_top_k: int = _option(
         20,
         "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
         "--max-logprobs). The paper has the full vocabulary.",
@@ -162,11 +160,8 @@ class TOPDConfig(DistillationConfig):
     )
     guidance_context: Literal["student", "teacher"] = _option(
         "student",
-        "student: the student's own contexts (paper). teacher: prefix + the teacher's window (another reading).",
-    )
-    teacher_context_loss: Literal["reverse_kl", "forward_kl", "cross_entropy"] = _option(
-        "reverse_kl",
-        "In the teacher's contexts: reverse_kl, forward_kl (full vocabulary) or cross_entropy (its tokens).",
+        "student: the student's own contexts (paper). Control: teacher, prefix + the teacher's window, with the "
+        "reverse KL over the vocabulary (another reading).",
     )
     guidance_reduction: Literal["mean", "sum", "per_token"] = _option(
         "mean",
@@ -185,15 +180,13 @@ class TOPDConfig(DistillationConfig):
         "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
-    audit_steps: int = _option(0, "Every so many optimizer steps, write an audit record to audit.jsonl. 0: never.")
-
-    audit_rollouts: int = _option(2, "Rollouts in each audit record.")
+    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many optimizer steps. 0: never.")
 
     def __post_init__(self) -> None:
         check_kinds(self)
         super().__post_init__()
-        if self.teacher_window_server is not None:
-            self.teacher_window_server = without_secrets(self.teacher_window_server)
+        if self.teacher_model_server_url is not None:
+            self.teacher_model_server_url = without_secrets(self.teacher_model_server_url)
         for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -211,10 +204,8 @@ class TOPDConfig(DistillationConfig):
         least = {"audit_steps": 0} | dict.fromkeys(
             (
                 "window_length",
-                "audit_rollouts",
                 "recalibration_steps",
-                "teacher_server_concurrency",
-                "teacher_top_k",
+                "loss_top_k",
             ),
             1,
         )

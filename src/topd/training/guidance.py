@@ -1,14 +1,12 @@
-"""The guided windows: their targets, their rows in the loss, their strength, and how they travel with the batch."""
+"""The guided windows: what they are pulled towards, and how they travel with TRL's batch to the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from topd.algorithm import Targets, make_targets, own_token_share
 from topd.near_future import Branches, Rollouts
@@ -21,10 +19,6 @@ _STATES = {name: f"teacher_{name}" for name in ("hidden", "tokens", "log_probs")
 """Entries of the batch that hold the teacher's `Prefill.states`."""
 _GUIDED = "guided_"
 """Prefix of the entries that hold a `Guided`."""
-RATIO_EVERY = 10
-"""Optimizer steps from one estimate of the gradient ratio to the next."""
-RATIO_PARAMETERS = 8
-"""Trainable parameters, the last ones of the backbone, over which the norms are taken."""
 
 
 @dataclass(frozen=True)
@@ -79,59 +73,6 @@ def own_share(guided: Guided) -> Tensor:
     """[guided position] how much of each target is the student's own token; in the student's contexts."""
     targets = guided.targets
     return own_token_share(targets, guided.branches.tokens.flatten(0, 1))[targets.guided]
-
-
-def guided_rows(
-    hidden: Tensor, window_hidden: Tensor, mask: Tensor, guided: Guided, on_rollout: bool
-) -> tuple[Tensor, Tensor]:
-    """The states that meet the vocabulary, and where each guided window position stands among them.
-
-    Args:
-        hidden: [rollout, position, width] of the rollouts; those under `mask` come first.
-        window_hidden: [rollout, branch, window_position, width].
-        on_rollout: the windows are the rollout's own path, so their states are there already.
-
-    Returns:
-        [row, width], and [rollout * branch, window_position] row numbers (of guided positions only).
-    """
-    positions = guided.targets.guided
-    if on_rollout:
-        row = (mask.flatten().cumsum(0) - 1).view(mask.shape)
-        length = positions.shape[1]
-        place = guided.branches.position[..., None] + torch.arange(length, device=mask.device)
-        rollout = torch.arange(len(mask), device=mask.device)[:, None, None]
-        return hidden[mask], row[rollout, place.clamp(max=mask.shape[1] - 1)].flatten(0, 1)
-    rows = int(mask.sum()) + positions.flatten().cumsum(0).view(positions.shape) - 1
-    return torch.cat([hidden[mask], window_hidden.flatten(0, 1)[positions]]), rows
-
-
-def last_parameters(backbone: nn.Module) -> list[nn.Parameter]:
-    """The parameters for `gradient_ratio`; none where they are sharded (FSDP2)."""
-    trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad][-RATIO_PARAMETERS:]
-    return [] if any(isinstance(parameter, DTensor) for parameter in trainable) else trainable
-
-
-def gradient_ratio(
-    states: Tensor,
-    parameters: list[nn.Parameter],
-    guidance: Callable[[Tensor], Tensor],
-    opd: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """|grad guidance| / |grad opd| over the parameters; our choice. It needs two more passes over the vocabulary.
-
-    Args:
-        states: [row, width] last hidden states, with their graph, which is kept.
-        parameters: that the norms are taken over. The backward pass stops at the first of them.
-        guidance: lambda L_traj of such states.
-        opd: L_OPD of them.
-    """
-    norms = []
-    for loss in (guidance, opd):
-        leaf = states.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-        found = torch.autograd.grad(states, parameters, gradient, retain_graph=True, allow_unused=True)
-        norms.append(torch.stack([each.norm() for each in found if each is not None]).norm())
-    return norms[0] / norms[1]
 
 
 def rollouts_of(batch: dict[str, Any]) -> Rollouts:

@@ -60,7 +60,6 @@ class Method:
     guidance_target: TargetKind = "transport"
     guidance_at: Literal["forks", "false_alarms", "random"] = "forks"
     guidance_context: Literal["student", "teacher"] = "student"
-    teacher_context_loss: Literal["reverse_kl", "forward_kl", "cross_entropy"] = "reverse_kl"
 
     @classmethod
     def of(cls, config: TOPDConfig) -> Method:
@@ -94,6 +93,15 @@ class StepContext:
     quartile: LowLossQuartile | None = None
     step: int = 0
     window_memory: float = 4.0
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether low-loss positions are looked at in this step, for the fork threshold."""
+        return self.quartile is not None and self.quartile.due(self.step)
+
+    def calibration(self, name: str) -> AbstractContextManager[None]:
+        """A `Stage` that counts everything as calibration."""
+        return self.stage("calibration")
 
     def of(self, rollouts: slice) -> StepContext:
         """The same for some of the rollouts."""

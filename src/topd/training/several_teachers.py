@@ -12,18 +12,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import DistillationTrainer
 
-from topd.errors import DataError, TOPDError
-from topd.loading.by_name import SAFE
+from topd.errors import DataError, TokenizerMismatchError, TOPDError
 from topd.loading.models import model_to_train, names_of
-from topd.loading.pair import (
-    base_of_student,
-    check_base_is_fixed,
-    head_rows,
-    heads_in_words,
-    load,
-    trained_together,
-    with_rows,
-)
+from topd.loading.pair import loaded_teacher
 from topd.loading.sharding import held_whole, shard_teacher
 from topd.loading.tokenizers import compare_tokenizers
 from topd.teachers.protocol import Teacher
@@ -98,19 +89,10 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
         note = compare_tokenizers(self._tokenizer, teacher, self.args.trust_remote_code, None)
         if note:
             logger.warning(note)
-        if isinstance(teacher, str):
-            given: Any = self.args.teacher_model_init_kwargs or {}
-            teacher = load(teacher, self.args, SAFE | given)
-        elif trained_together(self.model, teacher):
-            teacher = base_of_student(self.model)
-            check_base_is_fixed(teacher, self.is_fsdp_enabled)
-        ours, theirs = head_rows(self.model), head_rows(teacher)
-        if theirs < ours:
-            raise TOPDError(
-                f"{heads_in_words(ours, theirs)} With several teachers, name first the one with fewest rows."
-            )
-        if theirs > ours:
-            teacher = with_rows(teacher, ours)
+        try:
+            teacher = loaded_teacher(self.model, teacher, self.args, None, self.is_fsdp_enabled)
+        except TokenizerMismatchError as error:
+            raise TOPDError(f"{error} With several teachers, name first the one with fewest rows.") from error
         if self.is_fsdp_enabled:
             return shard_teacher(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -151,14 +133,12 @@ def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: A
     """Raise `TOPDError` for what works with one teacher only."""
     if not teachers:
         raise TOPDError("MOPDTrainer needs at least one teacher: {name: model}.")
-    if args.teacher_window_server:
-        raise TOPDError("teacher_window_server works with one teacher so far: give the weights of all of them instead.")
+    if args.teacher_model_server_url:
+        raise TOPDError("teacher_model_server_url works with one teacher; pass the weights of all teachers instead.")
     if eval_dataset is not None or args.max_overhead:
         raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
     if not (args.looks_ahead or args.opd_in_one_pass):
         raise TOPDError("Several teachers need opd_loss=one_pass with method=opd: TRL's loss has one teacher.")
-    if args.embedding.startswith("teacher"):
-        raise TOPDError("Several teachers need embedding=student or student_hidden: windows meet in one space.")
 
 
 def check_routing(dataset: Any, teachers: Sequence[str]) -> None:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from topd.near_future import Rollouts
+from topd.runs.console import STAGES, Stopwatch
 from topd.runs.files import append_records, write_json
-from topd.runs.resumable import AUDIT_FILE
-from topd.runs.stages import STAGES, Stopwatch
+from topd.runs.records import AUDIT_FILE
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 
 RECORD_VERSION = 1
 """Of audit records."""
+AUDIT_ROLLOUTS = 4
+"""Rollouts in each audit record."""
 
 
 class StepLog:
@@ -86,7 +88,7 @@ class StepLog:
         if due and self.accelerator.is_main_process:
             records = audit_records(
                 rollouts, future, self._tokenizer,
-                step=self.state.global_step + 1, method=self.args.method, limit=self.args.audit_rollouts,
+                step=self.state.global_step + 1, method=self.args.method, limit=AUDIT_ROLLOUTS,
             )  # fmt: skip
             append_records(records, self._folder / AUDIT_FILE)
 

@@ -18,30 +18,27 @@ from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
 from topd.near_future import DistilledModel, Rollouts
-from topd.runs.model_card import PAPER
+from topd.runs.checkpoints import check_writable
+from topd.runs.console import Stopwatch
 from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
-from topd.runs.output_folder import check_writable
-from topd.runs.recorded import RecordedTrainer
+from topd.runs.recorded import PAPER, RecordedTrainer
 from topd.runs.rollback import RollbackTrainer
-from topd.runs.stages import Stopwatch
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
 from topd.training.guidance import (
-    RATIO_EVERY,
     guided_windows,
-    last_parameters,
     pack,
     pack_states,
     rollouts_of,
     unpack,
     unpack_states,
 )
+from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters
 from topd.training.method import Method, StepContext
-from topd.training.models import BothModels
-from topd.training.rollouts import OwnRollouts
-from topd.training.step import LossInputs, look_ahead, opd_loss, score, topd_loss
+from topd.training.models import BothModels, OwnRollouts
+from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
 
 logger = get_logger(__name__)
@@ -54,7 +51,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
-    every step equals `DistillationTrainer`'s, bit for bit.
+    and `opd_loss="trl"` every step equals `DistillationTrainer`'s, bit for bit; by default it does to rounding.
 
     ```python
     trainer = TOPDTrainer(
@@ -68,7 +65,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         model: the student: a loaded model, a folder or a Hub name.
         teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
             base without the adapter is the teacher, on the same weights. None: all of it is behind
-            `teacher_window_server` (docs/remote_teachers.md).
+            `teacher_model_server_url` (docs/remote_teachers.md).
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
@@ -100,7 +97,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         check_writable(args)
         if teacher_model is None:
             check_without_weights(args)
-        server = teacher_server(args, teacher_model is not None)  # a wrong address is told before weights are loaded
+        server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
         adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
@@ -141,15 +138,15 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         if not (self.args.looks_ahead and self.model.training):
             return batch | self._for_opd(batch)
         self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
-        at_most = self._budget.at_most() if self._budget else None
-        if at_most == 0:  # a step of plain OPD, to compare with
+        max_candidates = self._budget.max_candidates() if self._budget else None
+        if max_candidates == 0:  # a step of plain OPD, to compare with
             return batch | self._for_opd(batch)
 
         rollouts, method = rollouts_of(batch), Method.of(self.args)
         student, teacher = self._student(), self._teacher()
         sampled, self._sampling = student.sampled(rollouts, self._sampling, method.student_window != "rollout"), None
         context = StepContext(
-            self._stage, self._gather_ragged, self.accelerator.process_index, sampled, at_most,
+            self._stage, self._gather_ragged, self.accelerator.process_index, sampled, max_candidates,
             self._quartile, self.state.global_step, self.args.window_memory,
         )  # fmt: skip
         with self._models_whole(), self.compute_loss_context_manager():
@@ -163,7 +160,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         guided = None
         if method.guides:
             guided = guided_windows(future.chosen, method)
-            if method.guidance_context == "teacher" and method.teacher_context_loss != "cross_entropy":
+            if method.guidance_context == "teacher":
                 with self._stage("scoring"), self.compute_loss_context_manager():
                     guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
             num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum()
@@ -197,7 +194,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         mask, method, states = rollouts.loss_mask.bool(), Method.of(self.args), unpack_states(inputs)
         if kind == OPD:
             num_tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            result = opd_loss(rollouts, student, teacher, LossInputs(states, num_tokens), method.direction)
+            result = opd_loss(rollouts, student, teacher, LossInputs(states, num_tokens), method)
             entropy = result.nll
         else:
             processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
@@ -207,7 +204,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
                 measured=last_parameters(student.backbone) if self._measures_gradients() else None,
             )  # fmt: skip
             result = topd_loss(rollouts, student, teacher, parts, method)
-            inputs["guidance_loss"] = result.trajectory
+            if result.trajectory is not None:
+                inputs["guidance_loss"] = result.trajectory
             if result.gradient_ratio is not None:
                 inputs["gradient_ratio"] = result.gradient_ratio
             entropy = inputs["entropy"][mask].sum()

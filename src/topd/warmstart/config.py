@@ -1,4 +1,4 @@
-"""`WarmStartConfig`: TRL's SFT options, the teacher, and the share of its distribution in the loss."""
+"""`WarmStartConfig`: TRL's SFT options, the teacher, and the weight of its distribution in the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class WarmStartConfig(SFTConfig):
     """Options of `WarmStartTrainer`, on top of TRL's `SFTConfig`. Defaults are the paper's (appendix B.1).
 
     Raises:
-        ValueError: `kd_ratio` is not in [0, 1], or is combined with losses of TRL's that have no teacher.
+        ValueError: `kd_ratio` is not in [0, 1], or is combined with a TRL loss that has no teacher.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "chat_template_kwargs"]
@@ -21,8 +21,8 @@ class WarmStartConfig(SFTConfig):
     kd_ratio: float = field(
         default=0.5,
         metadata={
-            "help": "Share of the forward KL(teacher || student) in the loss; the rest is cross-entropy on the "
-            "teacher's tokens. 0 is plain SFT, without a teacher; 1 the KL alone. Paper: 0.5."
+            "help": "Weight of the forward KL(teacher || student) in the loss; the rest is cross-entropy on the "
+            "teacher's tokens. 0 is plain SFT without a teacher, 1 is KL only. Paper: 0.5."
         },
     )
     teacher_model_name_or_path: str | None = field(
@@ -35,16 +35,14 @@ class WarmStartConfig(SFTConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Keyword arguments of the chat template, such as {enable_thinking: false}; the same as the "
-            "solutions were generated with."
+            "help": "Keyword arguments of the chat template, such as {enable_thinking: false}; use those with which "
+            "the solutions were generated."
         },
     )
     max_length: int | None = field(
-        default=16384, metadata={"help": "Tokens of a sequence, or of a packed row. Paper: 16384."}
+        default=16384, metadata={"help": "Maximum tokens of a sequence, or of a packed row. Paper: 16384."}
     )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation gives the loss; there are no logits to give."}
-    )
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns only the loss, no logits."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,5 +55,5 @@ class WarmStartConfig(SFTConfig):
 
     @property
     def distils(self) -> bool:
-        """Whether the teacher is in the loss; otherwise training is TRL's SFT, untouched."""
+        """Whether the teacher is in the loss; otherwise training is TRL's SFT unchanged."""
         return self.kd_ratio > 0

@@ -1,4 +1,4 @@
-"""`topd generate`: teacher solutions for prompts, kept as they come, then cleaned and written in one piece."""
+"""`topd generate`: teacher solutions for prompts. Responses are saved as they are ready, then cleaned and written."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from topd.errors import TOPDError
-from topd.evaluation.responses import Engine, Request, Sampling
+from topd.evaluation.engines import Engine, Request, Sampling
+from topd.runs.console import progress
 from topd.runs.files import append_records
-from topd.runs.resumable import earlier_records, write_options
+from topd.runs.records import earlier_records, write_options
 from topd.warmstart.solutions import clean, write_solutions
 
 
 @dataclass(frozen=True)
 class GenerateRun:
-    """What is generated.
+    """What to generate.
 
     Attributes:
-        teacher: what responds: name, fingerprint, engine, dtype.
-        data: as named by the user.
-        samples: responses to each prompt.
-        filter: the rule of a right answer (see `evaluation.answers`), or None to keep them all.
+        teacher: record of the model: name, fingerprint, engine, dtype.
+        data: the source of the prompts, as given.
+        samples: responses per prompt.
+        filter: keep only right answers by this rule (see `evaluation.answers`); None keeps all.
     """
 
     teacher: dict[str, Any]
@@ -37,14 +37,14 @@ class GenerateRun:
 
 
 def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, console: Console | None = None) -> None:
-    """Respond to all prompts, going on where an interrupted run stopped; then write `out` and its settings.
+    """Respond to all prompts, resuming an interrupted run; then write `out` and its settings.
 
     Args:
-        prompts: rows with `prompt` and maybe `answer`; the first of equal prompts counts.
-        out: .jsonl or .parquet. Beside it: `.records.jsonl`, every response, and `.settings.json`.
+        prompts: rows with `prompt` and optionally `answer`; repeated prompts are dropped.
+        out: .jsonl or .parquet. `.records.jsonl` (every response) and `.settings.json` are written next to it.
 
     Raises:
-        TOPDError: `out` was begun with other settings or other prompts, or no solution is left after cleaning.
+        TOPDError: `out` was started with other settings or prompts, or no solution is left after cleaning.
     """
     console = console or Console()
     rows = different(prompts)
@@ -60,12 +60,12 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     done = {record["number"] for record in records}
     missing = [request for request in requests if request.number not in done]
     console.print(
-        f"{len(rows)} prompts ({len(prompts) - len(rows)} repeated ones left out) x {run.samples}: {len(requests)} "
-        f"responses of up to {run.sampling.max_new_tokens} tokens; {len(requests) - len(missing)} are there."
+        f"{len(rows)} prompts ({len(prompts) - len(rows)} repeated ones dropped) x {run.samples}: {len(requests)} "
+        f"responses of up to {run.sampling.max_new_tokens} tokens; {len(requests) - len(missing)} are done."
     )
     if missing:
         teacher.check(missing, run.sampling)
-    for batch in progress(teacher, missing, len(requests), run.sampling, console):
+    for batch in _responses(teacher, missing, len(requests), run.sampling, console):
         append_records(batch, records_file)
         records += batch
 
@@ -77,24 +77,20 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     console.print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
 
 
-def progress(
+def _responses(
     teacher: Engine, missing: list[Request], total: int, sampling: Sampling, console: Console
 ) -> Iterator[list[dict[str, Any]]]:
-    """Records as they come, with a bar."""
-    prompt = {request.number: request.prompt for request in missing}
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[tokens]} tokens"), console=console,
-    ) as bar:  # fmt: skip
-        task, tokens = bar.add_task("responses", total=total, completed=total - len(missing), tokens=0), 0
+    """Records as they are ready, with a progress bar."""
+    prompt, tokens = {request.number: request.prompt for request in missing}, 0
+    with progress(console, "responses", total, total - len(missing)) as advance:
         for batch in teacher.respond(missing, sampling):
             yield [{"number": n, "prompt": prompt[n], **asdict(response)} for n, response in batch]
             tokens += sum(response.tokens for _, response in batch)
-            bar.update(task, advance=len(batch), tokens=tokens)
+            advance(len(batch), f"{tokens} tokens")
 
 
 def different(prompts: Any) -> list[dict[str, Any]]:
-    """Rows with different prompts; the first of equal ones."""
+    """The rows without repeated prompts; the first row of a prompt stays."""
     first: dict[str, dict[str, Any]] = {}
     for row in prompts:
         first.setdefault(json.dumps(row["prompt"]), row)
@@ -102,10 +98,10 @@ def different(prompts: Any) -> list[dict[str, Any]]:
 
 
 def check_prompts(records: list[dict[str, Any]], requests: list[Request], out: Path) -> None:
-    """Raise `TOPDError` where a record is not of the prompt that now has its number: the data file was changed."""
+    """Raise `TOPDError` if a record's prompt is not the one that now has its number: the data file has changed."""
     for record in records:
         if record["number"] < len(requests) and record["prompt"] != requests[record["number"]].prompt:
             raise TOPDError(
-                f"The responses beside {out} are to other prompts (response {record['number']} is to "
-                f"{str(record['prompt'])[:80]!r}). Give another --out, or the prompts in their former order."
+                f"The responses saved next to {out} are to other prompts (response {record['number']} is to "
+                f"{str(record['prompt'])[:80]!r}). Give another --out, or the prompts in their original order."
             )

@@ -1,4 +1,4 @@
-"""Teacher solutions: cleaned, written, and read again for the warm start."""
+"""Teacher solutions: cleaned, written, and loaded for the warm start."""
 
 from __future__ import annotations
 
@@ -13,29 +13,21 @@ from topd.runs.files import replacing, write_records
 def clean(
     records: list[dict[str, Any]], answers: list[str | None], rule: Any
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows for training, and how many responses were kept and left out.
+    """Rows for training, and counts of kept and dropped responses.
 
     Args:
         records: with `prompt`, `text` and `truncated`.
-        answers: the wanted answer to each record, where one is known.
-        rule: of a right answer (see `evaluation.answers`); None keeps all responses.
+        answers: the wanted answer of each record, None if unknown.
+        rule: keep only right answers by this rule (see `evaluation.answers`); None keeps all responses.
 
     Returns:
-        Rows with `prompt`, `completion`, `truncated` and, where known, `answer`: different responses that are not
-        blank and, with a rule, end with the right answer.
+        Rows with `prompt`, `completion`, `truncated` and, if known, `answer`: without repeated or blank responses and,
+        with a rule, without wrong ones.
     """
     from topd.evaluation.answers import verdict
 
     rows: list[dict[str, Any]] = []
-    kinds = (
-        "solutions",
-        "of them truncated",
-        "repeated",
-        "blank",
-        "half a character",
-        "wrong",
-        "without an answer",
-    )
+    kinds = ("solutions", "of them truncated", "repeated", "blank", "half a character", "wrong", "without an answer")
     counts = dict.fromkeys(kinds, 0)
     seen: set[tuple[str, str]] = set()
     for record, answer in zip(records, answers, strict=True):
@@ -43,7 +35,7 @@ def clean(
         found = verdict(record["text"], answer, rule) if rule and answer is not None else None
         if not record["text"].strip():
             counts["blank"] += 1
-        elif has_half_character(record["text"]):  # no file of solutions could hold it, and `topd warmstart` refuses it
+        elif has_half_character(record["text"]):  # UTF-8 cannot encode it, and `topd warmstart` refuses it
             counts["half a character"] += 1
         elif key in seen:
             counts["repeated"] += 1
@@ -59,7 +51,7 @@ def clean(
 
 
 def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write a .jsonl or .parquet file aside, then in its place.
+    """Write a .jsonl or .parquet file; see `replacing`.
 
     Raises:
         TOPDError: there are no rows.
@@ -80,8 +72,8 @@ def load_solutions(source: str, *, split: str = "train", limit: int | None = Non
     """Prompts and completions in TRL's form, text or messages, from any source of `topd.loading.data`.
 
     Args:
-        truncated: keep responses that the limit cut short. They would teach the student to stop there, since the
-            end of a turn is written behind every completion.
+        truncated: keep responses that the length limit truncated. They would teach the student to stop there, because
+            every completion gets an end token.
 
     Raises:
         DataError: a row is broken, or none is left.
@@ -89,7 +81,7 @@ def load_solutions(source: str, *, split: str = "train", limit: int | None = Non
     from topd.loading.data import load_prompts, read_flag
 
     data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag})
-    kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Leaving truncated ones out")
+    kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Dropping truncated solutions")
     if not len(kept):
         raise DataError(f"{source!r}: all {len(data)} solutions are truncated. Generate with more --max-new-tokens.")
     kept = kept.select_columns(["prompt", "response"]).rename_column("response", "completion")

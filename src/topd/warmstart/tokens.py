@@ -1,4 +1,4 @@
-"""Solutions as the student would generate them, and whether they teach it to stop."""
+"""Solutions as the token ids that the student would generate, and whether they teach it to stop."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from topd.errors import TOPDError
 from topd.loading.prompts import closing_id, solution_ids
 
 LOOKED_AT = 1000
-"""Rows of a prepared dataset that are searched for end tokens."""
+"""Number of rows of a prepared dataset that are searched for end tokens."""
 
 
 def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_only: bool, **template: Any) -> Any:
-    """Rows with `prompt` and `completion` as `input_ids` and `labels`: the ids that generation would read and write.
+    """Convert `prompt` and `completion` to `input_ids` and `labels`: the ids that generation would read and write.
 
-    Text and messages alike; a completion is text, or one message of the assistant. Other rows are left as they are.
+    Prompts are text or messages; a completion is text, or one assistant message. Other datasets are returned unchanged.
 
     Args:
         dataset: of `datasets`, also a streamed one.
         ends: ids that end a response.
-        completion_only: whether the loss leaves the prompt out.
-        template: options of the chat template in every row; a row's own `chat_template_kwargs` come on top.
+        completion_only: whether the loss excludes the prompt.
+        template: options of the chat template for every row; a row's own `chat_template_kwargs` override them.
 
     Raises:
         TOPDError: there is no end token.
@@ -46,7 +46,7 @@ def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_o
 
 
 def endings(dataset: Any, ends: Sequence[int]) -> tuple[int, int, list[int]]:
-    """Of the first rows: how many solutions they hold, how many train an end token, and the last ids of one without."""
+    """For the first rows: number of solutions, number that train an end token, the last ids of one that does not."""
     count, ended, other = 0, 0, list[int]()
     for row in islice(dataset, LOOKED_AT):
         labels = numpy.asarray(row["labels"])
@@ -61,10 +61,10 @@ def endings(dataset: Any, ends: Sequence[int]) -> tuple[int, int, list[int]]:
 
 
 def check_that_it_can_stop(dataset: Any, tokenizer: Any, ends: Sequence[int], max_length: int | None) -> str | None:
-    """A warning where some solutions train no end token.
+    """A warning if some solutions train no end token.
 
     Raises:
-        TOPDError: none does, so that the student would not learn to stop.
+        TOPDError: no solution does, so the student would not learn to stop.
     """
     count, ended, other = endings(dataset, ends)
     if ended == count:
@@ -72,14 +72,14 @@ def check_that_it_can_stop(dataset: Any, tokenizer: Any, ends: Sequence[int], ma
     names = ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in ends)
     if ended:
         return (
-            f"{count - ended} of {count} solutions train no end token ({names}): max_length {max_length} cuts them. "
-            "From them the student does not learn to stop. Raise max_length, or leave long solutions out."
+            f"{count - ended} of {count} solutions train no end token ({names}): max_length {max_length} truncates "
+            "them. The student does not learn to stop from these. Raise max_length, or leave long solutions out."
         )
     raise TOPDError(
         f"No solution trains an end token ({names}), so the student would not learn to stop. They end with "
-        f"{tokenizer.decode(other)!r}. If max_length {max_length} cuts them, raise it. If that is the end of a turn, "
-        "give it as --eos_token, which adds it to the student's end tokens. Else let the chat template write the end "
-        "token behind the assistant's turn."
+        f"{tokenizer.decode(other)!r}. If max_length {max_length} truncates them, raise it. If that is the end of a "
+        "turn, give it as --eos_token, which adds it to the student's end tokens. Otherwise make the chat template "
+        "write the end token after the assistant's turn."
     )
 
 

@@ -10,36 +10,34 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection, prepare_deepspeed
-from trl.trainer.utils import create_model_from_path
 
 from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError
-from topd.loading.by_name import SAFE
 from topd.loading.dataset_checks import check_one
 from topd.loading.models import model_to_train, names_of
-from topd.loading.pair import base_of_student, check_base_is_fixed, trained_together, with_rows
+from topd.loading.pair import loaded_teacher
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
 from topd.loading.tokenizers import compare_tokenizers
 from topd.near_future.generation import end_token_ids
 from topd.near_future.kernels import loss_on_device
 from topd.near_future.model_parts import backbone_of, output_head
+from topd.runs.checkpoints import check_writable
 from topd.runs.non_finite import StopOnNonFiniteGradient
-from topd.runs.output_folder import check_writable
 from topd.runs.recorded import RecordedTrainer
-from topd.runs.resumable_trainer import SurvivingTrainer
+from topd.runs.resumable_trainer import ResumableTrainer
 from topd.warmstart.config import WarmStartConfig
 from topd.warmstart.tokens import as_generated, check_that_it_can_stop
 
 logger = get_logger(__name__)
 
 
-class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
+class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
     """Stage 1 of the paper (appendix B.1): the student learns from solutions that the teacher wrote.
 
-    The loss, in nats a completion token, is `kd_ratio` x KL(teacher || student) over the whole vocabulary +
-    (1 - `kd_ratio`) x cross-entropy. Both come from hidden states in one pass, tile by tile: tokens x vocabulary is
-    never held, and the teacher's distributions never leave the step. With `kd_ratio=0` every step is `SFTTrainer`'s.
+    The loss, in nats per completion token, is `kd_ratio` x KL(teacher || student) over the whole vocabulary +
+    (1 - `kd_ratio`) x cross-entropy. Both are computed from hidden states in one pass, tile by tile: a tokens x
+    vocabulary matrix is never stored. With `kd_ratio=0` every step is `SFTTrainer`'s.
 
     ```python
     from topd.warmstart import WarmStartConfig, WarmStartTrainer
@@ -55,9 +53,9 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
 
     Raises:
         TOPDError: no solution trains an end token: the student would not learn to stop.
-        TokenizerMismatchError: where the teacher is given by name and its tokenizer differs from the student's.
-        NonFiniteError: where a gradient is NaN or infinite; before the optimizer moves.
-        ValueError: for what the loss cannot do: see the messages.
+        TokenizerMismatchError: the teacher's tokenizer differs from the student's, or its output head is smaller.
+        NonFiniteError: a gradient is NaN or infinite; raised before the optimizer steps.
+        ValueError: the loss does not support an option: see the messages.
     """
 
     _tag_names = ["trl", "topd", "distillation"]
@@ -83,11 +81,11 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
         watch_rounding(self)
         self.teacher_model: Any = None
         if args.distils:
-            self._refuse_what_the_loss_cannot_do()
+            self._refuse_unsupported()
             self._forward_redirection = _ForwardRedirection()
             self.teacher_model = self._prepared(self._loaded(teacher_model))
 
-    def _refuse_what_the_loss_cannot_do(self) -> None:
+    def _refuse_unsupported(self) -> None:
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError("kd_ratio > 0 does not work with context or sequence parallelism; use packing instead.")
@@ -104,7 +102,7 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
     # The solutions
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """TRL's, with solutions in the ids that the student reads and writes when it generates."""
+        """TRL's, with solutions as the token ids of generation."""
         if not (args.assistant_only_loss or self._is_vision_dataset):
             template = {} if self.chat_template is None else {"chat_template": self.chat_template}
             dataset = as_generated(dataset, self._tokenizer, self._ends(), self.completion_only_loss, **template)
@@ -124,31 +122,13 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
     # The teacher
 
     def _loaded(self, teacher: Any) -> Any:
-        """The teacher, frozen (so that FSDP does not keep a float32 copy of it)."""
+        """The teacher, frozen, so that FSDP does not keep a float32 copy of it."""
         trust, revision = self.args.trust_remote_code, self.args.teacher_model_revision
         note = compare_tokenizers(self._tokenizer, teacher, trust, revision)
         if note:
             logger.warning(note)
-        if isinstance(teacher, str):
-            given: Any = self.args.teacher_model_init_kwargs or {}
-            settings: dict[str, Any] = SAFE | {"trust_remote_code": trust} | given
-            if revision is not None:
-                settings.setdefault("revision", revision)
-            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                settings["device_map"] = None
-            teacher = create_model_from_path(teacher, **settings)
-        elif trained_together(self.model, teacher):
-            teacher = base_of_student(self.model)
-            check_base_is_fixed(teacher, self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        sizes = [each.get_output_embeddings().weight.shape[0] for each in (self.model, teacher)]
-        if sizes[1] > sizes[0]:  # padding: the tokenizers are the same
-            teacher = with_rows(teacher, sizes[0])
-        if sizes[1] < sizes[0]:
-            raise ValueError(
-                f"The student's output head has {sizes[0]} tokens, the teacher's {sizes[1]}. A KL over the whole "
-                "vocabulary needs the same: resize_token_embeddings the student to the teacher's."
-            )
-        return teacher.requires_grad_(False)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return loaded_teacher(self.model, teacher, self.args, revision, sharded)
 
     def _prepared(self, teacher: Any) -> Any:
         if self.is_deepspeed_enabled:
@@ -162,7 +142,7 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """`SFTTrainer`'s denominator and scaling, with the distillation loss in the middle."""
+        """The distillation loss, with `SFTTrainer`'s denominator and scaling."""
         if not self.args.distils:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         student = self.accelerator.unwrap_model(model)
@@ -171,11 +151,11 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
         loss, sums = self._forward_redirection(model, student, self._distil, student, inputs, num_tokens)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages over processes
-        self._record(torch.cat([sums, torch.stack([tokens, read_tokens(inputs)]).to(sums)]))
+        self._record(torch.cat([sums, torch.stack([tokens, count_inputs(inputs)]).to(sums)]))
         return (loss, None) if return_outputs else loss
 
     def _distil(self, student: Any, inputs: dict[str, Any], num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss with gradients, and the detached sums (forward KL, cross-entropy). Runs in the wrapped forward."""
+        """The loss, and the detached sums (forward KL, cross-entropy). Runs in the wrapped forward pass."""
         labels = inputs["labels"][:, 1:]
         mask = labels != -100
         ours = self._states(student, inputs)[mask]
@@ -191,33 +171,33 @@ class WarmStartTrainer(RecordedTrainer, SurvivingTrainer, SFTTrainer):
         return result.loss, torch.stack([result.token_loss.sum(), result.nll.sum()])
 
     def _states(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The redirected forward has left the autocast that accelerate put around the model's own: enter it again."""
+        """Hidden states under autocast, which the redirected forward pass has left."""
         device = inputs["input_ids"].device.type
         with self.accelerator.autocast():
             states = predicting_states(backbone_of(model), inputs)
             return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
     def _record(self, sums: Tensor) -> None:
-        """Metrics from the sums (forward KL, cross-entropy, completion tokens, tokens read) of all processes."""
+        """Log metrics from the sums over all processes: forward KL, cross-entropy, completion tokens, input tokens."""
         mode = "train" if self.model.training else "eval"
-        kl, nll, tokens, read = self.accelerator.gather(sums[None]).sum(0).tolist()
+        kl, nll, tokens, inputs = self.accelerator.gather(sums[None]).sum(0).tolist()
         self._metrics[mode]["forward_kl"].append(kl / max(tokens, 1))
         if self.args.kd_ratio < 1:
             self._metrics[mode]["cross_entropy"].append(nll / max(tokens, 1))
         if mode == "train":
-            self._total_train_tokens += int(read) // (self._tp_size or 1)
+            self._total_train_tokens += int(inputs) // (self._tp_size or 1)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _stop_on(self, what: str) -> None:
         raise NonFiniteError(
             f"The {what} is not finite at step {self.state.global_step + 1}. The optimizer has not moved; the last "
-            "checkpoint is whole. Resume from it with a lower learning_rate; if it comes back at the same step, look "
-            "for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
+            "checkpoint is whole. Resume from it with a lower learning_rate; if it happens again at the same step, "
+            "look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
         )
 
 
 def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | None:
-    """The student's, also of one that is not loaded yet; None where it has none."""
+    """The student's generation config, also before it is loaded; None if there is none."""
     if not isinstance(model, str):
         return getattr(model, "generation_config", None)
     given: Any = args.model_init_kwargs or {}
@@ -228,13 +208,13 @@ def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | 
 
 
 def predicting_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """[row, position, width] the states that predict each token but the first of a row; packed rows too."""
+    """[row, position, width] states that predict each token of a row but the first; also for packed rows."""
     given = {name: value for name, value in inputs.items() if name != "labels"}
     states: Tensor = backbone(**given, use_cache=False).last_hidden_state
     return states[:, :-1]
 
 
-def read_tokens(inputs: dict[str, Any]) -> Tensor:
-    """How many tokens the models read, without padding."""
+def count_inputs(inputs: dict[str, Any]) -> Tensor:
+    """Number of input tokens, without padding."""
     mask = inputs.get("attention_mask")
     return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).sum()

@@ -1,0 +1,95 @@
+"""What a check found and how to fix it; as a table, as one line, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from topd.visible import visible
+
+Verdict = Literal["ok", "warning", "error"]
+_ORDER: tuple[Verdict, ...] = ("ok", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        check: the name of the check.
+        verdict: error: the run would fail or train wrongly; warning: worth a look.
+        found: what was found, with numbers.
+        remedy: what to do; empty for "ok".
+    """
+
+    check: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def ok(check: str, found: str) -> Finding:
+    return Finding(check, "ok", found)
+
+
+def worst(findings: Sequence[Finding]) -> Verdict:
+    return max((finding.verdict for finding in findings), key=_ORDER.index, default="ok")
+
+
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+def findings_table(findings: Sequence[Finding], title: str) -> Table:
+    table = Table(
+        "check", "verdict", "found", "what to do", title=escape(visible(title)), title_justify="left", show_lines=True
+    )
+    for finding in findings:
+        colour = _COLOURS[finding.verdict]
+        table.add_row(
+            finding.check,
+            f"[{colour}]{finding.verdict}[/{colour}]",
+            escape(visible(finding.found)),
+            escape(visible(finding.remedy)),
+        )
+    return table
+
+
+def verdict_line(findings: Sequence[Finding]) -> str:
+    """All findings in one line."""
+    named = {
+        verdict: [finding.check for finding in findings if finding.verdict == verdict]
+        for verdict in ("error", "warning")
+    }
+    if named["error"]:
+        return f"Check failed: {_counted(named['error'], 'error')}."
+    if named["warning"]:
+        return f"Passed with {_counted(named['warning'], 'warning')}."
+    return f"All {len(findings)} checks passed."
+
+
+def errors_message(findings: Sequence[Finding]) -> str:
+    """The errors, for a command that stops on them."""
+    lines = [f"  {f.check}: {f.found}. {f.remedy}" for f in findings if f.verdict == "error"]
+    return "\n".join(["Pre-flight failed:", *lines])
+
+
+def _counted(names: list[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'s' * (len(names) > 1)} ({', '.join(names)})"
+
+
+def findings_json(findings: Sequence[Finding]) -> str:
+    return json.dumps(
+        {
+            "version": 1,
+            "verdict": worst(findings),
+            "line": verdict_line(findings),
+            "findings": [asdict(finding) for finding in findings],
+        },
+        indent=1,
+        ensure_ascii=False,
+    )

@@ -1,0 +1,172 @@
+"""Checks of what only some runs use: libraries, adapters, evaluation data, the Hub, the teacher's server."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_token
+from transformers import AutoModelForCausalLM
+from transformers.integrations import get_available_reporting_integrations
+
+from topd.check.findings import Finding, ok
+from topd.check.setup import Setup
+from topd.loading.pair import ONE_MODEL
+from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
+
+OPTIMIZERS = {
+    "8bit": "bitsandbytes", "4bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes",
+    "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "schedule_free": "schedulefree",
+    "torchao": "torchao", "grokadamw": "grokadamw", "stable_adamw": "optimi",
+}  # fmt: skip
+"""The package that an optimizer needs, by a part of the optimizer's name."""
+
+
+def one_model(setup: Setup) -> Finding | None:
+    """Whether student and teacher are the same weights."""
+    ours, theirs = setup.pair
+    revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
+    if ours.folder != theirs.folder or len(revisions) > 1 or setup.adapters or not setup.teacher_here:
+        return None
+    found, _, remedy = ONE_MODEL.format(what=f"model, {ours.name}").partition(". ")
+    return Finding("pair", "error", found, remedy)
+
+
+def libraries(setup: Setup) -> Finding | None:
+    """Whether the packages that the options need are installed: vLLM, FlashAttention, bitsandbytes, trackers, ..."""
+    needed = packages(setup)
+    missing = {package: option for package, option in needed.items() if importlib.util.find_spec(package) is None}
+    trackers = [name for name in setup.config.report_to or [] if name not in get_available_reporting_integrations()]
+    found = [f"{package} ({option})" for package, option in missing.items()] + [f"{t} (report_to)" for t in trackers]
+    if found:
+        return Finding(
+            "libraries", "error", f"not installed: {', '.join(found)}",
+            f"pip install {' '.join([*(package.replace('_', '-') for package in missing), *trackers])}, or leave these "
+            "options out.",
+        )  # fmt: skip
+    return ok("libraries", f"installed: {', '.join(needed)}") if needed else None
+
+
+def packages(setup: Setup) -> dict[str, str]:
+    """Needed packages, and the option that needs each."""
+    config, model = setup.config, setup.model
+    needed: dict[str, str] = {}
+    if config.use_vllm:
+        needed["vllm"] = "use_vllm"
+    kwargs: list[Any] = [config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}]
+    attention = [getattr(model, "attn_implementation", None), *(each.get("attn_implementation") for each in kwargs)]
+    for name in map(str, attention):
+        if name.startswith("flash_attention"):
+            needed["flash_attn_interface" if name.endswith("3") else "flash_attn"] = f"attn_implementation={name}"
+        elif "/" in name:
+            needed["kernels"] = f"attn_implementation={name}"
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    needed |= {package: f"optim={optimizer}" for part, package in OPTIMIZERS.items() if part in optimizer}
+    options = {
+        "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "use_liger_kernel": "liger_kernel",
+        "deepspeed": "deepspeed", "use_peft": "peft",
+    }  # fmt: skip
+    for option, package in options.items():
+        if getattr(config, option, None) or getattr(model, option, None):
+            needed[package] = option
+    return needed
+
+
+def sampling(setup: Setup) -> Finding | None:
+    """Whether rollouts can be sampled; there are no greedy rollouts."""
+    config = setup.config
+    if not config.temperature > 0:
+        return Finding(
+            "sampling", "error", f"temperature is {config.temperature}: rollouts are sampled",
+            "The paper uses --temperature 1.0. For greedy windows use --window_temperature 0.",
+        )  # fmt: skip
+    if not 0 < config.top_p <= 1 or (config.max_completion_length or 0) < 1:
+        return Finding(
+            "sampling", "error",
+            f"top_p is {config.top_p}, max_completion_length {config.max_completion_length}: nothing can be sampled",
+            "--top_p in (0, 1], --max_completion_length at least 1.",
+        )  # fmt: skip
+    return None
+
+
+def evaluation(setup: Setup) -> Finding | None:
+    """Whether there is data for the evaluation loss, and an evaluation to use it."""
+    name, strategy = "evaluation", str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
+    if isinstance(setup.evaluation, Exception):
+        return Finding(name, "error", str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
+    if setup.evaluation is None:
+        if strategy == "no":
+            return None
+        return Finding(
+            name, "error", f"eval_strategy is {strategy}, and there are no prompts for it",
+            "--eval_data FILE.jsonl, or leave --eval_strategy out.",
+        )  # fmt: skip
+    if strategy == "no":
+        return Finding(
+            name, "warning", "eval_data is given, but eval_strategy is no",
+            "--eval_strategy steps --eval_steps 100, or leave --eval_data out.",
+        )  # fmt: skip
+    return ok(name, f"{setup.evaluation:,} prompts, eval_strategy {strategy}")
+
+
+def adapters(setup: Setup) -> Finding | None:
+    """Whether the adapter's targets are modules of the student, tested on a model without storage."""
+    if not setup.adapters or importlib.util.find_spec("peft") is None:
+        return None
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from trl import get_peft_config
+
+    name = "adapters"
+    config: Any = get_peft_config(setup.model)
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(setup.student.config, trust_remote_code=False)
+        try:
+            adapted: Any = get_peft_model(student, config)
+        except (ValueError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            return Finding(name, "error", reason, "--lora_target_modules: names of the student's linear layers.")
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        return Finding(
+            name, "error", "the output head is among the targets; its adapter would not be trained",
+            "Leave lm_head out of --lora_target_modules.",
+        )  # fmt: skip
+    trained, whole = adapted.get_nb_trainable_parameters()
+    count = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
+    return ok(name, f"on {count} layers, {trained:,} of {whole:,} parameters are trained")
+
+
+def hub(setup: Setup) -> Finding | None:
+    """Whether the model can be pushed. Sends no request to the Hub."""
+    if not setup.config.push_to_hub:
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", "error", "push_to_hub with HF_HUB_OFFLINE set", "Unset it, or leave --push_to_hub out.")
+    if not (setup.config.hub_token or get_token()):
+        return Finding("hub", "error", "push_to_hub without a token", "Log in (hf auth login), or set HF_TOKEN.")
+    return ok("hub", f"pushed to {setup.config.hub_model_id or 'a repository named like the output folder'}")
+
+
+SERVER = "teacher's server"
+PATIENCE = 10.0
+"""Seconds for which the server may fail here; training waits longer."""
+
+
+def server(setup: Setup) -> Finding | None:
+    """Whether the server serves the teacher, tokenizes text as the student does, and returns token ids.
+
+    Raises:
+        TOPDError: it does not.
+    """
+    if setup.config.teacher_model_server_url is None:
+        return None
+    if not setup.teacher_here:
+        check_without_weights(setup.config)
+    found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
+    if found is None:
+        return ok(SERVER, f"method={setup.config.method} does not use it")
+    rows = setup.student.text_config.vocab_size
+    windows = teacher_windows(found, setup.config, setup.student.tokenizer, setup.student.end_tokens, rows)
+    context = f"a context of {windows.context:,}" if windows.context else "an unknown context"
+    return ok(SERVER, f"{found.url} serves {windows.model!r} with {context}, token ids in and out")

@@ -1,0 +1,189 @@
+"""`topd probe`: from names to loaded models and token ids, also for `topd correct`. The analysis is in `analysis/`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from topd.cli.options import check_at_least_one, data_source, json_object, prompts
+from topd.errors import TOPDError
+
+EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teacher"}
+EMBEDDED_DEFAULTS = {
+    "embedded-long": {"window_length": [32], "share": 0.0225, "max_new_tokens": 224},
+    "embedded": {"window_length": [16], "share": 0.06, "max_new_tokens": 64},
+}
+"""Responses of the embedded task have about 145 or 60 tokens. Other pairs have the paper's K and share."""
+DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
+STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_pair_options(parser, out="runs/probe")
+    parser.add_argument(
+        "--embedding", nargs="+", default=["student"], help="the main one first (default: %(default)s)",
+        choices=("student", "teacher", "student_hidden", "teacher_hidden"),
+    )  # fmt: skip
+    parser.add_argument(
+        "--given-responses", action="store_true",
+        help="measure the column `response` (or `completion`) of --data, and sample nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--student-window", nargs="+", default=["rollout"], choices=(*STUDENT_WINDOWS, "all"),
+        help="what the student's window is, the main one first: the rollout's own next K tokens; the candidate token, "
+        "then the student's greedy continuation; its greedy continuation of the prefix (default: rollout)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--candidate-ranking", default="reverse_kl", choices=("reverse_kl", "teacher_nll", "log_ratio"),
+        help="what makes a position high-loss: the token loss, the teacher's NLL of the sampled token, or its log p_S "
+        "- log p_T (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--cost", nargs="+", default=["cosine"], choices=("cosine", "sqeuclidean"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the options, load, probe."""
+    from topd.analysis.probe import ProbeOptions
+    from topd.analysis.probe_command import ProbeRun, run_probe
+    from topd.loading.pair import load_pair
+    from topd.near_future.generation import end_token_ids
+
+    names = checked(options)
+    student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
+    rows = token_ids(options, tokenizer, end_token_ids(student.generation_config, tokenizer), options.given_responses)
+    if options.given_responses:
+        options.rollouts = len(rows)
+        for row in rows:
+            row["response_ids"] = row["response_ids"][: options.max_new_tokens]
+    check_length(rows, tokenizer, options, student, teacher)
+    probe_run = ProbeRun(
+        names["student"], names["teacher"], options.data, options.rollouts, options.batch, options.max_new_tokens,
+        options.temperature, options.given_responses,
+        ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
+                     options.seed, options.candidate_ranking, _windows(options.student_window)),
+        options.chat_template_kwargs,
+    )  # fmt: skip
+    run_probe(probe_run, student, teacher, tokenizer, rows, options.out)
+
+
+def _windows(chosen: list[str]) -> tuple[Any, ...]:
+    """The kinds that are wanted, each once; "all" stands for those not named."""
+    every = [kind for name in chosen for kind in (STUDENT_WINDOWS if name == "all" else (name,))]
+    return tuple(dict.fromkeys(every))
+
+
+def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """The options of both analyses: a pair, prompts, rollouts, windows."""
+    parser.add_argument(
+        "--config", action=FromRecipe, metavar="FILE",
+        help="YAML file of topd train: its pair, data, template options and windows; options after it override them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat-template-kwargs", type=json_object, default={}, metavar="JSON",
+        help="for prompts that are messages, such as '{\"enable_thinking\": false}'; the same as in the run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--student",
+        help=f"folder (also of a LoRA adapter), Hub name or embedded model (default: {EMBEDDED['student']})",
+    )
+    parser.add_argument("--teacher", help=f"the same (default: {EMBEDDED['teacher']})")
+    parser.add_argument(
+        "--data", help="prompts: file, folder or Hub dataset, as for topd train (default: the embedded task, for "
+        "embedded models)",
+    )  # fmt: skip
+    parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=128, help="how many (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="rollouts measured together (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (default: 2048; embedded-long: 224)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default: %(default)s)")
+    parser.add_argument(
+        "--window-length", type=int, nargs="+", help="K, the main one first (default: 50; embedded-long: 32)"
+    )
+    parser.add_argument("--share", type=float, help="share of positions that are candidates (default: 0.0225)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="of the models: auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out),
+        help="folder; run again to resume after an interruption (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(lock_out=True)
+
+
+def checked(options: argparse.Namespace) -> dict[str, str]:
+    """Fill in defaults that depend on the data, check ranges; return the models' names by role."""
+    if (options.student is None) != (options.teacher is None):
+        raise TOPDError("Name both --student and --teacher, or neither (the embedded pair).")
+    names = {role: getattr(options, role) or EMBEDDED[role] for role in EMBEDDED}
+    options.data = data_source(options.data, *names.values())
+    for name, value in EMBEDDED_DEFAULTS.get(options.data, DEFAULTS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    check_at_least_one(options, "rollouts", "batch", "max_new_tokens")
+    if not 0 < options.share <= 1 or min(options.window_length) < 1 or options.temperature <= 0:
+        raise TOPDError("--share must be in (0, 1], --window-length at least 1, --temperature positive.")
+    return names
+
+
+def check_length(rows: list[dict[str, Any]], tokenizer: Any, options: Any, student: Any, teacher: Any) -> None:
+    from topd.loading.tokenizers import check_context
+
+    most = max(rows, key=lambda row: len(row["prompt_ids"]))["prompt_ids"]
+    check_context(
+        len(most), tokenizer.decode(most), options.max_new_tokens, max(options.window_length),
+        {"student": student.config, "teacher": teacher.config},
+    )  # fmt: skip
+
+
+def token_ids(
+    options: argparse.Namespace, tokenizer: Any, ends: list[int], responses: bool = False
+) -> list[dict[str, Any]]:
+    """Prompts as token ids; messages go through the chat template. Given responses get an end token."""
+    from topd.loading.prompts import closing_id, prompt_ids, solution_ids
+
+    rows, template = [], options.chat_template_kwargs
+    for row in prompts(options.data, options.split, options.rollouts, responses):
+        rows.append({"prompt_ids": prompt_ids(tokenizer, row["prompt"], template), "answer": row.get("answer")})
+        if responses:
+            closing = closing_id(tokenizer, ends, template, not isinstance(row["prompt"], str))
+            rows[-1]["response_ids"] = solution_ids(tokenizer, row["prompt"], row["response"], template, closing)[1]
+    return rows
+
+
+class FromRecipe(argparse.Action):
+    """`--config` of the analyses: pair, prompts, template and windows of a training run. Options after it override."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for name, value in recipe_options(values).items():
+            if value is not None and hasattr(namespace, name):
+                setattr(namespace, name, value)
+
+
+def recipe_options(file: str) -> dict[str, Any]:
+    """Options of the analyses by their names, from a YAML file of `topd train`.
+
+    Raises:
+        TOPDError: it cannot be read, or holds what `topd train` would refuse.
+    """
+    import torch
+
+    from topd.cli.train import parse
+
+    data, config, model = parse(["--config", file, *([] if torch.cuda.is_available() else ["--use_cpu", "true"])])
+    return {
+        "student": model.model_name_or_path,
+        "teacher": config.teacher_model_name_or_path,
+        "data": data.data,
+        "split": data.data_split,
+        "chat_template_kwargs": config.chat_template_kwargs or None,
+        "max_new_tokens": config.max_completion_length,
+        "temperature": config.temperature,
+        "window_length": [config.window_length],
+        "share": config.candidate_share,
+        "student_window": [config.student_window],
+        "embedding": [config.embedding],
+        "cost": [config.ground_cost],
+        "seed": config.seed,
+        "dtype": model.dtype,
+    }

@@ -1,0 +1,106 @@
+"""Records written one by one, so that an interrupted analysis resumes where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from topd.errors import TOPDError
+from topd.runs.files import read_object, read_records, write_json, write_records, write_text
+
+Records = list[dict[str, Any]]
+
+
+def earlier_records(
+    file: Path,
+    options_file: Path,
+    options: dict[str, Any],
+    *,
+    needs: Sequence[str] = (),
+    keep: Callable[[Records], Records] = list,
+    may_change: str = "rollouts",
+) -> Records:
+    """Records of an interrupted run with the same options; the file is cut to the records that are kept.
+
+    A broken line loses only its own record. An interruption can cut the last line; any other broken line is reported,
+    and the original file is kept as `FILE.damaged`.
+
+    Args:
+        needs: keys that every record has.
+        keep: selects the records to keep; the others are made again.
+        may_change: an option that may differ, because it only sets the number of records.
+
+    Raises:
+        TOPDError: the folder holds records with other options, or the options file is damaged.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        return []
+    if options_file.exists():
+        _refuse_other(file, options_file, options, may_change)
+    records, broken = read_records(file, needs)
+    kept, content = keep(records), file.read_bytes()
+    lines = content.rstrip(b"\n").count(b"\n") + 1
+    damaged = [number for number in broken if number < lines or content.endswith(b"\n")]
+    if damaged:
+        copy = file.with_name(file.name + ".damaged")
+        shutil.copyfile(file, copy)
+        print(
+            f"topd: {file}: line {', '.join(map(str, damaged[:5]))}{' ...' if len(damaged) > 5 else ''} is broken; "
+            f"{len(kept)} records are kept, the others are made again. The original file: {copy}",
+            file=sys.stderr,
+        )
+    if broken or len(kept) != len(records) or (content and not content.endswith(b"\n")):
+        write_records(kept, file)
+    return kept
+
+
+def _refuse_other(file: Path, options_file: Path, options: dict[str, Any], may_change: str) -> None:
+    before = read_object(
+        options_file,
+        f"It holds the settings of {file.name}. If they are the same as now, delete {options_file}; else give "
+        "another --out.",
+    )
+    now = json.loads(json.dumps(options))
+    other = sorted(name for name in now if name != may_change and before.get(name) != now[name])
+    if other:
+        raise TOPDError(
+            f"{file.parent} holds records with other settings ({', '.join(other)}). Give another --out, or delete "
+            f"{file}."
+        )
+
+
+def write_options(file: Path, options: dict[str, Any]) -> None:
+    """Write the options that the next `earlier_records` compares."""
+    write_json(options, file)
+
+
+AUDIT_FILE = "audit.jsonl"
+"""Audit records of a training run, in its folder."""
+
+
+def cut_records(path: Path, step: int) -> None:
+    """Keep the records up to the optimizer step at which a run resumes: later ones are made again.
+
+    At step 0 all records belong to an earlier run and move to `audit.earlier.jsonl`.
+    """
+    if not path.is_file():
+        return
+    if step == 0:
+        path.replace(path.with_name("audit.earlier.jsonl"))
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would split at U+2028
+    kept = [line for line in lines if _up_to(line, step)]
+    write_text("".join(line + "\n" for line in kept), path)
+
+
+def _up_to(line: str, step: int) -> bool:
+    """Whether a line is a whole record of a step up to this one; the last line may be cut off."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

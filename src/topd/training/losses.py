@@ -1,0 +1,220 @@
+"""L_OPD and lambda L_traj of a micro-batch, as functions of the student's states; and the ratio of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from topd.algorithm import (
+    DistillationLoss,
+    Head,
+    LikelihoodTerms,
+    likelihood_terms,
+    negative_entropy,
+    position_weights,
+)
+from topd.algorithm.tiles import Direction
+from topd.near_future import DistilledModel, Rollouts
+from topd.teachers.protocol import Teacher
+from topd.training.guidance import Guided
+from topd.training.method import Method
+
+RATIO_EVERY = 10
+"""Optimizer steps from one estimate of the gradient ratio to the next."""
+RATIO_PARAMETERS = 8
+"""Trainable parameters, the last ones of the backbone, over which the norms are taken."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a micro-batch needs in addition to its rollouts and models.
+
+    Attributes:
+        teacher_states: the teacher's `Prefill.states` of the rollouts.
+        num_tokens: divides L_OPD's sum: response tokens of the batch over which the optimizer steps.
+        weights: [rollout, position] of the token losses; None: 1.
+        guided: windows to train on, or None.
+        num_forks: divides L_traj's sum over forks: guided forks of that batch.
+        measured: parameters over which `gradient_ratio` is estimated; None: it is not.
+    """
+
+    teacher_states: dict[str, Tensor]
+    num_tokens: Tensor
+    weights: Tensor | None = None
+    guided: Guided | None = None
+    num_forks: Tensor | None = None
+    measured: list[nn.Parameter] | None = None
+
+
+class StepLoss(NamedTuple):
+    """What the optimizer steps on, and what is logged of it (detached). Nats.
+
+    Attributes:
+        loss: L_OPD + lambda L_traj, with gradients.
+        trajectory: L_traj; None without guidance.
+        nll: sum over response tokens of -log p_S(sampled token), whose mean estimates the entropy; of `opd_loss` only.
+        outside_top_k: [token] see `DistillationLoss`.
+        gradient_ratio: see `gradient_ratio`; None where it was not measured.
+    """
+
+    loss: Tensor
+    trajectory: Tensor | None = None
+    nll: Tensor | None = None
+    outside_top_k: Tensor | None = None
+    gradient_ratio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OPDLoss:
+    """L_OPD of a micro-batch, as a function of the student's states. Nats.
+
+    Attributes:
+        head: the student's.
+        teacher: that the student is compared with.
+        known: the teacher's states at the response tokens.
+        mask: [rollout, position] the response tokens.
+        weights: [token] of their losses.
+        direction: of the KL.
+    """
+
+    head: Head
+    teacher: Teacher
+    known: dict[str, Tensor]
+    mask: Tensor
+    weights: Tensor
+    direction: Direction
+
+    @classmethod
+    def of(
+        cls, rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
+    ) -> OPDLoss:
+        mask = rollouts.loss_mask.bool()
+        known = {name: values[mask] for name, values in inputs.teacher_states.items()}
+        weights = (mask.float() if inputs.weights is None else inputs.weights)[mask] / inputs.num_tokens
+        return cls(student.head(), teacher, known, mask, weights, method.direction)
+
+    def __call__(self, states: Tensor, terms: LikelihoodTerms | None = None) -> DistillationLoss:
+        """Of [row, width], whose first rows predict the response tokens; with likelihood terms in the same pass."""
+        states = states[: len(self.weights)] if terms is None else states
+        return self.teacher.loss(states, self.head, self.known, self.weights, terms, self.direction)
+
+
+@dataclass(frozen=True)
+class GuidanceLoss:
+    """lambda L_traj of a micro-batch, as a function of the same states. Nats.
+
+    Attributes:
+        opd: whose models it shares.
+        guided: the windows.
+        scale: [rollout * branch, window_position] what each position's KL is multiplied by.
+        terms: the cross-entropies to the targets.
+    """
+
+    opd: OPDLoss
+    guided: Guided
+    scale: Tensor
+    terms: LikelihoodTerms
+
+    @classmethod
+    def of(cls, opd: OPDLoss, inputs: LossInputs, row: Tensor, method: Method) -> GuidanceLoss:
+        """`row`: where each guided position stands among the states, see `states_and_rows`."""
+        assert inputs.guided is not None
+        assert inputs.num_forks is not None
+        targets = inputs.guided.targets
+        denominator = inputs.num_tokens if method.guidance_reduction == "per_token" else inputs.num_forks
+        scale = method.guidance_weight * position_weights(targets, method.guidance_reduction) / denominator
+        return cls(opd, inputs.guided, scale, likelihood_terms(targets, row, scale))
+
+    @property
+    def minus_entropy(self) -> Tensor:
+        """What the cross-entropies lack to be KLs; it has no gradient."""
+        return (self.scale * negative_entropy(self.guided.targets)).sum()
+
+    def with_opd(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """L_OPD + lambda L_traj, lambda L_traj (detached), and L_OPD's `outside_top_k`.
+
+        L_traj is `trajectory_loss`, sum_i KL(y_i || p_S(. | c_i)), as its two parts: the cross-entropy to the targets
+        y_i, as likelihood terms of the same pass over the vocabulary as L_OPD, and minus the entropy of y_i.
+        """
+        if self.guided.teacher_hidden is not None:  # another reading: KLs in the teacher's contexts
+            opd, guidance = self.opd(states), self(states)
+            return opd.loss + guidance, guidance.detach(), opd.outside_top_k
+        both = self.opd(states, self.terms)
+        guidance = (self.terms.weight * both.nll).sum() + self.minus_entropy
+        return both.loss + self.minus_entropy, guidance.detach(), both.outside_top_k
+
+    def gradient_ratio(self, states: Tensor, parameters: list[nn.Parameter] | None) -> Tensor | None:
+        """See the function `gradient_ratio`; None without parameters, or where no position has a target."""
+        if not parameters or len(self.terms.weight) == 0:
+            return None
+        return gradient_ratio(states, parameters, self, lambda states: self.opd(states).loss)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of [row, width]; without its constant in the student's contexts."""
+        teacher, head, count = self.opd.teacher, self.opd.head, len(self.opd.weights)
+        if self.guided.teacher_hidden is None:
+            nothing = {name: values[:0] for name, values in self.opd.known.items()}
+            return teacher.loss(states, head, nothing, self.opd.weights[:0], self.terms).loss
+        positions = self.guided.targets.guided
+        theirs = {"hidden": self.guided.teacher_hidden.flatten(0, 1)[positions]}
+        return teacher.loss(states[count:], head, theirs, self.scale[positions]).loss
+
+
+def states_and_rows(
+    rollouts: Rollouts, student: DistilledModel, guided: Guided | None, method: Method
+) -> tuple[Tensor, Tensor]:
+    """The student's states that meet the vocabulary, with gradients, and where each guided position stands among them.
+
+    Returns:
+        [row, width]: the response tokens', then those of window positions that are not the rollout's own path; and
+        [rollout * branch, window_position] row numbers (of guided positions only).
+    """
+    mask = rollouts.loss_mask.bool()
+    on_rollout = method.student_window == "rollout" and method.guidance_context == "student"
+    branches = None if guided is None or on_rollout else guided.branches
+    hidden, window_hidden = student.hidden_and_windows(rollouts, branches)
+    states = hidden[mask]
+    if guided is None:
+        return states, mask.new_zeros(0, dtype=torch.long)
+    positions = guided.targets.guided
+    if on_rollout:
+        row = (mask.flatten().cumsum(0) - 1).view(mask.shape)
+        place = guided.branches.position[..., None] + torch.arange(positions.shape[1], device=mask.device)
+        rollout = torch.arange(len(mask), device=mask.device)[:, None, None]
+        return states, row[rollout, place.clamp(max=mask.shape[1] - 1)].flatten(0, 1)
+    rows = len(states) + positions.flatten().cumsum(0).view(positions.shape) - 1
+    return torch.cat([states, window_hidden.flatten(0, 1)[positions]]), rows
+
+
+def last_parameters(backbone: nn.Module) -> list[nn.Parameter]:
+    """The parameters for `gradient_ratio`; none where they are sharded (FSDP2)."""
+    trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad][-RATIO_PARAMETERS:]
+    return [] if any(isinstance(parameter, DTensor) for parameter in trainable) else trainable
+
+
+def gradient_ratio(
+    states: Tensor,
+    parameters: list[nn.Parameter],
+    guidance: Callable[[Tensor], Tensor],
+    opd: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """|grad guidance| / |grad opd| over the parameters; our choice. It needs two more passes over the vocabulary.
+
+    Args:
+        states: [row, width] last hidden states, with their graph, which is kept.
+        parameters: that the norms are taken over. The backward pass stops at the first of them.
+        guidance: lambda L_traj of such states.
+        opd: L_OPD of them.
+    """
+    norms = []
+    for loss in (guidance, opd):
+        leaf = states.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        found = torch.autograd.grad(states, parameters, gradient, retain_graph=True, allow_unused=True)
+        norms.append(torch.stack([each.norm() for each in found if each is not None]).norm())
+    return norms[0] / norms[1]

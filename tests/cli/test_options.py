@@ -1,0 +1,172 @@
+"""Options that the commands share: one spelling on all of them, JSON objects, YAML files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from topd.cli import check, correct, probe, train, warmstart
+from topd.cli.main import main, parser
+from topd.cli.options import json_object
+from topd.errors import TOPDError
+from topd.study.config import plan_of
+
+RECIPE = """
+model_name_or_path: my-student
+teacher_model_name_or_path: my-teacher
+data: my.jsonl
+output_dir: runs/x
+bf16: false
+temperature: 0.7
+max_completion_length: 77
+window_length: 9
+candidate_share: 0.05
+embedding: teacher
+ground_cost: sqeuclidean
+seed: 5
+chat_template_kwargs: {enable_thinking: false}
+"""
+
+
+def parsed(tmp_path: Path, *more: str, command: str = "probe") -> argparse.Namespace:
+    file = tmp_path / "run.yaml"
+    file.write_text(RECIPE)
+    top = argparse.ArgumentParser()
+    commands = top.add_subparsers()
+    probe.add_options(commands.add_parser("probe"))
+    correct.add_options(commands.add_parser("correct"))
+    return top.parse_args([command, "--config", str(file), *more])
+
+
+def test_a_probe_measures_what_the_run_will_train_on(tmp_path: Path) -> None:
+    options = parsed(tmp_path)
+    found = {name: getattr(options, name) for name in (
+        "student", "teacher", "data", "temperature", "max_new_tokens", "window_length", "share", "embedding", "cost",
+        "seed", "chat_template_kwargs",
+    )}  # fmt: skip
+    assert found == {
+        "student": "my-student", "teacher": "my-teacher", "data": "my.jsonl", "temperature": 0.7, "max_new_tokens": 77,
+        "window_length": [9], "share": 0.05, "embedding": ["teacher"], "cost": ["sqeuclidean"], "seed": 5,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["probe", "correct"])
+def test_options_after_the_file_win(tmp_path: Path, command: str) -> None:
+    options = parsed(tmp_path, "--temperature", "1", "--chat-template-kwargs", '{"a": 1}', command=command)
+    assert (options.temperature, options.chat_template_kwargs, options.student) == (1.0, {"a": 1}, "my-student")
+
+
+def test_a_file_that_is_not_there_ends_in_a_message(capsys: Any) -> None:
+    assert main(["probe", "--config", "gone.yaml"]) == 2
+    assert "gone.yaml: there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "nonsense"])
+def test_a_value_that_is_no_json_object_is_rejected(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="write a JSON object"):
+        json_object(text)
+    assert json_object('{"enable_thinking": false}') == {"enable_thinking": False}
+
+
+# One spelling on all commands
+
+
+@pytest.mark.parametrize("student", ["--student", "--model_name_or_path", "--model-name-or-path"])
+@pytest.mark.parametrize("teacher", ["--teacher", "--teacher_model_name_or_path", "--teacher-model-name-or-path"])
+@pytest.mark.parametrize("command", ["probe", "correct"])
+def test_the_analyses_take_either_spelling(command: str, student: str, teacher: str) -> None:
+    words = [command, student, "S", f"{teacher}=T", "--window_length", "7", "--max_completion_length", "9"]
+    options = parser().parse_args([*words, "--output-dir", "o"])
+    assert (options.student, options.teacher, options.window_length, options.max_new_tokens) == ("S", "T", [7], 9)
+    assert options.out == Path("o")
+
+
+@pytest.mark.parametrize("words", [
+    ["--student", "S", "--data", "D", "--max_new_tokens", "9"],
+    ["--model_name_or_path", "S", "--benchmark", "D", "--max-new-tokens", "9"],
+    ["--model", "S", "--data", "D", "--max-completion-length", "9"],
+])  # fmt: skip
+def test_eval_takes_either_spelling(words: list[str]) -> None:
+    options = parser().parse_args(["eval", *words])
+    assert (options.model, options.benchmark, options.max_new_tokens) == (["S"], ["D"], 9)
+
+
+def test_generate_and_study_take_either_spelling() -> None:
+    words = [
+        "--teacher_model_name_or_path",
+        "T",
+        "--data",
+        "D",
+        "--out",
+        "o.jsonl",
+        "--data_limit",
+        "3",
+        "--top_p",
+        "1",
+    ]
+    options = parser().parse_args(["generate", *words])
+    assert (options.teacher, options.limit, options.top_p) == ("T", 3, 1.0)
+    words = ["--config", "x.yaml", "--model_name_or_path", "S", "--teacher-model-name-or-path", "T", "--data", "D"]
+    options = parser().parse_args(["study", *words])
+    assert (options.student, options.teacher, options.data) == ("S", "T", "D")
+
+
+CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+@pytest.mark.parametrize("read", [train.parse, check.parsed], ids=["train", "check"])
+@pytest.mark.parametrize(("words", "in_file"), [
+    (["--student", "S", "--teacher", "T", "--data", "D", "--window-length", "7", "--max-new-tokens", "9"], ""),
+    (["--model_name_or_path", "S", "--teacher_model_name_or_path=T", "--data=D", "--window_length", "7",
+      "--max_completion_length", "9"], ""),
+    ([], "student: S\nteacher: T\ndata: D\nwindow-length: 7\nmax_new_tokens: 9\n"),
+    (["--student", "S"], "model_name_or_path: other\nteacher: T\ndata: D\nwindow_length: 7\nmax-new-tokens: 9\n"),
+])  # fmt: skip
+def test_train_and_check_take_either_spelling(tmp_path: Path, read: Any, words: list[str], in_file: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(in_file)
+    data, config, model = read([*(["--config", str(file)] if in_file else []), *words, *CPU, "--out", str(tmp_path)])
+    assert (model.model_name_or_path, config.teacher_model_name_or_path, data.data) == ("S", "T", "D")
+    assert (config.window_length, config.max_completion_length, config.output_dir) == (7, 9, str(tmp_path))
+
+
+def test_the_checks_own_options_are_not_the_run_s() -> None:
+    own, others = check.check_parser().parse_known_args(["--max_new_tokens", "5", "--max_completion_length", "9"])
+    assert own.max_new_tokens == 5
+    assert check.parsed([*others, *CPU])[1].max_completion_length == 9
+
+
+@pytest.mark.parametrize("words", [["--student", "S", "--teacher", "T"], ["--model-name-or-path", "S", "--teacher=T"]])
+def test_warmstart_takes_either_spelling(tmp_path: Path, words: list[str]) -> None:
+    data, config, model = warmstart.parse([*words, "--data", "D", *CPU, "--output-dir", str(tmp_path)])
+    assert (model.model_name_or_path, config.teacher_model_name_or_path, data.data) == ("S", "T", "D")
+    file = tmp_path / "warm.yaml"
+    file.write_text("student: S\nteacher: T\nkd-ratio: 0.25\n")
+    _, config, model = warmstart.parse(["--config", str(file), *CPU, "--out", str(tmp_path)])
+    assert (model.model_name_or_path, config.teacher_model_name_or_path, config.kd_ratio) == ("S", "T", 0.25)
+
+
+def test_a_studys_yaml_takes_either_spelling() -> None:
+    common = {"seeds": [1], "steps": 2, "arms": {"opd": {"method": "opd"}, "topd": {"window-length": 7}}}
+    plan = plan_of({"model_name_or_path": "S", "teacher_model_name_or_path": "T", "held-out": 5, **common})
+    assert (plan.student, plan.teacher, plan.held_out) == ("S", "T", 5)
+    assert plan.arms[1].options == {"window_length": 7}
+    with pytest.raises(TOPDError, match="student and model_name_or_path are the same option"):
+        plan_of({"student": "S", "model_name_or_path": "S2", "teacher": "T", **common})
+
+
+def test_messages_name_the_option_as_typed(capsys: Any, tmp_path: Path) -> None:
+    assert main(["train", "--studnet", "S", *CPU]) == 2
+    assert "Unknown option 'studnet'" in capsys.readouterr().err
+    file = tmp_path / "run.yaml"
+    file.write_text("student: S\nmodel-name-or-path: S\n")
+    assert main(["train", "--config", str(file), *CPU]) == 2
+    assert "student and model-name-or-path are the same option: keep one." in capsys.readouterr().err
+    assert main(["probe", "--max_new_tokens", "0"]) == 2
+    assert "--max-new-tokens must be at least 1; got 0" in capsys.readouterr().err
+    assert main(["generate", "--teacher", "T", "--data", "embedded", "--out", "o.txt"]) == 2
+    assert "--out o.txt" in capsys.readouterr().err
