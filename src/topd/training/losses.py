@@ -93,6 +93,7 @@ class OPDLoss:
     def of(
         cls, rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
     ) -> OPDLoss:
+        """After the student's forward pass, in which FSDP2 holds its head whole."""
         mask = rollouts.loss_mask.bool()
         known = {name: values[mask] for name, values in inputs.teacher_states.items()}
         weights = (mask.float() if inputs.weights is None else inputs.weights)[mask] / inputs.num_tokens

@@ -158,8 +158,9 @@ def opd_loss(
     rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
 ) -> StepLoss:
     """L_OPD alone: the sum of token losses over `num_tokens`."""
+    hidden, _ = student.hidden_and_windows(rollouts, None)
     opd = OPDLoss.of(rollouts, student, teacher, inputs, method)
-    states, sampled = student.hidden_and_windows(rollouts, None)[0][opd.mask], rollouts.response_ids[opd.mask]
+    states, sampled = hidden[opd.mask], rollouts.response_ids[opd.mask]
     silent = LikelihoodTerms(torch.arange(len(sampled), device=sampled.device), sampled, 0 * opd.weights)  # for `nll`
     alone = opd(states, silent)
     return StepLoss(alone.loss, nll=alone.nll.sum(), outside_top_k=alone.outside_top_k)
@@ -169,8 +170,8 @@ def topd_loss(
     rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
 ) -> StepLoss:
     """L_OPD + lambda L_traj, in one pass over the vocabulary where both stand in the student's contexts."""
-    opd = OPDLoss.of(rollouts, student, teacher, inputs, method)
     states, row = states_and_rows(rollouts, student, inputs.guided, method)
+    opd = OPDLoss.of(rollouts, student, teacher, inputs, method)
     if inputs.guided is None:
         alone = opd(states)
         return StepLoss(alone.loss, outside_top_k=alone.outside_top_k)
