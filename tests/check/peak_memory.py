@@ -39,6 +39,7 @@ def estimate_and_peak(out, method, bf16, checkpointing, batch, tokens):
         "method": method, "bf16": bf16, "gradient_checkpointing": checkpointing, "per_device_train_batch_size": batch,
         "max_completion_length": tokens, "max_steps": 2, "save_strategy": "no", "report_to": "none",
         "window_length": 16, "disable_tqdm": "true", "student_window": "rollout",
+        "data": "embedded",
     }  # fmt: skip
     data, config, model = parsed([part for name, value in options.items() for part in (f"--{name}", str(value))])
     setup = setups_of(data, config, model)[""]
