@@ -362,8 +362,11 @@ def test_a_plan_is_constant_and_the_cost_is_left_as_it_was(solve: Solver) -> Non
 def test_masks_of_another_size_than_the_cost_are_refused(solve: Solver, windows: int, rows: int, columns: int) -> None:
     """By the function itself: outside the tests nothing checks its annotations."""
     masks_of = torch.ones(windows, rows, dtype=torch.bool), torch.ones(windows, columns, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"1 windows, 4 student and 3 teacher tokens; the masks must have shapes"):
+    with pytest.raises(
+        ValueError, match="1 windows, 4 student and 3 teacher tokens; the masks must have shapes"
+    ) as raised:
         inspect.unwrap(solve)(torch.rand(1, 4, 3), *masks_of)
+    assert str(raised.value).endswith(f"[1, 4] and [1, 3], not {[windows, rows]} and {[windows, columns]}.")
 
 
 def test_a_mask_that_is_no_prefix_has_no_exact_distance() -> None:

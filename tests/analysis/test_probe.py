@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
 
-from topd.analysis.probe import ProbeOptions, measure, probe
+from topd.analysis.probe import ProbeOptions, measure, probe_records
 from topd.analysis.probe_summary import Probe, token_table
 from topd.embedded.task import make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
@@ -17,9 +17,13 @@ def run(student, teacher):
     torch.manual_seed(0)
     texts = [problem.prompt for problem in make_problems(6, 0, held_out=False)]
     rollouts = sample_rollouts(student, TOKENIZER, texts, max_new_tokens=20)
-    return probe(
-        *local_pair(student, teacher, TOKENIZER), rollouts, window_length=5, share=0.1, student_window="regenerated"
-    )
+    return probe(student, teacher, rollouts, 5)
+
+
+def probe(student, teacher, rollouts, window_length):
+    options = ProbeOptions(0.1, (window_length,), student_windows=("regenerated",))
+    scores, groups = measure(*local_pair(student, teacher, TOKENIZER), rollouts, options)
+    return Probe.of_records(probe_records(rollouts, scores, groups, TOKENIZER.decode, 0), options.main)
 
 
 def test_a_model_s_greedy_windows_do_not_part_from_its_own():
@@ -40,8 +44,8 @@ def test_the_share_by_hand_and_its_interval():
     found = Probe(distances | {"random": distances["low"]}, dict.fromkeys(("low", "high", "random"), numpy.arange(4)))
     assert found.threshold == pytest.approx(0.225)  # linear between 0.2 and 0.3
     assert found.false_alarm_share == 0.5
-    low, high = found.interval(samples=500)
-    assert low <= 0.5 <= high
+    share = found.intervals({"share": lambda drawn: drawn.false_alarm_share}, samples=500)["share"]
+    assert share["low"] <= share["value"] == 0.5 <= share["high"]
 
 
 def renamed(student, names):
@@ -84,8 +88,7 @@ def test_a_teacher_that_differs_in_one_token_forks_there():
     rollouts = sample_rollouts(student, TOKENIZER, texts, max_new_tokens=20)
     usual = int(torch.bincount(rollouts.response_ids[rollouts.response_mask.bool()]).argmax())
     teacher = renamed(student, {usual: (usual + 7) % 40})
-    pair = local_pair(student, teacher, TOKENIZER)
-    found = probe(*pair, rollouts, window_length=3, share=0.1, student_window="regenerated")
+    found = probe(student, teacher, rollouts, 3)
     assert numpy.median(found.distances["high"]) > 0.1
     assert numpy.median(found.distances["low"]) < numpy.median(found.distances["high"])
 
@@ -133,7 +136,7 @@ def test_the_teacher_s_nll_is_correlated_where_it_is_finite():
     found = Probe(distances, {"high": numpy.arange(4)}, teacher_nll=nll)
     assert found.pearson_nll == pytest.approx(1.0)
     assert found.spearman_nll == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="does not hold `loss`"):
+    with pytest.raises(ValueError, match="has no `loss`"):
         _ = found.pearson
 
 

@@ -93,7 +93,7 @@ def test_a_broken_line_in_the_middle_costs_its_batch_only(probed, tmp_path, caps
     (tmp_path / OPTIONS).write_text((out / OPTIONS).read_text())
     code, again = run(tmp_path, "--cost", "cosine", "sqeuclidean")
     assert code == 0
-    assert "4 of 6 rollouts are there already" in " ".join(capsys.readouterr().out.split())
+    assert "4 of 6 rollouts are done" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / RECORDS).read_text().splitlines(keepends=True) == [*lines[:2], *lines[4:], *lines[2:4]]
     assert again["groups"] == result["groups"]
     assert again["tokens"] == result["tokens"]

@@ -148,7 +148,7 @@ def _plan(
 
     Rows with weight 0 and no term need the KL only. Rows beyond the teacher's without a term are skipped.
     """
-    kind = weights.new_zeros(positions, dtype=torch.int8)
+    kind = weights.new_zeros(positions, dtype=torch.int8)  # 1: KL and gradient; 2: KL only; 3: likelihood terms only
     kind[: len(weights)] = torch.where(weights != 0, 1, 2)
     kind[terms.position] = torch.where(terms.position < len(weights), 1, 3).to(torch.int8)
     order = terms.position.argsort(stable=True)

@@ -1,13 +1,12 @@
-"""Does guidance at one fork bring the student back? Local correction (section 5.2, Fig. 5) for any pair.
+"""Local correction (section 5.2, Fig. 5) for any pair: does guidance at a fork move the student towards the teacher?
 
-At one fork of a rollout the student takes M gradient steps on one window alone, each arm from the same weights; then it
-continues the same prefix again. D_OT to the teacher's window shows how near it came, but TOPD's own targets use the
-plan that defines D_OT. So three measures that no loss here optimises are taken too: the teacher's likelihood of the new
-window, the share of tokens that equal the teacher's, and, where problems have answers, whether the continuation ends
-right.
+At one fork of a rollout the student takes M gradient steps on one window alone, each arm from the same weights. Then it
+continues the same prefix again. D_OT to the teacher's window measures the effect, but TOPD's targets use the plan that
+defines D_OT. Three further measures are not optimized by any loss here: the teacher's likelihood of the new window, the
+share of tokens that equal the teacher's, and, for problems with answers, whether the continuation is correct.
 
-On which window? The paper's formula (section 3) has the student's contexts; its section 5.2 uses "the teacher
-continuation as the local optimization target". OPD and TOPD are run on both.
+The paper's formula (section 3) uses the student's contexts; its section 5.2 uses "the teacher continuation as the local
+optimization target". OPD and TOPD run on both windows.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from topd.algorithm.candidates import PAPER_SHARE
 from topd.analysis.probe import ProbeOptions, measure
 from topd.analysis.probe_summary import ROUNDING
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
@@ -31,50 +29,61 @@ from topd.training.losses import LossInputs, StepLoss, last_parameters
 from topd.training.method import Method
 from topd.training.step import Pair, futures, topd_loss
 
+TOPD = Method(student_window="regenerated")
+"""L_traj of section 3 on windows that branch off the row: the student's contexts, the transport's targets."""
+OPD = replace(TOPD, guides=False)
+
 
 @dataclass(frozen=True)
 class Arm:
     """A loss at a fork.
 
     Attributes:
-        window: whose continuation L_OPD is taken on: the student's, or the teacher's (section 5.2).
-        settings: of `Method`. L_traj stays as section 3 has it: the student's contexts and the transport's
-            targets, whichever window L_OPD is taken on (our reading).
+        method: the loss. L_traj is the same whichever window L_OPD is computed on (our reading).
+        window: whose continuation L_OPD is computed on: the student's, or the teacher's (section 5.2).
         baseline: the arm without guidance on the same window.
     """
 
+    method: Method
     window: Literal["student", "teacher"] = "student"
-    settings: dict[str, Any] = field(default_factory=dict)
     baseline: str = "opd"
+
+    def with_options(self, options: CorrectOptions) -> Method:
+        """The method with the window length and lambda of a run."""
+        weight = options.guidance_weight
+        guides = self.method.guides and weight > 0
+        return replace(self.method, window_length=options.window_length, guidance_weight=weight, guides=guides)
 
 
 ARMS = {
-    "opd": Arm(settings={"guidance_weight": 0.0}),
-    "topd": Arm(),
-    "opd on teacher": Arm("teacher", {"guidance_weight": 0.0}, "opd on teacher"),
-    "topd on teacher": Arm("teacher", baseline="opd on teacher"),
-    "own tokens": Arm(settings={"guidance_target": "own"}),
-    "same index": Arm(settings={"guidance_target": "same_index"}),
-    "teacher's contexts": Arm(settings={"guidance_context": "teacher"}),
+    "opd": Arm(OPD),
+    "topd": Arm(TOPD),
+    "opd on teacher": Arm(OPD, "teacher", "opd on teacher"),
+    "topd on teacher": Arm(TOPD, "teacher", "opd on teacher"),
+    "own tokens": Arm(replace(TOPD, guidance_target="own")),
+    "same index": Arm(replace(TOPD, guidance_target="same_index")),
+    "teacher's contexts": Arm(replace(TOPD, guidance_context="teacher")),
 }
-"""OPD and TOPD on either window; then controls, on the student's window."""
+"""OPD and TOPD on both windows; then controls, on the student's window."""
 
 
 @dataclass(frozen=True)
 class CorrectOptions:
-    """Attributes:
-    window_length: K.
-    share: of positions that are candidates, as in training.
-    steps: M; the paper takes 5.
-    learning_rate: of AdamW; the paper does not give it, our choice.
-    guidance_weight: lambda, by default that of training. Its scale is the same too: L_traj is a mean over guided window
-        positions. L_OPD is a mean over the window's tokens here, and over all response tokens in training, so the same
-        lambda is weaker here; `guidance_ratio` in the records says what it amounts to.
-    arms: names of `ARMS`.
+    """The settings of the correction, with the defaults of `Method`.
+
+    Attributes:
+        window_length: K.
+        share: share of positions that are candidates, as in training.
+        steps: M, 5 in the paper.
+        learning_rate: of AdamW; the paper does not give it: our choice.
+        guidance_weight: lambda. L_traj is a mean over guided window positions, as in training. L_OPD is a mean over the
+            window's tokens here, and over all response tokens in training, so the same lambda has less effect here;
+            `guidance_ratio` in the records has the measured ratio.
+        arms: names of `ARMS`.
     """
 
-    window_length: int = 50
-    share: float = PAPER_SHARE
+    window_length: int = Method.window_length
+    share: float = Method.candidate_share
     steps: int = 5
     learning_rate: float = 1e-4
     guidance_weight: float = Method.guidance_weight
@@ -84,7 +93,7 @@ class CorrectOptions:
 
 @dataclass(frozen=True)
 class Fork:
-    """A place where the futures part: [token] prefix, and both windows as batches of one."""
+    """A position where the futures diverge: prefix [token], and both windows as batches of one."""
 
     rollout: int
     position: int
@@ -97,14 +106,14 @@ class Fork:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The student's window at a fork, and how near it is to the teacher's.
+    """The student's window at a fork, compared with the teacher's.
 
     Attributes:
         window: token ids.
         distance: D_OT to the teacher's window.
         teacher_log_likelihood: mean log p_T of the window's tokens, nats.
         agreement: share of positions of the teacher's window with the same token.
-        right: whether the whole continuation ends right; None where the task has no answers.
+        right: whether the whole continuation is correct; None if the task has no answers.
     """
 
     window: list[int] = field(repr=False)
@@ -119,8 +128,8 @@ def find_forks(
 ) -> list[Fork]:
     """The fork with the highest token loss of each rollout that has one.
 
-    A fork is a candidate whose D_OT is above the upper quartile of D_OT at the low-loss positions of all the rollouts
-    (section 2.1). The student's window is its greedy continuation of the prefix, as after the steps (section 5.2).
+    A fork is a candidate with D_OT above the upper quartile of D_OT at the low-loss positions of all rollouts (section
+    2.1). The student's window is its greedy continuation of the prefix, as after the steps (section 5.2).
     """
     wanted = ProbeOptions(options.share, (options.window_length,), student_windows=("regenerated",))
     candidates: list[Fork] = []
@@ -152,13 +161,13 @@ def find_forks(
 
 
 class Corrector:
-    """Takes a student to a fork and back to where it started.
+    """Trains a student at a fork and restores its weights.
 
     Args:
-        student: a model of transformers; its weights are as before after every call.
-        pair: the same student and the teacher.
-        is_right: (rollout, the whole text after the prompt) -> whether it ends right; None: no answers.
-        prompt_lengths: [rollout] tokens of each prompt, needed with `is_right`.
+        student: a transformers model; every call restores its weights.
+        pair: the same student, and the teacher.
+        is_right: (rollout, the whole text after the prompt) -> whether it is correct; None: no answers.
+        prompt_lengths: [rollout] number of tokens of each prompt; required with `is_right`.
     """
 
     def __init__(
@@ -176,7 +185,7 @@ class Corrector:
         self._start = {name: value.detach().clone() for name, value in student.state_dict().items()}
 
     def correct(self, fork: Fork, arm: str) -> tuple[Outcome, float | None]:
-        """M steps of an arm on the fork's window, then the window again; and see `_train`."""
+        """Take M steps of an arm at the fork; return the new outcome and the `gradient_ratio` before the first step."""
         ratio = self._train(fork, arm)
         outcome = self.outcome(fork)
         self.student.load_state_dict(self._start)
@@ -184,7 +193,7 @@ class Corrector:
 
     @torch.no_grad()
     def outcome(self, fork: Fork) -> Outcome:
-        """Where the student goes from the fork's prefix now."""
+        """Continue the fork's prefix with the current student."""
         teacher = self.pair[1]
         ends = end_token_ids(self.student.generation_config, self.tokenizer)
         source = LocalModel(self.student, padding_id(self.tokenizer), ends)
@@ -211,9 +220,9 @@ class Corrector:
         )
 
     def start(self, arm: str, fork: Fork) -> tuple[Callable[..., StepLoss], Guided | None]:
-        """An arm's loss at a fork as a function of the guided windows (None: L_OPD alone), and the arm's windows."""
+        """The loss of an arm at a fork as a function of the guided windows (None: L_OPD alone), and those windows."""
         student, teacher = self.pair
-        method = method_of(self.options, arm)
+        method = ARMS[arm].with_options(self.options)
         row = self._row(fork.prefix, fork.theirs if ARMS[arm].window == "teacher" else fork.ours)
         states = teacher.prefill(row, keep_prefix=False).states
         guided = guided_windows(self._look(fork, row), method) if method.guides else None
@@ -228,7 +237,7 @@ class Corrector:
         return loss, guided
 
     def _train(self, fork: Fork, arm: str) -> float | None:
-        """Take the steps; `gradient_ratio` before the first, None without guidance."""
+        """Take the steps. Returns `gradient_ratio` before the first step; None without guidance."""
         loss, guided = self.start(arm, fork)
         optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
         ratio = None
@@ -242,17 +251,10 @@ class Corrector:
         return None if ratio is None else float(ratio)
 
     def _look(self, fork: Fork, row: Rollouts) -> Futures:
-        """The fork's futures as those of the only place in a rollout that has only the prefix before it."""
+        """The futures of the fork, as the only place of a rollout whose prompt is the prefix."""
         start = Places(row, *torch.zeros(2, 1, dtype=torch.long, device=row.response_ids.device))
         return futures(start, fork.ours, fork.theirs, Pair(*self.pair), Method())
 
     def _row(self, prefix: Tensor, window: Windows) -> Rollouts:
-        """The prefix as a prompt and the window as its response."""
+        """A rollout with the prefix as prompt and the window as response."""
         return written_rollouts([prefix], [window.tokens[0][window.mask[0]]], self.tokenizer, window.tokens.device)
-
-
-def method_of(options: CorrectOptions, arm: str) -> Method:
-    """The arm's loss. L_traj's windows branch off the row, whichever window the row holds."""
-    settings: dict[str, Any] = {"guidance_weight": options.guidance_weight, "student_window": "regenerated"}
-    settings |= ARMS[arm].settings
-    return Method(window_length=options.window_length, guides=settings["guidance_weight"] > 0, **settings)

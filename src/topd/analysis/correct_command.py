@@ -1,4 +1,4 @@
-"""`topd correct`: local correction of any pair, fork by fork, so that an interruption loses one fork at most."""
+"""`topd correct`: local correction of any pair, fork by fork. An interruption loses at most one fork."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from topd.analysis.correct import ARMS, CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
 from topd.paper import LOCAL_CORRECTION
+from topd.runs.console import progress
 from topd.runs.files import append_records, write_json
 from topd.runs.records import earlier_records, write_options
 
@@ -30,7 +30,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class CorrectRun:
-    """What is corrected."""
+    """The settings of a local correction, for the record."""
 
     student: str
     teacher: str
@@ -44,7 +44,7 @@ class CorrectRun:
 def run_correct(
     run: CorrectRun, corrector: Corrector, forks: list[Fork], decode: Callable[[list[int]], str], out: Path
 ) -> dict[str, Any]:
-    """Correct every fork by every arm, write `correct.json`, print the table; return what was written."""
+    """Correct every fork with every arm, write `correct.json` and print the table. Returns its content."""
     console = Console()
     order = {(fork.rollout, fork.position): place for place, fork in enumerate(forks)}
 
@@ -58,31 +58,26 @@ def run_correct(
     done = {place(record) for record in records}
     write_options(out / OPTIONS, asdict(run))
     steps = (len(forks) - len(records)) * len(run.options.arms) * run.options.steps
-    console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps on windows to come.")
-    with Progress(
-        TextColumn("correcting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=len(forks), completed=len(records))
+    console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps remain.")
+    with progress(console, "correcting", len(forks), len(records)) as advance:
         for fork in (fork for number, fork in enumerate(forks) if number not in done):
-            record = fork_record(fork, corrector, run.options.arms, decode)
-            append_records([record], out / RECORDS)
-            records.append(record)
-            progress.update(task, completed=len(records))
+            records.append(fork_record(fork, corrector, run.options.arms, decode))
+            append_records(records[-1:], out / RECORDS)
+            advance(1)
     result = conclude(run, sorted(records, key=place))
     write_json(result, out / RESULT)
     Console(width=max(92, console.width)).print(correct_table(result))
     shares = ", ".join(f"{arm} {ratio:.2g}" for arm, ratio in result["guidance_ratio"].items())
     if shares:
         console.print(f"|lambda grad L_traj| / |grad L_OPD| before the first step, median over forks: {shares}")
-    console.print(f"{out / RESULT} holds the figures, {out / RECORDS} every window before and after.")
+    console.print(f"Summary: {out / RESULT}. All windows before and after: {out / RECORDS}.")
     return result
 
 
 def fork_record(
     fork: Fork, corrector: Corrector, arms: tuple[str, ...], decode: Callable[[list[int]], str]
 ) -> dict[str, Any]:
-    """One fork: the prefix, the teacher's window, and the student's before and after each arm."""
+    """One fork: the prefix, the teacher's window, and the student's window before and after each arm."""
 
     def texts(ids: list[int]) -> list[str]:
         return [decode([token]) for token in ids]
@@ -104,7 +99,7 @@ def fork_record(
 
 
 def conclude(run: CorrectRun, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """`correct.json`: each measure before and after each arm, and minus OPD on the same window, paired over forks."""
+    """`correct.json`: each measure before and after each arm, and its paired difference from OPD on the same window."""
     measures: dict[str, Any] = {}
     for name in MEASURES:
         if any(record["before"][name] is None for record in records):
@@ -135,14 +130,14 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def correct_table(result: dict[str, Any]) -> Table:
-    """A row per measure and arm: mean with interval, quartiles, and the difference from OPD on the same window."""
+    """One row per measure and arm: mean with interval, quartiles, and the difference from OPD on the same window."""
     table = Table(
         title=f"Local correction: {result['forks']} forks",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("", "mean", "95 % interval", "quartiles", "- opd", "p", "paper"):
+    for name in ("", "mean", "95 % interval", "quartiles", "vs. opd", "p", "paper"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for measure, found in result["measures"].items():
         table.add_row(f"[bold]{MEASURES[measure]}[/bold]")

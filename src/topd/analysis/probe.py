@@ -1,14 +1,15 @@
-"""How many of a pair's high-loss tokens are false alarms? (Section 2.1, Fig. 2.) Measuring; `probe_summary` concludes.
+"""The probe: how many of a pair's high-loss tokens are false alarms? (Section 2.1, Fig. 2.)
 
-At the highest, the lowest and random token losses of each rollout, equally many of each, the teacher continues the
-student's prefix greedily, and D_OT is the distance of the student's window to the teacher's. What the student's window
-is can be read in three ways; the probe measures as many of them as wanted, at the same places.
+This module measures D_OT at the positions with the highest, the lowest and random token losses of each rollout, equally
+many of each: the distance between the student's window and the teacher's greedy continuation of the same prefix. The
+paper's text allows three readings of the student's window; the probe measures any of them at the same places.
+`probe_summary` computes the statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -17,9 +18,7 @@ import torch
 from torch import Tensor
 
 from topd.algorithm import TokenScores, highest_loss
-from topd.algorithm.candidates import PAPER_SHARE
 from topd.algorithm.transport import GroundCost
-from topd.analysis.probe_summary import Probe
 from topd.near_future import DistilledModel, Places, Rollouts, Windows
 from topd.near_future.matching import Embedding
 from topd.paper import GROUPS
@@ -32,54 +31,59 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What is measured. The first of each is the main one; the others are measured at the same places.
+    """What to measure, with the defaults of `Method`. The first value of each tuple is the main one.
 
     Attributes:
-        share: of a rollout's positions in each group, at least one.
-        window_lengths: K. Windows have the longest; a shorter one is its beginning.
+        share: share of a rollout's positions in each group, at least one position.
+        window_lengths: K. Windows have the largest; a smaller one uses their first tokens.
         embeddings, costs: as in `TOPDConfig`.
-        seed: of the random positions.
-        ranking: what makes a position high-loss.
+        seed: for the random positions.
+        ranking: the value that defines high-loss positions.
         student_windows: readings of the student's window.
     """
 
-    share: float = PAPER_SHARE
-    window_lengths: tuple[int, ...] = (50,)
-    embeddings: tuple[Embedding, ...] = ("student",)
-    costs: tuple[GroundCost, ...] = ("cosine",)
+    share: float = Method.candidate_share
+    window_lengths: tuple[int, ...] = (Method.window_length,)
+    embeddings: tuple[Embedding, ...] = (Method.embedding,)
+    costs: tuple[GroundCost, ...] = (Method.ground_cost,)
     seed: int = 0
-    ranking: Ranking = "reverse_kl"
-    student_windows: tuple[StudentWindow, ...] = ("rollout",)
+    ranking: Ranking = Method.candidate_ranking
+    student_windows: tuple[StudentWindow, ...] = (Method.student_window,)
 
     @property
-    def variants(self) -> dict[str, tuple[StudentWindow, Embedding, GroundCost, int]]:
-        """By a name such as "rollout/student/cosine/50", the main one first."""
+    def variants(self) -> dict[str, Method]:
+        """All combinations, the main one first, by a name such as "rollout/student/cosine/50"."""
         every = product(self.student_windows, self.embeddings, self.costs, self.window_lengths)
-        return {"/".join(map(str, variant)): variant for variant in every}
+        return {
+            f"{window}/{embedding}/{cost}/{k}": Method(
+                student_window=window, embedding=embedding, ground_cost=cost, window_length=k
+            )
+            for window, embedding, cost, k in every
+        }
 
     @property
     def main(self) -> str:
-        """The main variant's name."""
+        """Name of the main variant."""
         return next(iter(self.variants))
 
     @property
     def readings(self) -> dict[StudentWindow, str]:
-        """Of each reading of the student's window, the variant that otherwise is the main one."""
+        """For each reading of the student's window, the variant that equals the main one otherwise."""
         rest = self.main.partition("/")[2]
         return {window: f"{window}/{rest}" for window in self.student_windows}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One group's positions in a batch of rollouts.
+    """The positions of one group in a batch of rollouts.
 
     Attributes:
-        places: where they are.
-        ours: by reading, the student's windows.
-        theirs: the teacher's window at each.
-        distances: by variant, [place] D_OT; NaN where there is none.
+        places: the positions.
+        ours: the student's windows, by reading.
+        theirs: the teacher's windows.
+        distances: [place] D_OT, by variant; NaN: no distance.
         plan: [place, student position, teacher position] of the main variant.
-        begins: [place] whether the regenerated window begins with the candidate token; None where it is not measured.
+        begins: [place] whether the regenerated window begins with the candidate token; None if not measured.
     """
 
     places: Places
@@ -95,12 +99,12 @@ def measure(
     student: DistilledModel, teacher: DistilledModel, rollouts: Rollouts, options: ProbeOptions,
     groups: Sequence[str] = tuple(GROUPS),
 ) -> tuple[TokenScores, dict[str, Measured]]:  # fmt: skip
-    """Scores of the response tokens [rollout, position], 0 at padding, and the groups "high", "random" and "low"."""
+    """Scores of the response tokens [rollout, position], 0 at padding; and the groups "high", "random" and "low"."""
     mask = rollouts.loss_mask.bool()
     kept: StudentWindow = next((kind for kind in options.student_windows if kind != "rollout"), "rollout")
     scores, pair = score(rollouts, student, teacher, Method(student_window=kept))
     high = ranking(scores, options.ranking)
-    low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is no agreement
+    low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is not agreement
     chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)
     found = {}
     for group, order in zip(GROUPS, (high, chance, low), strict=True):
@@ -111,42 +115,19 @@ def measure(
 
 
 def _measured(places: Places, pair: Pair, options: ProbeOptions) -> Measured:
-    """All readings of the student's window, and all variants of the distance, at the same places."""
-    (main_kind, *_), *_ = options.variants.values()
-    length = max(options.window_lengths)
-    look = look_from(places, pair, Method(window_length=length, student_window=main_kind))
-    ours = {main_kind: look.ours} | {
-        kind: student_windows(places, pair, kind, length) for kind in options.student_windows if kind != main_kind
+    """All readings of the student's window and all variants of the distance, at the same places."""
+    main, length = options.student_windows[0], max(options.window_lengths)
+    look = look_from(places, pair, replace(options.variants[options.main], window_length=length))
+    ours = {main: look.ours} | {
+        kind: student_windows(places, pair, kind, length) for kind in options.student_windows if kind != main
     }
     found = {}
-    for name, (kind, embedding, cost, k) in options.variants.items():
-        method = Method(embedding=embedding, ground_cost=cost)
-        found[name] = futures(places, ours[kind].first(k), look.theirs.first(k), pair, method).transport
+    for name, method in options.variants.items():
+        mine, theirs = (each.first(method.window_length) for each in (ours[method.student_window], look.theirs))
+        found[name] = futures(places, mine, theirs, pair, method).transport
     begins = ours["regenerated"].tokens[:, 0] == places.tokens if "regenerated" in ours else None
     distances = {name: transport.distance.cpu() for name, transport in found.items()}
     return Measured(places, ours, look.theirs, distances, found[options.main].plan.cpu(), begins)
-
-
-def probe(
-    student: DistilledModel,
-    teacher: DistilledModel,
-    rollouts: Rollouts,
-    *,
-    window_length: int = 50,
-    share: float = PAPER_SHARE,
-    student_window: StudentWindow = "rollout",
-    seed: int = 0,
-) -> Probe:
-    """Measure and conclude at once, for a batch that fits in memory."""
-    options = ProbeOptions(share=share, window_lengths=(window_length,), student_windows=(student_window,), seed=seed)
-    scores, groups = measure(student, teacher, rollouts, options)
-    distances, origin, losses = {}, {}, {}
-    for group, found in groups.items():
-        distance = found.distances[options.main]
-        known = distance.isfinite()
-        distances[group], origin[group] = distance[known].numpy(), found.places.rows.cpu()[known].numpy()
-        losses[group] = found.places.at(scores.kl).float().cpu()[known].numpy()
-    return Probe(distances, origin, losses)
 
 
 def probe_records(
@@ -158,7 +139,7 @@ def probe_records(
 ) -> list[dict[str, Any]]:
     """One record per rollout, numbered from `first`: tokens, losses, and every measured place with its windows.
 
-    `student_window` is the main reading's; `other_windows` has those of the others.
+    `student_window` is the window of the main reading; `other_windows` has those of the other readings.
     """
 
     def texts(ids: Tensor) -> list[str]:

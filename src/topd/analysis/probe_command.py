@@ -1,4 +1,4 @@
-"""`topd probe`: rollouts, windows and D_OT of any pair, batch by batch, so that an interruption loses at most one."""
+"""`topd probe`: rollouts, windows and D_OT of any pair, batch by batch. An interruption loses at most one batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from topd.analysis.probe_summary import Probe, token_table
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
+from topd.runs.console import progress
 from topd.runs.files import append_records, write_json
 from topd.runs.records import Records, earlier_records, write_options
 
@@ -28,15 +28,15 @@ RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.j
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """What is probed.
+    """The settings of a probe, for the record.
 
     Attributes:
-        student, teacher: names, for the record.
-        rollouts: how many are measured, one a prompt; prompts are used again where there are fewer.
-        batch: rollouts that are measured together.
+        student, teacher: names of the models.
+        rollouts: number of rollouts, one per prompt; prompts repeat if there are fewer.
+        batch: number of rollouts to sample and measure together.
         max_new_tokens, temperature: of the rollouts.
-        given: the responses come with the prompts, and nothing is sampled.
-        options: what is measured at them.
+        given: use the responses of the data instead of sampling.
+        options: what to measure.
         chat_template_kwargs: for prompts that are messages.
     """
 
@@ -55,13 +55,13 @@ class ProbeRun:
 def run_probe(
     run: ProbeRun, student: Any, teacher: Any, tokenizer: Any, prompts: list[dict[str, Any]], out: Path
 ) -> dict[str, Any]:
-    """Measure what is not measured yet, write `probe.json`, print the table; return what was written.
+    """Measure the remaining rollouts, write `probe.json` and print the table. Returns the content of `probe.json`.
 
     Args:
-        prompts: "prompt_ids", and "response_ids" where the rollouts are given.
+        prompts: "prompt_ids", and "response_ids" if the rollouts are given.
 
     Raises:
-        TOPDError: `out` holds a probe of something else.
+        TOPDError: `out` holds records of a probe with other settings.
     """
     console = Console()
     records = earlier_records(
@@ -72,11 +72,7 @@ def run_probe(
     write_options(out / OPTIONS, asdict(run))
     console.print(cost_message(run, len(records)))
     pair = local_pair(student, teacher, tokenizer, micro_batch=run.batch)
-    with Progress(
-        TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=run.rollouts, completed=len(records))
+    with progress(console, "probing", run.rollouts, len(records)) as advance:
         for first in range(0, run.rollouts, run.batch):
             if first in done:
                 continue
@@ -87,27 +83,27 @@ def run_probe(
             fresh = probe_records(rollouts, scores, groups, tokenizer.decode, first)
             append_records(fresh, out / RECORDS)
             records += fresh
-            progress.update(task, completed=len(records))
+            advance(len(fresh))
     result = conclude(run, sorted(records, key=lambda record: record["rollout"]))
     write_json(result, out / RESULT)
     console.print(probe_table(result))
     if len(result["readings"]) > 1:
         Console(width=max(console.width, 118)).print(fingerprint_table(result))
-    console.print(f"{out / RESULT} holds the figures, {out / RECORDS} every place with both windows.")
+    console.print(f"Summary: {out / RESULT}. All places with both windows: {out / RECORDS}.")
     window = run.options.student_windows[0]
     console.print(f"To train with this threshold: --student_window {window} --fork_threshold {result['threshold']:.4f}")
     return result
 
 
 def whole_batches(records: Records, batch: int, rollouts: int) -> Records:
-    """Those of batches that are there whole: the rollouts of a batch are sampled and measured together."""
+    """The records of complete batches. The rollouts of a batch are sampled and measured together."""
     found = {record["rollout"]: record for record in records}
     batches = [range(first, min(first + batch, rollouts)) for first in range(0, rollouts, batch)]
     return [found[row] for rows in batches if all(row in found for row in rows) for row in rows]
 
 
 def conclude(run: ProbeRun, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """`probe.json`: the main variant's figures, those of all variants, and which variant each reading is."""
+    """`probe.json`: the statistics of the main variant and of all variants, and the variant of each reading."""
     variants = {name: Probe.of_records(records, name).summary(seed=run.options.seed) for name in run.options.variants}
     main = run.options.main
     names = ("torch", "transformers", "POT", "lapx")
@@ -125,21 +121,16 @@ def conclude(run: ProbeRun, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cost_message(run: ProbeRun, done: int) -> str:
-    """How many tokens will be generated at most, for the reader to see before it starts."""
+    """The maximum number of tokens to generate."""
     left = run.rollouts - done
     places = len(GROUPS) * max(1, round(run.options.share * run.max_new_tokens))
-    models = 1 + sum(kind != "rollout" for kind in run.options.student_windows)  # a rollout's window is there already
-    windows = models * left * places * max(run.options.window_lengths)
-    already = f"{done} of {run.rollouts} rollouts are there already. " if done else ""
-    what = (
-        f"{left} given responses"
-        if run.given
-        else (f"{left} rollouts of up to {run.max_new_tokens} tokens ({left * run.max_new_tokens:,} at most)")
-    )
+    models = 1 + sum(kind != "rollout" for kind in run.options.student_windows)  # the rollout has its own window
+    length = max(run.options.window_lengths)
+    resumed = f"{done} of {run.rollouts} rollouts are done. " if done else ""
+    sampled = f"rollouts of up to {run.max_new_tokens} tokens ({left * run.max_new_tokens:,} at most)"
     return (
-        f"{already}{what}, then "
-        f"about {places} places in each, with windows of {max(run.options.window_lengths)} tokens "
-        f"({windows:,} to generate at most)."
+        f"{resumed}To measure: {left} {'given responses' if run.given else sampled}, about {places} places in each, "
+        f"with windows of {length} tokens ({models * left * places * length:,} tokens at most)."
     )
 
 
@@ -152,7 +143,7 @@ def _rollouts(run: ProbeRun, student: Any, tokenizer: Any, prompts: list[dict[st
 
 
 def probe_table(result: dict[str, Any]) -> Table:
-    """The main variant and the paper's pair."""
+    """The main variant, next to the paper's pair."""
     table = Table(title=f"Probe: {result['rollouts']} rollouts, {result['variant']}", title_justify="left")
     for name in ("", "value", "95 % interval", "paper's pair"):
         table.add_column(name, justify="left" if not name else "right")
@@ -174,12 +165,12 @@ def probe_table(result: dict[str, Any]) -> Table:
         "false alarms among high-loss tokens", f"{row['value']:.1%}", _interval(row, ".1%"),
         f"{PROBE['false_alarm_share']:.1%}",
     )  # fmt: skip
-    table.add_row("the same for low-loss tokens, by construction", f"{result['low_loss_share']:.1%}", "", "75 %")
+    table.add_row("same for low-loss, by construction", f"{result['low_loss_share']:.1%}", "", "75 %")
     return table
 
 
 def fingerprint_table(result: dict[str, Any]) -> Table:
-    """The readings of the student's window at the same places, with 95 % intervals, and the paper's Fig. 2a."""
+    """All readings of the student's window at the same places, with 95 % intervals, next to the paper's Fig. 2a."""
     readings = {kind: result["variants"][name] for kind, name in result["readings"].items()}
     title = "The student's window in each reading, at the same places (95 % intervals)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

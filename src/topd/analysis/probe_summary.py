@@ -1,4 +1,4 @@
-"""What a probe's measurements say: the paper's figures 2 and 6 for any pair, each with a bootstrap interval."""
+"""Statistics of a probe: the values of the paper's figures 2 and 6 for any pair, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from scipy.stats import rankdata
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO
 
 ROUNDING = 1e-6
-"""D_OT in float32 of windows that are the same in embedding space may be this far above 0."""
+"""D_OT (float32) of windows that are equal in embedding space can be this far above 0."""
 Arrays = dict[str, numpy.ndarray]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """D_OT at high-loss, random and low-loss positions, and what else is known of each place.
+    """Measurements at high-loss, random and low-loss positions, each by group "high", "random" and "low".
 
     Attributes:
-        distances: by group "high", "random" and "low", D_OT of each place.
-        rollout: by group, the rollout that each place belongs to.
-        loss: by group, the token loss (reverse KL) at each place, nats; None where only distances are known.
-        teacher_nll: by group, the teacher's NLL of the sampled token, nats: the x axis of Fig. 6. None: not known.
-        begins: by group, 1 where the student's regenerated window begins with the candidate token. None: not measured.
+        distances: D_OT of each place.
+        rollout: the rollout of each place.
+        loss: the token loss (reverse KL) at each place, nats; None: unknown.
+        teacher_nll: the teacher's NLL of the sampled token, nats: the x axis of Fig. 6; None: unknown.
+        begins: 1 if the student's regenerated window begins with the candidate token; None: not measured.
     """
 
     distances: Arrays
@@ -39,7 +39,7 @@ class Probe:
 
     @classmethod
     def of_records(cls, records: Iterable[dict[str, Any]], variant: str) -> Probe:
-        """From `probe_records`; places without a distance are left out."""
+        """From `probe_records`, without the places that have no distance."""
         rows: dict[str, list[tuple[float, ...]]] = {group: [] for group in GROUPS}
         begins = variant.startswith("regenerated/")
         for record in records:
@@ -64,44 +64,58 @@ class Probe:
 
     @property
     def false_alarm_share(self) -> float:
-        """Share of high-loss positions with D_OT at most the upper quartile of the low-loss ones.
+        """Share of high-loss positions with D_OT up to the upper quartile of the low-loss positions.
 
-        By construction some 75 % of the low-loss ones are (more where distances tie).
+        By construction this share is about 75 % for low-loss positions, or more if distances tie.
         """
         return float((self.distances["high"] <= self.threshold + ROUNDING).mean())
 
     @property
     def pearson(self) -> float:
-        """Correlation of token loss and D_OT over high-loss positions; NaN where one of them never changes."""
-        return _correlation(self._known("loss")["high"], self.distances["high"])
+        """Correlation of token loss and D_OT over high-loss positions; NaN if one of them is constant."""
+        return self._correlation("loss")
 
     @property
     def spearman(self) -> float:
         """The same for ranks."""
-        return _rank_correlation(self._known("loss")["high"], self.distances["high"])
+        return self._correlation("loss", rankdata)
 
     @property
     def pearson_nll(self) -> float:
-        """Correlation of the teacher's NLL and D_OT over high-loss positions (Fig. 6), where the NLL is finite."""
-        return _correlation(self._known("teacher_nll")["high"], self.distances["high"])
+        """Correlation of the teacher's NLL and D_OT over high-loss positions with a finite NLL (Fig. 6)."""
+        return self._correlation("teacher_nll")
 
     @property
     def spearman_nll(self) -> float:
         """The same for ranks."""
-        return _rank_correlation(self._known("teacher_nll")["high"], self.distances["high"])
+        return self._correlation("teacher_nll", rankdata)
+
+    def _correlation(self, name: str, scale: Callable[[numpy.ndarray], numpy.ndarray] = numpy.asarray) -> float:
+        values, distances = self._known(name)["high"], self.distances["high"]
+        finite = numpy.isfinite(values)
+        a, b = scale(values[finite]), scale(distances[finite])
+        return float(numpy.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else float("nan")
+
+    def median(self, group: str) -> float:
+        """Median D_OT of a group."""
+        return float(numpy.median(self.distances[group]))
 
     def near_zero(self, group: str) -> float:
         """Share of a group's places with D_OT < 0.02, the first bin of Fig. 2a."""
         return float((self.distances[group] < NEAR_ZERO).mean())
 
+    def begins_with_candidate(self, group: str) -> float:
+        """Share of a group's places whose regenerated window begins with the candidate token."""
+        return float(self._known("begins")[group].mean())
+
     def _known(self, name: str) -> Arrays:
         values: Arrays | None = getattr(self, name)
         if values is None:
-            raise ValueError(f"This probe does not hold `{name}`. Read it from records, or measure it.")
+            raise ValueError(f"This probe has no `{name}`. Create it with `Probe.of_records`.")
         return values
 
     def resampled(self, rng: numpy.random.Generator) -> Probe:
-        """Rollouts drawn anew, with everything that belongs to them."""
+        """A bootstrap sample: rollouts drawn with replacement, with all their places."""
         known = numpy.unique(numpy.concatenate([self.rollout[group] for group in self.rollout]))
         counts = numpy.bincount(rng.choice(known, len(known)), minlength=int(known.max()) + 1)
         times = {group: counts[origin] for group, origin in self.rollout.items()}
@@ -114,7 +128,7 @@ class Probe:
     def intervals(
         self, statistics: dict[str, Callable[[Probe], float]], samples: int = 2000, level: float = 0.95, seed: int = 0
     ) -> dict[str, dict[str, float]]:
-        """Value and percentile bootstrap interval of each statistic; rollouts are the unit that is drawn."""
+        """Value and percentile bootstrap interval of each statistic. The unit of resampling is the rollout."""
         rng = numpy.random.default_rng(seed)
         drawn: dict[str, list[float]] = {name: [] for name in statistics}
         for _ in range(samples):
@@ -131,66 +145,34 @@ class Probe:
             for name, statistic in statistics.items()
         }
 
-    def interval(self, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap interval of the false-alarm share: the threshold is drawn anew with the rollouts."""
-        found = self.intervals({"share": lambda probe: probe.false_alarm_share}, samples, level, seed)["share"]
-        return found["low"], found["high"]
-
     def summary(self, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """Each group's quartiles and share near 0, correlations, false-alarm share, with 95 % intervals; threshold."""
+        """Quartiles and share near 0 per group, correlations and false-alarm share with 95 % intervals; threshold."""
+        by_group = {"median": Probe.median, "near_zero": Probe.near_zero}
+        if self.begins:
+            by_group["begins_with_candidate"] = Probe.begins_with_candidate
         found = self.intervals(
-            {f"median/{group}": partial(_median_of, group) for group in GROUPS}
-            | {f"near_zero/{group}": partial(_near_zero_of, group) for group in GROUPS}
-            | ({f"begins/{group}": partial(_begins_of, group) for group in GROUPS} if self.begins else {})
-            | {name: attrgetter(name) for name in CORRELATIONS}
-            | {"false_alarm_share": attrgetter("false_alarm_share")},
+            {f"{name}/{group}": partial(of, group=group) for name, of in by_group.items() for group in GROUPS}
+            | {name: attrgetter(name) for name in (*CORRELATIONS, "false_alarm_share")},
             samples,
             seed=seed,
         )
         groups = {}
-        for group in GROUPS:
-            q1, q3 = numpy.quantile(self.distances[group], [0.25, 0.75])
-            median = found.pop(f"median/{group}")
+        for group, distances in ((group, self.distances[group]) for group in GROUPS):
+            q1, q3 = numpy.quantile(distances, [0.25, 0.75])
+            of_group = {name: found.pop(f"{name}/{group}") for name in by_group}
+            median = of_group.pop("median")
             groups[group] = {
                 "median": median["value"], "low": median["low"], "high": median["high"],
-                "q1": float(q1), "q3": float(q3), "n": len(self.distances[group]),
-                "near_zero": found.pop(f"near_zero/{group}"),
+                "q1": float(q1), "q3": float(q3), "n": len(distances), **of_group,
             }  # fmt: skip
-            if self.begins:
-                groups[group]["begins_with_candidate"] = found.pop(f"begins/{group}")
         return {"groups": groups, **found, "low_loss_share": float((self.distances["low"] <= self.threshold).mean()),
                 "threshold": self.threshold}  # fmt: skip
-
-
-def _median_of(group: str, probe: Probe) -> float:
-    return float(numpy.median(probe.distances[group]))
-
-
-def _near_zero_of(group: str, probe: Probe) -> float:
-    return probe.near_zero(group)
-
-
-def _begins_of(group: str, probe: Probe) -> float:
-    return float(probe._known("begins")[group].mean())
-
-
-def _rank_correlation(a: numpy.ndarray, b: numpy.ndarray) -> float:
-    known = numpy.isfinite(a)
-    return _correlation(rankdata(a[known]), rankdata(b[known]))
-
-
-def _correlation(a: numpy.ndarray, b: numpy.ndarray) -> float:
-    known = numpy.isfinite(a)
-    a, b = a[known], b[known]
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(numpy.corrcoef(a, b)[0, 1])
 
 
 def token_table(
     records: Iterable[dict[str, Any]], variant: str, threshold: float, least: int = 3
 ) -> list[dict[str, Any]]:
-    """High-loss tokens that occur at least `least` times: how often each was a false alarm. Most frequent first."""
+    """How often each high-loss token was a false alarm, for tokens that occur at least `least` times, by frequency."""
     alarms: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for record in records:
