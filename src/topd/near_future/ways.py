@@ -104,6 +104,12 @@ class Ways:
             ]
         )
 
+    def alike(self, lengths: Sequence[int], width: int) -> bool:
+        """Whether a batch of that width (padding counts) rotates all of its rows as each alone would be."""
+        if self.end is not None and width > self.end:
+            return False
+        return self.switch is None or width <= self.switch or min(lengths) > self.switch
+
     def rows_together(self, rollouts: Rollouts) -> list[list[int]]:
         """Which rollouts may share a forward pass."""
         if self.left_padding and self.switch is None and self.end is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
@@ -91,22 +92,29 @@ class BothModels:
             TOPDError: it is not, and beta is one that our own loss does not have.
         """
         ways = self._tried or []
-        if all(each.trl == "always" for each in ways):
+        rotated_by_length = [each for each in ways if each.switch is not None or each.end is not None]
+        if all(each.trl == "always" for each in ways) and not rotated_by_length:
             return True
-        padded = (batch["prompt_mask"] == 0).any().float()
-        if all(each.trl != "never" for each in ways) and not bool(self.accelerator.gather(padded).any()):
+        wrong = torch.zeros_like(batch["prompt_mask"][0, 0])
+        if any(each.trl != "always" for each in ways):
+            wrong = (batch["prompt_mask"] == 0).any()
+        if rotated_by_length:
+            width = batch["prompt_mask"].shape[1] + batch["completion_mask"].shape[1]
+            lengths = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
+            wrong = wrong | (not all(each.alike(lengths, width) for each in rotated_by_length))
+        if all(each.trl != "never" for each in ways) and not bool(self.accelerator.gather(wrong.float()).any()):
             return True
         if self.args.beta not in (0, 1):
             raise TOPDError(
-                "TRL's loss passes no position ids, which is wrong for these models where prompts of different lengths "
-                "share a batch. Use beta 0 or 1, for which TOPD computes the loss itself, or "
-                "per_device_train_batch_size 1."
+                "TRL's loss passes no position ids and rotates all rows by the longest, which is wrong for these "
+                "models where prompts of different lengths share a batch. Use beta 0 or 1, for which TOPD computes the "
+                "loss itself, or per_device_train_batch_size 1."
             )
         if not self._told_of_trl:
             self._told_of_trl = True
             logger.warning(
                 "TRL's loss is wrong for these models where prompts of different lengths share a batch (it passes no "
-                "position ids); TOPD computes the same loss itself."
+                "position ids and rotates all rows by the longest); TOPD computes the same loss itself."
             )
         return False
 
