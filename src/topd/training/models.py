@@ -75,7 +75,7 @@ class BothModels:
         if self._tried is not None:
             return
         in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        local = [model for model in (self.model_wrapped, self.teacher_model) if model is not None]
+        local = [self.model_wrapped, *self._local_teachers()]  # in all processes at once: a trial has collectives
         with self._models_whole(all_of_them=True):
             self._tried = [ways_of(self.accelerator.unwrap_model(model), in_step=in_parts) for model in local]
         student = self._tried[0]
