@@ -1,7 +1,7 @@
 """Counts what someone reads to follow a step from rollouts to its loss: python docs/step_size.py
 
-Statements, parameters and modules of the functions of `training/step.py` that a step of TOPD runs; a test keeps the
-figures of the experiment log true.
+Statements, parameters and modules of the functions of `training/step.py` that a step of TOPD runs. The functions that
+they call are not counted. `tests/documentation/test_documents.py` keeps the step short.
 """
 
 from __future__ import annotations

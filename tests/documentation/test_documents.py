@@ -254,3 +254,16 @@ def test_the_table_of_supported_versions_is_that_of_the_project():
     for name, lowest, locked in rows:
         assert re.search(rf"\b{name}>={re.escape(lowest)}(,| |$)", wanted)
         assert f"{name}=={locked}" in lock
+
+
+def test_a_step_is_thirty_statements_in_functions_of_five_parameters():
+    script = script_of("step_size")
+    counts = script.functions()
+    assert sum(count for count, _ in counts.values()) <= 30
+    assert max(parameters for _, parameters in counts.values()) <= 5
+    assert {"topd.algorithm.tiles", "topd.near_future.windows", "topd.training.losses"} <= script.modules_behind()
+
+
+def test_statements_are_counted_nested_ones_too_and_docstrings_not():
+    source = 'def f(x):\n    """Text."""\n    if x:\n        y = 1\n\n    def g():\n        return 2\n'
+    assert script_of("step_size").statements(ast.parse(source).body[0]) == 4  # if, y = 1, def g, return 2

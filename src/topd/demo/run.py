@@ -34,9 +34,9 @@ from topd.runs.console import progress, silence_libraries
 from topd.runs.files import write_json
 from topd.runs.provenance import PACKAGES, versions
 from topd.training import TOPDConfig, TOPDTrainer
-from topd.training.config import Method
+from topd.training.config import MethodName
 
-ARMS: tuple[Method, ...] = ("opd", "topd")
+ARMS: tuple[MethodName, ...] = ("opd", "topd")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _before(
 
 
 def _train(
-    name: Method,
+    name: MethodName,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     size: Size,
@@ -157,7 +157,7 @@ def _train(
     return trainer.model, {"name": name, "steps": steps, "seconds_per_step": sorted(times)[len(times) // 2]}
 
 
-def arm_config(name: Method, out: Path, *, steps: int, batch: int, seed: int) -> TOPDConfig:
+def arm_config(name: MethodName, out: Path, *, steps: int, batch: int, seed: int) -> TOPDConfig:
     """Options of one arm. Both arms share all but `method`."""
     return TOPDConfig(
         str(out),

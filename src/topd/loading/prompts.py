@@ -41,7 +41,7 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
     if not tokenizer.chat_template:
         raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
     try:
-        with _at_most(TEMPLATE_SECONDS):
+        with _time_limit(TEMPLATE_SECONDS):
             text: str = tokenizer.apply_chat_template(
                 without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **(template_options or {})
             )
@@ -106,7 +106,7 @@ def without_nulls(value: Any) -> Any:
 
 
 @contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` after this time: a template may loop forever. Works in the main thread only."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

@@ -49,9 +49,10 @@ class Prefill:
         return self.states["hidden"]
 
     def __getitem__(self, rows: slice | Tensor) -> Prefill:
+        assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
         states = {name: values[rows] for name, values in self.states.items()}
         prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows], self.parts)
+        return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows])
 
     def is_like(self, other: Prefill) -> bool:
         """Whether both prefixes have keys and values of the same shapes."""

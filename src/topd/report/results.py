@@ -167,7 +167,7 @@ def load_evaluations(folders: Sequence[Path], notes: list[str]) -> list[Evaluate
 
     Raises:
         ReportError: a newer version wrote one of them.
-        TOPDError: two folders cannot be told apart.
+        TOPDError: two folders have the same name.
     """
     found = []
     for label, folder in zip(labels(folders), folders, strict=True):

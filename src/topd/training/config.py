@@ -16,10 +16,9 @@ from topd.algorithm.transport import GroundCost
 from topd.loading.options import check_kinds
 from topd.near_future.matching import Embedding, Solver
 from topd.teachers.server_address import without_secrets
-from topd.training.method import Method as MethodChoices
-from topd.training.method import Ranking, StudentWindow
+from topd.training.method import Method, Ranking, StudentWindow
 
-Method = Literal["opd", "opd-capped", "topd"]
+MethodName = Literal["opd", "opd-capped", "topd"]
 
 
 CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "cap_false_alarms")
@@ -42,7 +41,7 @@ class TOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers", "teacher_server_kwargs"]
 
-    method: Method = _option(
+    method: MethodName = _option(
         "topd",
         "opd: on-policy distillation, as TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
@@ -68,7 +67,7 @@ class TOPDConfig(DistillationConfig):
         "our choice.",
     )
     candidate_share: float = _option(
-        MethodChoices.candidate_share,
+        Method.candidate_share,
         "Share of a rollout's positions with the highest loss, at least one. The paper gives 218 of 9,688; the rule is "
         "our choice.",
     )

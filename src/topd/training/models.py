@@ -44,8 +44,10 @@ class BothModels:
     _server: ServerWindows | None
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
+    tools: Any
+    _is_vlm: bool
     _tried: list[Ways] | None = None
-    _told_of_trl = False
+    _warned_of_trl = False
 
     def _student(self) -> DistilledModel:
         return self._distilled(self.accelerator.unwrap_model(self.model))
@@ -110,8 +112,8 @@ class BothModels:
                 "models where prompts of different lengths share a batch. Use beta 0 or 1, for which TOPD computes the "
                 "loss itself, or per_device_train_batch_size 1."
             )
-        if not self._told_of_trl:
-            self._told_of_trl = True
+        if not self._warned_of_trl:
+            self._warned_of_trl = True
             logger.warning(
                 "TRL's loss is wrong for these models where prompts of different lengths share a batch (it passes no "
                 "position ids and rotates all rows by the longest); TOPD computes the same loss itself."
@@ -138,10 +140,15 @@ class BothModels:
 
     def _autocast(self) -> AbstractContextManager[None]:
         """`bf16` and `fp16` for what this project computes. TRL's own loss (`method: opd`) stays as TRL computes it."""
-        if not (self.args.looks_ahead or self.args.opd_in_one_pass or self.teacher_model is None):
+        if not (self.args.looks_ahead or self._in_one_pass() or self.teacher_model is None):
             return nullcontext()
         models = [self.accelerator.unwrap_model(model) for model in (self.model, *self._local_teachers())]
         return autocasting(models, self.accelerator)
+
+    def _in_one_pass(self) -> bool:
+        """Whether plain OPD uses our loss: with `opd_loss: auto`, images and tools keep TRL's."""
+        text = not (self._is_vlm or self.tools)
+        return self.args.opd_in_one_pass and (text or self.args.opd_loss == "one_pass")
 
     def _local_teachers(self) -> list[Any]:
         return [] if self.teacher_model is None else [self.teacher_model]

@@ -1,4 +1,4 @@
-"""`TOPDTrainer`: the step on TRL's `DistillationTrainer`. Plumbing, metrics and audit; the method is in `step.py`."""
+"""`TOPDTrainer`: the step on TRL's `DistillationTrainer`. Plumbing only: the method is in `step.py`."""
 
 from __future__ import annotations
 
@@ -171,8 +171,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
 
     def _for_opd(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What our own loss of plain OPD needs; nothing where TRL's is used."""
-        text = not (self._is_vlm or self.tools) or self.args.opd_loss == "one_pass"
-        one_pass = self.args.opd_in_one_pass and self.model.training and text
+        one_pass = self._in_one_pass() and self.model.training
         if self.teacher_model is not None and not one_pass and (self._is_vlm or self._trl_is_right(batch)):
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
