@@ -315,6 +315,8 @@ def test_rows_of_a_prefill():
     part = reading[1:]
     assert part.hidden[:, 0, 0].tolist() == [2.0, 4.0]
     assert part.prefix[0][1].shape == (2, 1, 4, 2)
+    with pytest.raises(AssertionError, match="not sliced"):
+        replace(reading, parts=(reading,))[1:]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])

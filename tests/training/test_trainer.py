@@ -128,6 +128,14 @@ def test_metrics_say_what_the_audit_records_say(tmp_path, monkeypatch):
         assert worst in [c["position"] for c in record["candidates"]]
 
 
+@pytest.mark.parametrize(("opd_loss", "expected"), [("auto", False), ("one_pass", True)])
+def test_images_keep_the_loss_of_trl_unless_ours_is_asked_for(tmp_path, opd_loss, expected):
+    trainer = tiny_trainer(tmp_path, method="opd", opd_loss=opd_loss)
+    assert trainer._in_one_pass()
+    trainer._is_vlm = True
+    assert trainer._in_one_pass() is expected
+
+
 def test_gradient_accumulation_equals_one_large_batch(tmp_path):
     """The same eight rollouts, as 1 x 8 and as 4 x 2: the same gradients."""
     whole = tiny_trainer(tmp_path / "a", per_device_train_batch_size=8)
