@@ -55,6 +55,9 @@ BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k:main", "test", 1319, "math", "MIT"),
     "embedded": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 96),
     "embedded-long": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 224),
+    "lm-held-out": Benchmark("lm-held-out", "test", 500, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
+    "lm-unseen": Benchmark("lm-unseen", "test", 500, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
+    "lm-tuning": Benchmark("lm-tuning", "test", 300, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
 }
 EMBEDDED_SEED = 1_000_000
 """Seed of the embedded task's held-out problems, which are those of `topd demo` with seed 0."""

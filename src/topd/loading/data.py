@@ -18,6 +18,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import DataError
+from topd.lm.pair import data_file
 from topd.parsing import read_json
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ def load_prompts(
 
     `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; a
     folder written by `save_to_disk`; or a Hub dataset, "owner/name" or "owner/name:configuration". `split` picks a part
-    of the latter two (a file has no parts). `limit`: keep the first N rows; all are checked.
-    `responses`: every row must have a `response` or `completion` (text), returned as the column `response`. `also`:
-    further columns, and the functions that read their values (None if a row has none).
+    of the latter two (a file has no parts). "lm": prompts of the language-model pair.
+    `limit`: keep the first N rows; all are checked. `responses`: every row must have a `response` or `completion`
+    (text), returned as the column `response`. `also`: further columns, and the functions that read their values (None
+    if a row has none).
 
     Returns the column `prompt` (text, or messages {"role", "content"}; one kind in all rows), `answer` if any row has
     one (text; None if missing or blank; a whole number is written without ".0"), and the columns of `also`. Raises
@@ -54,7 +56,7 @@ def load_prompts(
 
     if limit is not None and (type(limit) is not int or limit < 1):
         raise DataError(f"limit is {limit!r}; it must be a whole number of at least 1, or None for all rows.")
-    source, remedy, also = os.fspath(source), "Check the permissions.", also or {}
+    source, remedy, also = data_file(os.fspath(source)), "Check the permissions.", also or {}
     try:
         reader, remedy = _reader(source)
         rows = _checked(reader(source, split, also), "line" if reader in (_jsonl, _csv) else "row", responses, also)
