@@ -60,6 +60,11 @@ class TOPDConfig(DistillationConfig):
         "Our choice.",
     )
 
+    compact_sampling: bool = _option(
+        False,
+        "Rollouts that have ended leave the batch while the others are sampled, which saves time where lengths differ. "
+        "The same distribution; other random numbers than TRL's. Not for vLLM. Our choice.",
+    )
     candidate_ranking: Ranking = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "

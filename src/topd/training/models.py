@@ -17,6 +17,7 @@ from topd.loading.prompts import one_beginning, without_nulls
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.tokenizers import check_context
 from topd.near_future import DistilledModel, LocalModel
+from topd.near_future.compact_sampling import compact_sampling
 from topd.near_future.generation import own_settings_only
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
@@ -217,5 +218,7 @@ class OwnRollouts:
 
     def _by_own_settings(self, *args: Any, **kwargs: Any) -> Any:
         trl: Any = super()
-        with own_settings_only(self.accelerator.unwrap_model(self.model)):
+        student = self.accelerator.unwrap_model(self.model)
+        compactly = self.args.compact_sampling and self.model.training and not self.use_vllm
+        with own_settings_only(student), compact_sampling(student, self._sampling) if compactly else nullcontext():
             return trl._generate_single_turn(*args, **kwargs)
