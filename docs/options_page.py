@@ -23,6 +23,7 @@ SECTIONS = {
     "guidance_weight": "Guidance",
     "cap_false_alarms": "Capping",
     "teachers": "Several teachers",
+    "eval_benchmark": "Accuracy on held-out problems",
     "audit_steps": "Records",
 }
 """Headings of `TOPDConfig`'s options, by the first option under each."""

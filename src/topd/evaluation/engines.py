@@ -131,7 +131,7 @@ class LocalEngine:
             for start in range(0, len(group), size):
                 yield [requests[index] for index in group[start : start + size]]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: training may continue with what the model caches here
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
         """[response, token] new tokens."""
         prompts = [ids_of(request, self.tokenizer, sampling) for request in batch]

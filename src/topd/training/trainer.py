@@ -35,6 +35,7 @@ from topd.training.guidance import (
     unpack,
     unpack_states,
 )
+from topd.training.held_out import HeldOut, HeldOutAccuracy, check_best_metric, problems_of
 from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters
 from topd.training.method import Method, StepContext
 from topd.training.models import BothModels, OwnRollouts
@@ -47,7 +48,9 @@ KIND, OPD, TOPD = "topd_step", "opd", "topd"
 """Entry of the batch that says which loss a step has; without it, TRL's own."""
 
 
-class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, DistillationTrainer):
+class TOPDTrainer(
+    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, HeldOutAccuracy, DistillationTrainer
+):  # fmt: skip
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -95,6 +98,9 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         check_datasets(train_dataset, eval_dataset)
         check_writable(args)
+        problem_set = problems_of(args)
+        if problem_set is not None:
+            check_best_metric(args, eval_dataset)
         if teacher_model is None:
             check_without_weights(args)
         server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
@@ -102,9 +108,11 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
         adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
         pair = prepared_models(model, teacher_model, args, tokenizer, *adapters)
-        super().__init__(
-            pair.student, pair.teacher, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
-        )
+        evaluated = [] if eval_dataset is None and problem_set is not None else eval_dataset
+        super().__init__(pair.student, pair.teacher, args, train_dataset, evaluated, processing_class, *rest, **kwargs)
+        self.eval_dataset = eval_dataset  # transformers does not evaluate without one: only the problems are answered
+        if problem_set is not None:
+            self._held_out = HeldOut.of(problem_set, args, self._tokenizer, self.model.config)
         args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs
         pair.report(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if args.looks_ahead and (self._is_vlm or self.tools):
