@@ -106,6 +106,7 @@ class HeldOutAccuracy(Trainer):
     _tokenizer: Any
     _autocast: Any
     _held_out: HeldOut | None = None
+    _engine: LocalEngine | None = None
     _evaluating = False
     _due: str | None = None
     """Prefix of the metrics of an evaluation whose problems are not answered yet."""
@@ -176,7 +177,9 @@ class HeldOutAccuracy(Trainer):
             return
         with self._autocast(), held_whole(self.model_wrapped, self.accelerator):
             student = self.accelerator.unwrap_model(self.model)
-            yield LocalEngine(student, self._tokenizer, self.args.eval_batch_size, LIMITED_BY)
+            if self._engine is None or self._engine.model is not student:
+                self._engine = LocalEngine(student, self._tokenizer, self.args.eval_batch_size, LIMITED_BY)
+            yield self._engine
 
 
 class VllmOfTraining:
