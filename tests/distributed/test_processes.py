@@ -111,6 +111,22 @@ def test_every_way_to_train_is_the_same_in_two_processes_of_fsdp2(tmp_path):
     assert all(result["teacher_held"] == pytest.approx(0.5, abs=0.02) for result in results.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_answer_held_out_problems_as_one_does(tmp_path, kind):
+    """Seven problems: one process has four, the other three."""
+    options = {"eval_benchmark": "embedded", "eval_benchmark_limit": 7, "eval_strategy": "steps", "eval_steps": 1}
+    case = ROLLOUT | options | {"eval_samples": 2, "eval_temperature": 0.6, "eval_on_start": True, "max_steps": 2}
+    results = compare(kind, tmp_path, {"answered": case})
+    one, two = (
+        [json.loads(line) for line in (tmp_path / folder / "answered" / "eval_responses.jsonl").open()]
+        for folder in ("one", kind)
+    )
+    assert [record["response"] for record in two] == [record["response"] for record in one]
+    assert [entry["step"] for entry in results["answered"]["evaluations"]] == [0, 1, 2]
+    assert len(one) == 3 * 7
+
+
 SEVERAL = {"several_teachers": {"a": [1, 96], "b": [2, 32]}}
 
 
