@@ -42,11 +42,12 @@ def test_a_log_is_one_line_whatever_the_width() -> None:
 
 
 def test_the_time_that_is_left_counts_the_steps_of_this_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 100.0, 130.0])
+    clock = iter([0.0, 100.0, 145.0])
     monkeypatch.setattr("topd.runs.console.time.monotonic", lambda: next(clock))
     lines, state, text = shown()
     state.global_step = 10
     lines.on_train_begin(STEPS, state, None)
+    lines.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_runtime": 15.0})  # eval_on_start
     state.global_step = 13
     lines.on_log(None, state, None, logs={"loss": 1.0})
     assert "20 steps, resuming after step 10; one line every 1." in text.getvalue()

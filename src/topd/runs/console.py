@@ -64,6 +64,8 @@ class LogLines(TrainerCallback):
         self._print(state, f"{state.max_steps} steps{resumed}{every}.")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.first:  # the steps that follow say how long the rest takes
+            self.started += evaluation_seconds(logs or {})
         parts = formatted(logs or {})
         if not parts:  # the log at the end of training
             return
@@ -82,6 +84,11 @@ class LogLines(TrainerCallback):
 def formatted(logs: Mapping[str, Any]) -> list[str]:
     """The metrics of a log entry as text."""
     return [words.format(float(logs[key]), logs) for key, words in FIELDS if key in logs]
+
+
+def evaluation_seconds(logs: Mapping[str, Any]) -> float:
+    """What the evaluations in a log entry took."""
+    return sum(float(value) for key, value in logs.items() if key.startswith("eval_") and key.endswith("_runtime"))
 
 
 def duration(seconds: float) -> str:
@@ -200,13 +207,8 @@ def metrics_table(log: Log, steps: int, seconds: float | None, resumed: int = 0)
     """First and last value of each metric, and its mean over all logs, including those before a resume."""
     which = f", of which {steps - resumed}" if resumed else ""
     took = "" if seconds is None else f"{which} in {duration(seconds)}"
-    evaluating = sum(
-        float(value)
-        for entry in log
-        if not resumed or entry.get("step", 0) > resumed
-        for key, value in entry.items()
-        if key.startswith("eval_") and key.endswith("_runtime")
-    )
+    here = [entry for entry in log if not resumed or entry.get("step", 0) > resumed]
+    evaluating = sum(map(evaluation_seconds, here))
     took += f", {duration(evaluating)} of them evaluation" if took and evaluating else ""
     table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
     for key, words, form in ROWS:
