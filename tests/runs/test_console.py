@@ -86,7 +86,7 @@ def test_only_the_main_process_speaks_and_an_evaluation_has_its_own_line() -> No
     interval = {"eval_accuracy_low": 0.476, "eval_accuracy_high": 0.612}
     shares = {"eval_ended": 0.995, "eval_repeated": 0.02, "eval_mean_length": 145.2}
     assert formatted({"eval_accuracy": 0.545} | interval | shares) == [
-        "accuracy 54.5% (47.6% to 61.2%)", "ended 100%", "repeated 2%", "  145 tokens",
+        "accuracy 54.5% (47.6% to 61.2%)", "ended 99.5%", "repeated 2.0%", "  145 tokens",
     ]  # fmt: skip
 
 
