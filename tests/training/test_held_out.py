@@ -20,6 +20,7 @@ from topd.errors import ContextError, TOPDError
 from topd.evaluation.held_out import KEPT_RESPONSES, ends_in_a_loop
 from topd.evaluation.results import RESULT
 from topd.training import held_out
+from topd.training.several_teachers import MOPDTrainer
 
 EVERY_STEP: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 32}
 EMBEDDED = EVERY_STEP | {"eval_benchmark": "embedded", "eval_benchmark_limit": 10}
@@ -153,6 +154,7 @@ class FakeVllm:
     def generate(self, prompts: Any, images: Any, num_generations: int, profiler: Any) -> Any:
         self.calls.append({name: value for name, value in vars(self).items() if name not in ("model", "calls")})
         self.calls[-1]["prompts"] = len(prompts)
+        torch.rand(3)  # vLLM in this process draws from the random numbers of training
         outputs = [self.model.generate(
             torch.tensor([ids]), max_new_tokens=self.max_completion_length, do_sample=False, eos_token_id=1,
         )[0, len(ids):].tolist() for ids in prompts]  # fmt: skip
@@ -165,7 +167,9 @@ def test_vllm_answers_with_the_settings_of_the_evaluation_and_gets_its_own_back(
     vllm = FakeVllm(trainer.model)
     before = dict(vars(vllm))
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, vllm, 0
+    drawn = torch.get_rng_state()
     found = trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), drawn)
     names = ("accuracy", "accuracy_low", "accuracy_high", "ended", "mean_length", "repeated")
     assert {name: found[f"eval_{name}"] for name in names} == {name: expected[f"eval_{name}"] for name in names}
     (call,) = vllm.calls
@@ -177,6 +181,16 @@ def test_vllm_answers_with_the_settings_of_the_evaluation_and_gets_its_own_back(
     assert {name: after[name] for name in before if name != "synced"} == {
         name: before[name] for name in before if name != "synced"
     }
+
+
+def test_a_student_of_several_teachers_answers_too(tmp_path: Path) -> None:
+    dataset = prompts(8).add_column("teacher", ["a", "b"] * 4)
+    teachers = {"a": tiny_model(1, 96), "b": tiny_model(2, 32)}
+    trainer = tiny_trainer(tmp_path, MOPDTrainer, dataset, teacher=teachers, max_steps=1, **SHORT)
+    trainer.train()
+    (found,) = evaluations(trainer)
+    assert 0 < found["eval_mean_length"] <= 20
+    assert "eval_loss" not in found
 
 
 @pytest.mark.parametrize("processes", [1, 3, 12])
