@@ -60,6 +60,7 @@ class Method:
     guidance_target: TargetKind = "transport"
     guidance_at: Literal["forks", "false_alarms", "random"] = "forks"
     guidance_context: Literal["student", "teacher"] = "student"
+    prefix_weight_max: float | None = None
 
     @classmethod
     def of(cls, config: TOPDConfig) -> Method:
