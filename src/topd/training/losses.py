@@ -105,7 +105,7 @@ class OPDLoss:
         weights = mask.float() if inputs.weights is None else inputs.weights
         if inputs.old_log_probs is not None and method.prefix_weight_max is not None:
             now = sampled_log_probs(states, head, rollouts)
-            weights = weights * prefix_weights(now, inputs.old_log_probs, mask, method.prefix_weight_max)
+            weights = weights * prefix_weights(now, inputs.old_log_probs, mask, float(method.prefix_weight_max))
         return cls(head, teacher, known, mask, weights[mask] / inputs.num_tokens, method.direction)
 
     def __call__(self, states: Tensor, terms: LikelihoodTerms | None = None) -> DistillationLoss:
