@@ -80,6 +80,7 @@ CASES = {
     "accumulated": REGENERATED | {"batch_size": 2, "gradient_accumulation_steps": 2, "guidance_reduction": "sum"},
     "uneven": ROLLOUT | {"prompts": 10, "num_train_epochs": 2, "max_steps": -1},
     "teacher_contexts": ROLLOUT | {"guidance_context": "teacher"},
+    "several_updates": ROLLOUT | {"num_iterations": 2, "prefix_weight_max": 4.0},
     "checkpointing": REGENERATED | {"gradient_checkpointing": True},
 }
 

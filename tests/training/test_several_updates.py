@@ -6,6 +6,7 @@ from collections import defaultdict
 import oracles
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from tiny import prompts, tiny_model, tiny_trainer
 from transformers import TrainerCallback
@@ -158,6 +159,7 @@ def test_resumed_between_two_updates_equals_uninterrupted(through, tmp_path, ste
         assert torch.equal(a, b)
     sampled = {json.loads(line)["step"] for line in (out / "audit.jsonl").read_text().splitlines()}
     assert sampled == {1, 5}
+    assert yaml.safe_load((out / "run.yaml").read_text())["num_iterations"] == 2
 
 
 def test_resumed_with_other_sizes_samples_anew(through, tmp_path, caplog, monkeypatch):

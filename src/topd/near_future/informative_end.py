@@ -26,8 +26,8 @@ GROWTH = 1.5
 class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
     """Stops `generate` once every rollout has `most` informative positions or has ended; then says where each is cut.
 
-    Both models read the rollouts so far at a few lengths while they are sampled, and once more at the end. The cut does
-    not depend on when they are read: it is behind the `most`-th informative position.
+    Both models read the rollouts so far at a few lengths while they are sampled, and at the end. The cut does not
+    depend on when they are read: it is behind the `most`-th informative position.
 
     Args:
         student, teacher: in this process.
@@ -46,6 +46,7 @@ class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
         self.end_ids = torch.tensor(end_ids)
         self._prompt_width = 0
         self._next_check = most
+        self._found: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._prompt_width = self._prompt_width or input_ids.shape[1] - 1
@@ -57,14 +58,18 @@ class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
         ended = torch.isin(responses, self.end_ids.to(responses.device))
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, length).tolist()
         so_far = [row[:n].tolist() for row, n in zip(responses, lengths, strict=True)]
-        counts = self._informative(so_far).sum(1)
-        missing = (self.most - counts).clamp(min=0).masked_fill(ended.any(1).to(counts.device), 0)
-        self._next_check = max(length + int(missing.max()), math.ceil(GROWTH * length))
-        return open_rows if int(missing.max()) == 0 else ~open_rows
+        found = self._informative(so_far)
+        missing = int((self.most - found.sum(1)).clamp(min=0).masked_fill(ended.any(1), 0).max())
+        if missing == 0:
+            self._found = found
+            return open_rows
+        self._next_check = max(length + missing, math.ceil(GROWTH * length))
+        return ~open_rows
 
     def cut(self, responses: Sequence[list[int]]) -> list[list[int]]:
         """Each response up to its `most`-th informative position; whole where it has fewer."""
-        reached = self._informative(responses).cumsum(1) >= self.most
+        found = self._informative(responses) if self._found is None else self._found  # of the check that stopped them
+        reached = found.cumsum(1) >= self.most
         ends = torch.where(reached.any(1), reached.int().argmax(1) + 1, reached.shape[1]).tolist()
         return [response[:end] for response, end in zip(responses, ends, strict=True)]
 

@@ -78,6 +78,13 @@ class TOPDConfig(DistillationConfig):
         "less time and memory on CPU; the entropy it logs is estimated from the sampled tokens. auto: one_pass on a "
         "CPU, with several teachers or several updates per batch of rollouts, for text and beta 0 or 1; else trl.",
     )
+    max_overhead: float | None = _option(
+        None,
+        "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
+        "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
+        "None: no limit. Our choice.",
+    )
+
     num_iterations: int = _option(
         1,
         "Passes over each batch of rollouts, as in GRPO. From the second on only the student's loss is computed, with "
@@ -105,12 +112,6 @@ class TOPDConfig(DistillationConfig):
         None,
         "End each rollout at its n-th informative position: one where fewer than 70 % of the 16 most likely tokens of "
         "student and teacher are the same (Flash-OPD, 2610.06105: 200; the 16 are our choice). None: no limit.",
-    )
-    max_overhead: float | None = _option(
-        None,
-        "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
-        "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
-        "None: no limit. Our choice.",
     )
 
     teacher_model_server_url: str | None = _option(
@@ -160,8 +161,8 @@ class TOPDConfig(DistillationConfig):
     )
     recalibration_steps: int = _option(
         50,
-        "With low_loss_quartile: the threshold is estimated anew every so many optimizer steps, from up to 512 "
-        "low-loss positions over at most 8 steps. Our choice.",
+        "With low_loss_quartile: the threshold is estimated anew every so many batches of rollouts (one per optimizer "
+        "step by default), from up to 512 low-loss positions over at most 8 batches. Our choice.",
     )
     false_alarm_share: float = _option(
         0.30,
@@ -208,7 +209,7 @@ class TOPDConfig(DistillationConfig):
         "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
-    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many optimizer steps. 0: never.")
+    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many batches of rollouts. 0: never.")
 
     def __post_init__(self) -> None:
         check_kinds(self)
