@@ -17,6 +17,7 @@ SECTIONS = {
     "method": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD and overhead",
+    "num_iterations": "Rollouts",
     "teacher_model_server_url": "A teacher on a server",
     "embedding": "Transport",
     "fork_rule": "Forks",
