@@ -10,7 +10,7 @@ from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from topd.errors import TokenizerMismatchError, TOPDError
-from topd.loading.pair import without_adapters
+from topd.loading.shared_base import without_adapters
 from topd.training.several_teachers import MOPDTrainer
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 

@@ -117,11 +117,10 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
             "and embedded:long-teacher), or --config recipes/embedded.yaml. For a teacher that is on a server only: "
             "--teacher_model_server_url."
         )
-    from topd.loading.models import check_whole
+    from topd.loading.adapters import weights_of
 
-    check_whole("student", model.model_name_or_path)
-    for teacher in teachers.values():
-        check_whole("teacher", teacher)
+    for name in (model.model_name_or_path, *teachers.values()):
+        weights_of(name)  # reports an adapter that cannot be loaded before anything else is
     return model.model_name_or_path, teachers
 
 
@@ -151,7 +150,11 @@ def setups_of(
     Raises:
         TOPDError: something cannot be read.
     """
+    from trl import get_peft_config, get_quantization_config
+
     from topd.check.setup import Setup, describe
+    from topd.loading.adapters import is_adapter
+    from topd.loading.shared_base import share_base
 
     name, teachers = named(config, model)
     trust = config.trust_remote_code
@@ -174,7 +177,8 @@ def setups_of(
             dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset),
             data.data,
             {role: dtype or "auto" for role, dtype in dtypes.items()},
-            adapters=model.use_peft,
+            adapters=model.use_peft or is_adapter(name),
+            one_base=share_base(name, teacher, config, get_peft_config(model), get_quantization_config(model)),
             teacher_here=teacher_here,
             model=model,
             evaluation=_evaluation(data) if evaluation is None else len(evaluation),

@@ -57,7 +57,7 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
 
     from topd.embedded.pair import resolve_model
     from topd.loading.by_name import SAFE, load_by_name
-    from topd.loading.models import check_whole
+    from topd.loading.adapters import weights_of
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
     from topd.runs.console import print_log_lines, print_summary, where_weights_are
@@ -68,9 +68,9 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
             "Name the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
             "--data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes solutions."
         )
-    check_whole("student", model.model_name_or_path)
+    weights_of(model.model_name_or_path)  # reports an adapter that cannot be loaded before anything else is
     if config.distils:
-        check_whole("teacher", config.teacher_model_name_or_path)
+        weights_of(config.teacher_model_name_or_path)
     resume = resume_from(config)
     student_name = model.model_name_or_path
     teacher_name = config.teacher_model_name_or_path if config.distils else None
@@ -120,7 +120,7 @@ def save(trainer: Any, folder: Path) -> None:
     """Save a model that `topd train` takes: whole weights. A LoRA adapter is merged, and also saved in `adapter/`."""
     from accelerate.utils import is_peft_model
 
-    from topd.loading.models import merged_adapter
+    from topd.loading.adapters import merged_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
