@@ -7,6 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from topd.cli.data_options import FormArguments
 from topd.cli.train import DataArguments
 from topd.cli.warmstart import SolutionArguments
 from topd.training import TOPDConfig
@@ -31,6 +32,7 @@ SECTIONS = {
 
 OTHERS: dict[str, Any] = {
     "`topd train`: data": DataArguments,
+    "`topd train`, `topd warmstart`: the form of the data": FormArguments,
     "`WarmStartConfig`: stage 1": WarmStartConfig,
     "`topd warmstart`: data": SolutionArguments,
 }

@@ -13,7 +13,8 @@ from transformers.integrations import get_available_reporting_integrations
 from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
 from topd.evaluation.benchmarks import INSTRUCTION
-from topd.loading.pair import ONE_MODEL
+from topd.loading.adapters import base_of, is_adapter
+from topd.loading.shared_base import ONE_MODEL, two_adapters
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 from topd.training.held_out import HeldOut, check_best_metric, problems_of
 
@@ -29,7 +30,8 @@ def one_model(setup: Setup) -> Finding | None:
     """Whether student and teacher are the same weights."""
     ours, theirs = setup.pair
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
-    if ours.folder != theirs.folder or len(revisions) > 1 or setup.adapters or not setup.teacher_here:
+    new_adapter = setup.adapters and not is_adapter(ours.folder)
+    if ours.folder != theirs.folder or len(revisions) > 1 or new_adapter or not setup.teacher_here:
         return None
     found, _, remedy = ONE_MODEL.format(what=f"model, {ours.name}").partition(". ")
     return Finding("pair", "error", found, remedy)
@@ -149,6 +151,13 @@ def adapters(setup: Setup) -> Finding | None:
     """Whether the adapter's targets are modules of the student, tested on a model without storage."""
     if not setup.adapters or importlib.util.find_spec("peft") is None:
         return None
+    if is_adapter(setup.student.folder):
+        if setup.model.use_peft:
+            found, _, remedy = two_adapters(setup.student.folder).partition(". ")
+            return Finding("adapters", "error", found, remedy)
+        return ok(
+            "adapters", f"the one in {setup.student.name}, on {base_of(setup.student.folder)}, is trained further"
+        )
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from trl import get_peft_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
+from topd.loading.adapters import is_adapter
 from topd.loading.dataset_checks import check_datasets, check_enough
 from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
+from topd.loading.tokenizers import tokenizer_of
 from topd.near_future import DistilledModel, Rollouts
 from topd.runs.checkpoints import check_writable
 from topd.runs.console import Stopwatch
@@ -69,10 +72,11 @@ class TOPDTrainer(
     ```
 
     Args:
-        model: the student: a loaded model, a folder or a Hub name.
-        teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
-            base without the adapter is the teacher, on the same weights. None: all of it is behind
-            `teacher_model_server_url` (docs/remote_teachers.md).
+        model: the student: a loaded model, a folder or a Hub name. The adapter in a folder of PEFT is trained further.
+        teacher_model: the same; a folder of PEFT is its base with the adapter. If the student has adapters (a folder,
+            `peft_config`, or a `PeftModel`), the teacher may be the student itself, its base, or another adapter on
+            that base: then both are on one set of weights. None: all of it is behind `teacher_model_server_url`
+            (docs/remote_teachers.md).
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
@@ -107,6 +111,8 @@ class TOPDTrainer(
             check_best_metric(args, eval_dataset)
         if teacher_model is None:
             check_without_weights(args)
+        if processing_class is None and is_adapter(model):  # TRL would look for it at the base
+            processing_class = tokenizer_of(os.fspath(model), args.trust_remote_code)
         server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
