@@ -15,6 +15,7 @@ CASES: dict[str, str] = {
     "gradient": "benchmarks.gradient",
     "opd": "benchmarks.opd",
     "step": "benchmarks.step",
+    "updates": "benchmarks.updates",
     "windows": "benchmarks.windows",
     "packed": "benchmarks.packed",
     "transport": "benchmarks.transport",

@@ -33,7 +33,7 @@ class Recipe:
     learning_rate: float = 1e-3
 
 
-RECIPES = {"teacher": Recipe(problems=5120), "student": Recipe(problems=1280)}
+RECIPES = {"teacher": Recipe(problems=3328), "student": Recipe(problems=640)}
 
 
 SIZES = {"prompts": 3000, "held_out": 500, "unseen": 500, "tuning": 300}
