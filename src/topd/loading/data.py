@@ -36,12 +36,12 @@ def load_prompts(
 
     `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; "lm",
     the prompts of the language-model pair; a folder written by `save_to_disk`, or one that `load_dataset` reads; or a
-    Hub dataset, "owner/name" or "owner/name:configuration". A pattern names several files; a list of sources is read one after the other; a mapping
-    from sources to weights draws from them at random in these shares until the first runs out, so that no row repeats.
-    `split` picks a part of folders and Hub datasets (a file has no parts). `limit`: keep the first N rows; all are
-    checked. `responses`: every row must have a `response` or `completion` (text), or end its conversation with the
-    assistant's answer; it is returned as the column `response`. `also`: further columns, and the functions that read
-    their values (None if a row has none). `form`: see `DataForm`.
+    Hub dataset, "owner/name" or "owner/name:configuration". A pattern names several files; a list of sources is read
+    one after the other; a mapping from sources to weights draws from them at random in these shares until the first
+    runs out, so that no row repeats. `split` picks a part of folders and Hub datasets (a file has no parts). `limit`:
+    keep the first N rows; all are checked. `responses`: every row must have a `response` or `completion` (text), or end
+    its conversation with the assistant's answer; it is returned as the column `response`. `also`: further columns, and
+    the functions that read their values (None if a row has none). `form`: see `DataForm`.
 
     Returns the column `prompt` (text, or messages {"role", "content"}; one kind in all rows), `answer` if any row has
     one (text; None if missing or blank; a whole number is written without ".0"), and the columns of `also`. Raises
