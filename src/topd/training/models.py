@@ -274,6 +274,5 @@ class OwnRollouts:
 def _why_trl_is_wrong(ways: list[Ways]) -> str:
     """In words: of logits that it does not scale, else of what it does where prompts differ in length."""
     heads = [each.reasons["trl"] for each in ways if each.reasons.get("trl", "").startswith("it does not read")]
-    return heads[0] if heads else (
-        "where prompts of different lengths share a batch: it passes no position ids and rotates all rows by the longest"
-    )  # fmt: skip
+    positions = "it passes no position ids and rotates all rows by the longest"
+    return heads[0] if heads else f"where prompts of different lengths share a batch: {positions}"
