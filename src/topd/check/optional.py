@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
 from topd.loading.pair import ONE_MODEL
+from topd.loading.teacher_prompts import SELF
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 
 OPTIMIZERS = {
@@ -27,6 +28,9 @@ def one_model(setup: Setup) -> Finding | None:
     """Whether student and teacher are the same weights."""
     ours, theirs = setup.pair
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
+    if setup.config.teacher_model_name_or_path == SELF:
+        start = "the student's base, without the adapter" if setup.adapters else "the student as it is before training"
+        return ok("pair", f"the teacher is {start}, behind its own prompt")
     if ours.folder != theirs.folder or len(revisions) > 1 or setup.adapters or not setup.teacher_here:
         return None
     found, _, remedy = ONE_MODEL.format(what=f"model, {ours.name}").partition(". ")

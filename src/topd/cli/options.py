@@ -191,12 +191,15 @@ def data_source(given: str | None, *models: str) -> str:
 
 
 def prompts(source: str, split: str, limit: int | None, responses: bool = False, also: Any = None) -> Any:
-    """A dataset of prompts and answers, from a source or the embedded task; see `load_prompts`."""
+    """A dataset of prompts and answers, from a source or the embedded task; see `load_prompts`.
+
+    Raises:
+        TOPDError: the embedded task does not have what is asked for; it never has the optional teacher prompts.
+    """
     from topd.embedded.task import DATA, make_problems
+    from topd.loading.data import TEACHER_PROMPT, load_prompts
 
     if source not in DATA:
-        from topd.loading.data import load_prompts
-
         return load_prompts(source, split=split, limit=limit, responses=responses, also=also)
     from datasets import Dataset
 
@@ -204,9 +207,10 @@ def prompts(source: str, split: str, limit: int | None, responses: bool = False,
         raise TOPDError("The embedded task has no given responses. Name a file that has them: --data FILE.jsonl.")
     if limit is not None and not 0 < limit <= MOST_EMBEDDED:
         raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
-    if also:
+    missing = [name for name in also or () if name != TEACHER_PROMPT]
+    if missing:
         raise TOPDError(
-            f"The embedded task has no column {', '.join(also)}. Name a file that has it: --data FILE.jsonl."
+            f"The embedded task has no column {', '.join(missing)}. Name a file that has it: --data FILE.jsonl."
         )
     problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from topd.runs.sole_writer import sole_writer
 from topd.visible import visible
 
 if TYPE_CHECKING:
-    from topd.check.setup import Setup
+    from topd.check.setup import ModelInfo, Setup
 
 
 @dataclass
@@ -63,21 +63,19 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
 
     from topd.embedded.pair import resolve_model
     from topd.loading.by_name import load_by_name
-    from topd.loading.data import read_text
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
     from topd.runs.console import print_log_lines, print_summary, where_to_look
-    from topd.training.several_teachers import COLUMN, MOPDTrainer
+    from topd.training.several_teachers import MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 
     student, teachers = named(config, model)
     teacher_name = next(iter(teachers.values()), None)
     kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
-    also = {COLUMN: read_text} if config.teachers else None
     data.data = data_source(data.data, student, *teachers.values())
     record = start_record(words, data, config, model)
-    train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
-    eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
+    train_dataset = train_prompts(data, config)
+    eval_dataset = eval_prompts(data) if data.eval_data else None
     resume = resume_from(config)
     if data.preflight:
         before_training(data, config, model, train_dataset, eval_dataset)
@@ -110,7 +108,7 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
 def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     """The student, and the teachers by their names in the data ("" for a single one); none if it is on a server."""
     one = {"": config.teacher_model_name_or_path} if config.teacher_model_name_or_path else {}
-    teachers = dict(config.teachers or {}) or one
+    teachers: dict[str, str] = dict(config.teachers or {}) or one
     if not model.model_name_or_path or not (teachers or config.teacher_model_server_url):
         raise TOPDError(
             "Name the student and the teacher: --student and --teacher (a folder, a Hub name, or embedded:long-student "
@@ -123,6 +121,28 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     for teacher in teachers.values():
         check_whole("teacher", teacher)
     return model.model_name_or_path, teachers
+
+
+def train_prompts(data: DataArguments, config: Any) -> Any:
+    """The training prompts, with each row's teacher where there are several, and the teacher's prompts if it has some.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    from topd.loading.data import TEACHER_PROMPT, read_prompt, read_text
+    from topd.training.several_teachers import COLUMN
+
+    assert data.data is not None
+    also = {TEACHER_PROMPT: read_prompt} | ({COLUMN: read_text} if config.teachers else {})
+    return prompts(data.data, data.data_split, data.data_limit, also=also)
+
+
+def eval_prompts(data: DataArguments) -> Any:
+    """The prompts for the evaluation loss. Raises `DataError`: they cannot be read."""
+    from topd.loading.data import TEACHER_PROMPT, read_prompt
+
+    assert data.eval_data is not None
+    return prompts(data.eval_data, data.data_split, data.data_limit, also={TEACHER_PROMPT: read_prompt})
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
@@ -152,6 +172,8 @@ def setups_of(
         TOPDError: something cannot be read.
     """
     from topd.check.setup import Setup, describe
+    from topd.loading.data import TEACHER_PROMPT
+    from topd.loading.teacher_prompts import SELF
 
     name, teachers = named(config, model)
     trust = config.trust_remote_code
@@ -163,12 +185,18 @@ def setups_of(
         if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
     data.data = data_source(data.data, name, *teachers.values())
-    dataset = dataset if dataset is not None else prompts(data.data, data.data_split, data.data_limit)
+    dataset = dataset if dataset is not None else train_prompts(data, config)
     student = describe("student", name, trust, model.model_revision)
+
+    def described(teacher: str) -> ModelInfo:
+        if teacher == SELF:
+            return replace(student, role="teacher")
+        return describe("teacher", teacher, trust, config.teacher_model_revision)
+
     return {
         key: Setup(
             student,
-            describe("teacher", teacher, trust, config.teacher_model_revision),
+            described(teacher),
             config,
             dataset["prompt"][:],
             dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset),
@@ -178,6 +206,7 @@ def setups_of(
             teacher_here=teacher_here,
             model=model,
             evaluation=_evaluation(data) if evaluation is None else len(evaluation),
+            teacher_prompts=dataset[TEACHER_PROMPT][:] if TEACHER_PROMPT in dataset.column_names else None,
         )
         for key, teacher in teachers.items()
     }
@@ -186,7 +215,7 @@ def setups_of(
 def _evaluation(data: Any) -> int | DataError | None:
     """Number of prompts for the evaluation loss, or why they cannot be read; None where none are named."""
     try:
-        return len(prompts(data.eval_data, data.data_split, data.data_limit)) if data.eval_data else None
+        return len(eval_prompts(data)) if data.eval_data else None
     except DataError as error:
         return error
 

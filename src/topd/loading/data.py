@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import datasets
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a source has
+TEACHER_PROMPT = "teacher_prompt"
+"""Column with what the teacher reads in place of the prompt."""
 RESPONSE_COLUMNS = ("response", "completion")  # the same
 ROLES = ("system", "user", "assistant", "tool")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
@@ -72,7 +74,8 @@ def load_prompts(
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     empty = [name for i, name in enumerate(features) if i and all(row[i] is None for row in rows)]
     for name, values in more.items():
-        data = data.add_column(name, values)
+        if any(value is not None for value in values):
+            data = data.add_column(name, values)
     return data.remove_columns(empty)
 
 
@@ -110,7 +113,10 @@ def _checked(
             first = first or (kind, f"{place} {number}")
             if kind != first[0]:
                 raise DataError(f"{kind}, but in {first[1]} {first[0]}; use one kind in all rows")
-            others = (read(row.get(name), f"the {name}") for name, read in also.items())
+            others = [read(row.get(name), f"the {name}") for name, read in also.items()]
+            own = dict(zip(also, others, strict=True)).get(TEACHER_PROMPT)
+            if own is not None and isinstance(own, str) != isinstance(prompt, str):
+                raise DataError(f"`{column}` and `{TEACHER_PROMPT}` are text and a conversation; use one kind for both")
             good.append((prompt, answer, _response(row) if responses else None, *others))
         except DataError as error:
             broken.append((number, f"  {place} {number}: {error}"))
@@ -233,14 +239,19 @@ def _columns(found: list[str], also: Iterable[str] = ()) -> list[str]:
     return [prompt, *(name for name in ("answer", response, *also) if name in found)]
 
 
-def _prompt(value: object) -> Any:
+def read_prompt(value: object, whose: str) -> Any:
+    """A prompt in a further column; None if a row has none."""
+    return None if value is None else _prompt(value, whose)
+
+
+def _prompt(value: object, whose: str = "the prompt") -> Any:
     """The text, or the messages with only role and content."""
     if isinstance(value, str):
-        return read_text(value, "the prompt")
+        return read_text(value, whose)
     if not isinstance(value, list) or not value:
-        raise DataError(f"the prompt is {value!r:.40}; write text or a list of messages")
+        raise DataError(f"{whose} is {value!r:.40}; write text or a list of messages")
     for place, message in enumerate(value, 1):
-        what = f"message {place} of the prompt"
+        what = f"message {place} of {whose}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError(f"{what} is not an object with role and content")
         if message["role"] not in ROLES:
@@ -249,7 +260,7 @@ def _prompt(value: object) -> Any:
             raise DataError(f"{what} has tool_calls, which are not supported; write them into its content")
         read_text(message["content"], what, may_be_blank=message["role"] != "user" and place < len(value))
     if value[-1]["role"] == "assistant":
-        raise DataError("the last message of the prompt is the assistant's; end with the user's turn")
+        raise DataError(f"the last message of {whose} is the assistant's; end with the user's turn")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

@@ -15,6 +15,7 @@ from trl.trainer.utils import create_model_from_path
 from topd.errors import TokenizerMismatchError, TOPDError
 from topd.loading.by_name import SAFE
 from topd.loading.models import loaded_model, model_to_train
+from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
 
 logger = get_logger(__name__)
@@ -22,7 +23,8 @@ logger = get_logger(__name__)
 
 ONE_MODEL = (
     "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Name another "
-    "teacher. (If the student is a PeftModel, the teacher is its base without the adapter.)"
+    "teacher. (If the student is a PeftModel, the teacher is its base without the adapter; teacher_model=self is for "
+    "self-distillation, with a teacher prompt.)"
 )
 NEW_ADAPTER = (
     "A new adapter starts as the base itself, so the token losses and their gradients start at 0. Pass a PeftModel "
@@ -72,7 +74,8 @@ def prepared_models(
     copy is cut; a loaded student is changed in place, which the notes report.
 
     Args:
-        student, teacher: a name, a folder, or a loaded model; the teacher may be None.
+        student, teacher: a name, a folder, or a loaded model; the teacher may be None, or "self": a frozen copy of the
+            student, or its base if adapters are trained.
         args: its `model_init_kwargs` and `teacher_model_init_kwargs` are completed.
         tokenizer: the student's; None: it is loaded from the student's folder or Hub name.
         peft: the `PeftConfig`, if new adapters are trained.
@@ -82,11 +85,18 @@ def prepared_models(
         TOPDError: student and teacher are the same model with all weights trained, or there is no tokenizer.
         TokenizerMismatchError: their tokenizers differ, or a head has too few rows for the tokenizer.
     """
-    student, teacher = model_to_train("student", student), model_to_train("teacher", teacher)
+    itself = isinstance(teacher, str) and teacher == SELF
+    student, teacher = model_to_train("student", student), None if itself else model_to_train("teacher", teacher)
     if isinstance(student, str):
         args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
     if isinstance(teacher, str):
         args.teacher_model_init_kwargs = SAFE | _dict(args.teacher_model_init_kwargs)
+    if itself:
+        student = _load_student(student, args, quantization) if isinstance(student, str) else student
+        args.teacher_model_init_kwargs = None
+        if peft is None and not is_peft_model(student):
+            return Prepared(student, copy.deepcopy(student).requires_grad_(False))
+        teacher = student
     if teacher is None:  # on a server
         return Prepared(student, teacher)
     if _same_name(student, teacher, args):
@@ -97,7 +107,7 @@ def prepared_models(
             args.teacher_model_init_kwargs = None
     if not (isinstance(student, str) or isinstance(teacher, str)) and trained_together(student, teacher):
         base = base_of_student(student, peft)
-        shared = (_shared_note(student), NEW_ADAPTER if peft is not None else "")
+        shared = (_shared_note(student), NEW_ADAPTER if peft is not None and not itself else "")
         return Prepared(student, base, tuple(filter(None, shared)), shared=True)
 
     trust, options = args.trust_remote_code, _dict(args.model_init_kwargs)

@@ -17,6 +17,7 @@ from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
+from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options, has_teacher_prompts
 from topd.near_future import DistilledModel, Rollouts
 from topd.runs.checkpoints import check_writable
 from topd.runs.console import Stopwatch
@@ -28,6 +29,7 @@ from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
 from topd.training.guidance import (
+    TEACHER_PROMPT_ENTRIES,
     guided_windows,
     pack,
     pack_states,
@@ -40,6 +42,7 @@ from topd.training.method import Method, StepContext
 from topd.training.models import BothModels, OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
+from topd.training.teacher_prompts import TeacherPrompts
 
 logger = get_logger(__name__)
 
@@ -47,7 +50,9 @@ KIND, OPD, TOPD = "topd_step", "opd", "topd"
 """Entry of the batch that says which loss a step has; without it, TRL's own."""
 
 
-class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, DistillationTrainer):
+class TOPDTrainer(
+    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, TeacherPrompts, DistillationTrainer
+):
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -64,7 +69,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
     Args:
         model: the student: a loaded model, a folder or a Hub name.
         teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
-            base without the adapter is the teacher, on the same weights. None: all of it is behind
+            base without the adapter is the teacher, on the same weights. "self": the student as it is before training,
+            behind a prompt of its own (docs/teacher_prompt.md). None: all of it is behind
             `teacher_model_server_url` (docs/remote_teachers.md).
 
     Raises:
@@ -95,6 +101,11 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         check_datasets(train_dataset, eval_dataset)
         check_writable(args)
+        self._prompted = has_teacher_prompts(args, train_dataset)
+        if self._prompted:
+            check_options(args)
+        elif isinstance(teacher_model, str) and teacher_model == SELF:
+            raise TOPDError(SAME_PROMPT)
         if teacher_model is None:
             check_without_weights(args)
         server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
@@ -111,6 +122,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
             raise ValueError(
                 f"method={args.method} works on text without tools so far; use method=opd for images or tools."
             )
+        self._refuse_prompts_beside_images()
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
@@ -171,7 +183,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
 
     def _for_opd(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What our own loss of plain OPD needs; nothing where TRL's is used."""
-        one_pass = self._in_one_pass() and self.model.training
+        one_pass = (self._in_one_pass() and self.model.training) or TEACHER_PROMPT_ENTRIES[0] in batch
         if self.teacher_model is not None and not one_pass and (self._is_vlm or self._trl_is_right(batch)):
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
