@@ -18,6 +18,7 @@ SECTIONS = {
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD and overhead",
     "teacher_model_server_url": "A teacher on a server",
+    "teacher_system_prompt": "The teacher's own prompt",
     "embedding": "Transport",
     "fork_rule": "Forks",
     "guidance_weight": "Guidance",

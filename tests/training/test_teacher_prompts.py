@@ -166,7 +166,7 @@ def test_the_loss_of_a_step_of_opd_and_of_the_evaluation_is_the_kl_between_both_
     for training in (True, False):
         trainer.model.train(training)
         batch = trainer._generate_and_score_completions(list(dataset))
-        losses.append(float(trainer.compute_loss(trainer.model, batch)))
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
     mask = batch["completion_mask"].bool()
     sizes, total = mask.sum(1).tolist(), 0.0
     with torch.no_grad():
@@ -229,6 +229,12 @@ def test_arguments_of_the_template_for_the_teacher(tmp_path):
     asked = chat()[0]["prompt"][0]["content"]
     assert batch["prompt_ids"][0].tolist() == ids(asked).tolist()
     assert batch["teacher_prompt_ids"][0].tolist() == ids(f"3+4? {asked}").tolist()
+
+
+def test_removing_unused_columns_leaves_the_teacher_s_prompt(tmp_path):
+    dataset = with_column("first ").add_column("note", ["unused"] * 16)
+    trainer = tiny_trainer(tmp_path, dataset=dataset, remove_unused_columns=True)
+    assert set(next(iter(trainer.get_train_dataloader()))[0]) == {"prompt", "teacher_prompt"}
 
 
 # The student as its own teacher
@@ -326,7 +332,7 @@ def test_the_commands_take_self_and_the_column(tmp_path, capsys):
     rows = list(with_column(CONTEXTS[2], 8))
     words = command(tmp_path, rows)
     assert main(["check", *words, "--samples", "2", "--max-new-tokens", "8", "--json"]) in (0, 1)
-    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     assert found["pair"]["verdict"] == found["teacher prompt"]["verdict"] == found["context"]["verdict"] == "ok"
     assert "the first reads 'what is 1+2×3? first 2×3=6" in found["teacher prompt"]["found"]
     assert "mean token loss 0.00" not in found["rollouts"]["found"]
@@ -337,10 +343,11 @@ def test_the_commands_take_self_and_the_column(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({}, "4 of 4 are those of the student"),
         ({"teacher_prompt": None}, "every token loss starts at 0"),
         ({"teacher_prompt": " "}, "line 1: the teacher_prompt is blank"),
         ({"teacher_prompt": [{"role": "user", "content": "first "}]}, "text and a conversation; use one kind"),
-        ({"teacher_prompt": CONTEXTS[2] * 20}, "The teacher's prompt of row 0"),
+        ({"teacher_prompt": CONTEXTS[2] * 20}, "The teacher's prompt (row 0) of"),
     ],
 )
 def test_the_check_before_training_names_what_is_wrong(tmp_path, capsys, change, message):

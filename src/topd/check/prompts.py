@@ -9,7 +9,6 @@ from topd.check.setup import Setup
 from topd.errors import ContextError
 from topd.loading.dataset_checks import step_size
 from topd.loading.prompts import prompt_text
-from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options
 from topd.loading.tokenizers import check_context
 
 
@@ -28,7 +27,7 @@ def sample(setup: Setup) -> Finding:
     found = (
         f"{len(setup.prompts):,} prompts ({'messages' if setup.conversational else 'text'}), {answers:,} with answers; "
         f"{min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; the first reads "
-        f"{_shown(first)}"
+        f"{shown(first)}"
     )
     if beginning := _beginning(setup):
         return Finding("data", "warning", f"{beginning[0]}; {found}", beginning[1])
@@ -61,33 +60,7 @@ def _beginning(setup: Setup) -> tuple[str, str] | None:
     return None
 
 
-def teacher_prompt(setup: Setup) -> Finding | None:
-    """The first of the teacher's own prompts. An error where one is empty, or where `self` has none.
-
-    Raises:
-        TOPDError: options do not fit, a row has no prompt for the teacher, or the chat template fails.
-    """
-    name, itself = "teacher prompt", setup.config.teacher_model_name_or_path == SELF
-    if not setup.prompted:
-        found, _, remedy = SAME_PROMPT.partition(". ")
-        return Finding(name, "error", found, remedy) if itself else None
-    check_options(setup.config)
-    lengths = [len(ids) for ids in setup.teacher_sample.values()]
-    if not min(lengths):
-        return Finding(name, "error", f"{lengths.count(0):,} of {len(lengths):,} have no tokens", "Fix these rows.")
-    first = str(setup.student.tokenizer.decode(next(iter(setup.teacher_sample.values()))))
-    same = sum(ids == setup.sample.get(row) for row, ids in setup.teacher_sample.items())
-    found = f"{min(lengths)} to {max(lengths)} tokens; the first reads {_shown(first)}"
-    if same:
-        return Finding(
-            name, "error" if itself and same == len(lengths) else "warning",
-            f"{same:,} of {len(lengths):,} are those of the student; {found}",
-            "Both models then read the same: check the column teacher_prompt, or the options that change it.",
-        )  # fmt: skip
-    return ok(name, found)
-
-
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """The beginning and the end of a text."""
     return f"{text if len(text) <= 240 else text[:160] + ' ... ' + text[-60:]!r}"
 
@@ -111,9 +84,9 @@ def context(setup: Setup) -> Finding:
     longest = max(setup.sample.values(), key=len)
     response, window = config.max_completion_length or 0, config.window_length if config.looks_ahead else 0
     row, theirs = max(setup.teacher_sample.items(), key=lambda item: len(item[1]))
-    what = f"The teacher's prompt of row {row}, of a length" if setup.prompted else "A prompt"
+    what = f"The teacher's prompt (row {row}) of" if setup.prompted else "A prompt of"
     try:
-        for model, ids, whose in zip(setup.pair, (longest, theirs), ("A prompt", what), strict=True):
+        for model, ids, whose in zip(setup.pair, (longest, theirs), ("A prompt of", what), strict=True):
             configs = {model.role: model.config}
             check_context(len(ids), str(tokenizer.decode(ids)), response, window, configs, what=whose)
     except ContextError as error:

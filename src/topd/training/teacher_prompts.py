@@ -51,7 +51,7 @@ class TeacherPrompts(DistillationTrainer):
         for row, theirs in zip(inputs, ids, strict=True):
             check_context(
                 len(theirs), self._tokenizer.decode(theirs), self.max_completion_length or 0, window,
-                self._contexts_of_teacher(row), what=f"The teacher's prompt for {row['prompt']!r:.160}",
+                self._contexts_of_teacher(row), what=f"The teacher's prompt for {row['prompt']!r:.160} of",
             )  # fmt: skip
         return ids
 
