@@ -6,7 +6,8 @@ from types import ModuleType
 
 from topd.embedded.task import is_correct, read_problem
 from topd.embedded.tokenizer import build_tokenizer
-from topd.loading.data import TEACHER_PROMPT, load_prompts, read_prompt
+from topd.loading.data import load_prompts
+from topd.loading.rows import TEACHER_PROMPT, read_teacher_prompt
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "self_distillation.py"
 
@@ -17,7 +18,7 @@ def test_the_solution_is_in_the_teacher_s_prompt_only_and_the_data_teaches_to_us
     module.main(tmp_path, count=60)
     tokenizer = build_tokenizer()
     for name in ("train", "held-out"):
-        rows = load_prompts(str(tmp_path / f"{name}.jsonl"), also={TEACHER_PROMPT: read_prompt})
+        rows = load_prompts(str(tmp_path / f"{name}.jsonl"), also={TEACHER_PROMPT: read_teacher_prompt})
         for row in rows:
             problem = read_problem(row["prompt"])
             assert problem is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topd.errors import DataError
-from topd.loading.data import PROMPT_COLUMNS, TEACHER_PROMPT
+from topd.loading.rows import PROMPT_COLUMNS, TEACHER_PROMPT
 from topd.loading.teacher_prompts import columns_of
 
 COLUMN = "prompt"
@@ -65,7 +65,7 @@ def check_one(dataset: Any, name: str = "train_dataset") -> None:
 
 def check_prompts(prompts: Iterable[Any], name: str = "train_dataset") -> None:
     """Raise `DataError`, naming rows from 0, unless every prompt is text or messages."""
-    _refuse([_fault(prompt) for prompt in prompts], f"{name} has prompts", "text, or messages with role and content")
+    _refuse([_fault(prompt) for prompt in prompts], f"{name} has prompts")
 
 
 def check_teacher_prompts(prompts: Iterable[Any], own: Iterable[Any], name: str = "train_dataset") -> None:
@@ -75,16 +75,17 @@ def check_teacher_prompts(prompts: Iterable[Any], own: Iterable[Any], name: str 
         _fault(theirs) or (other if isinstance(prompt, str) != isinstance(theirs, str) else None)
         for prompt, theirs in zip(prompts, own, strict=True)
     ]
-    _refuse(faults, f"{name} has teacher prompts (column {TEACHER_PROMPT})", "text, or messages with role and content")
+    _refuse(faults, f"{name} has teacher prompts (column {TEACHER_PROMPT})")
 
 
-def _refuse(faults: Sequence[str | None], what: str, remedy: str) -> None:
+def _refuse(faults: Sequence[str | None], what: str) -> None:
     """Raise `DataError` if a row has a fault."""
     broken = [f"row {row}: {fault}" for row, fault in enumerate(faults) if fault]
     if broken:
         more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise DataError(
-            f"{what} that cannot be used: {'; '.join(broken[:3])}{more}. Fix or remove these rows: {remedy}."
+            f"{what} that cannot be used: {'; '.join(broken[:3])}{more}. Fix or remove these rows: text, or messages "
+            "with role and content."
         )
 
 
@@ -112,10 +113,14 @@ def _fault(prompt: Any) -> str | None:
 
 
 def step_size(args: Any) -> tuple[int, str]:
-    """Prompts per optimizer step, and how the number is computed."""
-    sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    step = math.prod(sizes)
-    return step, f"a step takes {step:,} prompts ({' x '.join(map(str, sizes))}: per device, accumulated, processes)"
+    """Prompts per batch of rollouts, which is one optimizer step by default, and how the number is computed."""
+    accumulated = args.gradient_accumulation_steps
+    together = getattr(args, "generation_steps", accumulated)
+    sizes = args.per_device_train_batch_size, together, args.world_size
+    count, product = math.prod(sizes), " x ".join(map(str, sizes))
+    if together == accumulated:
+        return count, f"a step takes {count:,} prompts ({product}: per device, accumulated, processes)"
+    return count, f"a generation takes {count:,} prompts ({product}: per device, steps_per_generation, processes)"
 
 
 def check_enough(dataset: Any, args: Any) -> None:
@@ -126,5 +131,5 @@ def check_enough(dataset: Any, args: Any) -> None:
     if hasattr(dataset, "__len__") and len(dataset) < step:
         raise DataError(
             f"{found[0].upper()}{found[1:]}, and train_dataset has {len(dataset):,}: there would be no step. Add "
-            "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps."
+            "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation."
         )

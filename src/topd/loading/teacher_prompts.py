@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import TOPDError
-from topd.loading.data import TEACHER_PROMPT
 from topd.loading.prompts import prompt_ids
+from topd.loading.rows import TEACHER_PROMPT
 
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
@@ -42,6 +42,10 @@ def check_options(args: TOPDConfig) -> None:
     """Raise `TOPDError` for options that need TRL's loss, which passes one prompt to both models."""
     if args.opd_loss == "trl" and not args.looks_ahead:
         raise TOPDError("opd_loss=trl reads one prompt with both models; a teacher prompt needs auto or one_pass.")
+    if args.max_informative_tokens is not None:
+        raise TOPDError(
+            "max_informative_tokens reads one prompt with both models: leave it out, or the teacher prompt."
+        )
     if args.beta not in (0.0, 1.0):
         raise TOPDError(f"A teacher prompt needs beta 1 (reverse KL) or 0 (forward KL); got beta={args.beta:g}.")
 

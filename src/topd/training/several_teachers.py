@@ -20,7 +20,6 @@ from topd.loading.sharding import held_whole, shard_teacher
 from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import compare_tokenizers
 from topd.teachers.from_options import contexts
-from topd.teachers.prompted import PromptedTeacher
 from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
 from topd.training.config import TOPDConfig
@@ -104,7 +103,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
     def _teacher(self) -> Teacher:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
-        return PromptedTeacher(self._routed)
+        return self._behind_its_prompt(self._routed)
 
     def _contexts_of_teacher(self, row: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
         number = self._numbers.get(str(row.get(COLUMN)), 0)  # a name without a teacher is refused later

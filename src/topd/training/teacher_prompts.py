@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
-from topd.loading.data import TEACHER_PROMPT
 from topd.loading.dataset_checks import check_teacher_prompts, check_tokens
+from topd.loading.rows import TEACHER_PROMPT
 from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.near_future.padding import left_padded
