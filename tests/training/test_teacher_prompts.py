@@ -295,9 +295,10 @@ def test_a_teacher_s_prompt_that_does_not_fit_is_named_with_its_row(tmp_path):
     [
         ({"method": "opd", "opd_loss": "trl"}, "opd_loss=trl reads one prompt"),
         ({"method": "opd", "beta": 0.5}, "beta 1"),
+        ({"max_informative_tokens": 5}, "max_informative_tokens reads one prompt"),
     ],
 )
-def test_options_of_trl_s_loss_are_refused(tmp_path, options, message):
+def test_options_that_read_one_prompt_with_both_models_are_refused(tmp_path, options, message):
     with pytest.raises(TOPDError, match=message):
         tiny_trainer(tmp_path, dataset=with_column("first "), **options)
 
@@ -345,7 +346,7 @@ def test_the_commands_take_self_and_the_column(tmp_path, capsys):
     [
         ({}, "4 of 4 are those of the student"),
         ({"teacher_prompt": None}, "every token loss starts at 0"),
-        ({"teacher_prompt": " "}, "line 1: the teacher_prompt is blank"),
+        ({"teacher_prompt": " "}, "line 1: `teacher_prompt` is blank"),
         ({"teacher_prompt": [{"role": "user", "content": "first "}]}, "text and a conversation; use one kind"),
         ({"teacher_prompt": CONTEXTS[2] * 20}, "The teacher's prompt (row 0) of"),
     ],
