@@ -20,6 +20,7 @@ SECTIONS = {
     "opd_loss": "Plain OPD and overhead",
     "num_iterations": "Rollouts",
     "teacher_model_server_url": "A teacher on a server",
+    "teacher_system_prompt": "The teacher's own prompt",
     "embedding": "Transport",
     "fork_rule": "Forks",
     "guidance_weight": "Guidance",

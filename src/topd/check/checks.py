@@ -26,6 +26,7 @@ QUICK: dict[str, Callable[[Setup], Finding | None]] = {
     "output heads": tokens.heads,
     "chat templates": tokens.templates,
     "data": prompts.sample,
+    "teacher prompt": optional.teacher_prompt,
     "batch": prompts.batch,
     "context": prompts.context,
     "precision": machine.precision,

@@ -116,9 +116,10 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
         teacher = replace(teacher, parameters=0, layers=0, hidden=0, cache=CacheSize((), 0.0, 0.0))
     rollouts = config.per_device_train_batch_size
     at_once = rollouts * config.gradient_accumulation_steps  # sampled and looked at together
-    prompt = max(map(len, setup.sample.values()))
+    prompt, teacher_prompt = (max(map(len, sample.values())) for sample in (setup.sample, setup.teacher_sample))
     response = config.max_completion_length or 0
     tokens, response_tokens = prompt + response, response * at_once
+    widest = max(prompt, teacher_prompt) + response
     trained = student.parameters * (0.01 if setup.adapters else 1)
     optimizer = str(getattr(config.optim, "value", config.optim))
     state = next((size for name, size in _STATES.items() if name in optimizer), 2 * student.bytes)
@@ -147,7 +148,7 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
             "logits": 2.0 * at_once * student.vocabulary * 4,
         },
         "looking ahead": {
-            "keys and values": min(config.window_memory * GIB, at_once * tokens * prefix)
+            "keys and values": min(config.window_memory * GIB, at_once * widest * prefix)
             if config.looks_ahead
             else 0.0,
             "windows": at_once * windows * prefix + branches * max(student.cache.states, teacher.cache.states),

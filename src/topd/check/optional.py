@@ -1,4 +1,4 @@
-"""Checks of what only some runs use: libraries, adapters, evaluation, the Hub, the teacher's server."""
+"""Checks of what only some runs use: libraries, adapters, evaluation, the Hub, the teacher's prompt and server."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import get_available_reporting_integrations
 
 from topd.check.findings import Finding, ok
+from topd.check.prompts import shown
 from topd.check.setup import Setup
 from topd.evaluation.benchmarks import INSTRUCTION
 from topd.loading.adapters import base_of, is_adapter
 from topd.loading.shared_base import ONE_MODEL, two_adapters
+from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 from topd.training.held_out import HeldOut, check_best_metric, problems_of
 
@@ -30,11 +32,40 @@ def one_model(setup: Setup) -> Finding | None:
     """Whether student and teacher are the same weights."""
     ours, theirs = setup.pair
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
+    if setup.config.teacher_model_name_or_path == SELF:
+        start = "the student's base, without the adapter" if setup.adapters else "the student as it is before training"
+        return ok("pair", f"the teacher is {start}, behind its own prompt")
     new_adapter = setup.adapters and not is_adapter(ours.folder)
     if ours.folder != theirs.folder or len(revisions) > 1 or new_adapter or not setup.teacher_here:
         return None
     found, _, remedy = ONE_MODEL.format(what=f"model, {ours.name}").partition(". ")
     return Finding("pair", "error", found, remedy)
+
+
+def teacher_prompt(setup: Setup) -> Finding | None:
+    """The first of the teacher's own prompts. An error where one is empty, or where `self` has none.
+
+    Raises:
+        TOPDError: options do not fit, a row has no prompt for the teacher, or the chat template fails.
+    """
+    name, itself = "teacher prompt", setup.config.teacher_model_name_or_path == SELF
+    if not setup.prompted:
+        found, _, remedy = SAME_PROMPT.partition(". ")
+        return Finding(name, "error", found, remedy) if itself else None
+    check_options(setup.config)
+    lengths = [len(ids) for ids in setup.teacher_sample.values()]
+    if not min(lengths):
+        return Finding(name, "error", f"{lengths.count(0):,} of {len(lengths):,} have no tokens", "Fix these rows.")
+    first = str(setup.student.tokenizer.decode(next(iter(setup.teacher_sample.values()))))
+    same = sum(ids == setup.teacher_sample[row] for row, ids in setup.sample.items())
+    found = f"{min(lengths)} to {max(lengths)} tokens; the first reads {shown(first)}"
+    if same:
+        return Finding(
+            name, "error" if itself and same == len(setup.sample) else "warning",
+            f"{same:,} of {len(setup.sample):,} are those of the student; {found}",
+            "Both models then read the same: check the column teacher_prompt, or the options that change it.",
+        )  # fmt: skip
+    return ok(name, found)
 
 
 def libraries(setup: Setup) -> Finding | None:

@@ -27,7 +27,7 @@ def sample(setup: Setup) -> Finding:
     found = (
         f"{len(setup.prompts):,} prompts ({'messages' if setup.conversational else 'text'}), {answers:,} with answers; "
         f"{min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; the first reads "
-        f"{first if len(first) <= 240 else first[:160] + ' ... ' + first[-60:]!r}"
+        f"{shown(first)}"
     )
     if beginning := _beginning(setup):
         return Finding("data", "warning", f"{beginning[0]}; {found}", beginning[1])
@@ -60,6 +60,11 @@ def _beginning(setup: Setup) -> tuple[str, str] | None:
     return None
 
 
+def shown(text: str) -> str:
+    """The beginning and the end of a text."""
+    return f"{text if len(text) <= 240 else text[:160] + ' ... ' + text[-60:]!r}"
+
+
 def batch(setup: Setup) -> Finding:
     """Number of steps. Only whole batches are trained on, so there must be prompts for one."""
     config = setup.config
@@ -79,11 +84,12 @@ def context(setup: Setup) -> Finding:
     config, tokenizer = setup.config, setup.student.tokenizer
     longest = max(setup.sample.values(), key=len)
     response, window = config.max_completion_length or 0, config.window_length if config.looks_ahead else 0
+    row, theirs = max(setup.teacher_sample.items(), key=lambda item: len(item[1]))
+    what = f"The teacher's prompt (row {row}) of" if setup.prompted else "A prompt of"
     try:
-        check_context(
-            len(longest), str(tokenizer.decode(longest)), response, window,
-            {model.role: model.config for model in setup.pair},
-        )  # fmt: skip
+        for model, ids, whose in zip(setup.pair, (longest, theirs), ("A prompt of", what), strict=True):
+            configs = {model.role: model.config}
+            check_context(len(ids), str(tokenizer.decode(ids)), response, window, configs, what=whose)
     except ContextError as error:
         found, _, remedy = str(error).partition(". ")
         return Finding("context", "error", found, remedy)
@@ -92,4 +98,7 @@ def context(setup: Setup) -> Finding:
         for model in setup.pair
     )
     needed = len(longest) + response + window
-    return ok("context", f"{len(longest)} prompt + {response} response + {window} window = {needed} tokens of {limits}")
+    own = f"; the teacher's own prompt has {len(theirs)}" if setup.prompted else ""
+    return ok(
+        "context", f"{len(longest)} prompt + {response} response + {window} window = {needed} tokens of {limits}{own}"
+    )

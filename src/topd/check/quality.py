@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from topd.check.setup import Setup
 from topd.embedded.task import read_problem
 from topd.evaluation.answers import Rule, verdict
 from topd.near_future import Rollouts
+from topd.near_future.generation import padding_id
+from topd.near_future.padding import left_padded
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.near_future.ways import notice_of, ways_of
 
@@ -28,11 +32,16 @@ JUDGED: dict[Rule, str] = {
 
 
 def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
-    """The student's responses to prompts spread over the data."""
-    return sample_rollouts(
-        student, setup.student.tokenizer, _prompts(setup, spread(setup, count), student),
+    """The student's responses to prompts spread over the data, with what the teacher reads before them."""
+    rows = spread(setup, count)
+    rollouts = sample_rollouts(
+        student, setup.student.tokenizer, _prompts(setup.sample, rows, student),
         max_new_tokens=max_new_tokens, temperature=setup.config.temperature,
     )  # fmt: skip
+    if not setup.prompted:
+        return rollouts
+    ids, mask = left_padded(_prompts(setup.teacher_sample, rows, student), padding_id(setup.student.tokenizer))
+    return replace(rollouts, teacher_prompt_ids=ids, teacher_prompt_mask=mask)
 
 
 def spread(setup: Setup, count: int) -> list[int]:
@@ -41,9 +50,9 @@ def spread(setup: Setup, count: int) -> list[int]:
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
 
 
-def _prompts(setup: Setup, rows: list[int], model: Any) -> list[torch.Tensor]:
+def _prompts(sample: Mapping[int, list[int]], rows: list[int], model: Any) -> list[torch.Tensor]:
     device = next(model.parameters()).device
-    return [torch.tensor(setup.sample[row], device=device) for row in rows]
+    return [torch.tensor(sample[row], device=device) for row in rows]
 
 
 def ways(student: Any, teacher: Any) -> Finding:
@@ -64,7 +73,7 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
     """Mean token loss, the teacher's log-likelihood of the student's responses, and how many responses do not end."""
     models = local_pair(student, teacher, setup.student.tokenizer, micro_batch=4)
     mask = rollouts.loss_mask.bool()
-    hidden = [model.hidden(rollouts)[mask] for model in models]
+    hidden = [models[0].hidden(rollouts)[mask], models[1].hidden(rollouts.as_teacher_reads)[mask]]
     scores = score_tokens(
         hidden[0], models[0].head(), hidden[1], models[1].head(), rollouts.response_ids[mask], "reverse"
     )
@@ -108,8 +117,8 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
             "pip install 'topd[eval]'.",
         )  # fmt: skip
     tokenizer, right = setup.student.tokenizer, {}
-    for role, model in (("student", student), ("teacher", teacher)):
-        prompts = _prompts(setup, rows, model)
+    for role, model, sample in (("student", student, setup.sample), ("teacher", teacher, setup.teacher_sample)):
+        prompts = _prompts(sample, rows, model)
         responses = sample_rollouts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0)
         texts = tokenizer.batch_decode(responses.response_ids, skip_special_tokens=True)
         right[role] = sum(

@@ -12,8 +12,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from topd.embedded.pair import resolve_model
 from topd.errors import DataError, TOPDError
 from topd.loading.adapters import weights_of
+from topd.loading.dataset_checks import check_teacher_prompts
 from topd.loading.models import load_config
 from topd.loading.prompts import prompt_ids
+from topd.loading.teacher_prompts import by_options, teacher_prompt_ids
 from topd.loading.tokenizers import tokenizer_of
 from topd.near_future.generation import end_token_ids
 from topd.training.config import TOPDConfig
@@ -63,6 +65,7 @@ class Setup:
         one_base: whether student and teacher are on one set of weights.
         teacher_here: whether the teacher's weights are available; else `teacher` describes what the server serves.
         model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
+        teacher_prompts: the column of that name; None: there is none.
         evaluation: number of prompts for the evaluation loss, or why they cannot be read; None if there are none.
     """
 
@@ -78,6 +81,7 @@ class Setup:
     teacher_here: bool = True
     model: Any = None
     evaluation: int | DataError | None = None
+    teacher_prompts: Sequence[Any] | None = None
 
     @property
     def pair(self) -> tuple[ModelInfo, ModelInfo]:
@@ -103,6 +107,30 @@ class Setup:
         longest = max(range(len(self.prompts)), key=lambda i: _characters(self.prompts[i]))
         rows = {i: self.prompts[i] for i in [*chosen, longest]}
         return {i: prompt_ids(self.student.tokenizer, row, self.template_options) for i, row in rows.items()}
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the teacher has a prompt of its own."""
+        return by_options(self.config) or self.teacher_prompts is not None
+
+    @cached_property
+    def teacher_sample(self) -> dict[int, list[int]]:
+        """What the teacher reads: `sample` where it has no prompts of its own, else the same rows of its prompts and
+        the longest of them last.
+
+        Raises:
+            DataError: a row has none.
+            TOPDError: the chat template fails.
+        """
+        if not self.prompted:
+            return self.sample
+        own = self.teacher_prompts
+        if own is not None:
+            check_teacher_prompts(self.prompts, own, self.data)
+        longest = max(range(len(self.prompts)), key=lambda i: _characters((own or self.prompts)[i]))
+        rows = dict.fromkeys([*self.sample, longest])
+        prompts = {i: None if own is None else own[i] for i in rows}
+        return {i: teacher_prompt_ids(self.student.tokenizer, self.prompts[i], prompts[i], self.config) for i in rows}
 
 
 def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:

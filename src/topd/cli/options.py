@@ -198,6 +198,7 @@ def prompts(
 ) -> Any:
     """A dataset of prompts and answers, from a source or the embedded task; see `load_prompts`."""
     from topd.embedded.task import DATA, make_problems
+    from topd.loading.rows import TEACHER_PROMPT
 
     if not isinstance(source, str) or source not in DATA:
         from topd.loading.data import PLAIN, load_prompts
@@ -209,7 +210,8 @@ def prompts(
         raise TOPDError("The embedded task has no given responses. Name a file that has them: --data FILE.jsonl.")
     if limit is not None and not 0 < limit <= MOST_EMBEDDED:
         raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
-    absent = [f"column {name}" for name in (*(also or ()), form and form.column) if name]
+    wanted = (*(also or ()), form and form.column)  # teacher prompts are optional
+    absent = [f"column {name}" for name in wanted if name and name != TEACHER_PROMPT]
     absent += ["system prompt"] if form and form.system is not None else []
     if absent:
         raise TOPDError(f"The embedded task has no {absent[0]}. Name a file that has it: --data FILE.jsonl.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from topd.runs.sole_writer import sole_writer
 from topd.visible import visible
 
 if TYPE_CHECKING:
-    from topd.check.setup import Setup
+    from topd.check.setup import ModelInfo, Setup
 
 
 @dataclass
@@ -71,21 +71,19 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     from topd.embedded.pair import resolve_model
     from topd.loading.by_name import load_by_name
     from topd.loading.data import source_name
-    from topd.loading.rows import read_text
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
     from topd.runs.console import print_log_lines, print_summary, where_to_look
-    from topd.training.several_teachers import COLUMN, MOPDTrainer
+    from topd.training.several_teachers import MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 
     student, teachers = named(config, model)
     teacher_name = next(iter(teachers.values()), None)
     kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
-    also = {COLUMN: read_text} if config.teachers else None
     data.data = data_source(data.data, student, *teachers.values())
     record = start_record(words, data, config, model)
     check_streaming(data, config)
-    train_dataset = load(data, also)
+    train_dataset = load(data, config)
     eval_dataset = evaluation_prompts(data) if data.eval_data else None
     resume = resume_from(config)
     if data.preflight:
@@ -119,7 +117,7 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
 def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     """The student, and the teachers by their names in the data ("" for a single one); none if it is on a server."""
     one = {"": config.teacher_model_name_or_path} if config.teacher_model_name_or_path else {}
-    teachers = dict(config.teachers or {}) or one
+    teachers: dict[str, str] = dict(config.teachers or {}) or one
     if not model.model_name_or_path or not (teachers or config.teacher_model_server_url):
         raise TOPDError(
             "Name the student and the teacher: --student and --teacher (a folder, a Hub name, or embedded:long-student "
@@ -156,8 +154,12 @@ def check_streaming(data: DataArguments, config: Any) -> None:
         raise TOPDError("The embedded task is drawn at once: leave data_streaming out.")
 
 
-def load(data: DataArguments, also: Any = None) -> Any:
-    """The training prompts: a dataset, or a stream."""
+def load(data: DataArguments, config: Any) -> Any:
+    """The training prompts: a dataset, or a stream; with each row's teacher where there are several."""
+    from topd.loading.rows import TEACHER_PROMPT, read_teacher_prompt, read_text
+    from topd.training.several_teachers import COLUMN
+
+    also: Any = {TEACHER_PROMPT: read_teacher_prompt} | ({COLUMN: read_text} if config.teachers else {})
     if not data.data_streaming:
         return prompts(data.data, data.data_split, data.data_limit, also=also, form=form_of(data))
     from topd.loading.data import stream_prompts
@@ -167,7 +169,10 @@ def load(data: DataArguments, also: Any = None) -> Any:
 
 
 def evaluation_prompts(data: DataArguments) -> Any:
-    return prompts(data.eval_data, data.data_split, data.data_limit, form=form_of(data))
+    from topd.loading.rows import TEACHER_PROMPT, read_teacher_prompt
+
+    also = {TEACHER_PROMPT: read_teacher_prompt}
+    return prompts(data.eval_data, data.data_split, data.data_limit, also=also, form=form_of(data))
 
 
 # The checks before it
@@ -193,7 +198,9 @@ def setups_of(
     from topd.loading.adapters import is_adapter
     from topd.loading.data import source_name
     from topd.loading.dataset_checks import step_size
+    from topd.loading.rows import TEACHER_PROMPT
     from topd.loading.shared_base import share_base
+    from topd.loading.teacher_prompts import SELF
 
     name, teachers = named(config, model)
     trust = config.trust_remote_code
@@ -206,24 +213,34 @@ def setups_of(
             raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
     data.data = data_source(data.data, name, *teachers.values())
     check_streaming(data, config)
-    dataset = dataset if dataset is not None else load(data)
+    dataset = dataset if dataset is not None else load(data, config)
     if data.data_streaming:  # enough rows for the checks
         dataset = Dataset.from_list(list(dataset.take(max(1024, step_size(config)[0]))))
     student = describe("student", name, trust, model.model_revision)
+
+    def described(teacher: str) -> ModelInfo:
+        if teacher == SELF:
+            return replace(student, role="teacher")
+        return describe("teacher", teacher, trust, config.teacher_model_revision)
+
+    quantization = get_quantization_config(model)
     return {
         key: Setup(
             student,
-            describe("teacher", teacher, trust, config.teacher_model_revision),
+            described(teacher),
             config,
             dataset["prompt"][:],
             dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset),
             source_name(data.data),
             {role: dtype or "auto" for role, dtype in dtypes.items()},
             adapters=model.use_peft or is_adapter(name),
-            one_base=share_base(name, teacher, config, get_peft_config(model), get_quantization_config(model)),
+            one_base=share_base(
+                name, name if teacher == SELF else teacher, config, get_peft_config(model), quantization
+            ),
             teacher_here=teacher_here,
             model=model,
             evaluation=_evaluation(data) if evaluation is None else len(evaluation),
+            teacher_prompts=dataset[TEACHER_PROMPT][:] if TEACHER_PROMPT in dataset.column_names else None,
         )
         for key, teacher in teachers.items()
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from topd.errors import DataError
 from topd.lm.pair import data_file
 from topd.loading.readers import by_line, reader_of
-from topd.loading.rows import DataForm
+from topd.loading.rows import TEACHER_PROMPT, DataForm
 
 if TYPE_CHECKING:
     import datasets
@@ -52,7 +52,7 @@ def load_prompts(
     _check_one_kind({name: loaded[0][0] for name, loaded in rows.items()})
     columns = ("prompt", "answer", "response", *also)
     empty = [
-        each for i, each in enumerate(columns[:3]) if all(row[i] is None for loaded in rows.values() for row in loaded)
+        each for i, each in enumerate(columns) if all(row[i] is None for loaded in rows.values() for row in loaded)
     ]
 
     def dataset(name: str) -> datasets.Dataset:
@@ -85,10 +85,13 @@ def stream_prompts(
     text = datasets.Value("string")
     features: Any = dict(_features(next(iter(first.values()))[0]))
     del features["response"]
+    if all(dict(zip(also, row[3:], strict=True)).get(TEACHER_PROMPT) is None for row in first.values()):
+        also.pop(TEACHER_PROMPT, None)
+    others = dict.fromkeys(also, text) | {name: features["prompt"] for name in also if name == TEACHER_PROMPT}
 
     def stream(name: str) -> datasets.IterableDataset:
         given = {"name": name, "split": split, "also": also, "form": form, "is_text": isinstance(first[name][0], str)}
-        columns = datasets.Features(features | dict.fromkeys(also, text))
+        columns = datasets.Features(features | others)
         return datasets.IterableDataset.from_generator(_streamed, gen_kwargs=given, features=columns)
 
     data = _mixed([([stream(name) for name in names], weight) for names, weight in parts])
@@ -191,6 +194,9 @@ def _rows(
                 if kind != first[0]:
                     raise DataError(f"{kind}, but in {first[1]} {first[0]}; use one kind in all rows")
                 others = [read(row.get(name), f"the {name}") for name, read in also.items()]
+                own = dict(zip(also, others, strict=True)).get(TEACHER_PROMPT)
+                if own is not None and isinstance(own, str) != isinstance(prompt, str):
+                    raise DataError(f"`{column}` and `{TEACHER_PROMPT}` are text and a conversation; use one kind")
                 yield f"{place} {number}", (prompt, answer, response, *others)
             except DataError as error:
                 if streaming:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topd.errors import DataError
-from topd.loading.rows import PROMPT_COLUMNS
+from topd.loading.rows import PROMPT_COLUMNS, TEACHER_PROMPT
+from topd.loading.teacher_prompts import columns_of
 
 COLUMN = "prompt"
 _REMEDIES = {
@@ -24,9 +25,15 @@ def check_datasets(train: Any, evaluation: Any) -> None:
         parts |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
     else:
         parts["eval_dataset"] = evaluation
+    parts = {name: dataset for name, dataset in parts.items() if dataset is not None}
     for name, dataset in parts.items():
-        if dataset is not None:
-            check_dataset(dataset, name)
+        check_dataset(dataset, name)
+    without = [name for name, dataset in parts.items() if TEACHER_PROMPT not in columns_of(dataset)]
+    if 0 < len(without) < len(parts):
+        raise DataError(
+            f"{', '.join(without)} has no column {TEACHER_PROMPT!r}, and another dataset has: their losses would not "
+            "be comparable. Add it, or remove it from the other."
+        )
 
 
 def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
@@ -43,6 +50,8 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
         raise DataError(f"{name} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}. {remedy}.")
     if columns is not None and hasattr(dataset, "__len__"):
         check_prompts(dataset[COLUMN], name)
+        if TEACHER_PROMPT in columns:
+            check_teacher_prompts(dataset[COLUMN], dataset[TEACHER_PROMPT], name)
 
 
 def check_one(dataset: Any, name: str = "train_dataset") -> None:
@@ -56,12 +65,27 @@ def check_one(dataset: Any, name: str = "train_dataset") -> None:
 
 def check_prompts(prompts: Iterable[Any], name: str = "train_dataset") -> None:
     """Raise `DataError`, naming rows from 0, unless every prompt is text or messages."""
-    broken = [f"row {row}: {found}" for row, prompt in enumerate(prompts) if (found := _fault(prompt))]
+    _refuse([_fault(prompt) for prompt in prompts], f"{name} has prompts")
+
+
+def check_teacher_prompts(prompts: Iterable[Any], own: Iterable[Any], name: str = "train_dataset") -> None:
+    """Raise `DataError`, naming rows from 0, unless every teacher's prompt is text or messages, as its row's prompt."""
+    other = "text and messages; use one kind in both columns"
+    faults = [
+        _fault(theirs) or (other if isinstance(prompt, str) != isinstance(theirs, str) else None)
+        for prompt, theirs in zip(prompts, own, strict=True)
+    ]
+    _refuse(faults, f"{name} has teacher prompts (column {TEACHER_PROMPT})")
+
+
+def _refuse(faults: Sequence[str | None], what: str) -> None:
+    """Raise `DataError` if a row has a fault."""
+    broken = [f"row {row}: {fault}" for row, fault in enumerate(faults) if fault]
     if broken:
         more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise DataError(
-            f"{name} has prompts that cannot be used: {'; '.join(broken[:3])}{more}. Fix or remove these rows: text, "
-            "or messages with role and content."
+            f"{what} that cannot be used: {'; '.join(broken[:3])}{more}. Fix or remove these rows: text, or messages "
+            "with role and content."
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 from trl.trainer.utils import create_model_from_path
 
@@ -27,6 +29,7 @@ from topd.loading.shared_base import (
     teacher_on_base,
     trained_together,
 )
+from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
 
 logger = get_logger(__name__)
@@ -73,7 +76,8 @@ def prepared_models(
     copy is cut; a loaded student is changed in place, which the notes report.
 
     Args:
-        student, teacher: a name, a folder, or a loaded model; the teacher may be None.
+        student, teacher: a name, a folder, or a loaded model; the teacher may be None, or "self": a frozen copy of the
+            student, or its base if adapters are trained.
         args: its `model_init_kwargs` and `teacher_model_init_kwargs` are completed.
         tokenizer: the student's; None: it is loaded from the student's folder or Hub name.
         peft: the `PeftConfig`, if new adapters are trained.
@@ -83,9 +87,12 @@ def prepared_models(
         TOPDError: student and teacher are the same model with all weights trained, or there is no tokenizer.
         TokenizerMismatchError: their tokenizers differ, or a head has too few rows for the tokenizer.
     """
-    student, teacher = model_to_train("student", student), model_to_train("teacher", teacher)
+    itself = isinstance(teacher, str) and teacher == SELF
+    student, teacher = model_to_train("student", student), None if itself else model_to_train("teacher", teacher)
     if isinstance(student, str):
         args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
+    if itself:
+        return _with_itself(student, args, peft, quantization)
     if isinstance(teacher, str):
         args.teacher_model_init_kwargs = SAFE | _dict(args.teacher_model_init_kwargs)
     if isinstance(student, str) and student == teacher and _revisions_are_one(args) and peft is None:
@@ -127,6 +134,17 @@ def prepared_models(
     if is_adapter(teacher):
         teacher = _load_teacher(teacher, args)
     return Prepared(student, teacher, tuple(filter(None, notes)))
+
+
+def _with_itself(student: Any, args: TOPDConfig, peft: Any, quantization: Any) -> Prepared:
+    """The student, and as its teacher what it is before training: its base if adapters are trained, else a copy."""
+    if isinstance(student, str):
+        refuse_two_adapters(student, peft)
+        student = _load_student(student, args, quantization)
+    args.teacher_model_init_kwargs = None
+    if peft is None and not is_peft_model(student):
+        return Prepared(student, copy.deepcopy(student).requires_grad_(False))
+    return Prepared(student, base_of_student(student, peft), (shared_note(student, student),), shared=True)
 
 
 def _on_one_base(student: Any, teacher: Any, args: TOPDConfig, tokenizer: Any, peft: Any) -> Prepared | None:

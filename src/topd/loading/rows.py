@@ -13,6 +13,8 @@ from topd.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a source has
 CONVERSATION_COLUMNS = ("messages", "conversations")  # the same; their last answer is not part of the prompt
+TEACHER_PROMPT = "teacher_prompt"
+"""Column with what the teacher reads in place of the prompt."""
 RESPONSE_COLUMNS = ("response", "completion")  # the same
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Roles of ShareGPT's `from` that have another name in messages."""
@@ -83,6 +85,11 @@ def read_prompt(value: object, column: str = "prompt", *, answered: bool = False
     if messages[-1]["role"] == "assistant":
         raise DataError(f"the last message of {the} is the assistant's; end with the user's turn")
     return messages, cut
+
+
+def read_teacher_prompt(value: object, what: str) -> Any:
+    """The text or the messages of the column `TEACHER_PROMPT`; None if a row has none."""
+    return None if value is None else read_prompt(value, TEACHER_PROMPT)[0]
 
 
 def _message(message: object, what: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from topd.loading.sharding import sharded
 
 ONE_MODEL = (
     "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Name another "
-    "teacher. (If the student is a PeftModel, the teacher is its base without the adapter.)"
+    "teacher. (If the student is a PeftModel, the teacher is its base without the adapter; teacher_model=self is for "
+    "self-distillation, with a teacher prompt.)"
 )
 NEW_ADAPTER = (
     "A new adapter starts as the base itself, so the token losses and their gradients start at 0. Pass a PeftModel "

@@ -129,13 +129,14 @@ def check_rows(tokenizer: Any, ours: int, theirs: int) -> str | None:
 
 def check_context(
     prompt_length: int, prompt: str, response_length: int, window_length: int, configs: Mapping[str, PreTrainedConfig],
-    limited_by: str = "max_completion_length",
+    limited_by: str = "max_completion_length", what: str = "A prompt of",
 ) -> None:  # fmt: skip
     """Raise `ContextError` if prompt + response + window is longer than a model's context.
 
     Args:
         configs: by the model's role, for the message.
         limited_by: the option that sets the response length.
+        what: begins the message, before the prompt's length.
     """
     for role, config in configs.items():
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -145,7 +146,7 @@ def check_context(
             room = limit - prompt_length - window_length
             lower = [f"lower {limited_by} to at most {room}"] * (room > 0) + ["lower window_length"] * bool(window)
             raise ContextError(
-                f"A prompt of {prompt_length} tokens + {limited_by} {response_length}{window} = {needed} tokens do not "
+                f"{what} {prompt_length} tokens + {limited_by} {response_length}{window} = {needed} tokens do not "
                 f"fit the {role}'s context of {limit}. {', or '.join(['Shorten or drop the prompt', *lower])}. It "
                 f"begins: {prompt[:160]!r}."
             )

@@ -20,6 +20,9 @@ class Rollouts:
         response_mask: [rollout, position], 1 at tokens of the response (those the model reads).
         loss_mask: [rollout, position], 1 at tokens that are trained on; a subset of `response_mask`.
         teacher: [rollout] which of several teachers each has; None where there is one.
+        teacher_prompt_ids: [rollout, prompt_position] what the teacher reads in place of the prompt, padded on the
+            left; None: the prompt.
+        teacher_prompt_mask: [rollout, prompt_position], 1 at its tokens.
     """
 
     prompt_ids: Tensor
@@ -28,6 +31,21 @@ class Rollouts:
     response_mask: Tensor
     loss_mask: Tensor
     teacher: Tensor | None = None
+    teacher_prompt_ids: Tensor | None = None
+    teacher_prompt_mask: Tensor | None = None
+
+    @property
+    def as_teacher_reads(self) -> Rollouts:
+        """The same responses behind the teacher's own prompts; these rollouts where it has none."""
+        if self.teacher_prompt_ids is None or self.teacher_prompt_mask is None:
+            return self
+        prompt = {"prompt_ids": self.teacher_prompt_ids, "prompt_mask": self.teacher_prompt_mask}
+        return replace(self, **prompt, teacher_prompt_ids=None, teacher_prompt_mask=None)
+
+    @property
+    def width(self) -> int:
+        """Tokens, with padding, of the longest row that student or teacher reads."""
+        return max(self.input_ids.shape[1], self.as_teacher_reads.input_ids.shape[1])
 
     @property
     def input_ids(self) -> Tensor:
@@ -63,14 +81,7 @@ class Rollouts:
         return self.response_ids.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Rollouts:
-        return Rollouts(
-            self.prompt_ids[rows],
-            self.prompt_mask[rows],
-            self.response_ids[rows],
-            self.response_mask[rows],
-            self.loss_mask[rows],
-            None if self.teacher is None else self.teacher[rows],
-        )
+        return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
 
     @classmethod
     def cat(cls, parts: Sequence[Rollouts]) -> Rollouts:
@@ -116,6 +127,11 @@ class Places:
 
     def __getitem__(self, which: slice | Tensor) -> Places:
         return Places(self.rollouts, self.rows[which], self.positions[which])
+
+    @property
+    def as_teacher_reads(self) -> Places:
+        """The same response positions, behind the teacher's own prompts."""
+        return Places(self.rollouts.as_teacher_reads, self.rows, self.positions)
 
     def at(self, values: Tensor) -> Tensor:
         """[place, ...] of values [rollout, position, ...]."""

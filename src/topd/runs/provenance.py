@@ -135,7 +135,9 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
     return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16] if samples else None
 
 
-def data_record(dataset: Any, columns: Iterable[str] = ("prompt", "completion", "teacher")) -> dict[str, Any]:
+def data_record(
+    dataset: Any, columns: Iterable[str] = ("prompt", "completion", "teacher", "teacher_prompt")
+) -> dict[str, Any]:
     """Number of rows, column names, and a digest of the texts in `columns`; only the names for a stream."""
     names = list(getattr(dataset, "column_names", None) or [])
     if not hasattr(dataset, "__len__"):

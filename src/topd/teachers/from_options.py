@@ -63,8 +63,10 @@ def teacher_windows(
 
 
 def contexts(student: Any, teacher: Any, server: ServerWindows | None) -> dict[str, PreTrainedConfig]:
-    """Configs that say how many tokens each of them takes."""
-    configs: dict[str, Any] = {"student": student.config}
+    """Configs that say how many tokens each of them takes; of None, none."""
+    configs: dict[str, Any] = {}
+    if student is not None:
+        configs["student"] = student.config
     if teacher is not None:
         configs["teacher"] = teacher.config
     if server is not None:

@@ -16,7 +16,8 @@ from topd.near_future.windows import Places, Rollouts, Windows
 
 
 class Teacher(Protocol):
-    """A model in this process (`DistilledModel`), one behind a server (`TopKTeacher`), or several (`RoutedTeacher`).
+    """A model in this process (`DistilledModel`), one behind a server (`TopKTeacher`), or several (`RoutedTeacher`);
+    with `PromptedTeacher` around it, behind its own prompts.
 
     Where a teacher cannot do what is asked (a server has no hidden states), it raises `TOPDError` and names an option
     that works.

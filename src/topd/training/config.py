@@ -40,7 +40,9 @@ class TOPDConfig(DistillationConfig):
         ValueError: a value is out of range or not among those allowed, or two options exclude each other.
     """
 
-    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "teachers", "teacher_server_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *DistillationConfig._VALID_DICT_FIELDS, "teachers", "teacher_server_kwargs", "teacher_chat_template_kwargs"
+    ]  # fmt: skip
 
     method: MethodName = _option(
         "topd",
@@ -139,6 +141,15 @@ class TOPDConfig(DistillationConfig):
         20,
         "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
         "--max-logprobs). The paper has the full vocabulary.",
+    )
+
+    teacher_system_prompt: str | None = _option(
+        None,
+        "System turn that the teacher reads in place of the student's, for prompts as messages. The student's prompt "
+        "stays. A column `teacher_prompt` gives the teacher a whole prompt of its own.",
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = _option(
+        None, "Arguments of the chat template for the teacher's prompt, on top of chat_template_kwargs."
     )
 
     embedding: Embedding = _option(

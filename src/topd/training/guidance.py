@@ -15,6 +15,8 @@ from topd.training.method import Method
 
 TEACHER = "teacher_number"
 """Entry [rollout] of the batch that says which of several teachers each rollout has."""
+TEACHER_PROMPT_ENTRIES = ("teacher_prompt_ids", "teacher_prompt_mask")
+"""Entries [rollout, prompt_position] of the batch that hold the teacher's own prompts, as in `Rollouts`."""
 _STATES = {name: f"teacher_{name}" for name in ("hidden", "tokens", "log_probs")}
 """Entries of the batch that hold the teacher's `Prefill.states`."""
 _GUIDED = "guided_"
@@ -80,7 +82,7 @@ def rollouts_of(batch: dict[str, Any]) -> Rollouts:
     mask = batch["completion_mask"]
     loss_mask = mask * batch["tool_mask"] if "tool_mask" in batch else mask
     ids = batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"]
-    return Rollouts(*ids, mask, loss_mask, batch.get(TEACHER))
+    return Rollouts(*ids, mask, loss_mask, batch.get(TEACHER), *map(batch.get, TEACHER_PROMPT_ENTRIES))
 
 
 def pack(guided: Guided) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from topd.near_future.informative_end import InformativeEnd, stopping_by
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
+from topd.teachers.prompted import PromptedTeacher
 from topd.teachers.protocol import Teacher
 from topd.teachers.server_windows import ServerWindows
 from topd.teachers.top_k import TopKTeacher
@@ -49,6 +50,8 @@ class BothModels:
     is_deepspeed_enabled: bool
     tools: Any
     _is_vlm: bool
+    _prompted: bool
+    """Whether the teacher has its own prompts."""
     _tried: list[Ways] | None = None
     _warned_of_trl = False
 
@@ -58,8 +61,11 @@ class BothModels:
     def _teacher(self) -> Teacher:
         if self.teacher_model is None:
             assert self._server is not None
-            return TopKTeacher(self._server, self.args.loss_top_k)
-        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
+            return self._behind_its_prompt(TopKTeacher(self._server, self.args.loss_top_k))
+        return self._behind_its_prompt(self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server))
+
+    def _behind_its_prompt(self, teacher: Teacher) -> Teacher:
+        return PromptedTeacher(teacher) if self._prompted else teacher
 
     def _distilled(self, model: Any, server: ServerWindows | None = None) -> DistilledModel:
         return DistilledModel(
@@ -147,9 +153,9 @@ class BothModels:
         return autocasting(models, self.accelerator)
 
     def _in_one_pass(self) -> bool:
-        """Whether plain OPD uses our loss: with `opd_loss: auto`, images and tools keep TRL's."""
+        """Whether plain OPD uses our loss: with `opd_loss: auto`, images and tools keep TRL's, teacher prompts ours."""
         text = not (self._is_vlm or self.tools)
-        return self.args.opd_in_one_pass and (text or self.args.opd_loss == "one_pass")
+        return (self.args.opd_in_one_pass or self._prompted) and (text or self.args.opd_loss == "one_pass")
 
     def _local_teachers(self) -> list[Any]:
         return [] if self.teacher_model is None else [self.teacher_model]
@@ -176,6 +182,7 @@ class OwnRollouts:
     _is_vlm: bool
     _tokenizer: Any
     _server: Any
+    _prompted: bool
     _sampling: SamplingStates | None = None
 
     generation_config: Any
@@ -193,9 +200,10 @@ class OwnRollouts:
         ids = [one_beginning(each, self._tokenizer) for each in ids]
         check_tokens(ids)
         longest, window = max(ids, key=len), self.args.window_length if self.args.looks_ahead else 0
+        teacher = (None, None) if self._prompted else (self.teacher_model, self._server)
         check_context(
             len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, window,
-            contexts(self.model, self.teacher_model, self._server),
+            contexts(self.model, *teacher),
         )  # fmt: skip
         return ids, images, fields
 

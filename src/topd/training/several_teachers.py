@@ -10,13 +10,16 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import PreTrainedConfig
 from trl import DistillationTrainer
 
 from topd.errors import DataError, TokenizerMismatchError, TOPDError
 from topd.loading.models import model_to_train, names_of
 from topd.loading.pair import loaded_teacher
 from topd.loading.sharding import held_whole, shard_teacher
+from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import compare_tokenizers
+from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
 from topd.training.config import TOPDConfig
@@ -100,7 +103,11 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
     def _teacher(self) -> Teacher:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
-        return self._routed
+        return self._behind_its_prompt(self._routed)
+
+    def _contexts_of_teacher(self, row: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
+        number = self._numbers.get(str(row.get(COLUMN)), 0)  # a name without a teacher is refused later
+        return contexts(None, self._teachers[number], None)
 
     def _local_teachers(self) -> list[Any]:
         return self._teachers
@@ -135,6 +142,8 @@ def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: A
         raise TOPDError("MOPDTrainer needs at least one teacher: {name: model}.")
     if args.teacher_model_server_url:
         raise TOPDError("teacher_model_server_url works with one teacher; pass the weights of all teachers instead.")
+    if SELF in teachers.values():
+        raise TOPDError("teacher self works with one teacher so far; name the student's folder as a teacher.")
     if eval_dataset is not None or args.max_overhead:
         raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
     if not (args.looks_ahead or args.opd_in_one_pass):

@@ -140,7 +140,7 @@ def waves(
     """As many rollouts at a time as both models' keys and values have room for; the same number in all processes."""
     kept = student.cache_bytes_per_token if method.student_window != "rollout" else 0
     per_token = teacher.cache_bytes_per_token + kept
-    length = torch.tensor([float(rollouts.input_ids.shape[1])], device=rollouts.input_ids.device)
+    length = torch.tensor([float(rollouts.width)], device=rollouts.input_ids.device)
     longest = context.gather(length).max().item()
     size = max(1, int(context.window_memory * 2**30 // (per_token * longest))) if per_token else 1
     return [slice(start, start + size) for start in range(0, len(rollouts), size)]

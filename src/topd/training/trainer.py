@@ -19,6 +19,7 @@ from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
+from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options, has_teacher_prompts
 from topd.loading.tokenizers import tokenizer_of
 from topd.near_future import DistilledModel, Rollouts
 from topd.runs.checkpoints import check_writable
@@ -32,6 +33,7 @@ from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
 from topd.training.guidance import (
+    TEACHER_PROMPT_ENTRIES,
     guided_windows,
     pack,
     pack_states,
@@ -45,6 +47,7 @@ from topd.training.method import Method, StepContext
 from topd.training.models import BothModels, OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
+from topd.training.teacher_prompts import TeacherPrompts
 
 logger = get_logger(__name__)
 
@@ -56,7 +59,7 @@ OLD = "old_log_probs"
 
 class TOPDTrainer(
     RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, ReusedRollouts, HeldOutAccuracy,
-    DistillationTrainer,
+    TeacherPrompts, DistillationTrainer,
 ):  # fmt: skip
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
@@ -109,6 +112,11 @@ class TOPDTrainer(
         problem_set = problems_of(args)
         if problem_set is not None:
             check_best_metric(args, eval_dataset)
+        self._prompted = has_teacher_prompts(args, train_dataset)
+        if self._prompted:
+            check_options(args)
+        elif isinstance(teacher_model, str) and teacher_model == SELF:
+            raise TOPDError(SAME_PROMPT)
         if teacher_model is None:
             check_without_weights(args)
         if processing_class is None and is_adapter(model):  # TRL would look for it at the base
@@ -131,6 +139,7 @@ class TOPDTrainer(
                 "without prefix_weight_max."
             )
         self._check_rollouts()
+        self._refuse_prompts_beside_images()
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
@@ -195,7 +204,7 @@ class TOPDTrainer(
 
     def _for_opd(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What our own loss of plain OPD needs; nothing where TRL's is used."""
-        one_pass = self._in_one_pass() and self.model.training
+        one_pass = (self._in_one_pass() and self.model.training) or TEACHER_PROMPT_ENTRIES[0] in batch
         if self.teacher_model is not None and not one_pass and (self._is_vlm or self._trl_is_right(batch)):
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
