@@ -18,12 +18,14 @@ SECTIONS = {
     "method": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD and overhead",
+    "num_iterations": "Rollouts",
     "teacher_model_server_url": "A teacher on a server",
     "embedding": "Transport",
     "fork_rule": "Forks",
     "guidance_weight": "Guidance",
     "cap_false_alarms": "Capping",
     "teachers": "Several teachers",
+    "eval_benchmark": "Accuracy on held-out problems",
     "audit_steps": "Records",
 }
 """Headings of `TOPDConfig`'s options, by the first option under each."""

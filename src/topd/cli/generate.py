@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_options(parser, samples=1, paper=", the paper's")
     parser.add_argument(
-        "--filter", choices=("math", "integer", "embedded"),
+        "--filter", choices=("math", "integer", "gsm8k", "embedded"),
         help="keep only responses with the right answer, by this rule (default: keep all, as the paper)",
     )  # fmt: skip
     add_engine_options(parser, "--teacher")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
+from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
 
 if TYPE_CHECKING:
@@ -180,13 +181,15 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def data_source(given: Any, *models: str) -> Any:
-    """Where the prompts come from. The default is the embedded task for embedded models; others have no default."""
+    """Where the prompts come from. Embedded models and `lm:` models have a task of their own; others no default."""
     embedded = [model.removeprefix(PREFIX) for model in models if model.startswith(PREFIX)]
-    if given is None and not embedded:
+    if given is None and not embedded and not models[0].startswith(LM):
         raise TOPDError(
             f"Name the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
             "embedded is the embedded task)."
         )
+    if given is None and models[0].startswith(LM):
+        return "lm"
     return given or ("embedded-long" if any(name.startswith("long") for name in embedded) else "embedded")
 
 

@@ -14,8 +14,10 @@ EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teache
 EMBEDDED_DEFAULTS = {
     "embedded-long": {"window_length": [32], "share": 0.0225, "max_new_tokens": 224},
     "embedded": {"window_length": [16], "share": 0.06, "max_new_tokens": 64},
+    "lm": {"window_length": [16], "share": 0.05, "max_new_tokens": 224},
 }
-"""Responses of the embedded task have about 145 or 60 tokens. Other pairs have the paper's K and share."""
+"""Responses of the embedded tasks have about 145 or 60 tokens, those of the language-model pair 85. Other pairs have
+the paper's K and share."""
 DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
 STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import DataError
+from topd.lm.pair import data_file
 from topd.loading.readers import by_line, reader_of
 from topd.loading.rows import DataForm
 
@@ -33,14 +34,14 @@ def load_prompts(
 ) -> datasets.Dataset:  # fmt: skip
     """Prompts and answers from files, folders or the Hub, checked row by row.
 
-    `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; a
-    folder written by `save_to_disk`, or one that `load_dataset` reads; or a Hub dataset, "owner/name" or
-    "owner/name:configuration". A pattern names several files; a list of sources is read one after the other; a mapping
-    from sources to weights draws from them at random in these shares until the first runs out, so that no row repeats.
-    `split` picks a part of folders and Hub datasets (a file has no parts). `limit`: keep the first N rows; all are
-    checked. `responses`: every row must have a `response` or `completion` (text), or end its conversation with the
-    assistant's answer; it is returned as the column `response`. `also`: further columns, and the functions that read
-    their values (None if a row has none). `form`: see `DataForm`.
+    `source`: a .jsonl, .jsonl.gz, .json (a list of objects, or an object with one list), .csv or .parquet file; "lm",
+    the prompts of the language-model pair; a folder written by `save_to_disk`, or one that `load_dataset` reads; or a
+    Hub dataset, "owner/name" or "owner/name:configuration". A pattern names several files; a list of sources is read
+    one after the other; a mapping from sources to weights draws from them at random in these shares until the first
+    runs out, so that no row repeats. `split` picks a part of folders and Hub datasets (a file has no parts). `limit`:
+    keep the first N rows; all are checked. `responses`: every row must have a `response` or `completion` (text), or end
+    its conversation with the assistant's answer; it is returned as the column `response`. `also`: further columns, and
+    the functions that read their values (None if a row has none). `form`: see `DataForm`.
 
     Returns the column `prompt` (text, or messages {"role", "content"}; one kind in all rows), `answer` if any row has
     one (text; None if missing or blank; a whole number is written without ".0"), and the columns of `also`. Raises
@@ -121,8 +122,8 @@ def _parts(source: Source, limit: int | None) -> list[tuple[list[str], float | N
 
 
 def _expanded(name: str) -> list[str]:
-    """The files that a pattern names, in order; other names as they are."""
-    name = os.fspath(name)
+    """The files that a pattern names, in order; "lm", the pair's prompts; other names as they are."""
+    name = data_file(os.fspath(name))
     if os.path.exists(name) or not glob.has_magic(name):
         return [name]
     files = sorted(filter(os.path.isfile, glob.iglob(name, recursive=True))) if "\0" not in name else []
