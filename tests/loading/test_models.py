@@ -123,7 +123,7 @@ def test_the_check_knows_adapters(adapter, tmp_path, capsys):
     assert "are the same model" in capsys.readouterr().out
     models = ["--student", str(folder), "--teacher", "embedded:student-standard", "--samples", "2"]
     assert main(["check", *models, "--max-new-tokens", "12", *short, "--json"]) == 0
-    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
+    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
     assert "teacher" not in found["memory"]["found"].partition("(student)")[0]  # one set of weights
 
 

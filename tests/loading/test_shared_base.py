@@ -142,6 +142,8 @@ def test_adapters_that_need_their_own_base_get_it(tmp_path: Path, folders: dict[
         "other base": adapter_on(other, "teacher", 1),
         "head": adapter_on(base, "head", 1, target_modules=["lm_head", "q_proj"]),
         "embeddings": adapter_on(base, "embeddings", 1, target_modules=["embed_tokens"]),
+        "pissa": adapter_on(base, "pissa", 1, init_lora_weights="pissa"),
+        "biases": adapter_on(base, "biases", 1, bias="all"),
     }
     ids = torch.arange(3, 20)[None]
     for name, teacher in teachers.items():

@@ -43,6 +43,13 @@ def base_of(folder: str) -> str:
     return resolve_model(base)
 
 
+def config_of(folder: str) -> Any:
+    """The adapter's own config (`peft.PeftConfig`)."""
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(folder)
+
+
 def weights_of(name: str) -> str:
     """Where a model's config and whole weights are, as `from_pretrained` takes it: of an adapter, its base."""
     return base_of(name) if is_adapter(name) else resolve_model(name)
@@ -59,10 +66,10 @@ def with_adapter(base: Any, folder: str, *, trained: bool = False) -> Any:
     Raises:
         TOPDError: the adapter does not fit the base, or is no adapter of weights (prompt tuning).
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     try:
-        if PeftConfig.from_pretrained(folder).is_prompt_learning:
+        if config_of(folder).is_prompt_learning:
             raise TOPDError(f"The adapter in {folder} is a learned prompt; LoRA and other adapters of weights work.")
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the loaded weights replace random ones
             warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 
 from topd.errors import TOPDError
-from topd.loading.adapters import is_adapter, weights_of, with_adapter, without_wrappers
+from topd.loading.adapters import config_of, is_adapter, weights_of, with_adapter, without_wrappers
 from topd.loading.by_name import SAFE
 from topd.loading.sharding import sharded
 
@@ -53,13 +53,12 @@ def share_base(student: Any, teacher: Any, args: Any, peft: Any = None, quantiza
     loaded = not isinstance(student, str)
     adapters = [peft] if peft is not None else []
     if is_adapter(student):
-        from peft import PeftConfig
-
-        adapters.append(PeftConfig.from_pretrained(student))
+        adapters.append(config_of(student))
     elif loaded and is_peft_model(student):
         adapters += student.peft_config.values()
     if not isinstance(teacher, str) or not adapters:
         return False
+    adapters += [config_of(teacher)] if is_adapter(teacher) else []
     ours = SAFE | ({} if loaded else dict(args.model_init_kwargs or {}))
     theirs = SAFE | dict(args.teacher_model_init_kwargs or {})
     revisions = {ours.pop("revision", None) or "main", theirs.pop("revision", None) or "main"}
@@ -145,17 +144,25 @@ def without_adapters(student: Any) -> Any:
     return teacher
 
 
-def changed_base(adapters: Iterable[Any]) -> set[str]:
-    """Values of `init_lora_weights` among these configs with which adapters change the weights of their base."""
-    return {str(start) for each in adapters if (start := getattr(each, "init_lora_weights", True)) not in KEEP_BASE}
+def changed_base(adapters: Iterable[Any]) -> list[str]:
+    """Options of these adapters' configs by which they change what their base computes without them."""
+    found = []
+    for each in adapters:
+        if (start := getattr(each, "init_lora_weights", True)) not in KEEP_BASE:
+            found.append(f"init_lora_weights={start}")
+        if (bias := getattr(each, "bias", "none")) != "none":  # the base's own, which PEFT saves with the adapter
+            found.append(f"bias={bias}")
+        if getattr(each, "layer_replication", None):
+            found.append("layer_replication")
+    return found
 
 
 def check_keeps_base(adapters: Iterable[Any]) -> None:
-    """Raise `TOPDError` if the initialization of one of these adapters changes the base's weights."""
-    if began := changed_base(adapters):
+    """Raise `TOPDError` if one of these adapters changes its base."""
+    if changes := changed_base(adapters):
         raise TOPDError(
-            f"init_lora_weights={', '.join(sorted(began))} changes the base's weights, so the base without the adapter "
-            "is not the teacher. Load the teacher separately, or leave init_lora_weights at its default."
+            f"{', '.join(changes)} changes the base's weights, so the base without the adapter is not the teacher. "
+            "Load the teacher separately, or leave these options at their defaults."
         )
 
 
