@@ -20,6 +20,7 @@ CASES: dict[str, str] = {
     "packed": "benchmarks.packed",
     "transport": "benchmarks.transport",
     "growth": "benchmarks.growth",
+    "lm": "benchmarks.lm",
     "cuda": "benchmarks.cuda",
 }
 """Name to module, imported only when it runs. Order is that of the table."""

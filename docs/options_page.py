@@ -7,6 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from topd.cli.data_options import FormArguments
 from topd.cli.train import DataArguments
 from topd.cli.warmstart import SolutionArguments
 from topd.training import TOPDConfig
@@ -24,12 +25,14 @@ SECTIONS = {
     "guidance_weight": "Guidance",
     "cap_false_alarms": "Capping",
     "teachers": "Several teachers",
+    "eval_benchmark": "Accuracy on held-out problems",
     "audit_steps": "Records",
 }
 """Headings of `TOPDConfig`'s options, by the first option under each."""
 
 OTHERS: dict[str, Any] = {
     "`topd train`: data": DataArguments,
+    "`topd train`, `topd warmstart`: the form of the data": FormArguments,
     "`WarmStartConfig`: stage 1": WarmStartConfig,
     "`topd warmstart`: data": SolutionArguments,
 }

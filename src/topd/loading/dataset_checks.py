@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topd.errors import DataError
-from topd.loading.data import PROMPT_COLUMNS
+from topd.loading.rows import PROMPT_COLUMNS
 
 COLUMN = "prompt"
 _REMEDIES = {

@@ -61,6 +61,11 @@ class TOPDConfig(DistillationConfig):
         "Our choice.",
     )
 
+    compact_sampling: bool = _option(
+        False,
+        "Rollouts that have ended leave the batch while the others are sampled, which saves time where lengths differ. "
+        "The same distribution; other random numbers than TRL's. Not for vLLM. Our choice.",
+    )
     candidate_ranking: Ranking = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
@@ -209,6 +214,17 @@ class TOPDConfig(DistillationConfig):
         "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
+    eval_benchmark: str | None = _option(
+        None,
+        "Held-out problems that the student answers at each evaluation (eval_strategy, eval_steps), for eval_accuracy: "
+        "a benchmark's name or a file, as topd eval takes them.",
+    )
+    eval_benchmark_limit: int | None = _option(None, "Use only the first N problems of eval_benchmark.")
+    eval_samples: int = _option(1, "Responses per problem of eval_benchmark.")
+    eval_temperature: float = _option(
+        0.0, "Of the responses to eval_benchmark. 0: greedy. Above 0, with top_p 0.95, as in topd eval."
+    )
+
     audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many batches of rollouts. 0: never.")
 
     def __post_init__(self) -> None:
@@ -256,6 +272,7 @@ class TOPDConfig(DistillationConfig):
         if self.entropic_epsilon <= 0:
             raise ValueError(f"entropic_epsilon must be positive; got {self.entropic_epsilon}.")
         self._check_controls()
+        self._check_evaluation()
         check_rollouts(self)
         if (self.looks_ahead or self.opd_loss == "one_pass") and self.beta not in (0.0, 1.0):
             raise ValueError(
@@ -269,6 +286,24 @@ class TOPDConfig(DistillationConfig):
         for name, method in methods.items():
             if self.method != method and getattr(self, name) != getattr(TOPDConfig, name):
                 raise ValueError(f"{name} is a control of method={method}; leave it out with method={self.method}.")
+
+    def _check_evaluation(self) -> None:
+        """Refuse an evaluation on problems that would not run, or that says nothing."""
+        for name in ("eval_samples", "eval_benchmark_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature must not be negative; got {self.eval_temperature}.")
+        if self.eval_temperature == 0 and self.eval_samples > 1:
+            raise ValueError(
+                "At eval_temperature 0 all samples of a problem are the same: leave eval_samples out, or set a "
+                "temperature."
+            )
+        if self.eval_benchmark is not None and self.eval_strategy == "no":
+            raise ValueError(
+                "eval_benchmark is given, but eval_strategy is no: nothing would be evaluated. Set eval_strategy to "
+                "steps (with eval_steps) or epoch."
+            )
 
     @property
     def generation_steps(self) -> int:

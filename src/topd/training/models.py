@@ -18,6 +18,7 @@ from topd.loading.rollout_options import completion_limit
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.tokenizers import check_context
 from topd.near_future import DistilledModel, LocalModel
+from topd.near_future.compact_sampling import compact_sampling
 from topd.near_future.generation import own_settings_only
 from topd.near_future.informative_end import InformativeEnd, stopping_by
 from topd.near_future.sampling_states import SamplingStates, has_dropout
@@ -228,7 +229,9 @@ class OwnRollouts:
     def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         trl: Any = super()
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
-        with own_settings_only(model), stopping_by(model, end), self._limited():
+        compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
+        leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
+        with own_settings_only(model), stopping_by(model, end), self._limited(), leaving:
             responses = trl._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
 

@@ -89,6 +89,10 @@ class StepLog:
             self._finish_step_metrics()
         return output
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stage.paused():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method) -> None:
         for name, value in near_future_metrics(future, guided, rollouts, method, self._gather_ragged).items():
             self._metrics["train"][name].append(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
+from topd.loading.adapters import is_adapter
 from topd.loading.dataset_checks import check_datasets, check_enough
 from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
+from topd.loading.tokenizers import tokenizer_of
 from topd.near_future import DistilledModel, Rollouts
 from topd.runs.checkpoints import check_writable
 from topd.runs.console import Stopwatch
@@ -36,6 +39,7 @@ from topd.training.guidance import (
     unpack,
     unpack_states,
 )
+from topd.training.held_out import HeldOut, HeldOutAccuracy, check_best_metric, problems_of
 from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters, sampled_log_probs
 from topd.training.method import Method, StepContext
 from topd.training.models import BothModels, OwnRollouts
@@ -51,8 +55,9 @@ OLD = "old_log_probs"
 
 
 class TOPDTrainer(
-    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, ReusedRollouts, DistillationTrainer
-):
+    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, ReusedRollouts, HeldOutAccuracy,
+    DistillationTrainer,
+):  # fmt: skip
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -67,10 +72,11 @@ class TOPDTrainer(
     ```
 
     Args:
-        model: the student: a loaded model, a folder or a Hub name.
-        teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
-            base without the adapter is the teacher, on the same weights. None: all of it is behind
-            `teacher_model_server_url` (docs/remote_teachers.md).
+        model: the student: a loaded model, a folder or a Hub name. The adapter in a folder of PEFT is trained further.
+        teacher_model: the same; a folder of PEFT is its base with the adapter. If the student has adapters (a folder,
+            `peft_config`, or a `PeftModel`), the teacher may be the student itself, its base, or another adapter on
+            that base: then both are on one set of weights. None: all of it is behind `teacher_model_server_url`
+            (docs/remote_teachers.md).
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
@@ -100,16 +106,23 @@ class TOPDTrainer(
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         check_datasets(train_dataset, eval_dataset)
         check_writable(args)
+        problem_set = problems_of(args)
+        if problem_set is not None:
+            check_best_metric(args, eval_dataset)
         if teacher_model is None:
             check_without_weights(args)
+        if processing_class is None and is_adapter(model):  # TRL would look for it at the base
+            processing_class = tokenizer_of(os.fspath(model), args.trust_remote_code)
         server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
         adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
         pair = prepared_models(model, teacher_model, args, tokenizer, *adapters)
-        super().__init__(
-            pair.student, pair.teacher, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
-        )
+        evaluated = [] if eval_dataset is None and problem_set is not None else eval_dataset
+        super().__init__(pair.student, pair.teacher, args, train_dataset, evaluated, processing_class, *rest, **kwargs)
+        self.eval_dataset = eval_dataset  # transformers does not evaluate without one: only the problems are answered
+        if problem_set is not None:
+            self._held_out = HeldOut.of(problem_set, args, self._tokenizer, self.model.config)
         args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs
         pair.report(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if (args.looks_ahead or args.prefix_weight_max is not None) and (self._is_vlm or self.tools):
