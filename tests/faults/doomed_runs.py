@@ -15,7 +15,7 @@ from topd.embedded.pair import pair_folder
 from topd.errors import RunInterrupted, TOPDError
 from topd.runs import resumable_trainer as surviving
 from topd.runs.checkpoints import newest_whole
-from topd.training import TOPDTrainer, trainer
+from topd.training import TOPDTrainer, step_log
 
 STEPS = 5
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -81,7 +81,7 @@ def doom(moment):
             die() if (Path(folder) / "checkpoint-3").exists() else rotate(folder, *rest, **options)
         )
     if moment == "a record half written":
-        append = trainer.append_records
+        append = step_log.append_records
 
         def half(records, path):
             append(records, path)
@@ -89,7 +89,7 @@ def doom(moment):
                 os.truncate(path, path.stat().st_size - 40)
                 die()
 
-        trainer.append_records = half
+        step_log.append_records = half
 
 
 def train(out, moment="", **options):

@@ -37,7 +37,7 @@ def test_numbers_of_numpy_and_paths_are_taken(tmp_path):
     ("options", "message"),
     [
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps"),
-        ({"steps_per_generation": 0}, "multiple of gradient_accumulation_steps"),
+        ({"steps_per_generation": 0}, "steps_per_generation must be at least 1"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
         ({"prefix_weight_max": 4.0}, "does nothing with one update"),
         ({"prefix_weight_max": 0.5, "num_iterations": 2}, "must be at least 1"),

@@ -8,7 +8,7 @@ from typing import Any
 def check_rollouts(args: Any) -> None:
     """Raise `ValueError` for options of rollouts (of `TOPDConfig`) that exclude each other or do nothing."""
     accumulated = args.gradient_accumulation_steps
-    if args.generation_steps < 1 or args.generation_steps % accumulated:
+    if args.generation_steps % accumulated:
         raise ValueError(
             f"steps_per_generation must be a multiple of gradient_accumulation_steps ({accumulated}); got "
             f"{args.steps_per_generation}."

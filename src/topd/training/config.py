@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,15 @@ MethodName = Literal["opd", "opd-capped", "topd"]
 
 CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "cap_false_alarms")
 """Options of `method=topd` that study what its parts do; no run needs them. `cap_selection` is that of `opd-capped`."""
+
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("window_length", "recalibration_steps", "loss_top_k", "num_iterations", "steps_per_generation",
+      "max_completion_length_steps", "max_informative_tokens", "eval_samples", "eval_benchmark_limit"),
+     lambda value: value < 1, "be at least 1"),
+    (("audit_steps", "guidance_weight", "eval_temperature"), lambda value: value < 0, "not be negative"),
+    (("window_memory", "max_overhead", "entropic_epsilon"), lambda value: value <= 0, "be positive"),
+)  # fmt: skip
+"""Options, when a value of theirs is wrong, and the rule for the message. None is allowed where an option has it."""
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -257,31 +267,13 @@ class TOPDConfig(DistillationConfig):
                 raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
         if not 0 < self.candidate_share <= 1:
             raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
-        least = {"audit_steps": 0} | dict.fromkeys(
-            (
-                "window_length",
-                "recalibration_steps",
-                "loss_top_k",
-                "num_iterations",
-                "max_completion_length_steps",
-                "max_informative_tokens",
-            ),
-            1,
-        )
-        for name, value in least.items():
-            given = getattr(self, name)
-            if given is not None and given < value:
-                raise ValueError(f"{name} must be at least {value}; got {given}.")
-        if self.guidance_weight < 0:
-            raise ValueError(f"guidance_weight must not be negative; got {self.guidance_weight}.")
+        for names, is_wrong, rule in RANGES:
+            for name in names:
+                given = getattr(self, name)
+                if given is not None and is_wrong(given):
+                    raise ValueError(f"{name} must {rule}; got {given}.")
         if not 0 <= self.false_alarm_share < 1:
             raise ValueError(f"false_alarm_share must be in [0, 1); got {self.false_alarm_share}.")
-        if self.window_memory <= 0:
-            raise ValueError(f"window_memory must be positive (GiB); got {self.window_memory}.")
-        if self.max_overhead is not None and self.max_overhead <= 0:
-            raise ValueError(f"max_overhead must be positive, or None for no limit; got {self.max_overhead}.")
-        if self.entropic_epsilon <= 0:
-            raise ValueError(f"entropic_epsilon must be positive; got {self.entropic_epsilon}.")
         self._check_controls()
         self._check_evaluation()
         check_rollouts(self)
@@ -300,11 +292,6 @@ class TOPDConfig(DistillationConfig):
 
     def _check_evaluation(self) -> None:
         """Refuse an evaluation on problems that would not run, or that says nothing."""
-        for name in ("eval_samples", "eval_benchmark_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.eval_temperature < 0:
-            raise ValueError(f"eval_temperature must not be negative; got {self.eval_temperature}.")
         if self.eval_temperature == 0 and self.eval_samples > 1:
             raise ValueError(
                 "At eval_temperature 0 all samples of a problem are the same: leave eval_samples out, or set a "
@@ -319,8 +306,7 @@ class TOPDConfig(DistillationConfig):
     @property
     def generation_steps(self) -> int:
         """Micro-batches, per process, that a batch of rollouts is split into."""
-        given = self.steps_per_generation
-        return self.gradient_accumulation_steps if given is None else given
+        return self.steps_per_generation or self.gradient_accumulation_steps
 
     @property
     def updates_per_generation(self) -> int:
