@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from topd.embedded.pair import resolve_model
-from topd.errors import TOPDError
+from topd.errors import TOPDError, install
 from topd.loading.by_name import SAFE, load_by_name
 from topd.loading.tokenizers import tokenizer_of
 
@@ -116,7 +116,7 @@ def is_adapter(folder: str) -> bool:
 def base_of(folder: str) -> str:
     """The base model of an adapter, after checks that need no weights."""
     if importlib.util.find_spec("peft") is None:
-        raise TOPDError(f"{folder} holds an adapter, which needs peft: pip install 'topd[peft]'.")
+        raise TOPDError(f"{folder} holds an adapter, which needs peft: {install('peft')}.")
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise TOPDError(
             f"{folder} holds an adapter without {ADAPTER_WEIGHTS}, the only format that is read. Save it again with "

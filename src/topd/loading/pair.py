@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 from trl.trainer.utils import create_model_from_path
@@ -16,6 +15,7 @@ from topd.errors import TokenizerMismatchError, TOPDError
 from topd.loading.by_name import SAFE
 from topd.loading.models import loaded_model, model_to_train
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
+from topd.logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import ContextError, TokenizerMismatchError, TOPDError
+
+FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Files of which a folder with a tokenizer has at least one."""
+_NONE = "{} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...)."
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, show: int = 5) -> None:
@@ -62,10 +67,12 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     if isinstance(model, str):
         from topd.loading.by_name import load_by_name
 
+        if Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name)):
+            raise TOPDError(_NONE.format(model))
         options |= {"revision": revision} if revision else {}
         tokenizer = load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
         if not _has_vocabulary(tokenizer):
-            raise TOPDError(f"{model} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
+            raise TOPDError(_NONE.format(model))
         return tokenizer
     name = getattr(model.config, "_name_or_path", "")
     try:
