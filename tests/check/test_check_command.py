@@ -11,7 +11,7 @@ from tiny import tiny_trainer
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 
-RECIPE = ["--config", "recipes/embedded.yaml"]
+RECIPE = ["--config", "recipe:embedded"]
 PAIR = ["--student", "embedded:student-standard", "--teacher", "embedded:teacher"]
 TINY = [
     "--max_steps",

@@ -97,8 +97,8 @@ def test_what_cannot_be_loaded_is_said(adapter, tmp_path, monkeypatch):
 
 
 CHECK = ["check", "--quick", "--teacher", "embedded:teacher", "--student"]
-TRAIN, WARM_START = (["train", "--config", "recipes/embedded.yaml"],
-                     ["warmstart", "--config", "recipes/embedded-warmstart.yaml", "--data", "x"])  # fmt: skip
+TRAIN, WARM_START = (["train", "--config", "recipe:embedded"],
+                     ["warmstart", "--config", "recipe:embedded-warmstart", "--data", "x"])  # fmt: skip
 
 
 @pytest.mark.parametrize(
