@@ -59,6 +59,8 @@ def test_mistakes_end_in_a_message_that_says_what_to_do(capsys, tmp_path):
     assert "Name the student and the teacher" in message(
         capsys, "train", "--output_dir", str(tmp_path), "--use_cpu", "true"
     )
+    if not torch.accelerator.is_available():
+        assert "add --use_cpu true" in message(capsys, "train")
     assert "topd demo build" in message(capsys, *recipe, "--model_name_or_path", "embedded:student")
     assert "Cannot load the tokenizer" in message(capsys, *recipe, "--model_name_or_path", str(tmp_path))
     assert "no such file" in message(capsys, *recipe, "--data", "trian.jsonl")

@@ -125,6 +125,8 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
                 f"These words follow an option that takes one value: {left[1]:.200}. Put a value with spaces in "
                 "quotation marks; write several values as a list into the YAML file."
             ) from error
+        if "bf16/gpu" in str(error):
+            raise TOPDError("There is no GPU here. To train on the CPU, add --use_cpu true.") from error
         raise TOPDError(str(error)) from error
     except Exception as error:  # libraries raise many kinds of errors for odd values
         raise TOPDError(
