@@ -107,27 +107,19 @@ def highest_loss(
     mask: Tensor,
     share: float | None = None,
     count: int | None = None,
-    threshold: float | None = None,
-    spacing: int = 1,
 ) -> Tensor:
     """Walk down each rollout's positions from the highest loss, leftmost first among equals."""
     chosen = torch.zeros_like(mask)
     for row in range(len(mask)):
         positions = [position for position in range(mask.shape[1]) if mask[row, position]]
         order = sorted(positions, key=lambda position, row=row: (-token_loss[row, position].item(), position))
-        if threshold is not None:
-            wanted = sum(token_loss[row, position].item() >= threshold for position in positions)
-        elif count is not None:
+        if count is not None:
             wanted = count
         else:
             assert share is not None
             wanted = int(Decimal(share * len(positions)).to_integral_value(ROUND_HALF_UP))
-        taken: list[int] = []
-        for position in order:
-            far_enough = all(abs(position - other) >= spacing for other in taken)
-            if len(taken) < max(wanted, 1) and far_enough:
-                taken.append(position)
-                chosen[row, position] = True
+        for position in order[: max(wanted, 1)]:
+            chosen[row, position] = True
     return chosen
 
 

@@ -1,7 +1,5 @@
 """Which positions are candidates: `highest_loss`."""
 
-import itertools
-
 import oracles
 import pytest
 import torch
@@ -12,10 +10,9 @@ from torch import Tensor
 from topd.algorithm import highest_loss
 from topd.algorithm.candidates import PAPER_SHARE
 
-RULES = [{}, {"share": 0.4}, {"share": None, "count": 3}, {"share": None, "threshold": 0.5}]
+RULES = [{}, {"share": 0.4}, {"share": None, "count": 3}]
 rules = st.sampled_from(RULES)
-spacings = st.integers(1, 4)
-named_rules = pytest.mark.parametrize("rule", RULES, ids=["paper", "share", "count", "threshold"])
+named_rules = pytest.mark.parametrize("rule", RULES, ids=["paper", "share", "count"])
 
 
 @st.composite
@@ -40,9 +37,6 @@ def test_a_rollout_worked_by_hand() -> None:
     assert marked(highest_loss(loss, mask, share=0.3)) == [[1, 5]]
     assert marked(highest_loss(loss, mask, share=0.29)) == [[1]]
     assert marked(highest_loss(loss, mask, share=None, count=3)) == [[1, 4, 5]]
-    assert marked(highest_loss(loss, mask, share=None, threshold=2.0)) == [[1, 5]]
-    # Down from the highest: 1 and 5 are taken, 4 is a neighbour of 5, 2 and 0 are neighbours of 1. Two remain of four.
-    assert marked(highest_loss(loss, mask, share=None, count=4, spacing=2)) == [[1, 5]]
 
 
 def test_equal_losses_are_taken_from_the_left_however_long_the_rollout() -> None:
@@ -58,26 +52,20 @@ def test_the_papers_share_marks_218_of_9688_positions() -> None:
     assert PAPER_SHARE == 0.0225
 
 
-@given(case=rollouts(), rule=rules, spacing=spacings)
-def test_the_candidates_are_those_of_the_oracle(case: tuple[Tensor, Tensor], rule: dict, spacing: int) -> None:
-    expected = oracles.highest_loss(*case, **{"share": PAPER_SHARE} | rule, spacing=spacing)
-    assert marked(highest_loss(*case, **rule, spacing=spacing)) == marked(expected)
+@given(case=rollouts(), rule=rules)
+def test_the_candidates_are_those_of_the_oracle(case: tuple[Tensor, Tensor], rule: dict) -> None:
+    expected = oracles.highest_loss(*case, **{"share": PAPER_SHARE} | rule)
+    assert marked(highest_loss(*case, **rule)) == marked(expected)
 
 
-@given(case=rollouts(), rule=rules, spacing=spacings)
+@given(case=rollouts(), rule=rules)
 def test_every_rollout_with_a_position_has_a_candidate_and_none_lies_outside_the_mask(
-    case: tuple[Tensor, Tensor], rule: dict, spacing: int
+    case: tuple[Tensor, Tensor], rule: dict
 ) -> None:
     _, mask = case
-    chosen = highest_loss(*case, **rule, spacing=spacing)
+    chosen = highest_loss(*case, **rule)
     assert chosen.any(-1).tolist() == mask.any(-1).tolist()
     assert not (chosen & ~mask).any()
-
-
-@given(case=rollouts(), rule=rules, spacing=spacings)
-def test_candidates_are_no_closer_than_the_spacing(case: tuple[Tensor, Tensor], rule: dict, spacing: int) -> None:
-    for row in marked(highest_loss(*case, **rule, spacing=spacing)):
-        assert all(later - earlier >= spacing for earlier, later in itertools.pairwise(row))
 
 
 @given(case=rollouts(), rule=rules)
@@ -98,31 +86,26 @@ def test_a_mask_equals_the_subset_of_the_positions(case: tuple[Tensor, Tensor], 
         assert chosen[mask[row]].tolist() == alone[0].tolist()
 
 
-@given(case=rollouts(), rule=rules, spacing=spacings, padding=st.integers(1, 5))
-def test_padding_changes_nothing_whatever_stands_in_it(
-    case: tuple[Tensor, Tensor], rule: dict, spacing: int, padding: int
-) -> None:
+@given(case=rollouts(), rule=rules, padding=st.integers(1, 5))
+def test_padding_changes_nothing_whatever_stands_in_it(case: tuple[Tensor, Tensor], rule: dict, padding: int) -> None:
     loss, mask = case
     for value in (0.0, 1e9, torch.inf, torch.nan):
         padded = highest_loss(
             torch.nn.functional.pad(loss, (0, padding), value=value),
             torch.nn.functional.pad(mask, (0, padding), value=False),
             **rule,
-            spacing=spacing,
         )
-        assert marked(padded) == marked(highest_loss(loss, mask, **rule, spacing=spacing))
+        assert marked(padded) == marked(highest_loss(loss, mask, **rule))
 
 
-@given(case=rollouts(fewest=2), rule=rules, spacing=spacings, seed=st.integers(0, 2**20))
-def test_a_batch_equals_the_loop_and_follows_a_permutation(
-    case: tuple[Tensor, Tensor], rule: dict, spacing: int, seed: int
-) -> None:
+@given(case=rollouts(fewest=2), rule=rules, seed=st.integers(0, 2**20))
+def test_a_batch_equals_the_loop_and_follows_a_permutation(case: tuple[Tensor, Tensor], rule: dict, seed: int) -> None:
     loss, mask = case
-    batch = highest_loss(loss, mask, **rule, spacing=spacing)
-    loop = [highest_loss(loss[[row]], mask[[row]], **rule, spacing=spacing) for row in range(len(loss))]
+    batch = highest_loss(loss, mask, **rule)
+    loop = [highest_loss(loss[[row]], mask[[row]], **rule) for row in range(len(loss))]
     assert marked(batch) == marked(torch.cat(loop))
     order = torch.randperm(len(loss), generator=torch.Generator().manual_seed(seed))
-    assert marked(highest_loss(loss[order], mask[order], **rule, spacing=spacing)) == marked(batch[order])
+    assert marked(highest_loss(loss[order], mask[order], **rule)) == marked(batch[order])
 
 
 @named_rules
@@ -144,11 +127,6 @@ def test_a_count_beyond_the_rollout_takes_all_of_it() -> None:
     assert marked(highest_loss(torch.rand(3, 4), mask, share=1.0)) == [[0, 1, 2, 3], [1], []]
 
 
-def test_a_threshold_no_loss_reaches_leaves_the_highest() -> None:
-    loss = torch.tensor([[0.1, 0.4, 0.3]])
-    assert marked(highest_loss(loss, torch.ones(1, 3, dtype=torch.bool), share=None, threshold=5.0)) == [[1]]
-
-
 def test_no_rollouts_and_no_positions_give_no_candidates() -> None:
     for shape in ((0, 4), (2, 0)):
         assert highest_loss(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)).shape == shape
@@ -157,13 +135,11 @@ def test_no_rollouts_and_no_positions_give_no_candidates() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"count": 3}, r"exactly one of share, count and threshold \(got share=0.0225, count=3"),
-        ({"share": None}, "exactly one of share, count and threshold"),
-        ({"threshold": 0.5, "count": 1, "share": None}, "exactly one of share, count and threshold"),
+        ({"count": 3}, r"either share or count \(got share=0.0225, count=3"),
+        ({"share": None}, "either share or count"),
         ({"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
         ({"share": 1.5}, r"share must be in \(0, 1\], got 1.5"),
         ({"share": None, "count": 0}, "count must be at least 1, got 0"),
-        ({"spacing": 0}, "spacing must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_rule_is_refused_with_its_remedy(rule: dict, message: str) -> None:
