@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
-import shlex
-
 
 class TOPDError(Exception):
     """Base of all user-fixable errors."""
@@ -53,6 +49,10 @@ class RunInterrupted(KeyboardInterrupt):
 
 def install(extra: str) -> str:
     """The command that installs what an extra of this package needs, wherever the package itself came from."""
+    import importlib.metadata
+    import re
+    import shlex
+
     try:
         required = importlib.metadata.requires("topd") or []
     except importlib.metadata.PackageNotFoundError:  # run from its source

@@ -62,7 +62,7 @@ def test_mistakes_end_in_a_message_that_says_what_to_do(capsys, tmp_path):
     if not torch.accelerator.is_available():
         assert "add --use_cpu true" in message(capsys, "train")
     assert "topd demo build" in message(capsys, *recipe, "--model_name_or_path", "embedded:student")
-    assert "Cannot load the tokenizer" in message(capsys, *recipe, "--model_name_or_path", str(tmp_path))
+    assert "holds no tokenizer" in message(capsys, *recipe, "--model_name_or_path", str(tmp_path))
     assert "no such file" in message(capsys, *recipe, "--data", "trian.jsonl")
     assert "must be at least 1" in message(capsys, *recipe, "--window_length", "0")
     assert "no checkpoint" in message(capsys, *recipe, "--resume_from_checkpoint", "true")

@@ -59,7 +59,9 @@ def test_it_speaks_as_topd_train_does(solutions, tmp_path, capsys):
     out = tmp_path / "my run"
     assert warmstart(out, solutions, "--save_strategy", "steps", "--save_steps", "2") == 0
     said = capsys.readouterr().out
-    lines = said.splitlines()
+    loading, header, lines = said.splitlines()[:2], said.splitlines()[2:7], said.splitlines()[7:]
+    assert loading[0].startswith("Loading embedded:student")
+    assert [line.split()[0] for line in header] == ["student", "teacher", "data", "batch", "computed"]
     assert lines[0] == "2 steps; one line every 1."
     number = r" +\d+\.\d{4}"
     assert re.match(rf"1/2  loss{number}  forward KL{number}  cross-entropy{number}  lr \S+  .* left$", lines[1])

@@ -38,7 +38,9 @@ def highest_loss(
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
     by_loss = token_loss.argsort(dim=-1, descending=True, stable=True)
-    order = by_loss.gather(-1, mask.gather(-1, by_loss).int().argsort(dim=-1, descending=True, stable=True))  # padding last
+    order = by_loss.gather(
+        -1, mask.gather(-1, by_loss).int().argsort(dim=-1, descending=True, stable=True)
+    )  # padding last
     lengths = mask.sum(-1, keepdim=True)
     wanted = torch.full_like(lengths, count) if count else (lengths.double() * (share or 0.0) + 0.5).floor()
     within = torch.arange(mask.shape[-1], device=mask.device) < wanted.clamp(min=1)
