@@ -15,10 +15,12 @@ CASES: dict[str, str] = {
     "gradient": "benchmarks.gradient",
     "opd": "benchmarks.opd",
     "step": "benchmarks.step",
+    "updates": "benchmarks.updates",
     "windows": "benchmarks.windows",
     "packed": "benchmarks.packed",
     "transport": "benchmarks.transport",
     "growth": "benchmarks.growth",
+    "lm": "benchmarks.lm",
     "cuda": "benchmarks.cuda",
 }
 """Name to module, imported only when it runs. Order is that of the table."""

@@ -7,6 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from topd.cli.data_options import FormArguments
 from topd.cli.train import DataArguments
 from topd.cli.warmstart import SolutionArguments
 from topd.training import TOPDConfig
@@ -17,18 +18,21 @@ SECTIONS = {
     "method": "Method and windows",
     "candidate_ranking": "Candidates",
     "opd_loss": "Plain OPD and overhead",
+    "num_iterations": "Rollouts",
     "teacher_model_server_url": "A teacher on a server",
     "embedding": "Transport",
     "fork_rule": "Forks",
     "guidance_weight": "Guidance",
     "cap_false_alarms": "Capping",
     "teachers": "Several teachers",
+    "eval_benchmark": "Accuracy on held-out problems",
     "audit_steps": "Records",
 }
 """Headings of `TOPDConfig`'s options, by the first option under each."""
 
 OTHERS: dict[str, Any] = {
     "`topd train`: data": DataArguments,
+    "`topd train`, `topd warmstart`: the form of the data": FormArguments,
     "`WarmStartConfig`: stage 1": WarmStartConfig,
     "`topd warmstart`: data": SolutionArguments,
 }

@@ -229,3 +229,26 @@ def own_token_share(weight: Tensor, tokens: Tensor, student_tokens: Tensor) -> l
     vocabulary = int(max(tokens.max(), student_tokens.max())) + 1
     targets = vocabulary_targets(weight, tokens, vocabulary)
     return [target[own] for target, own in zip(targets, student_tokens.tolist(), strict=True)]
+
+
+def prefix_weights(now: Tensor, then: Tensor, mask: Tensor, most: float) -> list[list[float]]:
+    """min(exp(mean drift of the tokens before), most), token by token; 1 at the first."""
+    rows = []
+    for row in range(len(now)):
+        drifts, weights = [], []
+        for position in range(now.shape[1]):
+            mean = sum(drifts) / len(drifts) if drifts else 0.0
+            weights.append(min(math.exp(mean), most))
+            if mask[row, position]:
+                drifts.append(float(now[row, position]) - float(then[row, position]))
+        rows.append(weights)
+    return rows
+
+
+def top_k_overlap(student_logits: Tensor, teacher_logits: Tensor, k: int) -> list[float]:
+    """Share of the k most likely tokens that both have, position by position."""
+    overlaps = []
+    for ours, theirs in zip(student_logits.tolist(), teacher_logits.tolist(), strict=True):
+        best = [set(sorted(range(len(row)), key=lambda token: -row[token])[:k]) for row in (ours, theirs)]
+        overlaps.append(len(best[0] & best[1]) / k)
+    return overlaps

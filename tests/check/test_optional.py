@@ -20,7 +20,7 @@ def found(check, *options):
 
 def test_a_run_that_asks_for_nothing_has_no_such_rows():
     setup = setup_for()
-    names = ("one_model", "libraries", "sampling", "evaluation", "adapters", "hub", "server")
+    names = ("one_model", "libraries", "sampling", "evaluation", "benchmark", "adapters", "hub", "server")
     assert [getattr(optional, name)(setup) for name in names] == [None] * len(names)
 
 
@@ -68,6 +68,34 @@ def test_evaluation_without_data_and_data_without_evaluation(tmp_path):
     assert_says(unused, "eval_strategy is no", "--eval_strategy")
     good = found(optional.evaluation, "--eval_data", "embedded", "--data_limit", "50", "--eval_strategy", "steps")
     assert (good.verdict, good.found) == ("ok", "50 prompts, eval_strategy steps")
+
+
+EVALUATED = ["--eval_strategy", "steps", "--eval_benchmark"]
+
+
+def test_held_out_problems_that_cannot_be_used_or_are_trained_on(tmp_path):
+    assert found(optional.evaluation, *EVALUATED, "embedded") is None
+    good = found(
+        optional.benchmark, *EVALUATED, "embedded", "--eval_benchmark_limit", "30", "--max_completion_length", "96"
+    )
+    assert (good.verdict, good.found) == ("ok", "embedded: 30 problems x 1, greedy, up to 96 tokens, 8 at once")
+    file = tmp_path / "mine.jsonl"
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "what is 9×9?", "answer": "81"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"prompt": "1+1?"}) + "\n")
+    seen = found(optional.benchmark, *EVALUATED, f"mine={file}", "--data", str(train), "--max_completion_length", "20")
+    assert seen.verdict == "warning"
+    assert_says(seen, "1 of the problems are among the training prompts", "Remove them from --data")
+    file.write_text(json.dumps({"problem": "1+1?"}) + "\n")
+    for options, says in [
+        ([str(file)], "eval_benchmark .*mine.jsonl: 1 of 1 problems have no `answer`"),
+        ([str(tmp_path / "nope.jsonl")], "eval_benchmark .*nope.jsonl: .*no such file"),
+        (["embedded", "--max_completion_length", "250"], "do not fit the model's context of 256"),
+        (["embedded", "--load_best_model_at_end", "true", "--save_strategy", "steps"], "there is no eval_dataset"),
+    ]:
+        with pytest.raises(TOPDError, match=says):
+            found(optional.benchmark, *EVALUATED, *options)
 
 
 def test_adapters_that_match_nothing_or_the_head():

@@ -11,6 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from topd.cli.help import own_options
 from topd.cli.main import main
 from topd.cli.recipes import FOLDER
 from topd.cli.train import DataArguments, kinds, parse
@@ -139,9 +140,7 @@ def test_json_on_the_command_line_with_a_name_twice_is_refused(capsys):
 
 def test_only_embedded_models_have_prompts_without_being_asked(capsys, tmp_path):
     names = ["--model_name_or_path", "org/student", "--teacher_model_name_or_path", "org/teacher"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("topd.loading.models.check_whole", lambda role, name: None)
-        told = message(capsys, "train", *names, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false")
+    told = message(capsys, "train", *names, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false")
     assert "Name the prompts for org/student: --data FILE.jsonl" in told
     assert "Name the prompts for org/student" in message(
         capsys, "probe", "--student", "org/student", "--teacher", "org/teacher", "--out", str(tmp_path / "probe")
@@ -160,7 +159,7 @@ def test_recipes_are_listed(capsys):
         main(["train", "--config", "recipe:"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    assert len(re.findall(r"^  recipe:[\w.-]+  +\S", shown, re.MULTILINE)) == len(list(FOLDER.glob("*.yaml"))) == 9
+    assert len(re.findall(r"^  recipe:[\w.-]+  +\S", shown, re.MULTILINE)) == len(list(FOLDER.glob("*.yaml"))) > 8
 
 
 def test_env_names_versions_and_devices(capsys):
@@ -192,7 +191,7 @@ def test_the_help_of_train_has_every_option_of_ours_in_groups_on_two_screens(cap
     listed = re.findall(r"^  --([\w-]+)", shown, re.MULTILINE)
     assert listed[:3] == ["config", "help-all", "method"]
     assert len(set(listed)) == len(listed)
-    own = {*TOPDConfig.__annotations__, *DataArguments.__annotations__} - {"_VALID_DICT_FIELDS"}
+    own = (own_options(TOPDConfig) | own_options(DataArguments)) & {each.name for k in kinds() for each in fields(k)}
     assert own - set(listed) == {*CONTROLS, "cap_selection"}
     assert not [line for line in lines if line.startswith("  --") and not line[34:].strip()]
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from distributed.worker import run_case
+from loading.test_shared_base import adapter_on
+from peft import PeftModel
 from teachers.fake_server import serving
 from tiny import TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
@@ -50,7 +52,11 @@ def check_equal(two: dict[str, Any], one: dict[str, Any], start: dict[str, torch
     """The same losses, metrics and weights: relative 1e-4 (float32 sums in another order, over a few steps)."""
     assert len(two["log"]) == len(one["log"]) > 0
     for ours, reference in zip(two["log"], one["log"], strict=True):
-        others = [key for key in reference if key.startswith(("seconds/", "step_time", "guidance/grad_ratio", skip))]
+        others = [
+            key
+            for key in reference
+            if key.startswith(("seconds/", "step_time", "rollouts_per_second", "guidance/grad_ratio", skip))
+        ]
         compared = {key: value for key, value in reference.items() if key not in others and value is not None}
         assert {key: ours[key] for key in compared} == pytest.approx(compared, rel=1e-4, abs=1e-6)
     assert two["weights"].keys() == one["weights"].keys() == start.keys()
@@ -76,6 +82,7 @@ CASES = {
     "accumulated": REGENERATED | {"batch_size": 2, "gradient_accumulation_steps": 2, "guidance_reduction": "sum"},
     "uneven": ROLLOUT | {"prompts": 10, "num_train_epochs": 2, "max_steps": -1},
     "teacher_contexts": ROLLOUT | {"guidance_context": "teacher"},
+    "several_updates": ROLLOUT | {"num_iterations": 2, "prefix_weight_max": 4.0},
     "checkpointing": REGENERATED | {"gradient_checkpointing": True},
 }
 
@@ -109,6 +116,37 @@ def test_every_way_to_train_is_the_same_in_two_processes_of_fsdp2(tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp2" / "loaded" / "saved").state_dict()
     assert all(torch.equal(saved[name], weights) for name, weights in results["loaded"]["weights"].items())
     assert all(result["teacher_held"] == pytest.approx(0.5, abs=0.02) for result in results.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_answer_held_out_problems_as_one_does(tmp_path, kind):
+    """Seven problems: one process has four, the other three."""
+    options = {"eval_benchmark": "embedded", "eval_benchmark_limit": 7, "eval_strategy": "steps", "eval_steps": 1}
+    case = ROLLOUT | options | {"eval_samples": 2, "eval_temperature": 0.6, "eval_on_start": True, "max_steps": 2}
+    results = compare(kind, tmp_path, {"answered": case})
+    one, two = (
+        [json.loads(line) for line in (tmp_path / folder / "answered" / "eval_responses.jsonl").open()]
+        for folder in ("one", kind)
+    )
+    assert [record["response"] for record in two] == [record["response"] for record in one]
+    assert [entry["step"] for entry in results["answered"]["evaluations"]] == [0, 1, 2]
+    assert len(one) == 3 * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_adapters_of_one_base_are_the_same_in_two_processes(tmp_path, kind):
+    """Under DDP on one set of weights in each process; under FSDP2 the teacher has its own, merged base."""
+    tiny_model(0).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    models = {role: adapter_on(tmp_path / "base", role, seed) for seed, role in enumerate(("student", "teacher"))}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    start = PeftModel.from_pretrained(base, models["student"]).state_dict()
+    cases = {"rollout": ROLLOUT | models, "regenerated": REGENERATED | models}
+    results = two_processes(kind, tmp_path / kind, cases)
+    for name, options in cases.items():
+        check_equal(results[name], run_case(tmp_path / "one", name, options), start, "no key")
 
 
 SEVERAL = {"several_teachers": {"a": [1, 96], "b": [2, 32]}}

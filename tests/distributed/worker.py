@@ -77,6 +77,7 @@ def run_case(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in teacher)
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "evaluations": [entry for entry in trainer.state.log_history if "eval_accuracy" in entry],
         "weights": trainer.accelerator.get_state_dict(trainer.model),
         "guided": gather_object([trainer.__dict__.get("guided")]),
         "teacher_held": held / sum(p.numel() for p in teacher),

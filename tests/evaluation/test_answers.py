@@ -168,6 +168,21 @@ def test_the_embedded_task_has_its_own_ending() -> None:
     assert verdict(" first 2×3=6, leaving", "11", "embedded") == Verdict(None, False, False)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("7 * 9 = 63\n#### 63", "63", Verdict("63", True, True)),
+        ("#### $1,234 in all", "1234.0", Verdict("1,234", True, True)),
+        ("#### 12\nWait.\n#### 13", "12", Verdict("13", False, True)),
+        ("#### -0.50", "-0.5", Verdict("-0.50", True, True)),
+        ("The answer is 63.", "63", Verdict(None, False, False)),
+        ("#### many", "63", Verdict(None, False, False)),
+    ],
+)
+def test_the_number_behind_the_last_hashes_is_gsm8k_s_answer(text: str, answer: str, expected: Verdict) -> None:
+    assert verdict(text, answer, "gsm8k") == expected
+
+
 def test_an_answer_that_cannot_be_compared_in_time_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """From another thread, past a loop inside C: the process is killed, the next answer gets a new one."""
     assert verdict(r"\boxed{\frac24}", "0.5", "math").right  # the process is there

@@ -127,7 +127,7 @@ def result_of(out, step=STEPS):
     """Everything that two equal runs agree on, without clocks."""
     folder = Path(out) / f"checkpoint-{step}"
     state = json.loads((folder / "trainer_state.json").read_text())
-    clocks = ("seconds/", "step_time", "train_", "total_flos")
+    clocks = ("seconds/", "step_time", "rollouts_per_second", "train_", "total_flos")
     log = [{k: v for k, v in entry.items() if not k.startswith(clocks)} for entry in state["log_history"]]
     return {
         "weights": load_file(folder / "model.safetensors"),

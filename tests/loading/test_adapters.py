@@ -10,9 +10,11 @@ import torch
 from tiny import TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
 
+from topd.cli.main import main
 from topd.errors import TOPDError
-from topd.loading import models as merging
-from topd.loading.models import loaded_model, merged_adapter, save_merged
+from topd.loading import adapters as merging
+from topd.loading.adapters import merged_adapter
+from topd.loading.models import loaded_model
 from topd.near_future.model_parts import output_head
 
 peft = pytest.importorskip("peft")
@@ -59,7 +61,7 @@ def test_an_adapter_on_head_or_embeddings_of_a_tied_model_merges_right(tmp_path:
     expected = logits(model)
     assert (expected - plain).abs().max() > 1
     torch.testing.assert_close(logits(loaded_model(str(tmp_path / "adapter"))[0]), expected, rtol=1e-3, atol=1e-3)
-    save_merged(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(again), expected, rtol=1e-3, atol=1e-3)
 

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topd.errors import DataError
-from topd.loading.data import PROMPT_COLUMNS, load_prompts
+from topd.loading.data import load_prompts
+from topd.loading.rows import PROMPT_COLUMNS
 
 GOOD = [{"prompt": "What is 2+3?", "answer": 5}, {"prompt": "Is 7 prime?\nSay why.", "answer": "yes, it is"}]
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}]
@@ -200,7 +201,7 @@ BROKEN_PROMPTS = [
     ([{"role": ["user"], "content": "x"}], "has the role"),
     ([{"role": None, "content": "x"}], "has the role 'None'"),
     ([{"role": "user", "content": None}], "message 1 of the prompt is None; write text"),
-    ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 1 of the prompt is [{'type'"),
+    ([{"role": "user", "content": [{"type": "image"}]}], "message 1 of the prompt has a part of type 'image'"),
     ([{"role": "user", "content": " "}], "message 1 of the prompt is blank"),
     ([*TALK, {"role": "tool", "content": ""}], "message 3 of the prompt is empty"),
     ([*TALK, {"role": "assistant", "content": "5"}], "the last message of the prompt is the assistant's; end with"),
@@ -254,8 +255,8 @@ def test_broken_answers(tmp_path, answer, problem):
         ("5", "5 is not an object with `prompt`"),
         ('["x"]', "['x'] is not an object with `prompt`"),
         ("null", "None is not an object"),
-        ("{}", "no `prompt`, `problem` or `question` in []"),
-        ('{"text": "x"}', "no `prompt`, `problem` or `question` in ['text']; rename"),
+        ("{}", "no `prompt`, `problem`, `question`, `messages`, `conversations` in []"),
+        ('{"text": "x"}', "no `prompt`, `problem`, `question`, `messages`, `conversations` in ['text']; rename"),
         ('{"\\ud800": "x"}', "no `prompt`"),
         ('{"question": "x"}', "`question` is text, but in line 1 `prompt` is text; use one kind in all rows"),
         (
@@ -361,7 +362,11 @@ def test_broken_json_files(tmp_path, content, problem):
         ("prompt\ra\rb", "broken CSV", ["line 1"]),
         ("prompt,answer,prompt\na,1,b\n", "more than one column is called ['prompt']; rename", []),
         ("prompt,x,x\na,1,b\n", "more than one column is called ['x']", []),
-        ("text;answer\na;1\n", "no `prompt`, `problem` or `question` in ['text;answer']", []),
+        (
+            "text;answer\na;1\n",
+            "no `prompt`, `problem`, `question`, `messages`, `conversations` in ['text;answer']",
+            [],
+        ),
         ("Prompt\na\n", "in ['Prompt']", []),
     ],
 )
@@ -486,14 +491,16 @@ def test_saved_folders(tmp_path):
     assert load_prompts(str(tmp_path / "parts"), split="test")["prompt"][:] == ["y"]
     assert "no split 'dev'. Choose one of ['train', 'test']" in message(str(tmp_path / "parts"), split="dev")
     data.rename_column("problem", "text").save_to_disk(tmp_path / "other")
-    assert "no `prompt`, `problem` or `question` in ['text'" in message(str(tmp_path / "other"))
+    assert "no `prompt`, `problem`, `question`, `messages`, `conversations` in ['text'" in message(
+        str(tmp_path / "other")
+    )
     datasets.Dataset.from_list([{"prompt": "x"}, {"prompt": ""}]).save_to_disk(tmp_path / "broken")
     assert broken_lines(message(str(tmp_path / "broken"))) == ["row 2"]
 
 
 def test_folder_without_a_dataset(tmp_path):
-    write(tmp_path, "a.jsonl", GOOD)
-    assert "Name a data file, or a folder written by save_to_disk" in message(str(tmp_path))
+    (tmp_path / "weights.bin").write_text("x")
+    assert "Name a data file, a folder written by save_to_disk, or one" in message(str(tmp_path))
 
 
 def test_damaged_saved_folder(tmp_path):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shlex
 
 import pytest
 import torch
@@ -97,40 +96,74 @@ def test_what_cannot_be_loaded_is_said(adapter, tmp_path, monkeypatch):
 
 
 CHECK = ["check", "--quick", "--teacher", "embedded:teacher", "--student"]
-TRAIN, WARM_START = (["train", "--config", "recipe:embedded"],
-                     ["warmstart", "--config", "recipe:embedded-warmstart", "--data", "x"])  # fmt: skip
+FEW = ("--per_device_train_batch_size", "2", "--max_completion_length", "12", "--use_cpu", "true", "--bf16", "false",
+       "--gradient_checkpointing", "false", "--report_to", "none", "--max_steps", "1")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("command", "role"),
-    [
-        (CHECK, "student"),
-        (["check", "--quick", "--student", "embedded:student-standard", "--teacher"], "teacher"),
-        ([*TRAIN, "--model_name_or_path"], "student"),
-        ([*TRAIN, "--teacher_model_name_or_path"], "teacher"),
-        ([*WARM_START, "--model_name_or_path"], "student"),
-        ([*WARM_START, "--teacher_model_name_or_path"], "teacher"),
-    ],
-)
-def test_training_and_its_check_refuse_an_adapter_before_any_weights(adapter, capsys, command, role):
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_an_adapter_that_cannot_be_loaded_is_refused_before_any_weights(adapter, capsys, role):
     folder, _ = adapter
-    (folder / "adapter_model.safetensors").write_bytes(b"not read")
-    assert main([*command, str(folder)]) == 2
-    message = capsys.readouterr().err
-    assert f"topd: {folder} holds an adapter of " in message
-    assert f"the {role} must be a whole model. Merge it once" in message
-    assert ("--use_peft true" in message) == (role == "student")
+    (folder / "adapter_model.safetensors").unlink()
+    names = {"student": "embedded:student-standard", "teacher": "embedded:teacher"} | {role: str(folder)}
+    pair = [word for each, name in names.items() for word in (f"--{each}", name)]
+    for command in (["check", "--quick"], ["train"], ["warmstart", "--data", "x"]):
+        assert main([*command, *pair, "--use_cpu", "true", "--bf16", "false"]) == 2
+        assert f"topd: {folder} holds an adapter without adapter_model.safetensors" in capsys.readouterr().err
 
 
-def test_what_the_refusal_says_makes_a_model_that_is_taken(adapter, capsys):
+def test_the_check_knows_adapters(adapter, tmp_path, capsys):
+    folder, _ = adapter
+    short = ["--max_completion_length", "32", "--window_length", "16", "--bf16", "false"]
+    assert main([*CHECK, str(folder), *short]) == 0
+    assert "is trained further" in " ".join(capsys.readouterr().out.split())
+    assert main([*CHECK, str(folder), *short, "--use_peft", "true"]) == 2
+    twice = ["--student", str(folder), "--teacher", str(folder), "--data", "embedded"]
+    capsys.readouterr()
+    assert main(["check", "--quick", *twice, *short, "--json"]) == 2
+    assert "are the same model" in capsys.readouterr().out
+    models = ["--student", str(folder), "--teacher", "embedded:student-standard", "--samples", "2"]
+    assert main(["check", *models, "--max-new-tokens", "12", *short, "--json"]) == 0
+    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
+    assert "teacher" not in found["memory"]["found"].partition("(student)")[0]  # one set of weights
+
+
+def test_a_warm_start_trains_an_adapter_further_and_saves_whole_weights(adapter, tmp_path):
     folder, expected = adapter
-    assert main([*CHECK, str(folder)]) == 2
-    python, option, program = shlex.split(capsys.readouterr().err.splitlines()[-1])
-    assert (python, option) == ("python", "-c")
-    exec(program)
-    whole = f"{folder}-merged"
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(whole)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    assert main([*CHECK, whole, "--max_completion_length", "96", "--window_length", "16", "--bf16", "false"]) == 0
+    data = tmp_path / "solutions.jsonl"
+    data.write_text('{"prompt": "what is 2+3?", "completion": " 5"}\n' * 4)
+    command = ["warmstart", "--student", str(folder), "--teacher", "embedded:student-standard", "--data", str(data)]
+    few = [word for word in FEW if word not in ("--max_completion_length", "12")]
+    assert main([*command, *few, "--learning_rate", "1e-5", "--output_dir", str(tmp_path / "warm")]) == 0
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "warm")(IDS).logits
+    alone = AutoModelForCausalLM.from_pretrained(pair_folder("student-standard"))(IDS).logits
+    assert 0 < (logits - expected).abs().mean() < 0.1 * (alone - expected).abs().mean()  # it began at the adapter
+
+
+def test_merge_writes_a_whole_model(adapter, tmp_path, capsys):
+    folder, expected = adapter
+    out = tmp_path / "whole"
+    assert main(["merge", str(folder), "--out", str(out)]) == 0
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert loaded_model(str(out))[1].get_vocab() == TOKENIZER.get_vocab()
+    assert main(["merge", str(folder), "--out", str(out)]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    assert main(["merge", str(out), "--out", str(tmp_path / "again")]) == 2
+    assert "is no folder of an adapter" in capsys.readouterr().err
+
+
+def test_a_study_of_adapters(adapter, tmp_path):
+    """Every run trains the same adapter further."""
+    folder, _ = adapter
+    out, file = tmp_path / "study", tmp_path / "study.yaml"
+    study = {
+        "student": str(folder), "teacher": "embedded:student-standard", "seeds": [0], "steps": 1, "held_out": 2,
+        "curve_every": 1, "curve_problems": 2, "arms": {"opd": {"method": "opd"}},
+        "options": {"per_device_train_batch_size": 2, "max_completion_length": 12},
+    }  # fmt: skip
+    file.write_text(json.dumps(study))
+    assert main(["study", "--config", str(file), "--out", str(out)]) == 0
+    record = json.loads((out / "runs" / "opd" / "0.json").read_text())
+    assert record["metrics"]["loss"]["1"] > 0.01
 
 
 def test_the_commands_take_adapters(adapter, tmp_path, capsys):
@@ -145,4 +178,6 @@ def test_the_commands_take_adapters(adapter, tmp_path, capsys):
     settings = json.loads((tmp_path / "eval" / "adapter" / "embedded.settings.json").read_text())
     assert settings["fingerprint"]
     assert main([*command, "--engine", "vllm", "--out", str(tmp_path / "vllm")]) == 2
-    assert "holds an adapter" in capsys.readouterr().err
+    assert "topd merge" in capsys.readouterr().err
+    words = ["generate", "--teacher", str(folder), "--data", "embedded", "--limit", "2", "--max-new-tokens", "8"]
+    assert main([*words, "--out", str(tmp_path / "solutions.jsonl")]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from made_evaluations import write_evaluation
-from made_records import candidate, record, write_arm, write_probe, write_results, write_study
+from made_records import HOSTILE, candidate, record, write_arm, write_probe, write_results, write_study
 from read_page import Page, assert_harmless, page_of
 
 from topd.report import write_report
@@ -181,6 +182,31 @@ def test_an_evaluation_loss_is_drawn_where_it_is_recorded(tmp_path: Path) -> Non
     assert [figure.title for figure in with_it] == ["Token loss", "Evaluation loss"]
     assert "topd from 0.9 at step 1 to 0.8 at step 3" in with_it[1].svg
     assert [figure.title for figure in curve_figures([Arm("topd", log=log[:3])])] == ["Token loss"]
+
+
+def test_accuracy_during_training_is_drawn_and_its_newest_responses_are_shown(tmp_path: Path) -> None:
+    run = write_arm(tmp_path / "topd", [record()], logged=3)
+    state = json.loads((run / "trainer_state.json").read_text())
+    state["log_history"] += [
+        {"step": step, "eval_accuracy": 0.1 * step, "eval_accuracy_low": 0.0, "eval_accuracy_high": 0.5}
+        for step in (1, 3)
+    ]
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    rows = [(1, "what is 1+1?", "early", False), (3, "what is 1+1?", "so it is 2" + "!" * 700 + "end", True)]
+    rows += [(3, "what is 2×3?", HOSTILE[0], False)]
+    (run / "eval_responses.jsonl").write_text("".join(
+        json.dumps({"version": 1, "step": step, "problem": problem, "response": response, "answer": "2",
+                    "right": right, "ended": right}) + "\n" for step, problem, response, right in rows
+    ) + "{broken\n")  # fmt: skip
+    page = page_of(run)
+    assert_harmless(page)
+    for expected in (
+        "2 responses to held-out problems, step 3", "so it is 2!!!", "!!!end", " … ", "right", "wrong, truncated",
+        "1 line was left out of topd/eval_responses.jsonl", "Share of held-out problems solved during training",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert "early" not in page.text
+    assert "from 0.1 at step 1 to 0.3 at step 3" in page.source
 
 
 @pytest.mark.parametrize(("values", "from_zero"), [((0.90, 0.95), False), ((0.1, 0.9), True), ((0.0, 0.0), True)])

@@ -43,11 +43,12 @@ def test_a_log_is_one_line_whatever_the_width() -> None:
 
 
 def test_the_time_that_is_left_counts_the_steps_of_this_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 100.0, 130.0])
+    clock = iter([0.0, 100.0, 145.0])
     monkeypatch.setattr("topd.runs.console.time.monotonic", lambda: next(clock))
     lines, state, text = shown()
     state.global_step = 10
     lines.on_train_begin(STEPS, state, None)
+    lines.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_runtime": 15.0})  # eval_on_start
     state.global_step = 13
     lines.on_log(None, state, None, logs={"loss": 1.0})
     assert "20 steps, resuming after step 10; one line every 1." in text.getvalue()
@@ -66,11 +67,28 @@ def test_a_resumed_run_says_which_steps_took_the_time(tmp_path: Path) -> None:
     assert "20 steps, of which 8 in 3 min 20 s" in " ".join(text.getvalue().split())
 
 
+def test_the_time_of_evaluations_is_said_apart(tmp_path: Path) -> None:
+    text = io.StringIO()
+    evaluations = [{"step": step, "eval_accuracy": 0.1 * step, "eval_runtime": 15.0} for step in (1, 2)]
+    print_summary([*evaluations, *LOG], [], 2, 0, Console(file=text, width=80))
+    said = " ".join(text.getvalue().split())
+    assert "2 steps in 3 min 20 s, 30 s of them evaluation" in said
+    assert "accuracy, held-out problems 10.0% 20.0% 15.0%" in said
+    text = io.StringIO()
+    print_summary([*evaluations, *LOG], [], 2, 1, Console(file=text, width=80))
+    assert "2 steps, of which 1 in 3 min 20 s, 15 s of them evaluation" in " ".join(text.getvalue().split())
+
+
 def test_only_the_main_process_speaks_and_an_evaluation_has_its_own_line() -> None:
     lines, state, text = shown(main=False)
     lines.on_log(None, state, None, logs=LOG[0])
     assert text.getvalue() == ""
     assert formatted({"eval_loss": 0.25, "eval_runtime": 3.0}) == ["evaluation loss 0.2500"]
+    interval = {"eval_accuracy_low": 0.476, "eval_accuracy_high": 0.612}
+    shares = {"eval_ended": 0.995, "eval_repeated": 0.02, "eval_mean_length": 145.2}
+    assert formatted({"eval_accuracy": 0.545} | interval | shares) == [
+        "accuracy 54.5% (47.6% to 61.2%)", "ended 99.5%", "repeated 2.0%", "  145 tokens",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

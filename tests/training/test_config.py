@@ -31,3 +31,23 @@ def test_numbers_of_numpy_and_paths_are_taken(tmp_path):
     given = tiny_config(tmp_path, window_length=numpy.int64(3), learning_rate=numpy.float32(0.5))
     assert (given.window_length, given.learning_rate) == (3, 0.5)
     assert TOPDConfig(tmp_path, use_cpu=True, bf16=False).output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps"),
+        ({"steps_per_generation": 0}, "multiple of gradient_accumulation_steps"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"prefix_weight_max": 4.0}, "does nothing with one update"),
+        ({"prefix_weight_max": 0.5, "num_iterations": 2}, "must be at least 1"),
+        ({"prefix_weight_max": 4.0, "num_iterations": 2, "method": "opd", "opd_loss": "trl"}, "TOPD's own loss"),
+        ({"max_completion_length_start": 4}, "give both"),
+        ({"max_completion_length_start": 21, "max_completion_length_steps": 4}, "from 1 to max_completion_length"),
+        ({"max_completion_length_start": 4, "max_completion_length_steps": 0}, "must be at least 1"),
+        ({"max_informative_tokens": 0}, "must be at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **options)

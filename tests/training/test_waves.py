@@ -64,7 +64,7 @@ def test_rows_follow_those_of_the_waves_before():
         nothing = torch.zeros(rollouts, 1)
         places = Places(Rollouts(*[nothing] * 5), rows, rows)
         futures = Futures(places, windows, windows, Transport(nothing[rows, :, None], *[nothing[rows, 0]] * 3))
-        return Look(nothing, nothing, {"hidden": nothing[..., None]}, futures, futures)
+        return Look(nothing, nothing, nothing, {"hidden": nothing[..., None]}, futures, futures)
 
     found = Look.cat([look(2, [0, 1]), look(3, [0, 2]), look(1, [0])])
     for futures in (found.candidates, found.low_loss):

@@ -16,6 +16,8 @@ from topd.algorithm.guidance import (
 )
 from topd.algorithm.head import Head
 from topd.algorithm.known_tokens import KnownTokens, known_token_kl, known_token_loss, score_known_tokens
+from topd.algorithm.overlap import top_k_overlap
+from topd.algorithm.stale_prefixes import prefix_weights
 from topd.algorithm.tiles import LikelihoodTerms
 from topd.algorithm.token_loss import (
     TokenScores,
@@ -50,11 +52,13 @@ __all__ = [
     "negative_entropy",
     "own_token_share",
     "position_weights",
+    "prefix_weights",
     "rescale_rows",
     "score_known_tokens",
     "score_tokens",
     "select_for_capping",
     "token_cost",
     "token_kl",
+    "top_k_overlap",
     "trajectory_loss",
 ]

@@ -16,6 +16,7 @@ QUICK: dict[str, Callable[[Setup], Finding | None]] = {
     "libraries": optional.libraries,
     "sampling": optional.sampling,
     "evaluation": optional.evaluation,
+    "benchmark": optional.benchmark,
     "adapters": optional.adapters,
     "hub": optional.hub,
     "vocabulary": tokens.vocabulary,

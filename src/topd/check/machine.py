@@ -40,6 +40,7 @@ from topd.check.cache_size import CacheSize, tried_cache
 from topd.check.findings import Finding, ok
 from topd.check.setup import ModelInfo, Setup
 from topd.loading.precision import REMEDY, lost_in_rounding
+from topd.loading.sharding import sharded
 from topd.near_future.recurrent_states import BRANCHES_AT_ONCE
 
 GIB = 2**30
@@ -139,7 +140,7 @@ def needs(setup: Setup, student: Shape, teacher: Shape) -> dict[str, dict[str, f
         "always": {
             "student": student.weights,
             "optimizer": trained * state,
-            "teacher": teacher.weights,
+            "teacher": 0.0 if setup.one_base else teacher.weights,
         },
         "sampling": {
             "keys and values": 0.0 if config.use_vllm else at_once * student.cache.of(tokens),
@@ -217,11 +218,6 @@ def _remedy(setup: Setup, part: str) -> str:
         "keys and values": "A smaller --per_device_train_batch_size, --max_completion_length or --window_memory.",
     }
     return known.get(part, "A smaller --per_device_train_batch_size or --max_completion_length.")
-
-
-def sharded() -> bool:
-    """Whether `accelerate launch` shards the weights."""
-    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
 def human_size(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Checks of what only some runs use: libraries, adapters, evaluation data, the Hub, the teacher's server."""
+"""Checks of what only some runs use: libraries, adapters, evaluation, the Hub, the teacher's server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from transformers.integrations import get_available_reporting_integrations
 
 from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
-from topd.loading.pair import ONE_MODEL
+from topd.evaluation.benchmarks import INSTRUCTION
+from topd.loading.adapters import base_of, is_adapter
+from topd.loading.shared_base import ONE_MODEL, two_adapters
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
+from topd.training.held_out import HeldOut, check_best_metric, problems_of
 
 OPTIMIZERS = {
     "8bit": "bitsandbytes", "4bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes",
@@ -27,7 +30,8 @@ def one_model(setup: Setup) -> Finding | None:
     """Whether student and teacher are the same weights."""
     ours, theirs = setup.pair
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
-    if ours.folder != theirs.folder or len(revisions) > 1 or setup.adapters or not setup.teacher_here:
+    new_adapter = setup.adapters and not is_adapter(ours.folder)
+    if ours.folder != theirs.folder or len(revisions) > 1 or new_adapter or not setup.teacher_here:
         return None
     found, _, remedy = ONE_MODEL.format(what=f"model, {ours.name}").partition(". ")
     return Finding("pair", "error", found, remedy)
@@ -96,7 +100,7 @@ def evaluation(setup: Setup) -> Finding | None:
     if isinstance(setup.evaluation, Exception):
         return Finding(name, "error", str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
     if setup.evaluation is None:
-        if strategy == "no":
+        if strategy == "no" or setup.config.eval_benchmark is not None:
             return None
         return Finding(
             name, "error", f"eval_strategy is {strategy}, and there are no prompts for it",
@@ -110,10 +114,50 @@ def evaluation(setup: Setup) -> Finding | None:
     return ok(name, f"{setup.evaluation:,} prompts, eval_strategy {strategy}")
 
 
+def benchmark(setup: Setup) -> Finding | None:
+    """Whether the held-out problems can be read and answered, and are not trained on.
+
+    Raises:
+        TOPDError: they cannot.
+    """
+    config, name = setup.config, "benchmark"
+    problem_set = problems_of(config)
+    if problem_set is None:
+        return None
+    check_best_metric(config, setup.evaluation)
+    held_out = HeldOut.of(problem_set, config, setup.student.tokenizer, setup.student.config)
+    trained_on = {_bare(prompt) for prompt in setup.prompts}
+    seen = sum(_bare(problem.prompt) in trained_on for problem in problem_set.problems)
+    how = "greedy" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}"
+    found = (
+        f"{problem_set.name}: {len(held_out):,} problems x {config.eval_samples}, {how}, up to "
+        f"{held_out.sampling.max_new_tokens:,} tokens, {config.eval_batch_size} at once"
+    )
+    if seen:
+        return Finding(
+            name, "warning", f"{seen:,} of the problems are among the training prompts; {found}",
+            "Remove them from --data: accuracy on them says nothing about other problems.",
+        )  # fmt: skip
+    return ok(name, found)
+
+
+def _bare(prompt: Any) -> str:
+    """A problem's text, without the instruction that asks for a box."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    return text.removesuffix(INSTRUCTION).strip()
+
+
 def adapters(setup: Setup) -> Finding | None:
     """Whether the adapter's targets are modules of the student, tested on a model without storage."""
     if not setup.adapters or importlib.util.find_spec("peft") is None:
         return None
+    if is_adapter(setup.student.folder):
+        if setup.model.use_peft:
+            found, _, remedy = two_adapters(setup.student.folder).partition(". ")
+            return Finding("adapters", "error", found, remedy)
+        return ok(
+            "adapters", f"the one in {setup.student.name}, on {base_of(setup.student.folder)}, is trained further"
+        )
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from trl import get_peft_config

@@ -69,8 +69,9 @@ def batch(setup: Setup) -> Finding:
             "batch", "error", f"{found}, the data has {prompts:,}: there would be no step",
             "Add prompts, or lower --per_device_train_batch_size or --gradient_accumulation_steps.",
         )  # fmt: skip
-    steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * (prompts // step))
-    return ok("batch", f"{found}; {steps:,} steps, {steps * step / prompts:.2g} epochs")
+    updates = config.updates_per_generation
+    steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * (prompts // step) * updates)
+    return ok("batch", f"{found}; {steps:,} steps, {steps / updates * step / prompts:.2g} epochs")
 
 
 def context(setup: Setup) -> Finding:

@@ -22,6 +22,7 @@ LARGE_KL = 3.0
 """Mean token loss (nats) above which something is usually wrong with a pair. Our choice."""
 JUDGED: dict[Rule, str] = {
     "embedded": "the last words of each, as in the embedded task",
+    "gsm8k": "the number behind the last #### of each",
     "math": "the last \\boxed{} of each, as mathematics",
 }
 """What part of a response is judged, by rule."""
@@ -131,6 +132,8 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
 
 def rule_of(setup: Setup) -> Rule:
     """The rule for judging answers: the embedded task's if all prompts and answers are of that task, else math."""
+    if setup.data == "lm":
+        return "gsm8k"
     for prompt, answer in zip(setup.prompts, setup.answers, strict=True):
         problem = read_problem(prompt if isinstance(prompt, str) else prompt[-1]["content"])
         if answer is not None and (problem is None or problem.answer != str(answer)):

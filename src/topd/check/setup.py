@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from topd.embedded.pair import resolve_model
 from topd.errors import DataError, TOPDError
+from topd.loading.adapters import weights_of
 from topd.loading.models import load_config
 from topd.loading.prompts import prompt_ids
 from topd.loading.tokenizers import tokenizer_of
@@ -59,6 +60,7 @@ class Setup:
         config: the options of `topd train`.
         dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
         adapters: whether only adapters are trained (PEFT).
+        one_base: whether student and teacher are on one set of weights.
         teacher_here: whether the teacher's weights are available; else `teacher` describes what the server serves.
         model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
         evaluation: number of prompts for the evaluation loss, or why they cannot be read; None if there are none.
@@ -72,6 +74,7 @@ class Setup:
     data: str
     dtypes: Mapping[str, str]
     adapters: bool = False
+    one_base: bool = False
     teacher_here: bool = True
     model: Any = None
     evaluation: int | DataError | None = None
@@ -114,7 +117,7 @@ def describe(role: str, name: str, trust_remote_code: bool = False, revision: st
         raise TOPDError(f"{name} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
     config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision or "main")
     try:
-        generation = GenerationConfig.from_pretrained(folder, revision=revision or "main")
+        generation = GenerationConfig.from_pretrained(weights_of(folder), revision=revision or "main")
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     return ModelInfo(role, name, folder, tokenizer, config, generation)

@@ -78,9 +78,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def is_right_on(data: str, rows: list[dict[str, Any]]) -> Callable[[int, str], bool] | None:
-    """A function that says whether a text ends with its prompt's answer; None but for the embedded task."""
+    """A function that says whether a text ends with its prompt's answer; None for other data than ours."""
     from topd.embedded.task import DATA, is_correct
+    from topd.evaluation.answers import verdict
 
+    if data == "lm":
+        return lambda rollout, text: verdict(text, rows[rollout]["answer"], "gsm8k").right
     if data not in DATA:
         return None
 

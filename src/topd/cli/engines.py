@@ -82,12 +82,16 @@ def load_engine(
 def _vllm(source: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from topd.embedded.pair import resolve_model
     from topd.evaluation.engines import VllmEngine
-    from topd.loading.models import is_adapter, load_config
+    from topd.loading.adapters import is_adapter
+    from topd.loading.models import load_config
     from topd.loading.tokenizers import tokenizer_of
 
     folder = resolve_model(source)
     if is_adapter(folder):
-        raise TOPDError(f"{folder} holds an adapter, which --engine vllm does not take here: leave --engine out.")
+        raise TOPDError(
+            f"{folder} holds an adapter, which --engine vllm does not take: leave --engine out, or merge it first: "
+            f"topd merge {folder} --out {folder}-merged."
+        )
     tokenizer, config = tokenizer_of(folder), load_config(folder)
     size = options.tensor_parallel
     engine = VllmEngine(folder, tokenizer, config, options.batch or 256, dtype=options.dtype, tensor_parallel_size=size)

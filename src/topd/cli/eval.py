@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument("--split", default="test", help="of your own Hub dataset (default: %(default)s)")
     what.add_argument(
-        "--rule", choices=("math", "integer"), default="math",
+        "--rule", choices=("math", "integer", "gsm8k"), default="math",
         help="how answers of your own problems are compared (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from topd.cli.data_options import add_form_options, form_of, source_of
 from topd.cli.engines import add_engine_options, add_sampling_options, check_sampling, load_engine
 from topd.cli.options import prompts
 from topd.errors import TOPDError
@@ -15,9 +16,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--teacher", required=True, help="folder, Hub name, embedded model, or the server's model name")
     parser.add_argument(
-        "--data", required=True,
-        help="prompts: file, folder or Hub dataset, as for topd train; or `embedded`, `embedded-long`",
+        "--data", required=True, nargs="+",
+        help="prompts: files, folder or Hub dataset, as for topd train; or `embedded`, `embedded-long`",
     )  # fmt: skip
+    add_form_options(parser)
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="use only the first N prompts")
     parser.add_argument(
@@ -25,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_options(parser, samples=1, paper=", the paper's")
     parser.add_argument(
-        "--filter", choices=("math", "integer", "embedded"),
+        "--filter", choices=("math", "integer", "gsm8k", "embedded"),
         help="keep only responses with the right answer, by this rule (default: keep all, as the paper)",
     )  # fmt: skip
     add_engine_options(parser, "--teacher")
@@ -33,6 +35,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check the options, load, generate."""
+    from topd.loading.data import source_name
+
+    source = source_of(options.data)
+    options.data = source_name(source)
     if options.max_new_tokens is None:
         from topd.evaluation.benchmarks import BENCHMARKS
 
@@ -46,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from topd.warmstart.generate import GenerateRun, run_generate
 
     silence_libraries()
-    rows = prompts(options.data, options.split, options.limit)
+    rows = prompts(source, options.split, options.limit, form=form_of(options))
     if options.filter and not all(row.get("answer") for row in rows):
         raise TOPDError("--filter needs an answer in every row of --data.")
     sampling = Sampling(

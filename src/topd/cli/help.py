@@ -44,6 +44,7 @@ SHORT = {
     "packing": "Pack several solutions into a row",
     "per_device_eval_batch_size": "Rows per process in an evaluation",
     "per_device_train_batch_size": "Rows per process and batch",
+    "prefix_weight_max": "Limit of a stored prefix's weight, with several updates per batch of rollouts",
     "push_to_hub": "Upload the trained model to the Hub",
     "recalibration_steps": "Steps after which the threshold of low_loss_quartile is estimated anew",
     "report_to": "Trackers: tensorboard, trackio, wandb, none",
@@ -121,7 +122,7 @@ def help_text(page: Page, kinds: Iterable[Any], everything: bool = False) -> str
     for kind, title in page.own.items():
         groups[title] += [
             name for name, (_, option) in options.items()
-            if name in kind.__annotations__ and name not in named and (everything or name not in page.hidden)
+            if name in own_options(kind) and name not in named and (everything or name not in page.hidden)
         ]  # fmt: skip
     if everything:
         listed = {name for names in groups.values() for name in names}
@@ -137,6 +138,11 @@ def help_text(page: Page, kinds: Iterable[Any], everything: bool = False) -> str
     lines += ["", "Processes:", *(line for name, text in LAUNCH.items() for line in _entry(name, text))]
     more = "" if everything else f" `topd {page.name} --help-all` lists {len(options)} options."
     return "\n".join([*lines, "", f"In parentheses: the default. Hyphens and underscores are the same.{more}"])
+
+
+def own_options(kind: Any) -> set[str]:
+    """Names of the options that a class, or a base of it, defines in this package."""
+    return {name for each in kind.__mro__ if each.__module__.startswith("topd.") for name in each.__annotations__}
 
 
 def _entry(name: str, text: str) -> list[str]:

@@ -27,6 +27,7 @@ COMMANDS = {
     "correct": "does guidance at one fork bring the student back? A few steps on single windows",
     "eval": "accuracy on benchmarks with intervals, and models compared on the same problems",
     "study": "arms x seeds from the same student: does guidance help?",
+    "merge": "merge a LoRA adapter into its base, and save a whole model",
     "report": "write the HTML page of a run",
     "env": "versions, devices and CPU features, to paste into an issue",
     "case": "one fork of topd correct, token by token, as text and as a picture",

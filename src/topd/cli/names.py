@@ -46,9 +46,6 @@ SAME = {
 INSTEAD = {
     "alpha": "the weight of the trajectory loss is --guidance_weight; the LoRA scaling is --lora_alpha",
     "batch_size": "write --per_device_train_batch_size N; a step has N x processes x accumulation steps rows",
-    "dataset_config": "name a Hub dataset with --data NAME; of several configurations, save one as a file",
-    "dataset_name": "write --data NAME, for a Hub dataset or a file",
-    "dataset_train_split": "write --data_split NAME",
     "eval_dataset": "write --eval_data FILE",
     "gpus": "write --num_processes N; CUDA_VISIBLE_DEVICES chooses the GPUs",
     "lmbda": "all responses are the student's own, as with lmbda 1: leave it out",

@@ -18,6 +18,7 @@ from topd.cli.names import known_name
 from topd.cli.recipes import config_file
 from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
+from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
 from topd.parsing import read_json, read_yaml
 
@@ -28,7 +29,7 @@ EMBEDDED_PROMPTS = 4096
 """Prompts drawn from the embedded task where `data_limit` is not given."""
 MOST_EMBEDDED = 100_000
 """There are some millions of problems; drawing most of them without repeats would take long."""
-SEVERAL = ("report_to",)
+SEVERAL = ("report_to", "data", "eval_data")
 """Options of text or a list of it, which take several values on the command line."""
 
 
@@ -216,35 +217,39 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
 # Prompts
 
 
-def data_source(given: str | None, *models: str) -> str:
-    """Where the prompts come from. The default is the embedded task for embedded models; others have no default."""
+def data_source(given: Any, *models: str) -> Any:
+    """Where the prompts come from. Embedded models and `lm:` models have a task of their own; others no default."""
     embedded = [model.removeprefix(PREFIX) for model in models if model.startswith(PREFIX)]
-    if given is None and not embedded:
+    if given is None and not embedded and not models[0].startswith(LM):
         raise TOPDError(
             f"Name the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
             "embedded is the embedded task)."
         )
+    if given is None and models[0].startswith(LM):
+        return "lm"
     return given or ("embedded-long" if any(name.startswith("long") for name in embedded) else "embedded")
 
 
-def prompts(source: str, split: str, limit: int | None, responses: bool = False, also: Any = None) -> Any:
+def prompts(
+    source: Any, split: str, limit: int | None, responses: bool = False, also: Any = None, form: Any = None
+) -> Any:
     """A dataset of prompts and answers, from a source or the embedded task; see `load_prompts`."""
     from topd.embedded.task import DATA, make_problems
 
-    if source not in DATA:
-        from topd.loading.data import load_prompts
+    if not isinstance(source, str) or source not in DATA:
+        from topd.loading.data import PLAIN, load_prompts
 
-        return load_prompts(source, split=split, limit=limit, responses=responses, also=also)
+        return load_prompts(source, split=split, limit=limit, responses=responses, also=also, form=form or PLAIN)
     from datasets import Dataset
 
     if responses:
         raise TOPDError("The embedded task has no given responses. Name a file that has them: --data FILE.jsonl.")
     if limit is not None and not 0 < limit <= MOST_EMBEDDED:
         raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
-    if also:
-        raise TOPDError(
-            f"The embedded task has no column {', '.join(also)}. Name a file that has it: --data FILE.jsonl."
-        )
+    absent = [f"column {name}" for name in (*(also or ()), form and form.column) if name]
+    absent += ["system prompt"] if form and form.system is not None else []
+    if absent:
+        raise TOPDError(f"The embedded task has no {absent[0]}. Name a file that has it: --data FILE.jsonl.")
     problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 

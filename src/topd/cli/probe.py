@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from topd.cli.data_options import add_form_options, form_of, source_of
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
 
@@ -13,8 +14,10 @@ EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teache
 EMBEDDED_DEFAULTS = {
     "embedded-long": {"window_length": [32], "share": 0.0225, "max_new_tokens": 224},
     "embedded": {"window_length": [16], "share": 0.06, "max_new_tokens": 64},
+    "lm": {"window_length": [16], "share": 0.05, "max_new_tokens": 224},
 }
-"""Responses of the embedded task have about 145 or 60 tokens. Other pairs have the paper's K and share."""
+"""Responses of the embedded tasks have about 145 or 60 tokens, those of the language-model pair 85. Other pairs have
+the paper's K and share."""
 DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
 STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
 
@@ -90,9 +93,10 @@ def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument("--teacher", help=f"the same (default: {EMBEDDED['teacher']})")
     parser.add_argument(
-        "--data", help="prompts: file, folder or Hub dataset, as for topd train (default: the embedded task, for "
-        "embedded models)",
+        "--data", nargs="+", help="prompts: files, folder or Hub dataset, as for topd train (default: the embedded "
+        "task, for embedded models)",
     )  # fmt: skip
+    add_form_options(parser)
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=128, help="how many (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="rollouts measured together (default: %(default)s)")
@@ -113,10 +117,13 @@ def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
 
 def checked(options: argparse.Namespace) -> dict[str, str]:
     """Fill in defaults that depend on the data, check ranges; return the models' names by role."""
+    from topd.loading.data import source_name
+
     if (options.student is None) != (options.teacher is None):
         raise TOPDError("Name both --student and --teacher, or neither (the embedded pair).")
     names = {role: getattr(options, role) or EMBEDDED[role] for role in EMBEDDED}
-    options.data = data_source(options.data, *names.values())
+    options.source = data_source(source_of(options.data), *names.values())
+    options.data = source_name(options.source)
     for name, value in EMBEDDED_DEFAULTS.get(options.data, DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -143,7 +150,7 @@ def token_ids(
     from topd.loading.prompts import closing_id, prompt_ids, solution_ids
 
     rows, template = [], options.chat_template_kwargs
-    for row in prompts(options.data, options.split, options.rollouts, responses):
+    for row in prompts(options.source, options.split, options.rollouts, responses, form=form_of(options)):
         rows.append({"prompt_ids": prompt_ids(tokenizer, row["prompt"], template), "answer": row.get("answer")})
         if responses:
             closing = closing_id(tokenizer, ends, template, not isinstance(row["prompt"], str))
@@ -176,6 +183,9 @@ def recipe_options(file: str) -> dict[str, Any]:
         "teacher": config.teacher_model_name_or_path,
         "data": data.data,
         "split": data.data_split,
+        "prompt_column": data.prompt_column,
+        "system_prompt": data.system_prompt,
+        "data_config": data.data_config,
         "chat_template_kwargs": config.chat_template_kwargs or None,
         "max_new_tokens": config.max_completion_length,
         "temperature": config.temperature,

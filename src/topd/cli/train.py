@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topd.cli.data_options import FormArguments, form_of
 from topd.cli.help import Page
 from topd.cli.options import begin, data_source, parse_options, prompts, resume_from, start_record
+from topd.embedded.task import DATA
 from topd.errors import DataError, TOPDError
 from topd.runs.guard import guarded
 from topd.runs.sole_writer import sole_writer
@@ -21,20 +23,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(FormArguments):
     """Where prompts come from."""
 
-    data: str | None = field(
+    data: dict[str, float] | str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Training prompts: a JSONL, JSON, CSV or Parquet file with a column `prompt` (text or messages) "
-            "and optionally `answer`; the name of a Hub dataset; or `embedded` or `embedded-long`, the embedded task. "
-            "Default for embedded models: their task; required for others."
+            "help": "Training prompts: JSONL, JSON, CSV or Parquet files (names or patterns such as 'part-*.jsonl'), a "
+            "folder, or a Hub dataset, with prompts as text or messages and optionally a column `answer`; several; or "
+            "a mixture, {source: weight}; or `embedded` or `embedded-long`, the embedded task. Default for embedded "
+            "models: their task; required for others."
         },
     )
-    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or a folder."})
     data_limit: int | None = field(default=None, metadata={"help": "Use only the first N prompts."})
-    eval_data: str | None = field(
+    data_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read rows when they are needed, instead of all before training. Needs max_steps."},
+    )
+    eval_data: dict[str, float] | str | list[str] | None = field(
         default=None, metadata={"help": "Prompts for the evaluation loss, named as in `data`."}
     )
     preflight: bool = field(
@@ -64,7 +71,8 @@ def page() -> Page:
             "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
             "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "audit_steps",
-            "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
+            "eval_strategy", "eval_steps", "eval_benchmark", "eval_benchmark_limit", "eval_samples", "eval_temperature",
+            "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
             "push_to_hub",
         ),
     }  # fmt: skip
@@ -98,7 +106,8 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
 
     from topd.embedded.pair import resolve_model
     from topd.loading.by_name import load_by_name
-    from topd.loading.data import read_text
+    from topd.loading.data import source_name
+    from topd.loading.rows import read_text
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
     from topd.runs.console import ConsoleCallback, loading, print_summary, where_to_look
@@ -111,8 +120,9 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     also = {COLUMN: read_text} if config.teachers else None
     data.data = data_source(data.data, student, *teachers.values())
     record = start_record(words, data, config, model)
-    train_dataset = prompts(data.data, data.data_split, data.data_limit, also=also)
-    eval_dataset = prompts(data.eval_data, data.data_split, data.data_limit) if data.eval_data else None
+    check_streaming(data, config)
+    train_dataset = load(data, also)
+    eval_dataset = evaluation_prompts(data) if data.eval_data else None
     resume = resume_from(config)
     if data.preflight:
         before_training(data, config, model, train_dataset, eval_dataset)
@@ -139,7 +149,7 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
         lines_at_end = where_to_look(Path(config.output_dir))
         print_summary(trainer.state.log_history, lines_at_end, trainer.state.global_step, lines.first)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.data)
+        trainer.push_to_hub(dataset_name=source_name(data.data))
     trainer.end()
 
 
@@ -153,11 +163,10 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
             "and embedded:long-teacher), or --config recipe:embedded. For a teacher that is on a server only: "
             "--teacher_model_server_url."
         )
-    from topd.loading.models import check_whole
+    from topd.loading.adapters import weights_of
 
-    check_whole("student", model.model_name_or_path)
-    for teacher in teachers.values():
-        check_whole("teacher", teacher)
+    for name in (model.model_name_or_path, *teachers.values()):
+        weights_of(name)  # reports an adapter that cannot be loaded before anything else is
     return model.model_name_or_path, teachers
 
 
@@ -176,6 +185,33 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     return parsed
 
 
+# The data
+
+
+def check_streaming(data: DataArguments, config: Any) -> None:
+    """Raise `TOPDError` for what does not work with a stream."""
+    if not data.data_streaming:
+        return
+    if config.max_steps < 1:
+        raise TOPDError("data_streaming needs max_steps: the number of rows of a stream is not known.")
+    if isinstance(data.data, str) and data.data in DATA:
+        raise TOPDError("The embedded task is drawn at once: leave data_streaming out.")
+
+
+def load(data: DataArguments, also: Any = None) -> Any:
+    """The training prompts: a dataset, or a stream."""
+    if not data.data_streaming:
+        return prompts(data.data, data.data_split, data.data_limit, also=also, form=form_of(data))
+    from topd.loading.data import stream_prompts
+
+    source: Any = data.data
+    return stream_prompts(source, split=data.data_split, limit=data.data_limit, also=also, form=form_of(data))
+
+
+def evaluation_prompts(data: DataArguments) -> Any:
+    return prompts(data.eval_data, data.data_split, data.data_limit, form=form_of(data))
+
+
 # The checks before it
 
 
@@ -192,7 +228,14 @@ def setups_of(
     Raises:
         TOPDError: something cannot be read.
     """
+    from datasets import Dataset
+    from trl import get_peft_config, get_quantization_config
+
     from topd.check.setup import Setup, describe
+    from topd.loading.adapters import is_adapter
+    from topd.loading.data import source_name
+    from topd.loading.dataset_checks import step_size
+    from topd.loading.shared_base import share_base
 
     name, teachers = named(config, model)
     trust = config.trust_remote_code
@@ -204,7 +247,10 @@ def setups_of(
         if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
     data.data = data_source(data.data, name, *teachers.values())
-    dataset = dataset if dataset is not None else prompts(data.data, data.data_split, data.data_limit)
+    check_streaming(data, config)
+    dataset = dataset if dataset is not None else load(data)
+    if data.data_streaming:  # enough rows for the checks
+        dataset = Dataset.from_list(list(dataset.take(max(1024, step_size(config)[0]))))
     student = describe("student", name, trust, model.model_revision)
     return {
         key: Setup(
@@ -213,9 +259,10 @@ def setups_of(
             config,
             dataset["prompt"][:],
             dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset),
-            data.data,
+            source_name(data.data),
             {role: dtype or "auto" for role, dtype in dtypes.items()},
-            adapters=model.use_peft,
+            adapters=model.use_peft or is_adapter(name),
+            one_base=share_base(name, teacher, config, get_peft_config(model), get_quantization_config(model)),
             teacher_here=teacher_here,
             model=model,
             evaluation=_evaluation(data) if evaluation is None else len(evaluation),
@@ -227,7 +274,7 @@ def setups_of(
 def _evaluation(data: Any) -> int | DataError | None:
     """Number of prompts for the evaluation loss, or why they cannot be read; None where none are named."""
     try:
-        return len(prompts(data.eval_data, data.data_split, data.data_limit)) if data.eval_data else None
+        return len(evaluation_prompts(data)) if data.eval_data else None
     except DataError as error:
         return error
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topd.cli.data_options import FormArguments, form_of
 from topd.cli.help import Page
 from topd.cli.options import begin, parse_options, resume_from, start_record
 from topd.errors import TOPDError
@@ -17,19 +18,22 @@ from topd.runs.sole_writer import sole_writer
 
 
 @dataclass
-class SolutionArguments:
+class SolutionArguments(FormArguments):
     """Where solutions come from."""
 
-    data: str | None = field(
+    data: dict[str, float] | str | list[str] | None = field(
         default=None,
         metadata={
             "help": "Solutions: what `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
-            "dataset with the columns `prompt` (text or messages) and `completion` (text)."
+            "dataset with the columns `prompt` (text or messages) and `completion` (text), or with conversations that "
+            "end with the answer; several, or a mixture, {source: weight}."
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     data_limit: int | None = field(default=None, metadata={"help": "Use only the first N solutions."})
-    eval_data: str | None = field(default=None, metadata={"help": "Solutions for the evaluation loss."})
+    eval_data: dict[str, float] | str | list[str] | None = field(
+        default=None, metadata={"help": "Solutions for the evaluation loss."}
+    )
     keep_truncated: bool = field(
         default=False,
         metadata={
@@ -85,8 +89,8 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
     from trl import get_peft_config, get_quantization_config
 
     from topd.embedded.pair import resolve_model
+    from topd.loading.adapters import weights_of
     from topd.loading.by_name import SAFE, load_by_name
-    from topd.loading.models import check_whole
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
     from topd.runs.console import ConsoleCallback, loading, print_summary, where_weights_are
@@ -97,9 +101,9 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
             "Name the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
             "--data; or --config recipe:embedded-warmstart. `topd generate` writes solutions."
         )
-    check_whole("student", model.model_name_or_path)
+    weights_of(model.model_name_or_path)  # reports an adapter that cannot be loaded before anything else is
     if config.distils:
-        check_whole("teacher", config.teacher_model_name_or_path)
+        weights_of(config.teacher_model_name_or_path)
     resume = resume_from(config)
     student_name = model.model_name_or_path
     teacher_name = config.teacher_model_name_or_path if config.distils else None
@@ -141,11 +145,13 @@ def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
     return data, config, model
 
 
-def solutions(source: str, data: SolutionArguments, config: Any) -> Any:
+def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:
     """The rows in the form that TRL's trainer takes."""
     from topd.warmstart.solutions import load_solutions
 
-    rows = load_solutions(source, split=data.data_split, limit=data.data_limit, truncated=data.keep_truncated)
+    rows = load_solutions(
+        source, split=data.data_split, limit=data.data_limit, truncated=data.keep_truncated, form=form_of(data)
+    )
     if config.chat_template_kwargs:
         return rows.add_column("chat_template_kwargs", [config.chat_template_kwargs] * len(rows))
     return rows
@@ -155,7 +161,7 @@ def save(trainer: Any, folder: Path) -> None:
     """Save a model that `topd train` takes: whole weights. A LoRA adapter is merged, and also saved in `adapter/`."""
     from accelerate.utils import is_peft_model
 
-    from topd.loading.models import merged_adapter
+    from topd.loading.adapters import merged_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):

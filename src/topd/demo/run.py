@@ -215,7 +215,7 @@ class _Accuracy(TrainerCallback):
 
     def _answer(self, state: Any, model: Any) -> None:
         found = bootstrap_mean([float(right) for right in correct_answers(model, self.tokenizer, self.problems)])
-        shown = {"accuracy": found.mean, "accuracy/low": found.low, "accuracy/high": found.high}
+        shown = {"eval_accuracy": found.mean, "eval_accuracy_low": found.low, "eval_accuracy_high": found.high}
         state.log_history.append({"step": state.global_step} | shown)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from topd.errors import TOPDError
+from topd.lm.pair import PREFIX as LM
+from topd.lm.pair import model_folder
 
 PREFIX = "embedded:"
 """Prefix of embedded model names, such as `embedded:long-teacher`, which are accepted wherever a model is named."""
@@ -22,5 +24,7 @@ def pair_folder(role: str) -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A model name for `from_pretrained`: embedded names become folders, other names are unchanged."""
+    """A model name for `from_pretrained`: `embedded:` and `lm:` names become folders, other names are unchanged."""
+    if name.startswith(LM):
+        return str(model_folder(name.removeprefix(LM)))
     return str(pair_folder(name.removeprefix(PREFIX))) if name.startswith(PREFIX) else name

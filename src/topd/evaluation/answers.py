@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
-Rule = Literal["math", "integer", "lm_eval", "embedded"]
+Rule = Literal["math", "integer", "gsm8k", "lm_eval", "embedded"]
 """How answers are compared.
 
 * "math": the content of the last `\\boxed{}`, by mathematical equality (math-verify); boxes joined by a comma, "and" or
   "or" count as one list.
 * "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999): `073`, `73.0`,
   `\\textbf{73}`, `73 \\text{ cm}`, and what follows the equals sign in `m+n = 73`.
+* "gsm8k": the number behind the last `####`, by value: `1,234` and `1234.0` are the same. A unit may follow it.
 * "lm_eval": as the AIME tasks of lm-evaluation-harness; see the module.
 * "embedded": the embedded task's closing sentence.
 """
@@ -58,6 +60,9 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
 
         extracted = extract_answer(text)
         return Verdict(extracted, extracted == answer, extracted is not None)
+    if rule == "gsm8k":
+        found = _HASHES.findall(text)
+        return Verdict(found[-1], _number(found[-1]) == _number(answer), True) if found else Verdict(None, False, False)
     if rule == "lm_eval":
         given, marked = given_answer(text)
         right = same_text(given, answer)
@@ -76,6 +81,7 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
     return Verdict(extracted, same is True, same is not None)
 
 
+_HASHES = re.compile(r"####\s*[$£€]?(-?\d[\d,]*(?:\.\d+)?)")
 _BRACE = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
 _FONT = r"\\(?:text|math)(?:bf|it|rm|sf|tt)?|\\(?:boldsymbol|bm|displaystyle|bf|rm|it)"
@@ -117,6 +123,10 @@ def _boxes(text: str) -> list[tuple[int, int]]:
             if box and not holds_a_box and text[box.end() : match.start()].strip():
                 boxes.append((box.start(), match.start()))
     return [] if last is not None and last in opened else boxes
+
+
+def _number(text: str) -> Fraction:
+    return Fraction(text.replace(",", ""))
 
 
 def _whole_number(text: str) -> int | None:

@@ -55,6 +55,9 @@ BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k:main", "test", 1319, "math", "MIT"),
     "embedded": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 96),
     "embedded-long": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 224),
+    "lm-held-out": Benchmark("lm-held-out", "test", 500, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
+    "lm-unseen": Benchmark("lm-unseen", "test", 500, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
+    "lm-tuning": Benchmark("lm-tuning", "test", 300, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
 }
 EMBEDDED_SEED = 1_000_000
 """Seed of the embedded task's held-out problems, which are those of `topd demo` with seed 0."""
@@ -80,8 +83,9 @@ class ProblemSet:
 
 
 def load_benchmark(
-    name: str, *, limit: int | None = None, split: str = "test", rule: Rule = "math", style: PromptStyle = "boxed"
-) -> ProblemSet:
+    name: str, *, limit: int | None = None, split: str = "test", rule: Rule = "math", style: PromptStyle = "boxed",
+    option: str = "--benchmark",
+) -> ProblemSet:  # fmt: skip
     """The problems of a benchmark.
 
     Args:
@@ -92,6 +96,7 @@ def load_benchmark(
         split: of your own Hub dataset.
         rule: for your own problems.
         style: of the prompt and of extracting answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
+        option: the user's option that names the benchmark, for messages.
 
     Raises:
         TOPDError: the source cannot be read, a problem has no answer, a known benchmark has another size than expected,
@@ -107,14 +112,14 @@ def load_benchmark(
     if known is not None and known.source is None and source is None:
         rows = _embedded(label, limit or known.size)
     elif known is not None and source is None:
-        rows = _rows(str(known.source), known.split, name)
+        rows = _rows(str(known.source), known.split, name, option)
         if len(rows) != known.size:
             raise TOPDError(
                 f"{known.source} has {len(rows)} problems where {label} has {known.size}: the dataset was changed. "
-                f"Name a copy of the right one: --benchmark {label}=FILE."
+                f"Name a copy of the right one: {option} {label}=FILE."
             )
     else:
-        rows = _rows(str(source), split, name)
+        rows = _rows(str(source), split, name, option)
     known = known or Benchmark(source, split, len(rows), rule, "of the user")
     if style == "lm-eval":
         known = replace(known, template=LM_EVAL_PROMPT, rule="lm_eval")
@@ -138,19 +143,19 @@ def _embedded(label: str, count: int) -> list[dict[str, Any]]:
     return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
 
 
-def _rows(source: str, split: str, name: str) -> list[dict[str, Any]]:
+def _rows(source: str, split: str, name: str, option: str) -> list[dict[str, Any]]:
     try:
         data = load_prompts(source, split=split)
     except DataError as error:
         raise TOPDError(
-            f"--benchmark {name}: {error} Known benchmarks are {', '.join(BENCHMARKS)}. Without a network, name a file "
-            "with `problem` and `answer`: --benchmark NAME=FILE."
+            f"{option} {name}: {error} Known benchmarks are {', '.join(BENCHMARKS)}. Without a network, name a file "
+            f"with `problem` and `answer`: {option} NAME=FILE."
         ) from error
     rows = [dict(row) for row in data]
     missing = [number for number, row in enumerate(rows, 1) if not row.get("answer")]
     if missing:
         raise TOPDError(
-            f"--benchmark {name}: {len(missing)} of {len(rows)} problems have no `answer`, the first is number "
+            f"{option} {name}: {len(missing)} of {len(rows)} problems have no `answer`, the first is number "
             f"{missing[0]}. Write the answers, or remove these problems."
         )
     return rows

@@ -18,6 +18,7 @@ from topd.loading.prompts import prompt_ids
 from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
 from topd.near_future.padded_prompts import batching_of
 from topd.near_future.padding import grouped
+from topd.near_future.ways import Batching
 
 SEED_STRIDE = 1_000_003
 """The seed of a response is `seed * SEED_STRIDE + number`."""
@@ -101,6 +102,7 @@ class LocalEngine:
     def __init__(self, model: Any, tokenizer: Any, together: int = 32, limited_by: str = "--max-new-tokens") -> None:
         self.model, self.tokenizer, self.together, self.limited_by = model, tokenizer, together, limited_by
         self.eos = end_token_ids(model.generation_config, tokenizer)
+        self._tried: dict[int, Batching] = {}
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Check that the longest prompt and its response fit the context."""
@@ -117,7 +119,10 @@ class LocalEngine:
         lengths = [len(ids_of(request, self.tokenizer, sampling)) for request in requests]
         groups, size = [list(range(len(requests)))], self.together
         if size > 1 and len(requests) > 1:
-            batching = batching_of(self.model, max(lengths) + sampling.max_new_tokens)
+            longest = max(lengths) + sampling.max_new_tokens
+            if longest not in self._tried:
+                self._tried[longest] = batching_of(self.model, longest)
+            batching = self._tried[longest]
             if not batching.padded:
                 groups = grouped(lengths)
                 size = size if batching.equal else 1
@@ -131,7 +136,7 @@ class LocalEngine:
             for start in range(0, len(group), size):
                 yield [requests[index] for index in group[start : start + size]]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: training may continue with what the model caches here
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
         """[response, token] new tokens."""
         prompts = [ids_of(request, self.tokenizer, sampling) for request in batch]

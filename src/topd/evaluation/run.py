@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,7 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     """
     name, problems = run.problem_set.name, run.problem_set.problems
     file = samples_file(folder, name)
-    requests = [
-        Request(sample * SAMPLE_STRIDE + place, as_chat(problem.prompt, run.chat))
-        for sample in range(samples)
-        for place, problem in enumerate(problems)
-    ]
+    requests = requests_of(run.problem_set, range(len(problems)), samples, run.chat)
     settings = run.settings()
     records = earlier_records(file, settings_file(folder, name), settings, needs=RECORD_KEYS, may_change="")
     write_options(settings_file(folder, name), settings | {"versions": versions(DECISIVE)})
@@ -162,14 +158,21 @@ def _with_progress(
     with progress(console, run.problem_set.name, total, total - len(missing)) as advance:
         new: list[dict[str, Any]] = []
         for batch in engine.respond(missing, run.sampling):
-            records = [_record(run.problem_set, number, response) for number, response in batch]
+            records = [record_of(run.problem_set, number, response) for number, response in batch]
             yield records
             new += records
             right, tokens = (sum(record[key] for record in new) for key in ("right", "tokens"))
             advance(len(batch), f"{right / len(new):.1%} right, {tokens} tokens")
 
 
-def _record(problem_set: ProblemSet, number: int, response: Response) -> dict[str, Any]:
+def requests_of(problem_set: ProblemSet, places: Iterable[int], samples: int, chat: bool) -> list[Request]:
+    """`samples` requests for each of the problems at these places; `chat` as in `EvalRun`."""
+    asked = [(place, as_chat(problem_set.problems[place].prompt, chat)) for place in places]
+    return [Request(sample * SAMPLE_STRIDE + place, prompt) for sample in range(samples) for place, prompt in asked]
+
+
+def record_of(problem_set: ProblemSet, number: int, response: Response) -> dict[str, Any]:
+    """The record of a response, judged."""
     sample, place = divmod(number, SAMPLE_STRIDE)
     problem = problem_set.problems[place]
     judged = verdict(response.text, problem.answer, problem_set.rule)

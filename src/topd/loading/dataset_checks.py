@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topd.errors import DataError
-from topd.loading.data import PROMPT_COLUMNS
+from topd.loading.rows import PROMPT_COLUMNS
 
 COLUMN = "prompt"
 _REMEDIES = {
@@ -89,10 +89,14 @@ def _fault(prompt: Any) -> str | None:
 
 
 def step_size(args: Any) -> tuple[int, str]:
-    """Prompts per optimizer step, and how the number is computed."""
-    sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    step = math.prod(sizes)
-    return step, f"a step takes {step:,} prompts ({' x '.join(map(str, sizes))}: per device, accumulated, processes)"
+    """Prompts per batch of rollouts, which is one optimizer step by default, and how the number is computed."""
+    accumulated = args.gradient_accumulation_steps
+    together = getattr(args, "generation_steps", accumulated)
+    sizes = args.per_device_train_batch_size, together, args.world_size
+    count, product = math.prod(sizes), " x ".join(map(str, sizes))
+    if together == accumulated:
+        return count, f"a step takes {count:,} prompts ({product}: per device, accumulated, processes)"
+    return count, f"a generation takes {count:,} prompts ({product}: per device, steps_per_generation, processes)"
 
 
 def check_enough(dataset: Any, args: Any) -> None:
@@ -103,5 +107,5 @@ def check_enough(dataset: Any, args: Any) -> None:
     if hasattr(dataset, "__len__") and len(dataset) < step:
         raise DataError(
             f"{found[0].upper()}{found[1:]}, and train_dataset has {len(dataset):,}: there would be no step. Add "
-            "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps."
+            "prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation."
         )

@@ -16,9 +16,10 @@ from topd.errors import TOPDError
 PROVENANCE = "provenance"
 """Entry of a run's `run.yaml` that is no option."""
 SYNONYMS = (
-    ("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher"), ("data_split", "split"),
-    ("data_limit", "limit"), ("max_completion_length", "max_new_tokens"), ("candidate_share", "share"),
-    ("ground_cost", "cost"), ("output_dir", "out"),
+    ("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher"), ("data", "dataset_name"),
+    ("data_config", "dataset_config"), ("data_split", "split", "dataset_train_split"), ("data_limit", "limit"),
+    ("data_streaming", "streaming", "dataset_streaming"), ("max_completion_length", "max_new_tokens"),
+    ("candidate_share", "share"), ("ground_cost", "cost"), ("output_dir", "out"),
 )  # fmt: skip
 """Names of one option: TRL's, and a short one. Every command accepts both."""
 

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 from trl.trainer.utils import create_model_from_path
 
 from topd.errors import TokenizerMismatchError, TOPDError
+from topd.loading.adapters import base_of, is_adapter, merged, weights_of, with_adapter
 from topd.loading.by_name import SAFE
 from topd.loading.models import loaded_model, model_to_train
+from topd.loading.sharding import sharded
+from topd.loading.shared_base import (
+    NEW_ADAPTER,
+    ONE_MODEL,
+    base_of_student,
+    check_base_is_fixed,
+    refuse_two_adapters,
+    share_base,
+    shared_copy,
+    shared_note,
+    teacher_on_base,
+    trained_together,
+)
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
 from topd.logs import get_logger
 
 logger = get_logger(__name__)
 
 
-ONE_MODEL = (
-    "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Name another "
-    "teacher. (If the student is a PeftModel, the teacher is its base without the adapter.)"
-)
-NEW_ADAPTER = (
-    "A new adapter starts as the base itself, so the token losses and their gradients start at 0. Pass a PeftModel "
-    "whose adapter is trained already, or another teacher."
-)
-
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
-KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of peft's `init_lora_weights` that leave the base's weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     shared: bool = False
 
-    def report(self, sharded: bool) -> None:
+    def report(self, in_parts: bool) -> None:
         """Log the notes; call it after the trainer has been given the models.
 
         Raises:
@@ -58,7 +59,7 @@ class Prepared:
         for note in self.notes:
             logger.warning(note)
         if self.shared:
-            check_base_is_fixed(self.teacher, sharded)
+            check_base_is_fixed(self.teacher, in_parts)
 
 
 def prepared_models(
@@ -87,18 +88,19 @@ def prepared_models(
         args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
     if isinstance(teacher, str):
         args.teacher_model_init_kwargs = SAFE | _dict(args.teacher_model_init_kwargs)
+    if isinstance(student, str) and student == teacher and _revisions_are_one(args) and peft is None:
+        raise TOPDError(ONE_MODEL.format(what=f"model, {student}"))
+    shares = teacher is not None and share_base(student, teacher, args, peft, quantization)
+    if isinstance(student, str) and (is_adapter(student) or shares):
+        refuse_two_adapters(student, peft)
+        tokenizer = tokenizer_of(student, args.trust_remote_code) if tokenizer is None else tokenizer
+        student = _load_student(student, args, quantization)
     if teacher is None:  # on a server
         return Prepared(student, teacher)
-    if _same_name(student, teacher, args):
-        if peft is None:
-            raise TOPDError(ONE_MODEL.format(what=f"model, {student}"))
-        if quantization is None and _loaded_alike(args):
-            student = teacher = _load_student(student, args, None)
-            args.teacher_model_init_kwargs = None
-    if not (isinstance(student, str) or isinstance(teacher, str)) and trained_together(student, teacher):
-        base = base_of_student(student, peft)
-        shared = (_shared_note(student), NEW_ADAPTER if peft is not None else "")
-        return Prepared(student, base, tuple(filter(None, shared)), shared=True)
+    if shares or not (isinstance(student, str) or isinstance(teacher, str)):
+        on_one_base = _on_one_base(student, teacher, args, tokenizer, peft)
+        if on_one_base is not None:
+            return on_one_base
 
     trust, options = args.trust_remote_code, _dict(args.model_init_kwargs)
     ours, theirs = (
@@ -118,106 +120,49 @@ def prepared_models(
         cut_head(student, theirs)
     elif theirs > ours:
         if isinstance(teacher, str):
-            defaults = {"dtype": None, "revision": args.teacher_model_revision}
-            teacher = load(teacher, args, defaults | _dict(args.teacher_model_init_kwargs))
-            args.teacher_model_init_kwargs = None
+            teacher = _load_teacher(teacher, args)
         teacher = with_rows(teacher, ours)
     if ours != theirs:
         notes.append(heads_message(ours, theirs))
+    if is_adapter(teacher):
+        teacher = _load_teacher(teacher, args)
     return Prepared(student, teacher, tuple(filter(None, notes)))
 
 
-def _same_name(student: Any, teacher: Any, args: TOPDConfig) -> bool:
-    revisions = _dict(args.model_init_kwargs).get("revision"), args.teacher_model_revision
-    ours, theirs = (revision or "main" for revision in revisions)
-    return isinstance(student, str) and student == teacher and ours == theirs
+def _on_one_base(student: Any, teacher: Any, args: TOPDConfig, tokenizer: Any, peft: Any) -> Prepared | None:
+    """Both on one set of weights; None where the teacher needs its own."""
+    if isinstance(teacher, str):
+        base = teacher_on_base(student, teacher)
+        if base is None:
+            return None
+        args.teacher_model_init_kwargs = None
+        if is_adapter(teacher) and tokenizer is not None:
+            compare_tokenizers(tokenizer, teacher, args.trust_remote_code, None)
+    elif trained_together(student, teacher):
+        base = base_of_student(student, peft)
+    else:
+        return None
+    notes = shared_note(student, teacher), NEW_ADAPTER if peft is not None and not is_adapter(teacher) else ""
+    return Prepared(student, base, tuple(filter(None, notes)), shared=True)
 
 
-def _loaded_alike(args: TOPDConfig) -> bool:
-    """Whether both would be loaded with the same options, so that one set of weights can serve as both."""
-    ours, theirs = (_dict(given) for given in (args.model_init_kwargs, args.teacher_model_init_kwargs))
-    return {**ours, "revision": None} == {**theirs, "revision": None}
+def _revisions_are_one(args: TOPDConfig) -> bool:
+    ours, theirs = _dict(args.model_init_kwargs).get("revision"), args.teacher_model_revision
+    return (ours or "main") == (theirs or "main")
 
 
 def _load_student(name: str, args: TOPDConfig, quantization: Any) -> Any:
     options = _dict(args.model_init_kwargs)
     args.model_init_kwargs = None  # TRL accepts them for names only
-    return load(name, args, options if quantization is None else options | {"quantization_config": quantization})
+    options |= {} if quantization is None else {"quantization_config": quantization}
+    return load(name, args, options, trained=True)
 
 
-# One set of weights
-
-
-def trained_together(student: Any, teacher: Any) -> bool:
-    """Whether training the student changes the teacher: they are one object, or share weights that are trained."""
-    theirs = {id(parameter) for parameter in teacher.parameters()}
-    return student is teacher or any(p.requires_grad and id(p) in theirs for p in student.parameters())
-
-
-def base_of_student(student: Any, peft: Any = None) -> Any:
-    """The teacher of a student that is its own teacher: its base.
-
-    Raises:
-        TOPDError: the student has no adapters, and `peft` adds none.
-    """
-    if peft is None and not is_peft_model(student):
-        raise TOPDError(ONE_MODEL.format(what="model object, or share weights that are trained"))
-    return without_adapters(student)
-
-
-def without_adapters(student: Any) -> Any:
-    """The base of a model without its adapters: new modules on the same weights.
-
-    Raises:
-        TOPDError: the adapters' initialization changed the base's weights.
-    """
-    if not is_peft_model(student):
-        return shared_copy(student)
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    began = {getattr(config, "init_lora_weights", True) for config in student.peft_config.values()}
-    if not began <= {*KEEP_BASE}:
-        raise TOPDError(
-            f"init_lora_weights={began - {*KEEP_BASE}} changes the base's weights, so the base without the adapter is "
-            "not the teacher. Load the teacher separately, or leave init_lora_weights at its default."
-        )
-    teacher = shared_copy(student.get_base_model())
-    for name, module in list(teacher.named_modules()):
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            continue
-        if getattr(module, "merged", False):
-            raise TOPDError("The student's adapter is merged into its base. Unmerge it: model.unmerge_adapter().")
-        plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-        parent, _, child = name.rpartition(".")
-        setattr(teacher.get_submodule(parent), child, plain)
-    return teacher
-
-
-def check_base_is_fixed(teacher: Any, sharded: bool) -> None:
-    """Raise `TOPDError` if training would change a teacher that shares the student's weights, or cannot share them."""
-    if sharded:
-        raise TOPDError(
-            "Student and teacher can share one set of weights in one process and under DDP, not with FSDP or DeepSpeed "
-            "so far. Load the teacher separately, or name it."
-        )
-    moving = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
-    if moving:
-        raise TOPDError(
-            f"Training would change the base, which is the teacher: {', '.join(moving[:3])}. Train adapters only "
-            "(bias='none'), or load the teacher separately."
-        )
-
-
-def shared_copy(model: Any, own: tuple[Any, ...] = ()) -> Any:
-    """A copy of modules and config on the same parameters, except those in `own`, which are copied too."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if all(p is not each for each in own)}
-    return copy.deepcopy(model, memo)
-
-
-def _shared_note(student: Any) -> str:
-    base = student.config._name_or_path or student.config.model_type
-    return f"The teacher is the student's base without the adapter ({base}): one set of weights."
+def _load_teacher(name: str, args: TOPDConfig) -> Any:
+    defaults = {"dtype": None, "revision": args.teacher_model_revision}
+    options = defaults | _dict(args.teacher_model_init_kwargs)
+    args.teacher_model_init_kwargs = None
+    return load(name, args, options)
 
 
 # Output heads
@@ -233,7 +178,9 @@ def heads_message(ours: int, theirs: int) -> str:
 def head_rows(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
     """Rows of a model's output head, for a name from its config."""
     config = model.config if not isinstance(model, str) else None
-    config = config or AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
+    config = config or AutoConfig.from_pretrained(
+        weights_of(model), trust_remote_code=trust_remote_code, revision=revision
+    )
     return int(config.get_text_config().vocab_size)
 
 
@@ -250,12 +197,21 @@ def with_rows(teacher: Any, rows: int) -> Any:
     return teacher
 
 
-def load(name: str, args: TOPDConfig, options: dict[str, Any]) -> Any:
-    """Load a model as TRL does: with several processes, each on its own device."""
+def load(name: str, args: Any, options: dict[str, Any], trained: bool = False) -> Any:
+    """Load a model as TRL does: with several processes, each on its own device.
+
+    Args:
+        trained: an adapter is put on its base and trained; else it is merged, or left as it is on a quantized base.
+    """
     options = {"trust_remote_code": args.trust_remote_code} | options
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
-    return create_model_from_path(name, **options)
+    if not is_adapter(name):
+        return create_model_from_path(name, **options)
+    base = create_model_from_path(base_of(name), **options)
+    if trained or getattr(base, "is_quantized", False):
+        return with_adapter(base, name, trained=trained)
+    return merged(base, name, check=not sharded(args))
 
 
 def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tuple[Any, Any, Any]:
@@ -278,19 +234,23 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     return models[0], models[1], tokenizer
 
 
-def loaded_teacher(student: Any, teacher: Any, args: Any, revision: str | None, sharded: bool) -> Any:
+def loaded_teacher(student: Any, teacher: Any, args: Any, revision: str | None, in_parts: bool) -> Any:
     """A frozen teacher for a loaded student: a name is loaded, the student's base is shared, padding rows are cut.
 
     Raises:
         TOPDError: student and teacher are one model.
         TokenizerMismatchError: the teacher's head has fewer rows than the student's.
     """
-    if isinstance(teacher, str):
+    base = teacher_on_base(student, teacher) if share_base(student, teacher, args) else None
+    if base is not None:
+        teacher = base
+        check_base_is_fixed(teacher, in_parts)
+    elif isinstance(teacher, str):
         options = SAFE | {"revision": revision} if revision else SAFE
         teacher = load(teacher, args, options | _dict(args.teacher_model_init_kwargs))
     elif trained_together(student, teacher):
         teacher = base_of_student(student)
-        check_base_is_fixed(teacher, sharded)
+        check_base_is_fixed(teacher, in_parts)
     ours, theirs = head_rows(student), head_rows(teacher)
     if theirs < ours:
         raise TokenizerMismatchError(

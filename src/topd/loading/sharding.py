@@ -7,6 +7,7 @@ decoded in step; gathering the shards once for all windows also costs far less t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import unwrap_model_for_generation
 
 from topd.errors import TOPDError
+
+
+def sharded(args: Any = None) -> bool:
+    """Whether `accelerate launch` shards the weights, or these training arguments do."""
+    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return launched or (args is not None and bool(args.fsdp or args.deepspeed))
 
 
 @contextmanager

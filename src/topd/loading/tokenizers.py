@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import ContextError, TokenizerMismatchError, TOPDError
+from topd.loading.adapters import ADAPTER_CONFIG, base_of, is_adapter
 
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """Files of which a folder with a tokenizer has at least one."""
@@ -70,6 +71,8 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
         if Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name)):
             raise TOPDError(_NONE.format(model))
         options |= {"revision": revision} if revision else {}
+        if is_adapter(model):
+            return _of_adapter(model, options)
         tokenizer = load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
         if not _has_vocabulary(tokenizer):
             raise TOPDError(_NONE.format(model))
@@ -80,6 +83,23 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     except Exception:  # a folder without one, a Hub name without a network
         return None
     return tokenizer if tokenizer is not None and _has_vocabulary(tokenizer) else None
+
+
+def _of_adapter(folder: str, options: dict[str, Any]) -> Any:
+    """The tokenizer in an adapter's folder, or else its base's."""
+    from topd.loading.by_name import load_by_name
+
+    base, own = base_of(folder), (Path(folder) / "tokenizer_config.json").is_file()
+    try:
+        return load_by_name("tokenizer", folder if own else base, AutoTokenizer.from_pretrained, **options)
+    except TOPDError as error:
+        raise TOPDError(
+            f"{error} This is the adapter's own tokenizer: without a tokenizer_config.json there, that of its base "
+            f"{base} is used."
+            if own
+            else f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}."
+        ) from error
 
 
 def _has_vocabulary(tokenizer: Any) -> bool:

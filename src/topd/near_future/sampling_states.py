@@ -15,7 +15,7 @@ from topd.near_future.windows import Rollouts
 
 
 class SamplingStates:
-    """The last hidden states, and keys and values, of one call of `generate`.
+    """The last hidden states, and keys and values, of one call of `generate` (or of several with ever fewer rows).
 
     They are those of a scoring pass up to rounding, so they choose candidates and start windows; the loss that is
     trained on is computed anew, with gradients.
@@ -25,6 +25,7 @@ class SamplingStates:
         self._states: list[Tensor] = []
         self._fed: list[int] = []
         self._cache: Any = None
+        self.rows: Tensor | None = None  # of the batch that are left in it; None: all
 
     @contextmanager
     def keeping(self, model: Any) -> Iterator[None]:
@@ -38,7 +39,10 @@ class SamplingStates:
     @torch.no_grad()
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._fed.append(output.last_hidden_state.shape[1])
-        self._states.append(output.last_hidden_state[:, -1])
+        last = output.last_hidden_state[:, -1]
+        if self._states and self.rows is not None and len(self.rows) < len(self._states[0]):
+            last = torch.zeros_like(self._states[0]).index_copy_(0, self.rows, last)
+        self._states.append(last)
         self._cache = cache_of(output)
 
     def prefill(self, rollouts: Rollouts, keep_prefix: bool) -> Prefill | None:
@@ -55,7 +59,10 @@ class SamplingStates:
         hidden = nn.functional.pad(hidden, (0, 0, 0, response - hidden.shape[1]))
         layers = getattr(self._cache, "layers", [])
         whole = bool(layers) and all(
-            getattr(layer, "keys", None) is not None and layer.keys.shape[2] >= prompt + longest - 1 for layer in layers
+            getattr(layer, "keys", None) is not None
+            and layer.keys.shape[2] >= prompt + longest - 1
+            and len(layer.keys) == len(rollouts)
+            for layer in layers
         )
         if not keep_prefix:
             return Prefill({"hidden": hidden})

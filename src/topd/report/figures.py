@@ -63,9 +63,9 @@ CURVES = (
         "The trainer's evaluation loss on the evaluation data set, at each evaluation.",
     ),
     Curve(
-        "accuracy", "accuracy", "Accuracy", "share",
+        "accuracy", "eval_accuracy", "Accuracy", "share",
         "Share of held-out problems solved during training. Band: 95 % interval over problems.",
-        ("accuracy/low", "accuracy/high"),
+        ("eval_accuracy_low", "eval_accuracy_high"),
     ),
     Curve(
         "distance", "distance/q50", "Transport distance of candidates", "D_OT",

@@ -15,6 +15,7 @@ from topd.report.case import correct_section
 from topd.report.distances import distance_figures
 from topd.report.elements import Section, listed, plural, signed
 from topd.report.figures import curve_figures
+from topd.report.held_out import responses_tables
 from topd.report.probe import probe_section
 from topd.report.records import MAX_CANDIDATES, Arm, Run, load_runs
 from topd.report.results import compared, evaluation_section, load_evaluations, results_section
@@ -95,7 +96,7 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     names = [arm.name for arm in arms]
     first = ", those that differ between the arms first" if len(arms) > 1 else ""
     sections += [
-        Section("Training").add("figures", curve_figures(arms)),
+        Section("Training").add("figures", curve_figures(arms)).add("responses", responses_tables(arms)),
         Section("Distances").add("figures", distance_figures(points)),
         Section("Provenance").add(
             "by_arm", provenance and ("What", "Models, data, command and versions", names, provenance)

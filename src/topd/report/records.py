@@ -16,6 +16,7 @@ from typing import Any
 
 from topd.evaluation.compare import COMPARISON, evaluations_in
 from topd.report.case import CorrectRecords, load_correct
+from topd.report.held_out import HeldOutResponse, load_responses
 from topd.report.probe import ProbeRecords, load_probe
 from topd.report.reading import (
     ReportError,
@@ -48,6 +49,7 @@ class Arm:
         rollouts: the newest audited rollouts, newest first.
         points: all audited candidates, also those of rollouts that are not kept.
         audited: number of audited rollouts.
+        responses: kept of the newest evaluation during training.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Arm:
     rollouts: list[Rollout] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     audited: int = 0
+    responses: list[HeldOutResponse] = field(default_factory=list)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and is finite."""
@@ -111,6 +114,7 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
         if len(arm.rollouts) % 256 == 0:  # a long run's windows need not all stay in memory
             arm.rollouts = _newest(arm.rollouts, keep)
     arm.rollouts = _newest(arm.rollouts, keep)
+    arm.responses = load_responses(folder / "eval_responses.jsonl", arm.name, notes)
     return arm
 
 

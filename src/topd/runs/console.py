@@ -23,11 +23,15 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from topd.runs.checkpoints import checkpoints
-from topd.runs.records import AUDIT_FILE
+from topd.runs.records import AUDIT_FILE, EVAL_FILE
 
 FIELDS = (
     ("loss", "loss {:7.4f}"),
     ("eval_loss", "evaluation loss {:.4f}"),
+    ("eval_accuracy", "accuracy {0:.1%} ({1[eval_accuracy_low]:.1%} to {1[eval_accuracy_high]:.1%})"),
+    ("eval_ended", "ended {:.1%}"),
+    ("eval_repeated", "repeated {:.1%}"),
+    ("eval_mean_length", "{:5.0f} tokens"),
     ("token_loss/mean", "token loss {:7.4f}"),
     ("forward_kl", "forward KL {:7.4f}"),
     ("cross_entropy", "cross-entropy {:7.4f}"),
@@ -37,7 +41,7 @@ FIELDS = (
     ("learning_rate", "lr {:.1e}"),
     ("step_time", "{:6.2f} s/step"),
 )
-"""Metrics of a log line, in order; metrics that were not logged are left out."""
+"""Metrics of a log line, in order, as templates of the value and the whole log; those not logged are left out."""
 
 
 class ConsoleCallback(TrainerCallback):
@@ -68,6 +72,8 @@ class ConsoleCallback(TrainerCallback):
         self._print(state, f"{state.max_steps} steps{resumed}{every}.")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.first:  # the steps that follow say how long the rest takes
+            self.started += evaluation_seconds(logs or {})
         parts = formatted(logs or {})
         if not parts:  # the log at the end of training
             return
@@ -145,7 +151,12 @@ def loading(what: str, show: bool) -> Iterator[None]:
 
 def formatted(logs: Mapping[str, Any]) -> list[str]:
     """The metrics of a log entry as text."""
-    return [words.format(float(logs[key])) for key, words in FIELDS if key in logs]
+    return [words.format(float(logs[key]), logs) for key, words in FIELDS if key in logs]
+
+
+def evaluation_seconds(logs: Mapping[str, Any]) -> float:
+    """What the evaluations in a log entry took."""
+    return sum(float(value) for key, value in logs.items() if key.startswith("eval_") and key.endswith("_runtime"))
 
 
 def duration(seconds: float) -> str:
@@ -209,6 +220,15 @@ class Stopwatch:
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Drop what is measured within: an evaluation is no part of a step."""
+        seconds, self.seconds = self.seconds, defaultdict(float)
+        try:
+            yield
+        finally:
+            self.seconds = seconds
+
     @staticmethod
     def _now() -> float:
         if torch.cuda.is_available():
@@ -222,6 +242,7 @@ ROWS = (
     ("forward_kl", "forward KL, nats", "{:.4f}"),
     ("cross_entropy", "cross-entropy, nats", "{:.4f}"),
     ("eval_loss", "evaluation loss, nats", "{:.4f}"),
+    ("eval_accuracy", "accuracy, held-out problems", "{:.1%}"),
     ("false_alarm_share", "false alarms among candidates", "{:.1%}"),
     ("forks/per_rollout", "forks/rollout", "{:.2f}"),
     ("completions/mean_length", "tokens/response", "{:.1f}"),
@@ -254,6 +275,9 @@ def metrics_table(log: Log, steps: int, seconds: float | None, resumed: int = 0)
     """First and last value of each metric, and its mean over all logs, including those before a resume."""
     which = f", of which {steps - resumed}" if resumed else ""
     took = "" if seconds is None else f"{which} in {duration(seconds)}"
+    here = [entry for entry in log if not resumed or entry.get("step", 0) > resumed]
+    evaluating = sum(map(evaluation_seconds, here))
+    took += f", {duration(evaluating)} of them evaluation" if took and evaluating else ""
     table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
     for key, words, form in ROWS:
         if values := values_of(log, key):
@@ -289,6 +313,8 @@ def where_to_look(folder: Path) -> list[str]:
         lines.append(f"Audit: {audit}, {count} rollouts with their candidates")
     else:
         lines.append("Audit: none (--audit_steps 10 records rollouts with their forks)")
+    if (folder / EVAL_FILE).is_file():
+        lines.append(f"Responses to held-out problems: {folder / EVAL_FILE}")
     return [*lines, f"The page of this run: topd report {shlex.quote(str(folder))}"]
 
 

@@ -119,7 +119,7 @@ def model_record(model: Any, name: str | None) -> dict[str, Any]:
 
 
 def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over `SAMPLED` values of each parameter, in float32. None if one is sharded or has no storage.
+    """SHA-256 over `SAMPLED` values of each parameter, in float32. None if one is sharded or cannot be sampled.
 
     It identifies a set of weights; it does not detect a change of single values.
     """
@@ -127,8 +127,11 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
     for _, parameter in sorted(parameters.items()):
         if parameter.is_meta or isinstance(parameter, torch.distributed.tensor.DTensor) or not parameter.numel():
             return None
-        flat = parameter.detach().reshape(-1)
-        samples.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].float().cpu())
+        try:
+            flat = parameter.detach().reshape(-1)
+            samples.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].float().cpu())
+        except NotImplementedError:  # a format of quantization
+            return None
     return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16] if samples else None
 
 

@@ -81,17 +81,19 @@ def write_options(file: Path, options: dict[str, Any]) -> None:
 
 AUDIT_FILE = "audit.jsonl"
 """Audit records of a training run, in its folder."""
+EVAL_FILE = "eval_responses.jsonl"
+"""A few responses of each evaluation during training, in the run's folder."""
 
 
 def cut_records(path: Path, step: int) -> None:
     """Keep the records up to the optimizer step at which a run resumes: later ones are made again.
 
-    At step 0 all records belong to an earlier run and move to `audit.earlier.jsonl`.
+    At step 0 all records belong to an earlier run and move to a file such as `audit.earlier.jsonl`.
     """
     if not path.is_file():
         return
     if step == 0:
-        path.replace(path.with_name("audit.earlier.jsonl"))
+        path.replace(path.with_suffix(".earlier.jsonl"))
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would split at U+2028
     kept = [line for line in lines if _up_to(line, step)]

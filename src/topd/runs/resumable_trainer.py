@@ -31,7 +31,7 @@ from topd.runs.files import write_json
 from topd.runs.guard import DISK_FULL, output_may_close
 from topd.runs.interrupts import StopWhenAsked, run_interrupted
 from topd.runs.non_finite import first_non_finite, non_finite_weights
-from topd.runs.records import AUDIT_FILE, cut_records
+from topd.runs.records import AUDIT_FILE, EVAL_FILE, cut_records
 from topd.runs.sole_writer import sole_writer
 
 logger = get_logger(__name__)
@@ -224,7 +224,8 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None and (Path(checkpoint) / OWN_STATE).is_file():
             self._restore_own_state(json.loads((Path(checkpoint) / OWN_STATE).read_text()))
         if self.accelerator.is_main_process:
-            cut_records(self._folder / AUDIT_FILE, self.state.global_step)
+            for name in (AUDIT_FILE, EVAL_FILE):
+                cut_records(self._folder / name, self.state.global_step)
         return epochs_trained, steps
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -75,7 +75,7 @@ class StudyPlan:
     data: str | None = None
     benchmark: str | None = None
     tune_benchmark: str | None = None
-    rule: Literal["math", "integer"] = "math"
+    rule: Literal["math", "integer", "gsm8k"] = "math"
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def _check_own_data(plan: StudyPlan) -> None:
         raise ValueError("data needs `benchmark`: the held-out problems, such as math500 or a file with answers.")
     if plan.tune_benchmark is None and any(arm.choices for arm in plan.arms):
         raise ValueError("the arms have choices: `tune_benchmark` must name problems for tuning that are not held out.")
-    if plan.rule not in ("math", "integer"):
-        raise ValueError(f"rule must be math or integer; got {plan.rule!r}.")
+    if plan.rule not in ("math", "integer", "gsm8k"):
+        raise ValueError(f"rule must be math, integer or gsm8k; got {plan.rule!r}.")
     known = [each.name for each in fields(Sampling)]
     unknown = sorted(set(plan.sampling) - set(known))
     if unknown:

@@ -63,8 +63,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from topd.embedded.pair import resolve_model
-    from topd.loading.models import load_weights
+    from topd.loading.by_name import load_by_name
     from topd.runs.console import silence_libraries
     from topd.training import TOPDTrainer
 
@@ -77,15 +76,14 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         config = config_of(plan, job, scratch)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         tokenizer = pair_tokenizer(plan)
-        student, teacher = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
-        config.model_init_kwargs = config.teacher_model_init_kwargs = None  # TRL accepts them for names only
-        trainer = TOPDTrainer(
-            model=load_weights(resolve_model(plan.student), torch.float32, **student),
-            teacher_model=load_weights(resolve_model(plan.teacher), torch.float32, **teacher),
-            args=config,
+        float32 = {"dtype": "float32"}
+        config.model_init_kwargs = float32 | (config.model_init_kwargs or {})
+        config.teacher_model_init_kwargs = float32 | (config.teacher_model_init_kwargs or {})
+        trainer = load_by_name(
+            "models", f"{plan.student} and {plan.teacher}", TOPDTrainer, plan.student,
+            teacher_model=plan.teacher, args=config, processing_class=tokenizer,
             train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)),
-            processing_class=tokenizer,
-        )
+        )  # fmt: skip
         curve = Curve(plan, task, tokenizer, asks=job.held_out)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(curve.callback)
@@ -137,7 +135,7 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
     """The tokenizer that student and teacher share.
 
     Raises:
-        TOPDError: one of them cannot be loaded or is an adapter, or their tokenizers differ.
+        TOPDError: one of them cannot be loaded, or their tokenizers differ.
     """
     from topd.loading.models import model_to_train
     from topd.loading.tokenizers import check_tokenizers, tokenizer_of

@@ -26,7 +26,7 @@ class LowLossQuartile:
     """Collects D_OT at low-loss positions in the first steps, and anew every `every` steps (our choice).
 
     Args:
-        every: optimizer steps from one estimate to the next.
+        every: batches of rollouts (the steps counted here) from one estimate to the next.
     """
 
     every: int

@@ -14,6 +14,7 @@ from topd.algorithm.forks import ForkRule
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.loading.options import check_kinds
+from topd.loading.rollout_options import check_rollouts
 from topd.near_future.matching import Embedding, Solver
 from topd.teachers.server_address import without_secrets
 from topd.training.method import Method, Ranking, StudentWindow
@@ -60,6 +61,11 @@ class TOPDConfig(DistillationConfig):
         "Our choice.",
     )
 
+    compact_sampling: bool = _option(
+        False,
+        "Rollouts that have ended leave the batch while the others are sampled, which saves time where lengths differ. "
+        "The same distribution; other random numbers than TRL's. Not for vLLM. Our choice.",
+    )
     candidate_ranking: Ranking = _option(
         "reverse_kl",
         "What makes a position high-loss: reverse_kl, the token loss; teacher_nll, the teacher's NLL of the sampled "
@@ -75,13 +81,42 @@ class TOPDConfig(DistillationConfig):
         "auto",
         "The loss of method=opd. trl: DistillationTrainer's own, bit for bit. one_pass: ours, the same to rounding, in "
         "less time and memory on CPU; the entropy it logs is estimated from the sampled tokens. auto: one_pass on a "
-        "CPU and with several teachers, for text and beta 0 or 1; else trl.",
+        "CPU, with several teachers or several updates per batch of rollouts, for text and beta 0 or 1; else trl.",
     )
     max_overhead: float | None = _option(
         None,
         "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
         "cost, three of them by plain OPD; then each rollout keeps as many of its highest-loss candidates as fit. "
         "None: no limit. Our choice.",
+    )
+
+    num_iterations: int = _option(
+        1,
+        "Passes over each batch of rollouts, as in GRPO. From the second on only the student's loss is computed, with "
+        "its current weights: no sampling, no teacher, no windows. docs/cheaper_training.md.",
+    )
+    steps_per_generation: int | None = _option(
+        None,
+        "Micro-batches, per process, that are sampled together, as in GRPO; a multiple of gradient_accumulation_steps. "
+        "None: gradient_accumulation_steps, so each batch of rollouts is one optimizer step.",
+    )
+    prefix_weight_max: float | None = _option(
+        None,
+        "With several updates per batch of rollouts: weigh each token loss by how likely its prefix still is, min(exp("
+        "mean of log p_now - log p_then over the prefix), this value) (REVO, 2609.37500: 4). None: weight 1.",
+    )
+    max_completion_length_start: int | None = _option(
+        None,
+        "Let the maximum length of rollouts grow linearly from this value to max_completion_length (progressive OPD, "
+        "2605.31490). Needs max_completion_length_steps. None: the same length at every step.",
+    )
+    max_completion_length_steps: int | None = _option(
+        None, "Optimizer steps after which rollouts may have max_completion_length tokens."
+    )
+    max_informative_tokens: int | None = _option(
+        None,
+        "End each rollout at its n-th informative position: one where fewer than 70 % of the 16 most likely tokens of "
+        "student and teacher are the same (Flash-OPD, 2610.06105: 200; the 16 are our choice). None: no limit.",
     )
 
     teacher_model_server_url: str | None = _option(
@@ -131,8 +166,8 @@ class TOPDConfig(DistillationConfig):
     )
     recalibration_steps: int = _option(
         50,
-        "With low_loss_quartile: the threshold is estimated anew every so many optimizer steps, from up to 512 "
-        "low-loss positions over at most 8 steps. Our choice.",
+        "With low_loss_quartile: the threshold is estimated anew every so many batches of rollouts (one per optimizer "
+        "step by default), from up to 512 low-loss positions over at most 8 batches. Our choice.",
     )
     false_alarm_share: float = _option(
         0.30,
@@ -179,7 +214,18 @@ class TOPDConfig(DistillationConfig):
         "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
     )
 
-    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many optimizer steps. 0: never.")
+    eval_benchmark: str | None = _option(
+        None,
+        "Held-out problems that the student answers at each evaluation (eval_strategy, eval_steps), for eval_accuracy: "
+        "a benchmark's name or a file, as topd eval takes them.",
+    )
+    eval_benchmark_limit: int | None = _option(None, "Use only the first N problems of eval_benchmark.")
+    eval_samples: int = _option(1, "Responses per problem of eval_benchmark.")
+    eval_temperature: float = _option(
+        0.0, "Of the responses to eval_benchmark. 0: greedy. Above 0, with top_p 0.95, as in topd eval."
+    )
+
+    audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many batches of rollouts. 0: never.")
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -205,12 +251,16 @@ class TOPDConfig(DistillationConfig):
                 "window_length",
                 "recalibration_steps",
                 "loss_top_k",
+                "num_iterations",
+                "max_completion_length_steps",
+                "max_informative_tokens",
             ),
             1,
         )
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}; got {getattr(self, name)}.")
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"{name} must be at least {value}; got {given}.")
         if self.guidance_weight < 0:
             raise ValueError(f"guidance_weight must not be negative; got {self.guidance_weight}.")
         if not 0 <= self.false_alarm_share < 1:
@@ -222,6 +272,8 @@ class TOPDConfig(DistillationConfig):
         if self.entropic_epsilon <= 0:
             raise ValueError(f"entropic_epsilon must be positive; got {self.entropic_epsilon}.")
         self._check_controls()
+        self._check_evaluation()
+        check_rollouts(self)
         if (self.looks_ahead or self.opd_loss == "one_pass") and self.beta not in (0.0, 1.0):
             raise ValueError(
                 f"method={self.method} with opd_loss={self.opd_loss} needs beta 1 (reverse KL, the paper) or 0 "
@@ -235,6 +287,35 @@ class TOPDConfig(DistillationConfig):
             if self.method != method and getattr(self, name) != getattr(TOPDConfig, name):
                 raise ValueError(f"{name} is a control of method={method}; leave it out with method={self.method}.")
 
+    def _check_evaluation(self) -> None:
+        """Refuse an evaluation on problems that would not run, or that says nothing."""
+        for name in ("eval_samples", "eval_benchmark_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature must not be negative; got {self.eval_temperature}.")
+        if self.eval_temperature == 0 and self.eval_samples > 1:
+            raise ValueError(
+                "At eval_temperature 0 all samples of a problem are the same: leave eval_samples out, or set a "
+                "temperature."
+            )
+        if self.eval_benchmark is not None and self.eval_strategy == "no":
+            raise ValueError(
+                "eval_benchmark is given, but eval_strategy is no: nothing would be evaluated. Set eval_strategy to "
+                "steps (with eval_steps) or epoch."
+            )
+
+    @property
+    def generation_steps(self) -> int:
+        """Micro-batches, per process, that a batch of rollouts is split into."""
+        given = self.steps_per_generation
+        return self.gradient_accumulation_steps if given is None else given
+
+    @property
+    def updates_per_generation(self) -> int:
+        """Optimizer steps on each batch of rollouts."""
+        return self.generation_steps // self.gradient_accumulation_steps * self.num_iterations
+
     @property
     def looks_ahead(self) -> bool:
         """Whether windows are needed; otherwise training is TRL's, untouched."""
@@ -247,7 +328,8 @@ class TOPDConfig(DistillationConfig):
         """Whether plain OPD uses our loss instead of TRL's."""
         if self.opd_loss == "auto":
             on_cpu = self.use_cpu or not torch.accelerator.is_available()
-            return not self.looks_ahead and self.beta in (0.0, 1.0) and (on_cpu or bool(self.teachers))
+            reads_once = bool(self.teachers) or self.updates_per_generation > 1
+            return not self.looks_ahead and self.beta in (0.0, 1.0) and (on_cpu or reads_once)
         return self.opd_loss == "one_pass" and not self.looks_ahead
 
     @property

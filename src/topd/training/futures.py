@@ -59,6 +59,7 @@ class Look:
     Attributes:
         token_loss: [rollout, position] nats.
         entropy: [rollout, position] of the student, nats.
+        student_nll: [rollout, position] -log p_S of the sampled token, nats.
         teacher_states: `Prefill.states` of the teacher, kept so that it reads the rollouts once.
         candidates: futures at the high-loss positions.
         low_loss: futures at low-loss positions, where the fork threshold is being estimated; else None.
@@ -66,6 +67,7 @@ class Look:
 
     token_loss: Tensor
     entropy: Tensor
+    student_nll: Tensor
     teacher_states: dict[str, Tensor]
     candidates: Futures
     low_loss: Futures | None
@@ -80,6 +82,7 @@ class Look:
         return cls(
             torch.cat([wave.token_loss for wave in waves]),
             torch.cat([wave.entropy for wave in waves]),
+            torch.cat([wave.student_nll for wave in waves]),
             {name: torch.cat([wave.teacher_states[name] for wave in waves]) for name in names},
             Futures.cat([wave.candidates for wave in waves]),
             Futures.cat(low_loss) if low_loss else None,

@@ -14,9 +14,11 @@ from topd.algorithm import (
     DistillationLoss,
     Head,
     LikelihoodTerms,
+    gathered_log_probs,
     likelihood_terms,
     negative_entropy,
     position_weights,
+    prefix_weights,
 )
 from topd.algorithm.tiles import Direction
 from topd.near_future import DistilledModel, Rollouts
@@ -41,6 +43,8 @@ class LossInputs:
         guided: windows to train on, or None.
         num_forks: divides L_traj's sum over forks: guided forks of that batch.
         measured: parameters over which `gradient_ratio` is estimated; None: it is not.
+        old_log_probs: [rollout, position] of the sampled tokens under the student that sampled them, for
+            `prefix_weights`; None: no such weights.
     """
 
     teacher_states: dict[str, Tensor]
@@ -49,6 +53,7 @@ class LossInputs:
     guided: Guided | None = None
     num_forks: Tensor | None = None
     measured: list[nn.Parameter] | None = None
+    old_log_probs: Tensor | None = None
 
 
 class StepLoss(NamedTuple):
@@ -91,13 +96,17 @@ class OPDLoss:
 
     @classmethod
     def of(
-        cls, rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
-    ) -> OPDLoss:
-        """After the student's forward pass, in which FSDP2 holds its head whole."""
-        mask = rollouts.loss_mask.bool()
+        cls, states: Tensor, rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs,
+        method: Method,
+    ) -> OPDLoss:  # fmt: skip
+        """After the student's forward pass, in which FSDP2 holds its head whole; `states` as in `states_and_rows`."""
+        mask, head = rollouts.loss_mask.bool(), student.head()
         known = {name: values[mask] for name, values in inputs.teacher_states.items()}
-        weights = (mask.float() if inputs.weights is None else inputs.weights)[mask] / inputs.num_tokens
-        return cls(student.head(), teacher, known, mask, weights, method.direction)
+        weights = mask.float() if inputs.weights is None else inputs.weights
+        if inputs.old_log_probs is not None and method.prefix_weight_max is not None:
+            now = sampled_log_probs(states, head, rollouts)
+            weights = weights * prefix_weights(now, inputs.old_log_probs, mask, float(method.prefix_weight_max))
+        return cls(head, teacher, known, mask, weights[mask] / inputs.num_tokens, method.direction)
 
     def __call__(self, states: Tensor, terms: LikelihoodTerms | None = None) -> DistillationLoss:
         """Of [row, width], whose first rows predict the response tokens; with likelihood terms in the same pass."""
@@ -190,6 +199,15 @@ def states_and_rows(
         return states, row[rollout, place.clamp(max=mask.shape[1] - 1)].flatten(0, 1)
     rows = len(states) + positions.flatten().cumsum(0).view(positions.shape) - 1
     return torch.cat([states, window_hidden.flatten(0, 1)[positions]]), rows
+
+
+@torch.no_grad()
+def sampled_log_probs(states: Tensor, head: Head, rollouts: Rollouts) -> Tensor:
+    """[rollout, position] log p (nats) of the sampled tokens, 0 at padding; `states` [row, width] begin with theirs."""
+    mask = rollouts.loss_mask.bool()
+    tokens = rollouts.response_ids[mask][:, None]
+    found = gathered_log_probs(states[: len(tokens)], head, tokens).squeeze(-1)
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
 def last_parameters(backbone: nn.Module) -> list[nn.Parameter]:

@@ -60,6 +60,7 @@ class Method:
     guidance_target: TargetKind = "transport"
     guidance_at: Literal["forks", "false_alarms", "random"] = "forks"
     guidance_context: Literal["student", "teacher"] = "student"
+    prefix_weight_max: float | None = None
 
     @classmethod
     def of(cls, config: TOPDConfig) -> Method:
@@ -81,7 +82,7 @@ class StepContext:
         sampled: what the student computed while it sampled the rollouts; None: it reads them once more.
         max_candidates: per rollout, for a budget; None: no limit.
         quartile: the running estimate of the fork threshold, with `fork_rule="low_loss_quartile"`.
-        step: optimizer steps so far.
+        step: batches of rollouts so far, one per optimizer step by default.
         window_memory: GiB for the keys and values of the rollouts whose windows are decoded together.
     """
 
@@ -96,7 +97,7 @@ class StepContext:
 
     @property
     def calibrates(self) -> bool:
-        """Whether low-loss positions are looked at in this step, for the fork threshold."""
+        """Whether low-loss positions are looked at now, for the fork threshold."""
         return self.quartile is not None and self.quartile.due(self.step)
 
     def calibration(self, name: str) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,11 +13,14 @@ from topd.errors import TOPDError
 from topd.loading.dataset_checks import check_prompts, check_tokens
 from topd.loading.precision import autocasting
 from topd.loading.prompts import one_beginning, without_nulls
+from topd.loading.rollout_options import completion_limit
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
+from topd.near_future.compact_sampling import compact_sampling
 from topd.near_future.generation import own_settings_only
+from topd.near_future.informative_end import InformativeEnd, stopping_by
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
@@ -168,14 +171,21 @@ class OwnRollouts:
     model: Any
     teacher_model: Any
     use_vllm: bool
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    tools: Any
     max_completion_length: int | None
     _is_vlm: bool
     _tokenizer: Any
     _server: Any
     _sampling: SamplingStates | None = None
 
-    def _student(self) -> DistilledModel:
-        raise NotImplementedError
+    generation_config: Any
+    vllm_generation: Any
+    eos_token_ids: list[int]
+    state: Any
+    _student: Callable[[], DistilledModel]
+    _teacher: Callable[[], Any]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Check prompts, which a stream gives batch by batch. At most one BOS; no null keys of Arrow in messages."""
@@ -197,6 +207,7 @@ class OwnRollouts:
             return self._by_own_settings(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
         keeps = self.args.looks_ahead and self.model.training and not has_dropout(student)
+        keeps = keeps and self.args.max_informative_tokens is None  # whose checks are forward passes in between
         self._sampling = SamplingStates() if keeps else self._sampling
         with unsharded(student), self._sampling.keeping(student) if keeps and self._sampling else nullcontext():
             return self._generate_in_groups(*args, **kwargs)
@@ -215,7 +226,48 @@ class OwnRollouts:
                 responses[row] = response
         return responses
 
-    def _by_own_settings(self, *args: Any, **kwargs: Any) -> Any:
+    def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         trl: Any = super()
-        with own_settings_only(self.accelerator.unwrap_model(self.model)):
-            return trl._generate_single_turn(*args, **kwargs)
+        model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
+        compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
+        leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
+        with own_settings_only(model), stopping_by(model, end), self._limited(), leaving:
+            responses = trl._generate_single_turn(prompt_ids, *args, **kwargs)
+        return responses if end is None else end.cut(responses)
+
+    def _informative_end(self, prompt_ids: list[list[int]]) -> InformativeEnd | None:
+        """Where training's rollouts end early; None where they do not."""
+        most = self.args.max_informative_tokens
+        if most is None or not self.model.training:
+            return None
+        pair = self._student(), self._teacher()
+        return InformativeEnd(*pair, prompt_ids, self._tokenizer, self.eos_token_ids, most)
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """The length that training's rollouts may have at this step."""
+        limit = completion_limit(self.args, self.state.global_step)
+        if limit == self.args.max_completion_length or not self.model.training:
+            yield
+            return
+        holder, name = (
+            (self.vllm_generation, "max_completion_length") if self.use_vllm
+            else (self.generation_config, "max_new_tokens")
+        )  # fmt: skip
+        usual = getattr(holder, name)
+        setattr(holder, name, limit)
+        try:
+            yield
+        finally:
+            setattr(holder, name, usual)
+
+    def _check_rollouts(self) -> None:
+        """Raise `TOPDError` where `max_informative_tokens` does not work: it needs both models whole in a process."""
+        if self.args.max_informative_tokens is None:
+            return
+        if self.teacher_model is None or self._is_vlm or self.tools or self.args.teachers:
+            raise TOPDError(
+                "max_informative_tokens works on text without tools, with the weights of one teacher: leave it out."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TOPDError("max_informative_tokens works in one process and under DDP: leave it out.")

@@ -66,7 +66,7 @@ def look_at(
     low_loss = None
     if context.calibrates:  # the fork threshold of section 2.1
         low_loss = look_from(choose_low_loss(scores.kl, high_loss), pair, method, context.calibration)
-    return Look(scores.kl, scores.entropy, pair.theirs.states, candidates, low_loss)
+    return Look(scores.kl, scores.entropy, scores.student_nll, pair.theirs.states, candidates, low_loss)
 
 
 def look_from(places: Places, pair: Pair, method: Method, stage: Stage = ALONE.stage) -> Futures:
@@ -158,9 +158,9 @@ def opd_loss(
     rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
 ) -> StepLoss:
     """L_OPD alone: the sum of token losses over `num_tokens`."""
-    hidden, _ = student.hidden_and_windows(rollouts, None)
-    opd = OPDLoss.of(rollouts, student, teacher, inputs, method)
-    states, sampled = hidden[opd.mask], rollouts.response_ids[opd.mask]
+    states, _ = states_and_rows(rollouts, student, None, method)
+    opd = OPDLoss.of(states, rollouts, student, teacher, inputs, method)
+    sampled = rollouts.response_ids[opd.mask]
     silent = LikelihoodTerms(torch.arange(len(sampled), device=sampled.device), sampled, 0 * opd.weights)  # for `nll`
     alone = opd(states, silent)
     return StepLoss(alone.loss, nll=alone.nll.sum(), outside_top_k=alone.outside_top_k)
@@ -171,7 +171,7 @@ def topd_loss(
 ) -> StepLoss:
     """L_OPD + lambda L_traj, in one pass over the vocabulary where both stand in the student's contexts."""
     states, row = states_and_rows(rollouts, student, inputs.guided, method)
-    opd = OPDLoss.of(rollouts, student, teacher, inputs, method)
+    opd = OPDLoss.of(states, rollouts, student, teacher, inputs, method)
     if inputs.guided is None:
         alone = opd(states)
         return StepLoss(alone.loss, outside_top_k=alone.outside_top_k)

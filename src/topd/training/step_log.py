@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class StepLog:
     _guidance_loss = 0.0
     _outside_top_k = 0.0
     _step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
+    _micro_batches: int
+    _generations: int
+    _prompts_per_generation: int
+    _spent: dict[str, float]  # seconds by stage, since the rollouts were sampled
+    _sampled_here = False  # whether this start of the run sampled them
     _warned = False
 
     def _warn_without_distances(self, future: NearFuture) -> None:
@@ -73,6 +79,8 @@ class StepLog:
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         before = sum(self._stage.seconds.values())
+        if self._step % self._micro_batches == 0 or not self._sampled_here:
+            self._sampled_here, self._spent = self._step % self._micro_batches == 0, defaultdict(float)
         with self._stage("whole"):
             output: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         whole = self._stage.seconds.pop("whole")
@@ -81,10 +89,14 @@ class StepLog:
             self._finish_step_metrics()
         return output
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stage.paused():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method) -> None:
         for name, value in near_future_metrics(future, guided, rollouts, method, self._gather_ragged).items():
             self._metrics["train"][name].append(value)
-        due = self.args.audit_steps and self.state.global_step % self.args.audit_steps == 0
+        due = self.args.audit_steps and self._generations % self.args.audit_steps == 0
         if due and self.accelerator.is_main_process:
             records = audit_records(
                 rollouts, future, self._tokenizer,
@@ -94,11 +106,16 @@ class StepLog:
 
     def _finish_step_metrics(self) -> None:
         seconds = self._stage.take()
-        if self._budget is not None:
-            self._keep_to_budget(self._budget, seconds)
+        for name, value in seconds.items():
+            self._spent[name] += value
+        if self._sampled_here and self._step % self._micro_batches == 0:
+            rate = self._prompts_per_generation / sum(self._spent.values())
+            self._metrics["train"]["rollouts_per_second"].append(rate)
+            if self._budget is not None:
+                self._keep_to_budget(self._budget, self._spent)
         for name in STAGES:
-            if name in seconds:
-                self._metrics["train"][f"seconds/{name}"].append(seconds[name])
+            if name in self._spent:  # 0 in updates that use the rollouts again
+                self._metrics["train"][f"seconds/{name}"].append(seconds.get(name, 0.0))
         if self.args.guides:
             self._metrics["train"]["guidance/loss"].append(self._guidance_loss)
             self._guidance_loss = 0.0
@@ -107,7 +124,7 @@ class StepLog:
             self._outside_top_k = 0.0
 
     def _keep_to_budget(self, budget: CandidateBudget, seconds: dict[str, float]) -> None:
-        """Tell the budget what the step took, on average over processes, so that all decide alike."""
+        """Tell the budget what a batch of rollouts took, on average over processes, so that all decide alike."""
         numbers = torch.tensor([*(seconds.get(name, 0.0) for name in STAGES), *self._step_size], dtype=torch.float64)
         mean = self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="mean").tolist()
         was_measuring = budget.measuring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
+from topd.loading.adapters import is_adapter
 from topd.loading.dataset_checks import check_datasets, check_enough
 from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
+from topd.loading.tokenizers import tokenizer_of
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, Rollouts
 from topd.runs.checkpoints import check_writable
 from topd.runs.console import Stopwatch
 from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling, non_finite_error
 from topd.runs.recorded import PAPER, RecordedTrainer
+from topd.runs.reused_rollouts import ReusedRollouts
 from topd.runs.rollback import RollbackTrainer
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
 from topd.training.budget import CandidateBudget
@@ -35,7 +39,8 @@ from topd.training.guidance import (
     unpack,
     unpack_states,
 )
-from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters
+from topd.training.held_out import HeldOut, HeldOutAccuracy, check_best_metric, problems_of
+from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters, sampled_log_probs
 from topd.training.method import Method, StepContext
 from topd.training.models import BothModels, OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
@@ -45,9 +50,14 @@ logger = get_logger(__name__)
 
 KIND, OPD, TOPD = "topd_step", "opd", "topd"
 """Entry of the batch that says which loss a step has; without it, TRL's own."""
+OLD = "old_log_probs"
+"""Entry [rollout, position] of the batch: log p of the sampled tokens under the student that sampled them."""
 
 
-class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, DistillationTrainer):
+class TOPDTrainer(
+    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, ReusedRollouts, HeldOutAccuracy,
+    DistillationTrainer,
+):  # fmt: skip
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
     Takes what TRL's `DistillationTrainer` takes, with a `TOPDConfig`. With `method="opd"` (or a guidance weight of 0)
@@ -62,10 +72,11 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
     ```
 
     Args:
-        model: the student: a loaded model, a folder or a Hub name.
-        teacher_model: the same; with adapters (`peft_config`, or a `PeftModel`) it may be the student itself: then the
-            base without the adapter is the teacher, on the same weights. None: all of it is behind
-            `teacher_model_server_url` (docs/remote_teachers.md).
+        model: the student: a loaded model, a folder or a Hub name. The adapter in a folder of PEFT is trained further.
+        teacher_model: the same; a folder of PEFT is its base with the adapter. If the student has adapters (a folder,
+            `peft_config`, or a `PeftModel`), the teacher may be the student itself, its base, or another adapter on
+            that base: then both are on one set of weights. None: all of it is behind `teacher_model_server_url`
+            (docs/remote_teachers.md).
 
     Raises:
         ContextError: where a prompt, its response and a window do not fit a model's context.
@@ -95,22 +106,31 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         check_datasets(train_dataset, eval_dataset)
         check_writable(args)
+        problem_set = problems_of(args)
+        if problem_set is not None:
+            check_best_metric(args, eval_dataset)
         if teacher_model is None:
             check_without_weights(args)
+        if processing_class is None and is_adapter(model):  # TRL would look for it at the base
+            processing_class = tokenizer_of(os.fspath(model), args.trust_remote_code)
         server = teacher_server(args, teacher_model is not None)  # reports a wrong address before weights are loaded
         init_kwargs = args.model_init_kwargs, args.teacher_model_init_kwargs
         tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's
         adapters = kwargs.get("peft_config"), kwargs.get("quantization_config")
         pair = prepared_models(model, teacher_model, args, tokenizer, *adapters)
-        super().__init__(
-            pair.student, pair.teacher, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
-        )
+        evaluated = [] if eval_dataset is None and problem_set is not None else eval_dataset
+        super().__init__(pair.student, pair.teacher, args, train_dataset, evaluated, processing_class, *rest, **kwargs)
+        self.eval_dataset = eval_dataset  # transformers does not evaluate without one: only the problems are answered
+        if problem_set is not None:
+            self._held_out = HeldOut.of(problem_set, args, self._tokenizer, self.model.config)
         args.model_init_kwargs, args.teacher_model_init_kwargs = init_kwargs
         pair.report(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if args.looks_ahead and (self._is_vlm or self.tools):
+        if (args.looks_ahead or args.prefix_weight_max is not None) and (self._is_vlm or self.tools):
             raise ValueError(
-                f"method={args.method} works on text without tools so far; use method=opd for images or tools."
+                f"method={args.method} works on text without tools so far; use method=opd for images or tools, "
+                "without prefix_weight_max."
             )
+        self._check_rollouts()
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
@@ -135,6 +155,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
         with self._stage("rollout"), nan:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.model.training and self._share_of_step < 1:
+            batch["num_items_in_batch"] = batch["num_items_in_batch"] * self._share_of_step
         if not (self.args.looks_ahead and self.model.training):
             return batch | self._for_opd(batch)
         self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
@@ -147,7 +169,7 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         sampled, self._sampling = student.sampled(rollouts, self._sampling, method.student_window != "rollout"), None
         context = StepContext(
             self._stage, self._gather_ragged, self.accelerator.process_index, sampled, max_candidates,
-            self._quartile, self.state.global_step, self.args.window_memory,
+            self._quartile, self._generations, self.args.window_memory,
         )  # fmt: skip
         with self._models_whole(), self.compute_loss_context_manager():
             future = look_ahead(rollouts, student, teacher, method, context)
@@ -156,6 +178,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         self._step_size = (*self._step_size[:2], float(len(future.candidates)))
         self._stop_unless_finite(look.token_loss, rollouts)
         batch |= pack_states(look.teacher_states) | {"weights": future.weights, "entropy": look.entropy}
+        if self.args.prefix_weight_max is not None:
+            batch[OLD] = -look.student_nll
 
         guided = None
         if method.guides:
@@ -163,8 +187,8 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
             if method.guidance_context == "teacher":
                 with self._stage("scoring"), self.compute_loss_context_manager():
                     guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
-            num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum()
-            batch |= pack(guided) | {"num_forks": num_forks}
+            num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum().clamp(min=1)
+            batch |= pack(guided) | {"num_forks": num_forks * self._share_of_step}
 
         self._record(future, guided, rollouts, method)
         return batch | {KIND: [TOPD] * len(rollouts)}
@@ -175,8 +199,13 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         if self.teacher_model is not None and not one_pass and (self._is_vlm or self._trl_is_right(batch)):
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
-            states = self._teacher().prefill(rollouts_of(batch), keep_prefix=False).states
-        return pack_states(states) | {KIND: [OPD] * len(batch["completion_ids"])}
+            rollouts = rollouts_of(batch)
+            entries: dict[str, Any] = pack_states(self._teacher().prefill(rollouts, keep_prefix=False).states)
+            if self.args.prefix_weight_max is not None and self.model.training:
+                student = self._student()
+                hidden = student.prefill(rollouts, keep_prefix=False).hidden[rollouts.loss_mask.bool()]
+                entries[OLD] = sampled_log_probs(hidden, student.head(), rollouts)
+        return entries | {KIND: [OPD] * len(rollouts)}
 
     def _measures_gradients(self) -> bool:
         """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
@@ -193,14 +222,17 @@ class TOPDTrainer(RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRoll
         mask, method, states = rollouts.loss_mask.bool(), Method.of(self.args), unpack_states(inputs)
         if kind == OPD:
             num_tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            result = opd_loss(rollouts, student, teacher, LossInputs(states, num_tokens), method)
+            result = opd_loss(
+                rollouts, student, teacher, LossInputs(states, num_tokens, old_log_probs=inputs.get(OLD)), method
+            )
             entropy = result.nll
         else:
             processes = self.accelerator.num_processes  # DDP averages gradients over processes; these sums are global
             parts = LossInputs(
                 states, num_items_in_batch, inputs["weights"], unpack(inputs),
-                num_forks=inputs["num_forks"].clamp(min=1) / processes if method.guides else None,
+                num_forks=inputs["num_forks"] / processes if method.guides else None,
                 measured=last_parameters(student.backbone) if self._measures_gradients() else None,
+                old_log_probs=inputs.get(OLD),
             )  # fmt: skip
             result = topd_loss(rollouts, student, teacher, parts, method)
             if result.trajectory is not None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from topd.errors import DataError, TOPDError
-from topd.loading.data import has_half_character
+from topd.loading.data import PLAIN, Source, load_prompts, source_name
+from topd.loading.rows import DataForm, has_half_character
 from topd.runs.files import replacing, write_records
 
 
@@ -68,22 +69,27 @@ def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
 
 
-def load_solutions(source: str, *, split: str = "train", limit: int | None = None, truncated: bool = False) -> Any:
+def load_solutions(
+    source: Source, *, split: str = "train", limit: int | None = None, truncated: bool = False, form: DataForm = PLAIN
+) -> Any:
     """Prompts and completions in TRL's form, text or messages, from any source of `topd.loading.data`.
 
     Args:
+        source, split, limit, form: see `load_prompts`.
         truncated: keep responses that the length limit truncated. They would teach the student to stop there, because
             every completion gets an end token.
 
     Raises:
         DataError: a row is broken, or none is left.
     """
-    from topd.loading.data import load_prompts, read_flag
+    from topd.loading.rows import read_flag
 
-    data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag})
+    data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag}, form=form)
     kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Dropping truncated solutions")
     if not len(kept):
-        raise DataError(f"{source!r}: all {len(data)} solutions are truncated. Generate with more --max-new-tokens.")
+        raise DataError(
+            f"{source_name(source)!r}: all {len(data)} solutions are truncated. Generate with more --max-new-tokens."
+        )
     kept = kept.select_columns(["prompt", "response"]).rename_column("response", "completion")
     if isinstance(kept[0]["prompt"], str):
         return kept

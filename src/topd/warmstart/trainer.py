@@ -12,11 +12,14 @@ from trl.models.utils import _ForwardRedirection, prepare_deepspeed
 
 from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError
+from topd.loading.adapters import is_adapter, weights_of
+from topd.loading.by_name import SAFE
 from topd.loading.dataset_checks import check_one
 from topd.loading.models import model_to_train, names_of
-from topd.loading.pair import loaded_teacher
+from topd.loading.pair import load, loaded_teacher
 from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
+from topd.loading.shared_base import refuse_two_adapters
 from topd.loading.tokenizers import compare_tokenizers
 from topd.logs import get_logger
 from topd.near_future.generation import end_token_ids
@@ -75,7 +78,12 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         if args.distils and teacher_model is None:
             raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
         self._generation = _generation_config(model, args)
+        init_kwargs: Any = args.model_init_kwargs
+        if is_adapter(model):
+            refuse_two_adapters(model, kwargs.get("peft_config"))
+            model, args.model_init_kwargs = load(model, args, SAFE | (init_kwargs or {}), trained=True), None
         super().__init__(model, args, *rest, **kwargs)
+        args.model_init_kwargs = init_kwargs
         self._warn_of_solutions_without_end()
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
         watch_rounding(self)
@@ -202,7 +210,7 @@ def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | 
         return getattr(model, "generation_config", None)
     given: Any = args.model_init_kwargs or {}
     try:
-        return GenerationConfig.from_pretrained(model, revision=given.get("revision") or "main")
+        return GenerationConfig.from_pretrained(weights_of(model), revision=given.get("revision") or "main")
     except OSError:
         return None
 

@@ -1,0 +1,39 @@
+"""`topd merge`: a LoRA adapter and its base as one whole model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from topd.errors import TOPDError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder that PEFT or topd train saved")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the merged weights (default: auto, that of the base)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the base, merge, save."""
+    from topd.loading.adapters import base_of, is_adapter
+    from topd.loading.models import loaded_model
+    from topd.runs.checkpoints import saving
+    from topd.runs.console import silence_libraries
+
+    adapter, out = str(options.adapter), options.out
+    if not is_adapter(adapter):
+        raise TOPDError(f"{adapter} is no folder of an adapter: it needs an adapter_config.json, and no config.json.")
+    base = base_of(adapter)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TOPDError(f"--out {out} is not an empty folder: name a new one.")
+    silence_libraries()
+    whole = loaded_model(adapter, options.dtype)
+    with saving(f"The merged model in {out}", out):
+        for part in whole:
+            part.save_pretrained(out)
+    print(f"{adapter} merged into {base}: {out}")

@@ -1,0 +1,93 @@
+"""Grade-school word problems of reasoning-gym's `gsm_symbolic`, with worked solutions in two wordings.
+
+The teacher's solutions are the templates' own. The student's say the same steps in other words::
+
+    In total there are 50 girls + 100 boys = 150 kids.          (teacher)
+    Next, in total there are 50 girls plus 100 boys, which makes 150 kids.   (student)
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Templates whose solutions are long (more than 330 characters), have a wrong or unexplained line, or end in "36.0".
+EXCLUDED = frozenset({0, 2, 11, 13, 17, 21, 25, 27, 29, 36, 52, 60, 66, 68, 70, 73, 80, 82, 83, 84, 89, 92, 94, 96})
+UNSEEN = frozenset({6, 16, 28, 41, 54, 62, 71, 88})
+"""Templates that neither model is trained on."""
+
+SPLITS = {"teacher": 10_000_000, "student": 20_000_000, "prompts": 30_000_000, "held_out": 40_000_000,
+          "unseen": 50_000_000, "tuning": 60_000_000}  # fmt: skip
+"""Seed of each split. Prompts of `held_out`, `unseen` and `tuning` are never trained on."""
+
+INSTRUCTION = " Give the result as your final answer. Do not include units."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One word problem.
+
+    Attributes:
+        template: number of its template in reasoning-gym.
+        question: the text of the problem.
+        solution: worked solution in the teacher's wording; its last line is "#### ANSWER".
+        answer: a whole number or a decimal, as text.
+    """
+
+    template: int
+    question: str
+    solution: str
+    answer: str
+
+
+def draw(split: str) -> Iterator[Problem]:
+    """Problems of a split without end, the same each time, none twice."""
+    import reasoning_gym
+
+    size = 200_000
+    gym = reasoning_gym.create_dataset("gsm_symbolic", seed=SPLITS[split], size=size)
+    unseen, asked = split == "unseen", set()
+    for place in range(size):
+        template = gym.task_indices[place]
+        if template in EXCLUDED or (template in UNSEEN) != unseen:
+            continue
+        entry = gym[place]
+        question, solution = entry["question"].removesuffix(INSTRUCTION), entry["metadata"]["answer_cot"].strip()
+        if question not in asked and solution.endswith(f"#### {entry['answer']}"):
+            asked.add(question)
+            yield Problem(template, question, solution, entry["answer"])
+
+
+OPENERS = ("First, ", "To begin, ", "We start here: ")
+CONNECTIVES = ("Next, ", "Then, ", "After that, ", "Now ")
+CLOSERS = ("So the answer is {}.", "The final result is {}.", "That gives {}.")
+WORDS = {"*": "times", "x": "times", "×": "times", "+": "plus", "-": "minus", "/": "divided by", "÷": "divided by"}
+LEADING = re.compile(
+    r"^(?:[•\-\d]+[.)]?\s+)?(?:(?:so|then|therefore|thus|first|next|now|finally)\b,?\s+)*", re.IGNORECASE
+)
+COMMON = re.compile(
+    r"^(?:The|There|This|That|They|He|She|It|In|On|If|Since|After|Before|Her|His|Each|Together|Its|A|An|Of|Which|While|Yesterday|Tomorrow|By|When)\b"
+)
+NUMBER = r"[$£€]?\d[\d,.]*%?"
+
+
+def paraphrase(solution: str, rng: random.Random) -> str:
+    """The same steps in the student's words: other connectives, operators and equations in words in most lines."""
+    *lines, last = [line for line in solution.splitlines() if line.strip()]
+    written = []
+    for line in lines:
+        step = LEADING.sub("", line.strip()).rstrip(".")
+        if not step:
+            continue
+        if COMMON.match(step):
+            step = step[0].lower() + step[1:]
+        if rng.random() < 0.7:
+            step = re.sub(rf"(?<=[\d%)a-z])\s*([*×x+/÷-])\s*(?={NUMBER}|\()", lambda sign: f" {WORDS[sign[1]]} ", step)
+            step = re.sub(r"\s*=\s*", rng.choice((", which makes ", " gives ", ", that is ")), step)
+        opening = OPENERS if not written else CONNECTIVES
+        written.append(rng.choice(opening) + step + ".")
+    answer = last.removeprefix("#### ")
+    written.append(rng.choice(CLOSERS).format(answer))
+    return "\n".join([*written, last])

@@ -1,0 +1,228 @@
+"""Part of `TOPDTrainer`: accuracy on held-out problems, at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import Trainer
+
+from topd.errors import TOPDError
+from topd.evaluation.benchmarks import ProblemSet, load_benchmark
+from topd.evaluation.engines import Engine, LocalEngine, Request, Response, Sampling, check_context, ids_of
+from topd.evaluation.equivalence import check_installed
+from topd.evaluation.held_out import figures, kept_responses
+from topd.evaluation.run import SAMPLE_STRIDE, record_of, requests_of
+from topd.loading.sharding import held_whole
+from topd.near_future.generation import NEUTRAL
+from topd.runs.files import append_records
+from topd.runs.records import EVAL_FILE
+from topd.runs.rollback import random_states
+from topd.training.config import TOPDConfig
+
+LIMITED_BY = "max_completion_length"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The problems that the student answers at each evaluation, and how, which is `topd eval`'s way.
+
+    Attributes:
+        samples: responses per problem.
+        chat: whether text prompts go through the chat template as a user message.
+    """
+
+    problem_set: ProblemSet
+    samples: int
+    sampling: Sampling
+    chat: bool
+
+    @classmethod
+    def of(cls, problem_set: ProblemSet, args: TOPDConfig, tokenizer: Any, config: Any) -> HeldOut:
+        """How a run answers these problems.
+
+        Args:
+            tokenizer, config: the student's.
+
+        Raises:
+            ContextError: the longest problem and a response do not fit the student's context.
+        """
+        template_options: Any = args.chat_template_kwargs or {}
+        sampling = Sampling(
+            temperature=args.eval_temperature,
+            max_new_tokens=args.max_completion_length or problem_set.max_new_tokens,
+            chat_template_kwargs=dict(template_options),
+        )
+        chat = tokenizer.chat_template is not None and problem_set.rule != "embedded"
+        held_out = cls(problem_set, args.eval_samples, sampling, chat)
+        check_context(held_out.requests(range(len(held_out))), sampling, tokenizer, config, LIMITED_BY)
+        return held_out
+
+    def __len__(self) -> int:
+        return len(self.problem_set.problems)
+
+    def requests(self, places: Sequence[int]) -> list[Request]:
+        """All requests for the problems at these places."""
+        return requests_of(self.problem_set, places, self.samples, self.chat)
+
+
+def problems_of(args: TOPDConfig) -> ProblemSet | None:
+    """The problems that the options name; None without `eval_benchmark`.
+
+    Raises:
+        TOPDError: they cannot be read, one has no answer, or math-verify is missing.
+    """
+    if args.eval_benchmark is None:
+        return None
+    problem_set = load_benchmark(args.eval_benchmark, limit=args.eval_benchmark_limit, option="eval_benchmark")
+    if problem_set.rule == "math":
+        check_installed()
+    return problem_set
+
+
+def check_best_metric(args: TOPDConfig, eval_dataset: Any) -> None:
+    """Raise `TOPDError` if the best model is to be chosen by a loss, and no loss is measured."""
+    if eval_dataset is None and (args.metric_for_best_model or "").removeprefix("eval_") == "loss":
+        raise TOPDError(
+            "The best model is to be chosen by the evaluation loss, and there is no eval_dataset (topd train: "
+            "--eval_data). Set metric_for_best_model to accuracy, or pass a dataset."
+        )
+
+
+class HeldOutAccuracy(Trainer):
+    """See the module. Its metrics are part of what `evaluate` returns and logs."""
+
+    accelerator: Accelerator
+    args: TOPDConfig
+    model: Any
+    model_wrapped: Any
+    use_vllm: bool
+    _folder: Any
+    _tokenizer: Any
+    _autocast: Any
+    _held_out: HeldOut | None = None
+    _engine: LocalEngine | None = None
+    _evaluating = False
+    _due: str | None = None
+    """Prefix of the metrics of an evaluation whose problems are not answered yet."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in TRL; of no batches where there are only problems to answer."""
+        if self._held_out is not None and eval_dataset is None and self.eval_dataset is None:
+            return []
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in transformers. The problems are answered once, also with several datasets."""
+        if self._evaluating:  # one of several datasets
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._evaluating, self._due = True, metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluating, self._due = False, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, then the problems, whose metrics join those of the dataset."""
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        if self._held_out is None or self._due is None:
+            return output
+        prefix, self._due = self._due, None
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._answered(self._held_out).items()})
+        return output._replace(num_samples=output.num_samples + len(self._held_out) * self._held_out.samples)
+
+    def _answered(self, held_out: HeldOut) -> dict[str, float]:
+        """Answer all problems, and keep a few responses. The random states of training do not change."""
+        put_back = random_states(self.accelerator.device)
+        try:
+            mine = self._records(held_out)
+        finally:
+            put_back()
+        records = [record for _, record in sorted(gather_object(mine), key=lambda numbered: numbered[0])]
+        if self.accelerator.is_main_process:
+            kept = kept_responses(records, held_out.problem_set, held_out.samples, self.state.global_step)
+            append_records(kept, self._folder / EVAL_FILE)
+        return figures(records, held_out.samples)
+
+    def _records(self, held_out: HeldOut) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+        """(problem, sample) and the record of each response of this process, which has its share of the problems."""
+        count, each, here = len(held_out), self.accelerator.num_processes, self.accelerator.process_index
+        places = list(range(here, count, each))
+        even = [place % count for place in range(here, -(-count // each) * each, each)]
+        with self._answering(held_out) as engine:
+            found = {
+                number: response
+                for batch in engine.respond(held_out.requests(even if self.use_vllm else places), held_out.sampling)
+                for number, response in batch
+            }
+        return [
+            ((place, sample), record_of(held_out.problem_set, number, found[number]))
+            for place in places
+            for sample in range(held_out.samples)
+            for number in [sample * SAMPLE_STRIDE + place]
+        ]
+
+    @contextmanager
+    def _answering(self, held_out: HeldOut) -> Iterator[Engine]:
+        """The engine of the rollouts: vLLM, or the student itself, whole in every process."""
+        if self.use_vllm:
+            yield VllmOfTraining(self)
+            return
+        with self._autocast(), held_whole(self.model_wrapped, self.accelerator):
+            student = self.accelerator.unwrap_model(self.model)
+            if self._engine is None or self._engine.model is not student:
+                self._engine = LocalEngine(student, self._tokenizer, self.args.eval_batch_size, LIMITED_BY)
+            yield self._engine
+
+
+class VllmOfTraining:
+    """The vLLM that training samples with, as an `Engine`.
+
+    All processes call it equally often and with equally many prompts: a server's responses are dealt out by number.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.together = trainer, 1
+
+    def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Nothing to check: `HeldOut.of` has compared the context."""
+
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
+        """See `Engine`. Yields a sample of every problem at a time."""
+        trainer: Any = self.trainer
+        trainer._last_loaded_step = -1  # the weights may be others than at the last rollout: those of the best step
+        for _, group in groupby(requests, key=lambda request: request.number // SAMPLE_STRIDE):
+            batch = list(group)
+            prompts = [ids_of(request, trainer._tokenizer, sampling) for request in batch]
+            with _settings(trainer.vllm_generation, sampling):
+                responses = trainer._generate_single_turn(prompts, None, {})
+            yield [(one.number, self._response(list(ids))) for one, ids in zip(batch, responses, strict=True)]
+
+    def _response(self, ids: list[int]) -> Response:
+        text = self.trainer._tokenizer.decode(ids, skip_special_tokens=True)
+        return Response(str(text), truncated=not set(ids[-1:]) & set(self.trainer.eos_token_ids), tokens=len(ids))
+
+
+@contextmanager
+def _settings(vllm: Any, sampling: Sampling) -> Iterator[None]:
+    """Sample by these settings instead of the rollouts'."""
+    neutral = {name: NEUTRAL[name] for name in ("top_k", "min_p", "repetition_penalty")}
+    wanted = neutral | {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        LIMITED_BY: sampling.max_new_tokens,
+        "generation_kwargs": {},
+    }
+    before = {name: getattr(vllm, name) for name in wanted}
+    vars(vllm).update(wanted)
+    try:
+        yield
+    finally:
+        vars(vllm).update(before)

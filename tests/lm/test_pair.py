@@ -1,0 +1,117 @@
+"""The language-model pair by name, with a tiny base instead of the 135 M one; its data; the two wordings."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import TOKENIZER
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from topd.cli.options import data_source
+from topd.embedded.pair import resolve_model
+from topd.errors import TOPDError
+from topd.evaluation.benchmarks import load_benchmark
+from topd.lm import pair
+from topd.lm.task import paraphrase
+from topd.loading.data import load_prompts
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def tiny_base():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def tiny_pair(tmp_path, monkeypatch):
+    """The student's adapter of a tiny base, and how often the base was written; cached under `tmp_path`."""
+    written = []
+
+    def write_base(folder: Path) -> None:
+        written.append(folder)
+        tiny_base().save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+
+    monkeypatch.setattr(pair, "write_base", write_base)
+    monkeypatch.setattr(pair, "_HERE", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    adapted = get_peft_model(
+        tiny_base(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapters" / "student")
+    return adapted, written
+
+
+def test_a_name_is_the_base_with_its_adapter_merged_built_once(tiny_pair):
+    adapted, written = tiny_pair
+    folder = resolve_model("lm:student")
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=1e-4)
+    assert (merged(IDS).logits - tiny_base()(IDS).logits).abs().max() > 0.01
+    assert resolve_model("lm:student") == folder
+    assert len(written) == 1
+
+
+def test_an_interrupted_build_is_built_again(tiny_pair, monkeypatch):
+    def interrupted(base: Path, adapter: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pair, "write_merged", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            resolve_model("lm:student")
+    AutoModelForCausalLM.from_pretrained(resolve_model("lm:student"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("lm:nobody", "Known: lm:base, lm:student, lm:teacher"), ("lm:teacher", "in the repository, not in the wheel")],
+)
+def test_what_is_not_there_is_an_error_that_says_why(tiny_pair, name, message):
+    with pytest.raises(TOPDError, match=message):
+        resolve_model(name)
+
+
+def test_the_data_go_with_the_models_and_have_answers():
+    assert data_source(None, "lm:student", "lm:teacher") == "lm"
+    rows = load_prompts("lm")
+    assert len(rows) == 3000
+    assert rows[0]["prompt"][0]["role"] == "user"
+    assert all(re.fullmatch(r"-?\d+(\.\d+)?", answer) for answer in rows["answer"])
+    assert [len(load_benchmark(f"lm-{name}").problems) for name in ("held-out", "unseen", "tuning")] == [500, 500, 300]
+
+
+def test_no_problem_is_in_two_files():
+    asked = [
+        json.loads(line)["prompt"][0]["content"]
+        for name in pair.DATA
+        for line in Path(pair.data_file(name)).read_text().splitlines()
+    ]
+    assert len(set(asked)) == len(asked) == 4300
+
+
+SOLUTION = """The ride of the slide takes 385 meters / 55 meters/minute = 7 minutes
+So the second takes 7 * 2 = 14 minutes.
+Therefore, she needs 14 + 7 = 21 minutes.
+#### 21"""
+
+
+def test_the_student_s_wording_keeps_the_steps_and_the_answer():
+    written = {paraphrase(SOLUTION, random.Random(seed)) for seed in range(20)}
+    assert len(written) == 20
+    for text in written:
+        assert re.findall(r"\d+", text)[:-2] == re.findall(r"\d+", SOLUTION)[:-1]  # the closing sentence says it again
+        assert text.endswith("#### 21")
+        assert not re.search(r"\b(So|Therefore), the second|Therefore", text)
+    assert any("7 times 2" in text for text in written)
+    assert any("7 * 2 = 14" in text for text in written)

@@ -1,0 +1,72 @@
+"""Rows that have ended leave the batch: the same responses, and the states of a scoring pass."""
+
+import pytest
+import torch
+from special_models import special_model
+from test_shared_prefix import EOS, model_of
+from tiny import tiny_trainer
+from transformers import GenerationConfig
+
+from topd.near_future import DistilledModel, LocalModel, Rollouts
+from topd.near_future.compact_sampling import compact_sampling
+from topd.near_future.sampling_states import SamplingStates
+
+START, LONGEST = 5, 24
+
+
+def prompts(rows=8):
+    mask = torch.ones(rows, START, dtype=torch.long)
+    mask[::2, :2] = 0
+    return {"input_ids": torch.randint(3, 47, (rows, START)) * mask, "attention_mask": mask}
+
+
+def config(ends, **options):
+    return GenerationConfig(max_new_tokens=LONGEST, eos_token_id=ends, pad_token_id=0, **options)
+
+
+def masked(sequences, ends):
+    """Response ids and mask up to the first end token."""
+    response = sequences[:, START:]
+    end = torch.isin(response, torch.tensor(ends))
+    mask = (end.cumsum(1) - end.long() == 0).long()
+    return response * mask, mask
+
+
+@pytest.mark.parametrize("model", [model_of("qwen3"), model_of("llama"), special_model("gemma3")])
+def test_greedy_responses_are_those_of_one_batch(model):
+    inputs, widths = prompts(), []
+    endless = model.generate(**inputs, generation_config=config(None, do_sample=False))
+    ends = [int(endless[row, START + 2 + 3 * row]) for row in range(6)]  # these rows end one after the other
+    plain = masked(model.generate(**inputs, generation_config=config(ends, do_sample=False)), ends)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with handle, compact_sampling(model):
+        compact = masked(model.generate(**inputs, generation_config=config(ends, do_sample=False)), ends)
+    assert torch.equal(compact[1], plain[1])
+    assert torch.equal(compact[0], plain[0])
+    lengths = plain[1].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    assert sum(widths) < 8 * int(lengths.max())
+
+
+def test_every_token_is_sampled_behind_its_own_row_and_the_states_are_kept():
+    model, states, inputs, ends = model_of("qwen3"), SamplingStates(), prompts(), list(range(20, 26))
+    with states.keeping(model), compact_sampling(model, states):
+        sequences = model.generate(**inputs, generation_config=config(ends, do_sample=True, temperature=5.0, top_k=0))
+    response, mask = masked(sequences, ends)
+    assert len(set(mask.sum(1).tolist())) > 2
+    rollouts = Rollouts(inputs["input_ids"], inputs["attention_mask"], response, mask, mask)
+    scored = DistilledModel(model, LocalModel(model, 0, [EOS])).prefill(rollouts)
+    kept = states.prefill(rollouts, keep_prefix=False)
+    assert torch.allclose(kept.hidden[mask.bool()], scored.hidden[mask.bool()], atol=1e-4)
+    assert states.prefill(rollouts, keep_prefix=True) is None  # the cache has lost rows
+
+
+@pytest.mark.parametrize("method", ["opd", "topd"])
+def test_training_takes_it(tmp_path, method):
+    trainer = tiny_trainer(tmp_path, method=method, compact_sampling=True)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert all(loss > 0 for loss in losses)
