@@ -14,6 +14,7 @@ from topd.errors import TOPDError
         ("GPT2LMHeadModel", "opd"),  # absolute positions: TRL's loss is wrong with left padding
         ("GPT2LMHeadModel", "topd"),
         ("Phi3ForCausalLM, LongRoPE, rows beyond the switch", "opd"),  # TRL rotates all rows by the longest
+        ("InklingForCausalLM", "opd"),  # TRL does not read the scale of its logits
         ("Llama4ForCausalLM", "opd"),  # TRL does not find its backbone
         ("Qwen3_5ForCausalLM", "opd-capped"),  # linear attention
         ("Qwen3_5ForCausalLM", "topd"),

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # Templates whose solutions are long (more than 330 characters), have a wrong or unexplained line, or end in "36.0".
 EXCLUDED = frozenset({0, 2, 11, 13, 17, 21, 25, 27, 29, 36, 52, 60, 66, 68, 70, 73, 80, 82, 83, 84, 89, 92, 94, 96})
@@ -47,8 +48,8 @@ def draw(split: str) -> Iterator[Problem]:
     import reasoning_gym
 
     size = 200_000
-    gym = reasoning_gym.create_dataset("gsm_symbolic", seed=SPLITS[split], size=size)
-    unseen, asked = split == "unseen", set()
+    gym: Any = reasoning_gym.create_dataset("gsm_symbolic", seed=SPLITS[split], size=size)
+    unseen, asked = split == "unseen", set[str]()
     for place in range(size):
         template = gym.task_indices[place]
         if template in EXCLUDED or (template in UNSEEN) != unseen:
@@ -76,7 +77,7 @@ NUMBER = r"[$£€]?\d[\d,.]*%?"
 def paraphrase(solution: str, rng: random.Random) -> str:
     """The same steps in the student's words: other connectives, operators and equations in words in most lines."""
     *lines, last = [line for line in solution.splitlines() if line.strip()]
-    written = []
+    written: list[str] = []
     for line in lines:
         step = LEADING.sub("", line.strip()).rstrip(".")
         if not step:

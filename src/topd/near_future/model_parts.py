@@ -23,6 +23,10 @@ def backbone_of(model: Any) -> nn.Module:
     return backbone
 
 
+UNREAD_BY_TRL = ("logits_mup_width_multiplier", "output_logit_soft_cap", "logits_soft_cap")
+"""Entries of a config that change the logits and that the loss of TRL 1.16 does not look at."""
+
+
 def output_head(model: Any, temperature: float = 1.0) -> Head:
     """The model's output head with everything that its config does to logits (scales, soft caps, biases)."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()

@@ -18,7 +18,7 @@ from torch import Tensor
 from topd.near_future.branches import Branches, packed, rollout_hidden, separate
 from topd.near_future.generation import own_settings_only
 from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
-from topd.near_future.model_parts import backbone_of, evaluating, output_head, training, without_autocast
+from topd.near_future.model_parts import UNREAD_BY_TRL, backbone_of, evaluating, output_head, training, without_autocast
 from topd.near_future.padding import left_padded
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling_states import SamplingStates
@@ -208,6 +208,9 @@ class Check:
         return "without left padding" if self._try("trl", lambda: self._as_trl(self.sample.rollouts[1:])) else "never"
 
     def _as_trl(self, rollouts: Rollouts) -> str | None:
+        for name in UNREAD_BY_TRL:
+            if getattr(self.model.config.get_text_config(), name, None) not in (None, 1.0):
+                return f"it does not read {name}"
         inputs = {"input_ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask, "use_cache": False}
 
         def as_trl() -> Tensor:

@@ -111,15 +111,13 @@ class BothModels:
             return True
         if self.args.beta not in (0, 1):
             raise TOPDError(
-                "TRL's loss passes no position ids and rotates all rows by the longest, which is wrong for these "
-                "models where prompts of different lengths share a batch. Use beta 0 or 1, for which TOPD computes the "
-                "loss itself, or per_device_train_batch_size 1."
+                f"TRL's loss is wrong for these models ({_why_trl_is_wrong(ways)}). Use beta 0 or 1, for which TOPD "
+                "computes the loss itself."
             )
         if not self._warned_of_trl:
             self._warned_of_trl = True
             logger.warning(
-                "TRL's loss is wrong for these models where prompts of different lengths share a batch (it passes no "
-                "position ids and rotates all rows by the longest); TOPD computes the same loss itself."
+                f"TRL's loss is wrong for these models ({_why_trl_is_wrong(ways)}); TOPD computes the same loss itself."
             )
         return False
 
@@ -271,3 +269,10 @@ class OwnRollouts:
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise TOPDError("max_informative_tokens works in one process and under DDP: leave it out.")
+
+
+def _why_trl_is_wrong(ways: list[Ways]) -> str:
+    """In words: of logits that it does not scale, else of what it does where prompts differ in length."""
+    heads = [each.reasons["trl"] for each in ways if each.reasons.get("trl", "").startswith("it does not read")]
+    positions = "it passes no position ids and rotates all rows by the longest"
+    return heads[0] if heads else f"where prompts of different lengths share a batch: {positions}"
