@@ -24,7 +24,7 @@ demo-lm: env  ## the same with a real language model (135 M): word problems, for
 	$(BIN)/topd report runs/demo-lm
 
 runs/demo-lm/%/adapter_model.safetensors:
-	$(BIN)/topd train --config recipes/lm.yaml --method $* --output_dir runs/demo-lm/$* --resume_from_checkpoint auto
+	$(BIN)/topd train --config recipe:lm --method $* --output_dir runs/demo-lm/$* --resume_from_checkpoint auto
 
 quick: env  ## the same, shorter
 	$(BIN)/topd demo --quick --out runs/quick

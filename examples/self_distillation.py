@@ -3,7 +3,7 @@
 The teacher's prompt holds a worked solution in front of the problem. The embedded students were never trained on such
 contexts, so `reads.jsonl` first teaches one to use them (stage 1): behind a solution it calculates in the right order,
 without one as before. In `train.jsonl` and `held-out.jsonl` the column `teacher_prompt` has the solution; the student's
-prompt does not. Then: recipes/self-distillation.yaml.
+prompt does not. Then: --config recipe:self-distillation.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from topd.algorithm import select_for_capping as select_for_capping
 from topd.algorithm import token_cost as token_cost
 from topd.algorithm import token_kl as token_kl
 from topd.algorithm import trajectory_loss as trajectory_loss
+from topd.runs.console import ConsoleCallback as ConsoleCallback
 from topd.training import TOPDConfig as TOPDConfig
 from topd.training import TOPDTrainer as TOPDTrainer
 from topd.training.several_teachers import MOPDTrainer as MOPDTrainer

@@ -45,3 +45,20 @@ class RunInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def install(extra: str) -> str:
+    """The command that installs what an extra of this package needs, wherever the package itself came from."""
+    import importlib.metadata
+    import re
+    import shlex
+
+    try:
+        required = importlib.metadata.requires("topd") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        required = []
+    of_extra = re.compile(rf"""(.*?)\s*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]""")
+    packages = [found[1] for each in required if (found := of_extra.fullmatch(each))]
+    return (
+        shlex.join(["pip", "install", *packages]) if packages else f"pip install -e '.[{extra}]' in a checkout of topd"
+    )

@@ -11,7 +11,7 @@ from tiny import tiny_trainer
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 
-RECIPE = ["--config", "recipes/embedded.yaml"]
+RECIPE = ["--config", "recipe:embedded"]
 PAIR = ["--student", "embedded:student-standard", "--teacher", "embedded:teacher"]
 TINY = [
     "--max_steps",
@@ -81,7 +81,7 @@ def message(capsys, *arguments):
 def test_mistakes_end_in_a_message(capsys, tmp_path):
     assert "Name the student and the teacher" in message(capsys, "check", "--window_length", "16")
     assert "--window_length" in message(capsys, "check", *PAIR, "--windw_length", "3")
-    assert "Cannot load the tokenizer" in message(capsys, "check", "--student", str(tmp_path), *PAIR[2:])
+    assert "holds no tokenizer" in message(capsys, "check", "--student", str(tmp_path), *PAIR[2:])
     assert "no such file" in message(capsys, "check", *PAIR, "--data", "nothing.jsonl")
     assert "at least 1" in message(capsys, "check", *PAIR, "--samples", "0")
 

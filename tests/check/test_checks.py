@@ -19,7 +19,7 @@ from topd.cli.train import setups_of
 from topd.embedded.task import make_problems
 from topd.loading.precision import HALF_A_STEP, WEIGHT
 
-RECIPE = ["--config", "recipes/embedded.yaml"]
+RECIPE = ["--config", "recipe:embedded"]
 
 
 def setup_for(student="embedded:student-standard", teacher="embedded:teacher", *more) -> Setup:

@@ -151,7 +151,7 @@ def test_rollouts_that_are_all_cut_are_a_warning():
 def test_the_command_finds_them_all_and_training_stops_on_them(tmp_path, capsys):
     words = [
         "--config",
-        "recipes/embedded.yaml",
+        "recipe:embedded",
         "--model_name_or_path",
         PAIR[0],
         "--teacher_model_name_or_path",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from topd.cli import check, correct, probe, train, warmstart
+from topd.cli import check, correct, names, probe, train, warmstart
 from topd.cli.main import main, parser
-from topd.cli.options import json_object
+from topd.cli.options import json_object, option_names
 from topd.errors import TOPDError
 from topd.study.config import plan_of
 
@@ -170,3 +171,49 @@ def test_messages_name_the_option_as_typed(capsys: Any, tmp_path: Path) -> None:
     assert "--max-new-tokens must be at least 1; got 0" in capsys.readouterr().err
     assert main(["generate", "--teacher", "T", "--data", "embedded", "--out", "o.txt"]) == 2
     assert "--out o.txt" in capsys.readouterr().err
+
+
+# Names of other tools
+
+
+@pytest.mark.parametrize(("words", "part", "name", "value"), [
+    (["--torch_dtype", "bfloat16"], 2, "dtype", "bfloat16"),
+    (["--lr", "0.5"], 1, "learning_rate", 0.5),
+    (["--model", "S"], 2, "model_name_or_path", "S"),
+    (["--teacher-model", "T"], 1, "teacher_model_name_or_path", "T"),
+    (["--teacher_models", '{"a": "A"}'], 1, "teachers", {"a": "A"}),
+    (["--warmup_ratio", "0.1"], 1, "warmup_steps", 0.1),
+    (["--lora_rank", "3"], 2, "lora_r", 3),
+])  # fmt: skip
+def test_names_of_the_same_meaning_are_accepted(words: list[str], part: int, name: str, value: Any) -> None:
+    assert getattr(train.parse([*words, *CPU])[part], name) == value
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("logging_dir", "set the environment variable TENSORBOARD_LOGGING_DIR"),
+    ("lmbda", "leave it out"),
+    ("batch_size", "write --per_device_train_batch_size N"),
+    ("overwrite-output-dir", "name another --output_dir"),
+    ("torch_dtyp", "Did you mean --dtype"),
+    ("nproc_per_node", "write --num_processes N"),
+])  # fmt: skip
+def test_names_without_an_equal_say_what_to_write(capsys: Any, name: str, told: str) -> None:
+    assert main(["train", f"--{name}", "x"]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert f"Unknown option '{name}'" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_every_such_name_points_at_an_option_that_exists() -> None:
+    known = option_names(train.kinds()) | option_names(warmstart.kinds())
+    assert set(names.SAME.values()) <= known
+    assert not set(names.SAME) & set(names.INSTEAD)
+    named = {name for text in names.INSTEAD.values() for name in re.findall(r"--(\w+)", text)}
+    assert named <= known | {"num_processes"}
+
+
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "teachers", "model_init_kwargs"])
+def test_broken_json_names_its_option(capsys: Any, name: str) -> None:
+    assert main(["train", f"--{name}", "{enable_thinking: false}", *CPU]) == 2
+    assert f"--{name} is {{enable_thinking: false}}, which is not JSON" in capsys.readouterr().err

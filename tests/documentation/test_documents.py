@@ -153,15 +153,17 @@ def test_python_compiles(page):
 def test_commands_are_parsed(page, tmp_path):
     """With a recipe in the place of files that are the reader's."""
     for words in commands(page):
+        if words[1:] and words[1].endswith(".yaml"):
+            words[1] = "recipe:embedded"
         for place, word in enumerate(words[:-1]):
-            if word == "--config" and not words[place + 1].startswith(("recipes/", "studies/")):
-                words[place + 1] = "recipes/embedded.yaml"
+            if word == "--config" and not words[place + 1].startswith(("recipe:", "studies/")):
+                words[place + 1] = "recipe:embedded"
         documents.assert_parses(words)
 
 
 def test_commands_with_mistakes_are_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("```bash\ntopd train --config recipes/embedded.yaml \\\n  --windw_length 3  # no\n```\n")
+    page.write_text("```bash\ntopd train --config recipe:embedded \\\n  --windw_length 3  # no\n```\n")
     (words,) = commands(page)
     with pytest.raises(TOPDError, match="windw_length"):
         documents.assert_parses(words)

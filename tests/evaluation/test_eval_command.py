@@ -16,6 +16,7 @@ import pytest
 from fake_openai import fake_server
 
 from topd.cli.main import main
+from topd.errors import install
 from topd.evaluation.answers import verdict
 from topd.evaluation.compare import COMPARISON
 from topd.evaluation.results import RESULT, write_result
@@ -208,7 +209,7 @@ def test_without_math_verify_nothing_is_sampled(
     monkeypatch.setitem(sys.modules, "math_verify", None)
     (tmp_path / "mine.jsonl").write_text('{"problem": "what is 1+1?", "answer": "2"}\n')
     assert run(tmp_path, "--model", STUDENT, "--benchmark", str(tmp_path / "mine.jsonl"), "--max-new-tokens", "9") == 2
-    assert "pip install 'topd[eval]'" in capsys.readouterr().err
+    assert f"{install('eval')}." in capsys.readouterr().err
     assert not (tmp_path / "student" / "mine.samples.jsonl").exists()
 
 
@@ -224,7 +225,7 @@ def test_without_math_verify_nothing_is_sampled(
         (["--benchmark", "aime2"], "Known benchmarks are"),
         (["--compare", "nowhere"], "holds no evaluation"),
         (["--compare", "nowhere", "--model", "x"], "leave --model and --benchmark out"),
-        (["--engine", "vllm"], "pip install 'topd[vllm]'"),
+        (["--engine", "vllm"], install("vllm")),
     ],
 )
 def test_mistakes_end_in_a_message(

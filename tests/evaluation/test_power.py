@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+from made_evaluations import write_evaluation
+from rich.console import Console
 
 from topd.evaluation.accuracy import accuracy_difference, power_of
+from topd.evaluation.compare import compare
+from topd.evaluation.tables import comparison_tables
 
 
 def spread_of(deviation: float, problems: int = 1000) -> np.ndarray:
@@ -58,6 +65,16 @@ def test_samples_help_only_against_the_noise_of_sampling() -> None:
     assert found.problems > 5 * found.problems_at_best
 
 
-def test_models_that_never_differ_need_what_a_permutation_test_needs() -> None:
-    found = power_of([np.ones((30, 2))], [np.ones((30, 2))], gain=0.1)
-    assert (found.problems, found.detectable) == (6, 0.0)
+def test_without_any_difference_nothing_is_known_about_power(tmp_path: Path) -> None:
+    """Two models that solve nothing: no number of problems follows from that."""
+    found = power_of([np.zeros((8, 2))], [np.zeros((8, 2))], gain=0.05)
+    assert (found.detectable, found.problems, found.problems_at_best) == (None, None, None)
+    for label in ("a", "b"):
+        write_evaluation(tmp_path / label, "aime24", np.zeros((8, 2), dtype=bool))
+    table = comparison_tables(compare([tmp_path / "a", tmp_path / "b"], tmp_path))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("aime24")]
+    assert row.split()[1] == "+0.0"
+    assert row.split()[-2:] == ["–", "–"]

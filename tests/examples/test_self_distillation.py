@@ -1,4 +1,4 @@
-"""`examples/self_distillation.py`: what it writes is what recipes/self-distillation.yaml needs."""
+"""`examples/self_distillation.py`: what it writes is what src/topd/recipes/self-distillation.yaml needs."""
 
 import json
 from pathlib import Path

@@ -13,7 +13,7 @@ from report.made_records import record, write_arm, write_correct
 
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
-from topd.errors import SavingError
+from topd.errors import SavingError, TOPDError, install
 from topd.evaluation.engines import LocalEngine, Response
 from topd.runs.guard import as_topd_error, guarded
 
@@ -152,6 +152,24 @@ def test_an_error_of_ours_ends_in_a_message_and_a_traceback_in_a_file(tmp_path, 
     assert "write_report" in (tmp_path / "traceback.txt").read_text()
 
 
+def test_an_old_traceback_does_not_outlive_a_good_run(tmp_path):
+    (tmp_path / "traceback.txt").write_text("old")
+    with guarded(tmp_path):
+        pass
+    assert (tmp_path / "traceback.txt").exists()  # of a command that only reads the folder
+    with pytest.raises(TOPDError), guarded(tmp_path, remove=True):
+        raise TOPDError("x")
+    assert (tmp_path / "traceback.txt").exists()
+    with guarded(tmp_path, remove=True):
+        pass
+    assert not (tmp_path / "traceback.txt").exists()
+
+
+def test_what_is_missing_is_installed_by_its_own_name():
+    assert install("eval") == "pip install 'math-verify>=0.9'"
+    assert install("no-such-extra") == "pip install -e '.[no-such-extra]' in a checkout of topd"
+
+
 def test_the_traceback_finds_a_place_where_the_folder_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "file").write_text("")
@@ -168,5 +186,5 @@ def test_what_is_ours_and_what_a_user_does_stay_as_they_are():
     with pytest.raises(KeyboardInterrupt), guarded(None):
         raise KeyboardInterrupt
     assert "permissions" in str(as_topd_error(PermissionError(13, "Permission denied", "/mine/out"), None))
-    assert "pip install 'topd[report]'" in str(as_topd_error(ImportError(name="matplotlib"), None))
+    assert install("report") in str(as_topd_error(ImportError(name="matplotlib"), None))
     assert "chat template" in str(as_topd_error(jinja2.TemplateSyntaxError("odd", 1), Path("/nowhere/at/all")))

@@ -87,7 +87,7 @@ def test_a_full_disk_at_the_final_model(tmp_path, monkeypatch, capsys, fault):
 
     save = surviving.ResumableTrainer.save_model
     monkeypatch.setattr(surviving.ResumableTrainer, "save_model", fails)
-    command = ["train", "--config", "recipes/embedded.yaml", "--output_dir", str(tmp_path), "--max_steps", "1"]
+    command = ["train", "--config", "recipe:embedded", "--output_dir", str(tmp_path), "--max_steps", "1"]
     small = ["--per_device_train_batch_size", "2", "--max_completion_length", "6", "--disable_tqdm", "true"]
     assert main([*command, *small]) == 2
     error = capsys.readouterr().err
@@ -201,7 +201,14 @@ def test_a_resumed_run_saves_and_logs_as_it_is_told(copy):
 def test_no_whole_checkpoint_at_all(copy):
     for folder in copy.glob("checkpoint-*"):
         half(folder / "optimizer.pt")
-    with pytest.raises(ResumeError, match=r"no checkpoint in .*checkpoint-3 is not whole"):
+    with pytest.raises(ResumeError, match=r"no checkpoint in \S+ to resume from: \S+checkpoint-3 is not whole"):
+        checkpoint_to_resume(True, copy)
+
+
+def test_a_checkpoint_of_the_model_only_says_which_option_made_it(copy):
+    for folder in copy.glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    with pytest.raises(ResumeError, match=r"no file with the optimizer's state; --save_only_model true saves none"):
         checkpoint_to_resume(True, copy)
 
 

@@ -115,7 +115,7 @@ def test_a_run_that_saves_finishes_its_step(tmp_path):
 def test_ctrl_c_on_the_command_line(tmp_path, fault, capsys):
     """A real `topd train`, a real Ctrl-C, and the command that its message names."""
     command = [
-        "train", "--config", "recipes/embedded.yaml", "--output_dir", str(tmp_path), "--disable_tqdm", "true",
+        "train", "--config", "recipe:embedded", "--output_dir", str(tmp_path), "--disable_tqdm", "true",
         "--per_device_train_batch_size", "4", "--max_completion_length", "24",
     ]  # fmt: skip
     process = subprocess.Popen(

@@ -57,8 +57,8 @@ def test_a_folder_is_held_by_one_process_and_free_after_kill_9(tmp_path, hold):
 
 
 WRITE = {
-    "train": ["train", "--config", "recipes/embedded.yaml", "--output_dir"],
-    "warmstart": ["warmstart", "--config", "recipes/embedded-warmstart.yaml", "--data", "x.jsonl", "--output_dir"],
+    "train": ["train", "--config", "recipe:embedded", "--output_dir"],
+    "warmstart": ["warmstart", "--config", "recipe:embedded-warmstart", "--data", "x.jsonl", "--output_dir"],
     "probe": ["probe", "--out"],
     "correct": ["correct", "--out"],
     "study": ["study", "--config", "studies/embedded.yaml", "--out"],

@@ -7,10 +7,11 @@ import torch
 from check.bad_pairs import padded_head, swap_two_tokens
 from peft import LoraConfig, get_peft_model
 from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from topd.errors import TokenizerMismatchError, TOPDError
 from topd.loading.shared_base import without_adapters
+from topd.loading.tokenizers import tokenizer_of
 from topd.training.several_teachers import MOPDTrainer
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
@@ -147,6 +148,13 @@ def test_loaded_models_whose_tokenizer_is_not_known_are_warned_of(tmp_path, capl
 def test_a_student_without_any_tokenizer_is_refused(tmp_path):
     with pytest.raises(TOPDError, match="processing_class=tokenizer"):
         tiny_trainer(tmp_path, tokenizer=None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_tokenizer_is_not_made_up_for_a_folder_without_one(tmp_path, kind):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(TOPDError, match=f"{tmp_path.name} holds no tokenizer. Save the model's own there"):
+        tokenizer_of(str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

@@ -92,7 +92,7 @@ def test_the_warm_start_says_it_too(tmp_path, caplog):
 @pytest.mark.parametrize("preflight", ["true", "false"])
 def test_the_command_says_it_once(tmp_path, caplog, capsys, preflight):
     command = [
-        "train", "--config", "recipes/embedded.yaml", "--max_steps", "2", "--per_device_train_batch_size", "2",
+        "train", "--config", "recipe:embedded", "--max_steps", "2", "--per_device_train_batch_size", "2",
         "--max_completion_length", "6", "--window_length", "3", "--dtype", "bfloat16", "--learning_rate", "2e-6",
         "--preflight", preflight, "--output_dir", str(tmp_path),
     ]  # fmt: skip

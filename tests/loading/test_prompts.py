@@ -154,3 +154,14 @@ def test_another_thread_renders_too() -> None:
     thread.start()
     thread.join()
     assert found == [prompt_ids(tokenizer, TALK, {})]
+
+
+def test_options_that_the_template_does_not_read_are_reported_once(caplog) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if enable_thinking %}x{% endif %}"
+    tokenizer = tokenizer_with(template)
+    for _ in range(2):
+        prompt_ids(tokenizer, TALK, {"enable_thinking": True})
+    assert caplog.text == ""
+    for _ in range(2):
+        prompt_ids(tokenizer, TALK, {"enable_thinkng": True})
+    assert caplog.text.count("does not read enable_thinkng of chat_template_kwargs: misspelt") == 1

@@ -3,18 +3,18 @@
 import itertools
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
 from documents import assert_parses, commands_of
 
+from topd.cli.launch import is_launch_option
 from topd.cli.main import parser
+from topd.cli.recipes import config_file, recipes
 from topd.cli.train import parse
 from topd.cli.warmstart import parse as parse_warmstart
 
-RECIPES = sorted(Path("recipes").glob("*.yaml"))
-ACCELERATE = sorted(Path("recipes/accelerate").glob("*.yaml"))
+RECIPES = list(recipes().values())
 WARMSTART = [path for path in RECIPES if path.stem.endswith("-warmstart")]
 PAPER_PAIR = [path for path in RECIPES if path.stem.startswith("qwen3-4b-from-30b")]
 
@@ -27,7 +27,7 @@ def parsed(path):
 def launch_lines(path):
     """Commands of the header, without the machines that they run on."""
     for line in path.read_text().splitlines():
-        found = re.search(r"^#.*?((?:\w+=\S+ )*(?:accelerate launch|topd|trl|vllm) .*)$", line)
+        found = re.search(r"^#.*?((?:\w+=\S+ )*(?:topd|trl|vllm) .*)$", line)
         if found and "--" in found[1]:
             yield re.sub(r"^(?:\w+=\S+ )+", "", found[1])
 
@@ -68,27 +68,26 @@ def test_every_value_of_the_paper_s_pair_says_where_it_is_from(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_launch_lines_name_files_and_options_that_are_there(path):
     lines = list(launch_lines(path))
-    assert any(str(path) in line for line in lines)
+    assert any(f"recipe:{path.stem}" in line.split() for line in lines)
     for line in lines:
         words = shlex.split(line)
         for option, file in itertools.pairwise(words):
-            if option in ("--config", "--config_file"):
-                assert Path(file).is_file(), line
+            if option == "--config":
+                assert config_file(file).is_file(), line
         for command in commands_of(line):
             assert_parses(command)
         if words[:2] == ["topd", "generate"]:
             assert parser().parse_args(words[1:]).out.suffix in (".jsonl", ".parquet")
 
 
-@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
-def test_accelerate_reads_its_configs(path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(path))
-    assert config.num_processes % config.num_machines == 0
-    if path.stem.startswith("fsdp2"):
-        assert config.fsdp_config["fsdp_version"] == 2
-        assert config.mixed_precision == "bf16"
+def test_launch_lines_use_fsdp2_where_a_model_is_sharded():
+    """The launcher's options of the recipes for several GPUs are options of accelerate."""
+    lines = [line for path in RECIPES for line in launch_lines(path) if "--accelerate_config fsdp2" in line]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line)
+        options = [word[2:] for word in words[words.index("--accelerate_config") :] if word.startswith("--")]
+        assert [name for name in options if not is_launch_option(name, ())] == []
 
 
 def test_both_stages_of_a_pair_fit_together():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -517,6 +518,25 @@ def test_runs_are_compared_on_the_same_axes(tmp_path: Path) -> None:
     labels = [figure["aria-label"] or "" for figure in page.all("svg", "figure")]
     (loss,) = [label for label in labels if label.startswith("Token loss by")]
     assert all(f"{name} from 0.3 at step 1" in loss for name in names)
+
+
+def test_the_page_of_a_warm_start_shows_both_of_its_losses(tmp_path: Path) -> None:
+    log = [{"step": step, "loss": 1.0, "forward_kl": 0.5 / step, "cross_entropy": 1.5 / step} for step in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    labels = [figure["aria-label"] or "" for figure in page_of(tmp_path).all("svg", "figure")]
+    assert any(label.startswith("Forward KL by training step") and "0.5 at step 1" in label for label in labels)
+    assert any(label.startswith("Cross-entropy by training step") and "1.5 at step 1" in label for label in labels)
+
+
+def test_runs_of_different_pairs_in_one_folder_are_not_put_on_one_page(tmp_path: Path) -> None:
+    for name, weights in (("a", "1"), ("b", "1"), ("c", "2")):
+        folder = write_arm(tmp_path / name, [record()])
+        made_of = {"student": {"weights": weights}, "teacher": {"weights": "t"}, "data": {"digest": "d"}}
+        (folder / "run.yaml").write_text(json.dumps({"provenance": made_of}))
+    with pytest.raises(ReportError, match=r"runs of different pairs or data.*topd report .*/a --compare .*/b .*/c"):
+        write_report(tmp_path)
+    shutil.rmtree(tmp_path / "c")
+    assert [arm.name for arm in load_run(tmp_path).arms] == ["a", "b"]
 
 
 def test_newer_and_broken_analyses(tmp_path: Path) -> None:

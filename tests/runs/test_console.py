@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from topd.runs.console import LogLines, duration, formatted, print_log_lines, print_summary, where_to_look
+from topd.runs.console import ConsoleCallback, duration, formatted, print_summary, where_to_look
 
 LOG = [
     {"step": step, "loss": 0.5 / step, "token_loss/mean": 0.4 / step, "false_alarm_share": 0.25 * step,
@@ -19,10 +20,10 @@ LOG = [
 ] + [{"step": 2, "train_runtime": 200.0, "train_loss": 0.4}]  # fmt: skip
 
 
-def shown(main: bool = True) -> tuple[LogLines, SimpleNamespace, io.StringIO]:
+def shown(main: bool = True) -> tuple[ConsoleCallback, SimpleNamespace, io.StringIO]:
     text = io.StringIO()
     state = SimpleNamespace(is_world_process_zero=main, global_step=0, max_steps=20, logging_steps=1)
-    return LogLines(Console(file=text, width=60)), state, text
+    return ConsoleCallback(Console(file=text, width=60)), state, text
 
 
 STEPS, EPOCHS = SimpleNamespace(logging_strategy="steps"), SimpleNamespace(logging_strategy="epoch")
@@ -125,11 +126,30 @@ def test_places_of_checkpoints_audit_and_page(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_libraries_printers_are_gone(tmp_path: Path) -> None:
+def test_from_python_the_callback_prints_a_header_and_the_libraries_print_nothing(tmp_path: Path, capsys: Any) -> None:
     from tiny import tiny_trainer
 
-    trainer = tiny_trainer(tmp_path)
-    print_log_lines(trainer)
+    from topd import ConsoleCallback as Public
+
+    text = io.StringIO()
+    trainer = tiny_trainer(
+        tmp_path,
+        trainer_options={"callbacks": [Public(Console(file=text, width=200))]},
+        disable_tqdm=False,
+        max_steps=1,
+    )
+    trainer.train()
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert "LogLines" in names
+    assert "ConsoleCallback" in names
     assert not {"PrinterCallback", "ProgressCallback"} & set(names)
+    assert capsys.readouterr().out == ""
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    lines = [line.split(maxsplit=1) for line in text.getvalue().splitlines()]
+    assert [name for name, _ in lines[:6]] == ["student", "teacher", "data", "method", "batch", "computed"]
+    told = dict(lines[:6])
+    assert told["student"].endswith(f"{parameters:,} parameters, float32")
+    assert told["data"] == "a dataset, 64 rows"
+    assert told["method"] == "topd, windows of 5 tokens"
+    assert told["batch"] == "4 rows per step (4 per process and batch, 1 accumulated, 1 process)"
+    assert told["computed"] == "as stored, on cpu"
+    assert lines[6:8] == [["1", "steps; one line every 1."], ["1/1", lines[7][1]]]

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from tiny import prompts, tiny_model, tiny_trainer
 from transformers import AutoTokenizer
 
 from topd.cli.main import main
+from topd.cli.options import resume_from
+from topd.cli.recipes import recipes
 from topd.cli.train import parse
-from topd.errors import ResumeError, SavingError
+from topd.errors import ResumeError, SavingError, TOPDError
 from topd.loading.options import PROVENANCE
 from topd.runs.provenance import command_line, options_of, plain, read_run, weights_digest
 
@@ -26,7 +30,7 @@ def run_again(folder, *more):
 
 
 SMALL = [
-    "--config", "recipes/embedded.yaml", "--model_name_or_path", "embedded:student-standard",
+    "--config", "recipe:embedded", "--model_name_or_path", "embedded:student-standard",
     "--teacher_model_name_or_path", "embedded:teacher", "--data", "embedded",
     "--per_device_train_batch_size", "4", "--max_completion_length", "16",
     "--window_length", "4", "--max_steps", "2", "--save_steps", "1", "--data_limit", "16",
@@ -40,7 +44,7 @@ def test_topd_train_writes_a_run_that_config_takes_again(tmp_path, capsys):
     options, made_of = read_run(out)
     assert options["model_name_or_path"] == "embedded:student-standard"
     assert (options["data"], options["seed"], options["window_length"]) == ("embedded", 42, 4)
-    assert made_of["command"].startswith("topd train --config recipes/embedded.yaml")
+    assert made_of["command"].startswith("topd train --config recipe:embedded")
     assert made_of["versions"]["torch"] == torch.__version__
     assert made_of["precision"] == {"student": "float32", "teacher": "float32", "computed": "as stored"}
     assert made_of["data"]["rows"] == 16
@@ -66,9 +70,9 @@ def test_topd_train_writes_a_run_that_config_takes_again(tmp_path, capsys):
 
 
 def test_every_recipe_is_the_same_after_a_run_has_written_it(tmp_path):
-    from documents import ON_CPU, ROOT
+    from documents import ON_CPU
 
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+    for recipe in recipes().values():
         if "warmstart" in recipe.name:
             continue
         first = parse(["--config", str(recipe), *ON_CPU])
@@ -126,6 +130,7 @@ def resumed(earlier, out, caplog, **options):
 def test_resuming_unchanged_reports_nothing(earlier, tmp_path, caplog):
     trainer, told = resumed(earlier, tmp_path, caplog)
     assert "Resuming with changed options" not in told
+    assert "seen twice" not in told
     (entry,) = read_run(tmp_path)[1]["resumed"]
     assert (entry["from"], entry["changed"]) == ("checkpoint-1", [])
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
@@ -134,6 +139,7 @@ def test_resuming_unchanged_reports_nothing(earlier, tmp_path, caplog):
 CHANGES = [
     ({"dataset": prompts(32)}, "data: other prompts, 64 -> 32 rows"),
     ({"seed": 7}, "seed: 42 -> 7"),
+    ({"per_device_train_batch_size": 2}, "some rows of the data are seen twice or not at all"),
     ({"method": "opd-capped"}, "method: topd -> opd-capped"),
     ({"window_length": 6}, "window_length: 5 -> 6"),
     ({"lr_scheduler_type": "constant"}, "lr_scheduler_type: linear -> constant"),
@@ -147,6 +153,7 @@ CHANGES = [
 def test_each_change_on_resuming_is_reported_and_recorded(earlier, tmp_path, caplog, options, line):
     _, told = resumed(earlier, tmp_path, caplog, **options)
     assert "Resuming with changed options" in told
+    assert "RANK" not in told
     assert line in told
     assert any(line in each for each in read_run(tmp_path)[1]["resumed"][0]["changed"])
 
@@ -231,3 +238,44 @@ def test_auto_on_the_command_line_starts_from_scratch_and_then_goes_on(tmp_path,
     assert main([*words, "--resume_from_checkpoint", "auto", "--max_steps", "1"]) == 0
     assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_weights_that_are_tied_are_not_missing_in_a_checkpoint(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    model = trainer.model
+    model.lm_head.weight = model.get_input_embeddings().weight
+    told = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", told.append)
+    missing = torch.nn.modules.module._IncompatibleKeys
+    trainer._issue_warnings_after_load(missing(["lm_head.weight"], []))
+    assert told == []
+    trainer._issue_warnings_after_load(missing(["lm_head.weight", "model.norm.weight"], []))
+    assert told == ["There were missing keys in the checkpoint model loaded: ['model.norm.weight']."]
+
+
+def test_a_hub_that_is_not_there_is_called_so(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise ConnectionError("cannot connect")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", no_network)
+    with pytest.raises(TOPDError, match=r"push_to_hub: the repository on the Hub cannot be created \(cannot connect"):
+        tiny_trainer(tmp_path, push_to_hub=True)
+
+
+def test_a_trained_model_is_not_replaced_without_asking(tmp_path):
+    _, config, _ = parse([*SMALL, "--output_dir", str(tmp_path)])
+    assert resume_from(config) is None
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resume_from(config) is None  # a model that no run of ours wrote, such as a copied student
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(ResumeError, match=r"holds the trained model of an earlier run \(model.safetensors\)"):
+        resume_from(config)
+    config.resume_from_checkpoint = "auto"
+    with pytest.raises(ResumeError, match="Name another --output_dir"):
+        resume_from(config)
+
+
+def test_what_trl_calls_by_old_names_is_not_told_to_the_user():
+    code = "from topd import TOPDConfig, TOPDTrainer; TOPDConfig('x', use_cpu=True, bf16=False)"
+    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
+    assert "FutureWarning" not in done.stderr

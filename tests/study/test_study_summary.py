@@ -8,6 +8,7 @@ from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.evaluation.statistics import sign_flip_p
 from topd.study.summary import crossed_interval, summarise
+from topd.study.tables import study_rows
 
 
 def test_a_summary_by_hand():
@@ -61,3 +62,10 @@ def test_the_interval_of_one_seed_is_students():
     table = np.array([[0.0, 1.0, 1.0, 0.0, 1.0]])
     assert crossed_interval(table) == pytest.approx(ttest_1samp(table[0], 0).confidence_interval(0.95))
     assert crossed_interval(np.ones((1, 4))) == crossed_interval(np.ones((3, 4))) == (1.0, 1.0)
+
+
+def test_an_interval_without_any_spread_is_not_shown_as_zero_to_zero():
+    arms = summarise({"opd": {0: [0, 0, 0], 1: [0, 0, 0]}, "topd": {0: [0, 0, 0], 1: [0, 0, 0]}})
+    result = {"arms": {name: {"greedy": arm, "seconds_training": {"0": 1.0}} for name, arm in arms.items()}}
+    rows = {row[0]: row[1:3] for row in study_rows(result, "greedy")}
+    assert rows == {"opd": ["0.0% (all alike)", ""], "topd": ["0.0% (all alike)", "+0.0 (all alike)"]}

@@ -20,7 +20,7 @@ from topd.teachers.openai_server import OpenAIServer
 from topd.training import TOPDTrainer
 
 NOBODY = "http://127.0.0.1:1"
-RECIPE = ["--config", "recipes/embedded.yaml"]
+RECIPE = ["--config", "recipe:embedded"]
 ALONE = ["--model_name_or_path", "embedded:student-standard", "--teacher_model_name_or_path", ""]
 
 

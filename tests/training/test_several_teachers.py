@@ -55,6 +55,12 @@ def test_the_names_decide(tmp_path):
     assert torch.isfinite(mixed[1]).all()
 
 
+def test_the_column_may_have_the_name_of_trl_s_pull_request(tmp_path):
+    dataset = routed("ab").rename_column("teacher", "teacher_id")
+    trainer = tiny_trainer(tmp_path, MOPDTrainer, teacher=teachers(), dataset=dataset)
+    assert trainer.train_dataset["teacher"][:] == ["a", "b"] * 8
+
+
 def test_a_name_without_a_teacher_is_said_before_any_step(tmp_path):
     with pytest.raises(TOPDError, match=r"names c; the teachers are: a, b"):
         tiny_trainer(tmp_path, MOPDTrainer, teacher=teachers(), dataset=routed("abc"))

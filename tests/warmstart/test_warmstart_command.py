@@ -18,7 +18,7 @@ from topd.embedded.tokenizer import build_tokenizer
 from topd.evaluation.embedded import greedy_accuracy
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
-RECIPE = ["warmstart", "--config", "recipes/embedded-warmstart.yaml"]
+RECIPE = ["warmstart", "--config", "recipe:embedded-warmstart"]
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
 
@@ -48,7 +48,7 @@ def test_the_model_is_one_that_topd_train_takes(solutions, tmp_path, capsys):
     out = tmp_path / "warm"
     assert warmstart(out, solutions) == 0
     assert f"--student {out}" in capsys.readouterr().out
-    assert main(["train", "--config", "recipes/embedded.yaml", "--model_name_or_path", str(out), "--output_dir",
+    assert main(["train", "--config", "recipe:embedded", "--model_name_or_path", str(out), "--output_dir",
                  str(tmp_path / "topd"), "--max_steps", "1", "--per_device_train_batch_size", "4",
                  "--max_completion_length", "24", "--window_length", "4"]) == 0  # fmt: skip
     assert (tmp_path / "topd" / "model.safetensors").is_file()
@@ -59,7 +59,9 @@ def test_it_speaks_as_topd_train_does(solutions, tmp_path, capsys):
     out = tmp_path / "my run"
     assert warmstart(out, solutions, "--save_strategy", "steps", "--save_steps", "2") == 0
     said = capsys.readouterr().out
-    lines = said.splitlines()
+    loading, header, lines = said.splitlines()[:2], said.splitlines()[2:7], said.splitlines()[7:]
+    assert loading[0].startswith("Loading embedded:student")
+    assert [line.split()[0] for line in header] == ["student", "teacher", "data", "batch", "computed"]
     assert lines[0] == "2 steps; one line every 1."
     number = r" +\d+\.\d{4}"
     assert re.match(rf"1/2  loss{number}  forward KL{number}  cross-entropy{number}  lr \S+  .* left$", lines[1])
@@ -140,7 +142,7 @@ def test_both_stages_raise_the_accuracy(tmp_path):
     assert main(["generate", "--teacher", "embedded:teacher", "--data", "embedded", "--limit", "512", "--batch", "128",
                  "--filter", "embedded", "--out", str(data)]) == 0  # fmt: skip
     assert main([*RECIPE, "--data", str(data), "--output_dir", str(warm)]) == 0
-    assert main(["train", "--config", "recipes/embedded.yaml", "--model_name_or_path", str(warm), "--output_dir",
+    assert main(["train", "--config", "recipe:embedded", "--model_name_or_path", str(warm), "--output_dir",
                  str(topd)]) == 0  # fmt: skip
     before, between, after = accuracy(pair_folder("student-standard")), accuracy(warm), accuracy(topd)
     assert between > before + 0.10

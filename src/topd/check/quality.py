@@ -14,6 +14,7 @@ from topd.algorithm import score_tokens
 from topd.check.findings import Finding, ok
 from topd.check.setup import Setup
 from topd.embedded.task import read_problem
+from topd.errors import install
 from topd.evaluation.answers import Rule, verdict
 from topd.near_future import Rollouts
 from topd.near_future.generation import padding_id
@@ -114,7 +115,7 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
     if rule == "math" and importlib.util.find_spec("math_verify") is None:
         return Finding(
             "teacher", "warning", "answers are not judged: the package math-verify is missing",
-            "pip install 'topd[eval]'.",
+            f"{install('eval')}.",
         )  # fmt: skip
     tokenizer, right = setup.student.tokenizer, {}
     for role, model, sample in (("student", student, setup.sample), ("teacher", teacher, setup.teacher_sample)):

@@ -19,8 +19,8 @@ from topd.visible import visible
 
 COMMANDS = {
     "generate": "teacher solutions for prompts, for the warm start (stage 1)",
-    "warmstart": "stage 1, on teacher solutions: --config FILE.yaml [--any_option value]",
-    "train": "distil a student from a teacher: --config FILE.yaml [--any_option value]",
+    "warmstart": "stage 1, on teacher solutions: topd warmstart FILE.yaml [--option value ...]",
+    "train": "distil a student from a teacher: topd train FILE.yaml [--option value ...]",
     "check": ABOUT,
     "demo": "distil the embedded student by OPD and by TOPD, and compare",
     "probe": "which high-loss tokens of a pair are false alarms? No training",
@@ -29,6 +29,7 @@ COMMANDS = {
     "study": "arms x seeds from the same student: does guidance help?",
     "merge": "merge a LoRA adapter into its base, and save a whole model",
     "report": "write the HTML page of a run",
+    "env": "versions, devices and CPU features, to paste into an issue",
     "case": "one fork of topd correct, token by token, as text and as a picture",
 }
 """Each is a module of this package. Those of `OWN_PARSER` have `main(words)`, the others `add_options` and `run`."""
@@ -43,7 +44,8 @@ FILES = (".html", ".svg", ".png", ".pdf", ".jsonl", ".parquet")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; errors end in one message and exit status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with output_may_close(continues=bool(words) and words[0] in CONTINUES):
+    continues = words[:1] and words[0] in CONTINUES and not {"-h", "--help", "--help-all"} & set(words)
+    with output_may_close(continues=bool(continues)):
         return _exit_status(words)
 
 
@@ -70,8 +72,8 @@ def _run(words: list[str]) -> int:
     if words[:1] and words[0] in OWN_PARSER:
         return int(import_module(f"topd.cli.{words[0]}").main(words[1:]))
     options = parser().parse_args(words)
-    lock = sole_writer(options.out) if getattr(options, "lock_out", False) else nullcontext()
-    with guarded(_folder(options)), lock:
+    writes = getattr(options, "lock_out", False)
+    with guarded(_folder(options), remove=writes), sole_writer(options.out) if writes else nullcontext():
         options.run(options)
     return 0
 

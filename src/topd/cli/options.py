@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topd.cli.help import Page, show_help
+from topd.cli.launch import is_launch_option, launch, split, typed_words
+from topd.cli.names import known_name
+from topd.cli.recipes import config_file
 from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
 from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
+from topd.parsing import read_json, read_yaml
 
 if TYPE_CHECKING:
     from topd.runs.recorded import StartRecord
@@ -55,8 +60,26 @@ def respelled(words: Sequence[str], spell: Any) -> list[str]:
     return found
 
 
+def option_names(kinds: Any) -> set[str]:
+    """Names of the options of these dataclasses, with underscores, and `no_NAME` of those that are true by default."""
+    options = [option for kind in kinds for option in fields(kind) if option.init]
+    return {option.name for option in options} | {f"no_{option.name}" for option in options if option.default is True}
+
+
+def begin(page: Page, argv: Sequence[str], kinds: Any) -> int | None:
+    """What comes before a run: the help, if it is asked for; other processes, if there are to be several.
+
+    Returns:
+        The exit status of the processes; None: the run is to be in this one.
+    """
+    show_help(argv, page, kinds)
+    return launch(page.name, argv, read_config(argv)[1], option_names(kinds) | {"config"})
+
+
 def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
     """Options from `--config FILE.yaml` and the command line, which wins, by TRL's parser.
+
+    Options of accelerate's launcher are left out: see `topd.cli.launch`.
 
     Args:
         kinds: dataclasses; one instance of each is returned.
@@ -67,30 +90,30 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
     """
     from trl import TrlParser
 
-    parser: Any = TrlParser(kinds, prog=program)
+    parser: Any = TrlParser(kinds, prog=program, add_help=False)
 
     def refuse(message: str) -> None:
-        raise TOPDError(f"{message[:300]}. `{program} --help` lists all options.")
+        raise TOPDError(f"{message[:300]}. `{program} --help-all` lists all options.")
 
     parser.error = refuse  # argparse would print all options and exit
     for action in parser._actions:
         if action.dest in SEVERAL:
             action.nargs = "+"
-    known = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
-    known.add("env")
+    known = option_names(kinds) | {"env"}
 
     def spell(name: str) -> str:
-        found = spelling(name, known)
-        if found not in known:
-            raise TOPDError(f"Unknown option {name!r:.80}.{_close(name, known)} `{program} --help` lists all.")
-        return found
+        return known_name(name, known, program)
 
-    words, in_file = _read_config(argv)
+    words, in_file = read_config(argv)
+    words, in_file = (
+        split(words, known)[0],
+        {name: value for name, value in in_file.items() if not is_launch_option(str(name).replace("-", "_"), known)},
+    )
     words, in_file = respelled(words, spell), renamed(in_file, spell)
     for name, value in in_file.items():
         check_value(name, value, kinds)
-    for text in [*(word.partition("=")[2] or word for word in words), *in_file.values()]:
-        _check_json_names(text)
+    for name, text in [*_given(words), *in_file.items()]:
+        _check_json(name, text, kinds)
     os.environ.update({name: str(value) for name, value in in_file.pop("env", {}).items()})
     try:
         parser.set_defaults_with_config(**in_file)
@@ -103,29 +126,42 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
                 f"These words follow an option that takes one value: {left[1]:.200}. Put a value with spaces in "
                 "quotation marks; write several values as a list into the YAML file."
             ) from error
+        if "bf16/gpu" in str(error):
+            raise TOPDError("There is no GPU here. To train on the CPU, add --use_cpu true.") from error
         raise TOPDError(str(error)) from error
     except Exception as error:  # libraries raise many kinds of errors for odd values
         raise TOPDError(
             f"These options cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:300]}). Check their "
-            f"values; `{program} --help` shows what each takes."
+            f"values; `{program} --help-all` shows what each takes."
         ) from error
 
 
-def _read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without `--config FILE`, and the options of the file; none if there is none.
+def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words without `--config FILE` (or a first word FILE.yaml), and the options of the file, if one is named.
 
     The entry `provenance` of a run's `run.yaml` is not an option and is left out.
-    """
-    from topd.parsing import read_yaml
 
-    words = list(argv)
-    if "--config" not in words:
+    Raises:
+        TOPDError: the file cannot be read, or several are named.
+    """
+    words: list[str] = []
+    names: list[str] = []
+    waiting = list(argv)
+    if waiting and not waiting[0].startswith("-"):
+        names.append(waiting.pop(0))
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--config":
+            names.append(waiting.pop(0) if waiting else "(nothing)")
+        elif word.startswith("--config="):
+            names.append(word.partition("=")[2])
+        else:
+            words.append(word)
+    if not names:
         return words, {}
-    position = words.index("--config")
-    name = words[position + 1] if position + 1 < len(words) else "(nothing)"
-    file = Path(name)
-    if not file.is_file():
-        raise TOPDError(f"--config {name}: there is no such file. Recipes are in recipes/.")
+    if len(names) > 1:
+        raise TOPDError(f"Several files with options: {', '.join(names):.200}. Give one.")
+    file = config_file(names[0])
     try:
         config = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -136,26 +172,27 @@ def _read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     resume = config.get("resume_from_checkpoint")
     if isinstance(resume, bool):
         config["resume_from_checkpoint"] = str(resume).lower()  # the option is text: true, auto or a folder
-    return [*words[:position], *words[position + 2 :]], config
+    return words, config
 
 
-def _check_json_names(text: Any) -> None:
-    """Raise `TOPDError` where an option's JSON object has a name twice; the parser reports other mistakes."""
+def _given(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The options of a command line whose value is one word, with it."""
+    pairs = [(word[2:].partition("="), after) for word, after in zip(words, [*words[1:], ""], strict=False)
+             if word.startswith("--")]  # fmt: skip
+    return [(name, value if equals else after) for (name, equals, value), after in pairs]
+
+
+def _check_json(name: str, text: Any, kinds: Any) -> None:
+    """Raise `TOPDError` where an option's JSON object is broken or has a name twice."""
     if not isinstance(text, str) or not text.lstrip().startswith("{"):
         return
-    from topd.parsing import read_json
-
     try:
         read_json(text)
-    except json.JSONDecodeError:
-        return
+    except json.JSONDecodeError as error:
+        if any(name in getattr(kind, "_VALID_DICT_FIELDS", ()) for kind in kinds):
+            raise TOPDError(f"--{name} is {text:.60}, which is not JSON: {error}.") from error
     except (ValueError, RecursionError) as error:
-        raise TOPDError(f"{text[:60]}: {error}.") from error
-
-
-def _close(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
-    return f" Did you mean {' or '.join(f'--{option}' for option in close)}?" if close else ""
+        raise TOPDError(f"--{name}: {text[:60]}: {error}.") from error
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -228,7 +265,7 @@ def start_record(words: Sequence[str], *parts: Any) -> StartRecord:
     from topd.runs.recorded import StartRecord
 
     options = options_of(*parts)
-    return StartRecord(options, changed_options(options, *parts), command_line(("topd", *words)))
+    return StartRecord(options, changed_options(options, *parts), command_line(("topd", *typed_words(words))))
 
 
 def resume_from(config: Any) -> str | bool | None:
@@ -238,15 +275,21 @@ def resume_from(config: Any) -> str | bool | None:
 
     Raises:
         ResumeError: there is no checkpoint; or the folder holds checkpoints and the option is not given, since the new
-            run's checkpoints would be mixed with them.
+            run's checkpoints would be mixed with them; or a trained model, which a new run would replace.
     """
-    from topd.runs.checkpoints import AUTO, checkpoint_to_resume, newest_whole, refuse_second_run
+    from topd.runs.checkpoints import (
+        AUTO,
+        checkpoint_to_resume,
+        newest_whole,
+        refuse_second_run,
+        refuse_to_overwrite,
+    )
 
     wanted, folder = str(config.resume_from_checkpoint or "false"), Path(config.output_dir)
     if wanted.lower() == "false":
         refuse_second_run(folder)
-        return None
-    if wanted.lower() == AUTO and newest_whole(folder)[0] is None:
+    if wanted.lower() == "false" or (wanted.lower() == AUTO and newest_whole(folder)[0] is None):
+        refuse_to_overwrite(folder)
         return None
     newest = wanted.lower() in ("true", AUTO)
     checkpoint, _ = checkpoint_to_resume(newest or wanted, folder, thorough=False)

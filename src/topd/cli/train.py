@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topd.cli.data_options import FormArguments, form_of
-from topd.cli.options import data_source, parse_options, prompts, resume_from, start_record
+from topd.cli.help import Page
+from topd.cli.options import begin, data_source, parse_options, prompts, resume_from, start_record
 from topd.embedded.task import DATA
 from topd.errors import DataError, TOPDError
 from topd.runs.guard import guarded
@@ -51,16 +52,51 @@ class DataArguments(FormArguments):
     )
 
 
+def page() -> Page:
+    """What `topd train --help` lists."""
+    from topd.training.config import CONTROLS, TOPDConfig
+
+    groups = {
+        "Method": ("method",),
+        "Data": (
+            "data", "data_split", "data_limit", "chat_template_kwargs", "max_completion_length", "temperature", "top_p",
+        ),
+        "Models": (
+            "model_name_or_path", "teacher_model_name_or_path", "teachers", "teacher_model_init_kwargs", "dtype",
+            "attn_implementation", "trust_remote_code", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
+            "load_in_4bit", "use_vllm", "vllm_mode", "teacher_model_server_url", "teacher_server_model",
+            "teacher_server_key_env", "teacher_server_kwargs", "loss_top_k",
+        ),
+        "Run": (
+            "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
+            "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "audit_steps",
+            "eval_strategy", "eval_steps", "eval_benchmark", "eval_benchmark_limit", "eval_samples", "eval_temperature",
+            "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
+            "push_to_hub",
+        ),
+    }  # fmt: skip
+    about = (
+        "Distil a student from a teacher, by plain on-policy distillation (OPD) or with near-future guidance (TOPD)."
+    )
+    own = {TOPDConfig: "Method", DataArguments: "Data"}
+    short = {"data": "Prompts: a JSONL, JSON, CSV or Parquet file, a Hub dataset, or embedded (the embedded task)"}
+    return Page("train", about, groups, own, (*CONTROLS, "cap_selection"), short)
+
+
 def main(argv: Sequence[str]) -> int:
     """Parse, check, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
     from topd.runs.checkpoints import check_writable
     from topd.runs.console import hide_progress_bars
 
     hide_progress_bars()
+    status = begin(page(), argv, kinds())
+    if status is not None:
+        return status
     data, config, model = parse(argv)
     check_writable(config)
     folder = Path(config.output_dir)
-    with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
+    with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
         _train(("train", *argv), data, config, model)
     return 0
 
@@ -73,8 +109,8 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     from topd.loading.data import source_name
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import print_log_lines, print_summary, where_to_look
-    from topd.training.several_teachers import MOPDTrainer
+    from topd.runs.console import ConsoleCallback, loading, print_summary, where_to_look
+    from topd.training.several_teachers import COLUMN, MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 
     student, teachers = named(config, model)
@@ -93,14 +129,15 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
-    trainer = load_by_name(
-        "models", f"{student} and {teacher_name or 'the teacher'}", kind,
-        teacher_model=teacher, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        processing_class=tokenizer, peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-    )  # fmt: skip
+    lines = ConsoleCallback()
+    with loading(" and ".join([student, *teachers.values()]), config.process_index == 0):
+        trainer = load_by_name(
+            "models", f"{student} and {teacher_name or 'the teacher'}", kind,
+            teacher_model=teacher, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=tokenizer, peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model), callbacks=[lines],
+        )  # fmt: skip
     trainer.start_record = record
-    lines = print_log_lines(trainer)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
         trainer.save_model(config.output_dir)
@@ -121,7 +158,7 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     if not model.model_name_or_path or not (teachers or config.teacher_model_server_url):
         raise TOPDError(
             "Name the student and the teacher: --student and --teacher (a folder, a Hub name, or embedded:long-student "
-            "and embedded:long-teacher), or --config recipes/embedded.yaml. For a teacher that is on a server only: "
+            "and embedded:long-teacher), or --config recipe:embedded. For a teacher that is on a server only: "
             "--teacher_model_server_url."
         )
     from topd.loading.adapters import weights_of
@@ -131,13 +168,18 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     return model.model_name_or_path, teachers
 
 
-def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
-    """The options of `topd train`."""
+def kinds() -> tuple[Any, Any, Any]:
+    """The classes of the options of `topd train`."""
     from trl import ModelConfig
 
     from topd.training.config import TOPDConfig
 
-    parsed: tuple[DataArguments, Any, Any] = parse_options(argv, (DataArguments, TOPDConfig, ModelConfig), "topd train")
+    return DataArguments, TOPDConfig, ModelConfig
+
+
+def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
+    """The options of `topd train`."""
+    parsed: tuple[DataArguments, Any, Any] = parse_options(argv, kinds(), "topd train")
     return parsed
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from topd.cli.data_options import FormArguments, form_of
-from topd.cli.options import parse_options, resume_from, start_record
+from topd.cli.help import Page
+from topd.cli.options import begin, parse_options, resume_from, start_record
 from topd.errors import TOPDError
 from topd.runs.guard import guarded
 from topd.runs.sole_writer import sole_writer
@@ -42,16 +43,44 @@ class SolutionArguments(FormArguments):
     )
 
 
+def page() -> Page:
+    """What `topd warmstart --help` lists."""
+    from topd.warmstart.config import WarmStartConfig
+
+    groups = {
+        "Method": ("kd_ratio", "packing"),
+        "Data": ("data", "data_split", "data_limit", "chat_template_kwargs", "max_length"),
+        "Models": (
+            "model_name_or_path", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+            "dtype", "attn_implementation", "trust_remote_code", "use_peft", "lora_r", "lora_alpha",
+            "lora_target_modules", "load_in_4bit",
+        ),
+        "Run": (
+            "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
+            "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "eval_strategy",
+            "eval_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub",
+        ),
+    }  # fmt: skip
+    about = "Stage 1: train the student on a teacher's solutions, with forward KL and cross-entropy."
+    own = {WarmStartConfig: "Method", SolutionArguments: "Data"}
+    short = {"data": "Solutions: the file that topd generate wrote, or one with columns prompt and completion"}
+    return Page("warmstart", about, groups, own, ("prediction_loss_only",), short)
+
+
 def main(argv: Sequence[str]) -> int:
     """Parse, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
     from topd.runs.checkpoints import check_writable
     from topd.runs.console import hide_progress_bars
 
     hide_progress_bars()
+    status = begin(page(), argv, kinds())
+    if status is not None:
+        return status
     data, config, model = parse(argv)
     check_writable(config)
     record, folder = start_record(("warmstart", *argv), data, config, model), Path(config.output_dir)
-    with guarded(folder), sole_writer(folder) if config.process_index == 0 else nullcontext():
+    with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
         _train(record, data, config, model)
     return 0
 
@@ -64,13 +93,13 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
     from topd.loading.by_name import SAFE, load_by_name
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import print_log_lines, print_summary, where_weights_are
+    from topd.runs.console import ConsoleCallback, loading, print_summary, where_weights_are
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
         raise TOPDError(
             "Name the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
-            "--data; or --config recipes/embedded-warmstart.yaml. `topd generate` writes solutions."
+            "--data; or --config recipe:embedded-warmstart. `topd generate` writes solutions."
         )
     weights_of(model.model_name_or_path)  # reports an adapter that cannot be loaded before anything else is
     if config.distils:
@@ -84,14 +113,15 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
     init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
     config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
     config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
-    trainer = load_by_name(
-        "models", f"{student_name} and {teacher_name}" if teacher_name else student_name, WarmStartTrainer,
-        student_name, teacher_model=teacher_name, args=config, train_dataset=loaded["train"],
-        eval_dataset=loaded.get("eval"), processing_class=tokenizer, peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-    )  # fmt: skip
+    lines, folder = ConsoleCallback(), Path(config.output_dir)
+    names = f"{student_name} and {teacher_name}" if teacher_name else student_name
+    with loading(names, config.process_index == 0):
+        trainer = load_by_name(
+            "models", names, WarmStartTrainer, student_name, teacher_model=teacher_name, args=config,
+            train_dataset=loaded["train"], eval_dataset=loaded.get("eval"), processing_class=tokenizer,
+            peft_config=get_peft_config(model), quantization_config=get_quantization_config(model), callbacks=[lines],
+        )  # fmt: skip
     trainer.start_record = record
-    lines, folder = print_log_lines(trainer), Path(config.output_dir)
     trainer.train(resume_from_checkpoint=resume)
     with saving(f"The trained model in {folder}", folder):
         save(trainer, folder)
@@ -100,13 +130,18 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
         print_summary(trainer.state.log_history, at_end, trainer.state.global_step, lines.first)
 
 
-def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
-    """The options of `topd warmstart`."""
+def kinds() -> tuple[Any, Any, Any]:
+    """The classes of the options of `topd warmstart`."""
     from trl import ModelConfig
 
     from topd.warmstart.config import WarmStartConfig
 
-    data, config, model = parse_options(argv, (SolutionArguments, WarmStartConfig, ModelConfig), "topd warmstart")
+    return SolutionArguments, WarmStartConfig, ModelConfig
+
+
+def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
+    """The options of `topd warmstart`."""
+    data, config, model = parse_options(argv, kinds(), "topd warmstart")
     return data, config, model
 
 

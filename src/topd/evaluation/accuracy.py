@@ -191,8 +191,8 @@ class Power:
 
     gain: float
     power: float
-    detectable: float
-    problems: int
+    detectable: float | None
+    problems: int | None
     problems_at_best: int | None
 
 
@@ -219,6 +219,9 @@ def power_of(
     spread = float(np.mean([_variance(each) for each in differences]))
     sampled = [_sampling_variance(first) + _sampling_variance(second) for first, second in zip(a, b, strict=True)]
     z_alpha, z_power = ndtri([1 - alpha / 2, power])
+
+    if spread == 0:  # such as two models that solve nothing: the results say nothing about the spread
+        return Power(gain, power, None, None, None)
 
     def needed(variance: float) -> int:
         problems = (z_alpha + z_power) ** 2 * variance / gain**2 + z_alpha**2 / 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from topd.errors import TOPDError
+from topd.errors import TOPDError, install
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
 from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
@@ -218,7 +218,7 @@ class VllmEngine:
             from vllm import LLM
         except ImportError as error:
             raise TOPDError(
-                "--engine vllm needs the package vllm, on a machine that it supports: pip install 'topd[vllm]'. Or use "
+                f"--engine vllm needs the package vllm, on a machine that it supports: {install('vllm')}. Or use "
                 "--engine transformers, or a server elsewhere: --server URL."
             ) from error
         self.tokenizer, self.config, self.together = tokenizer, config, together

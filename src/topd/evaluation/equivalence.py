@@ -17,7 +17,7 @@ import threading
 from functools import lru_cache
 from typing import Any
 
-from topd.errors import TOPDError
+from topd.errors import TOPDError, install
 
 SOFT_SECONDS = 5
 """math-verify's own limit for one parse or one comparison (its default)."""
@@ -43,7 +43,7 @@ def same_answer(wanted: str, given: str) -> bool | None:
 def check_installed() -> None:
     """Raise `TOPDError` without math-verify. Called before sampling starts."""
     if importlib.util.find_spec("math_verify") is None:
-        raise TOPDError("Checking mathematical answers needs math-verify: pip install 'topd[eval]'.")
+        raise TOPDError(f"Checking mathematical answers needs math-verify: {install('eval')}.")
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ LEGEND = (
 POWER_LEGEND = (
     "Holm: p adjusted for all rows of this table. min. detectable effect: the smallest gain, in points, that an "
     "evaluation of this size detects with 80 % power. problems needed: for a gain of {gain:.1f} points, with as many "
-    "samples as here, and with unlimited samples."
+    "samples as here, and with unlimited samples. –: not known, since no problem's results differ."
 )
 
 
@@ -95,8 +95,8 @@ def _difference_table(comparison: dict[str, Any]) -> Table:
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
             f"{row['p']:.2g}",
             f"{row['p_holm']:.2g}",
-            f"{100 * power['detectable']:.1f}",
-            str(power["problems"]),
+            "–" if power["detectable"] is None else f"{100 * power['detectable']:.1f}",
+            "–" if power["problems"] is None else str(power["problems"]),
             "" if power["problems_at_best"] is None else str(power["problems_at_best"]),
         )
     return table

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topd.embedded.pair import resolve_model
-from topd.errors import TOPDError
+from topd.errors import TOPDError, install
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -28,7 +28,7 @@ def is_adapter(name: Any) -> bool:
 def base_of(folder: str) -> str:
     """The base model of an adapter, as `from_pretrained` takes it, after checks that need no weights."""
     if importlib.util.find_spec("peft") is None:
-        raise TOPDError(f"{folder} holds an adapter, which needs peft: pip install 'topd[peft]'.")
+        raise TOPDError(f"{folder} holds an adapter, which needs peft: {install('peft')}.")
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise TOPDError(
             f"{folder} holds an adapter without {ADAPTER_WEIGHTS}, the only format that is read. Save it again with "

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 from trl.trainer.utils import create_model_from_path
@@ -31,6 +30,7 @@ from topd.loading.shared_base import (
 )
 from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
+from topd.logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from topd.errors import TOPDError
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 20.0, 50_000_000
 """Limits of rendering one conversation, far above any real need."""
@@ -40,6 +44,8 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
         return prompt
     if not tokenizer.chat_template:
         raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
+    if template_options:
+        _warn_of_unused(str(tokenizer.chat_template), tuple(template_options))
     try:
         with _time_limit(TEMPLATE_SECONDS):
             text: str = tokenizer.apply_chat_template(
@@ -54,6 +60,22 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
             "(--chat-template-kwargs), or the template."
         ) from error
     return text
+
+
+@lru_cache(maxsize=64)
+def _warn_of_unused(template: str, options: tuple[str, ...]) -> None:
+    """Log a warning, once, for options that a chat template does not read: they may be misspelt."""
+    if unused := unused_options(template, options):
+        logger.warning(
+            f"The chat template does not read {', '.join(unused)} of chat_template_kwargs: misspelt, or for another "
+            "model?"
+        )
+
+
+def unused_options(template: str, options: Collection[str]) -> list[str]:
+    """Those of the options whose name does not stand in a chat template."""
+    names = set(re.findall(r"\w+", template))
+    return [name for name in options if name not in names]
 
 
 def solution_ids(

@@ -11,6 +11,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from topd.errors import ContextError, TokenizerMismatchError, TOPDError
 from topd.loading.adapters import ADAPTER_CONFIG, base_of, is_adapter
 
+FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Files of which a folder with a tokenizer has at least one."""
+_NONE = "{} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...)."
+
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, show: int = 5) -> None:
     """Raise `TokenizerMismatchError`, naming tokens, unless every token has the same id in both."""
@@ -64,12 +68,14 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     if isinstance(model, str):
         from topd.loading.by_name import load_by_name
 
+        if Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name)):
+            raise TOPDError(_NONE.format(model))
         options |= {"revision": revision} if revision else {}
         if is_adapter(model):
             return _of_adapter(model, options)
         tokenizer = load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
         if not _has_vocabulary(tokenizer):
-            raise TOPDError(f"{model} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
+            raise TOPDError(_NONE.format(model))
         return tokenizer
     name = getattr(model.config, "_name_or_path", "")
     try:

@@ -51,6 +51,14 @@ CURVES = (
         "{direction} over the full vocabulary, mean over all response tokens of the student's rollouts in a step.",
     ),
     Curve(
+        "forward-kl", "forward_kl", "Forward KL", "nats",
+        "KL(teacher ‖ student) of the warm start, mean over the tokens of the teacher's solutions in a step.",
+    ),
+    Curve(
+        "cross-entropy", "cross_entropy", "Cross-entropy", "nats",
+        "Mean negative log-probability that the student gives to the tokens of the solutions in a step.",
+    ),
+    Curve(
         "eval-loss", "eval_loss", "Evaluation loss", "nats",
         "The trainer's evaluation loss on the evaluation data set, at each evaluation.",
     ),

@@ -8,6 +8,7 @@ version are refused.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,13 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     folders.sort(key=lambda path: named.index(path.name) if path.name in named else len(named))
     if is_arm(folder):
         folders = [folder]
+    elif len({made for path in folders if (made := _made_of(path))}) > 1:
+        first, *others = map(str, folders)
+        compare = shlex.join([*others[:3], *["..."][: len(others) - 3 > 0]])
+        raise ReportError(
+            f"{folder} holds runs of different pairs or data. Name one, or those to be compared: topd report "
+            f"{shlex.quote(first)} --compare {compare}"
+        )
     probe, correct = load_probe(folder, notes, keep), load_correct(folder, notes)
     study = load_study(folder, notes)
     evaluations = _evaluations(folder, notes)
@@ -188,6 +196,14 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     if missing:
         notes.append(f"No records were found for: {', '.join(missing)}. Only their results are shown.")
     return Run(clean(folder.resolve().name), arms, results, notes, probe, correct, study, evaluations)
+
+
+def _made_of(folder: Path) -> tuple[Any, ...]:
+    """Digests of a run's models and data, to see which runs belong together; empty if it has no record of them."""
+    made_of = read_run_file(folder, [])[1]
+    keys = (("student", "weights"), ("teacher", "weights"), ("data", "digest"))
+    found = tuple(mapping(made_of.get(part)).get(key) for part, key in keys)
+    return found if any(found) else ()
 
 
 def _evaluations(folder: Path, notes: list[str]) -> list[Path]:

@@ -254,8 +254,7 @@ def _differences(models: Sequence[Evaluated], comparisons: Sequence[Mapping[str,
                 rows.append((
                     clean(row["column"]), signed(100 * row["mean"]),
                     f"{signed(100 * row['low'])} to {signed(100 * row['high'])}", f"{row['p']:.2g}",
-                    f"{row['p_holm']:.2g}", f"{100 * power['detectable']:.1f}", f"{power['problems']:,}",
-                    "–" if unlimited is None else f"{unlimited:,}",
+                    f"{row['p_holm']:.2g}", _points(power["detectable"]), _count(power["problems"]), _count(unlimited),
                 ))  # fmt: skip
         groups += [Group(rows, model.label)] if rows else []
     gain = 100 * comparisons[0]["power"]["gain"]
@@ -267,6 +266,14 @@ def _differences(models: Sequence[Evaluated], comparisons: Sequence[Mapping[str,
     head = ("", "Points", "95 % interval", "p", "p (Holm)", "Min. detectable effect", "Problems needed",
             "With unlimited samples")  # fmt: skip
     return Table("Table of differences", head, groups, caption)
+
+
+def _points(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _count(problems: int | None) -> str:
+    return "–" if problems is None else f"{problems:,}"
 
 
 def _samples(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:

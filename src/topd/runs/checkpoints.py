@@ -60,7 +60,8 @@ def damage(checkpoint: Path, thorough: bool = False) -> str | None:
         if sharded_by_deepspeed and part != "random states":
             continue
         if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
-            return f"there is no file with {part}"
+            cause = "; --save_only_model true saves none" if part != "weights in safetensors" else ""
+            return f"there is no file with {part}{cause}"
     for path in sorted(checkpoint.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -159,8 +160,11 @@ def checkpoint_to_resume(
     if wanted is True:
         newest, skipped = newest_whole(run_folder, thorough)
         if newest is None:
-            lines = [f"There is no checkpoint in {run_folder} to resume from{'' if not skipped else ':'}"]
-            raise ResumeError("; ".join([*lines, *skipped]) + ". Leave --resume_from_checkpoint out, or give auto.")
+            why = f": {'; '.join(skipped)}" if skipped else ""
+            raise ResumeError(
+                f"There is no checkpoint in {run_folder} to resume from{why}. Leave --resume_from_checkpoint out, or "
+                "give auto."
+            )
         return newest, skipped
     folder = Path(os.fspath(wanted))
     if not folder.is_dir():
@@ -235,6 +239,18 @@ def check_writable(args: Any) -> None:
             f"Cannot write to {folder} ({error.strerror or error}). Name another --output_dir, or change "
             "its permissions."
         ) from error
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raise `ResumeError` if the folder holds a trained model, which a new run would replace."""
+    trained = [
+        path for pattern in ("model*.safetensors", "adapter_model*.safetensors") for path in folder.glob(pattern)
+    ]
+    if trained and (folder / "trainer_state.json").is_file():
+        raise ResumeError(
+            f"{folder} holds the trained model of an earlier run ({trained[0].name}), which this run would replace. "
+            "Name another --output_dir, or delete or move the model."
+        )
 
 
 def refuse_second_run(folder: Path) -> None:

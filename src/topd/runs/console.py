@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -17,7 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from topd.runs.checkpoints import checkpoints
 from topd.runs.records import AUDIT_FILE, EVAL_FILE
@@ -41,24 +44,29 @@ FIELDS = (
 """Metrics of a log line, in order, as templates of the value and the whole log; those not logged are left out."""
 
 
-def print_log_lines(trainer: Any) -> LogLines:
-    """Make a trainer print one line per log step instead of a progress bar; return the callback that does it."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    lines = LogLines(Console())
-    trainer.add_callback(lines)
-    return lines
+class ConsoleCallback(TrainerCallback):
+    """Prints a header, then one line per log step, in place of the libraries' progress bar. On the main process only.
 
+    ```python
+    trainer = TOPDTrainer(..., callbacks=[ConsoleCallback()])
+    ```
 
-class LogLines(TrainerCallback):
-    """Prints one line per log step, on the main process."""
+    Args:
+        console: where to print; by default plain text on standard output, also in a notebook.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Attributes:
+        first: the step after which this start resumed; 0 for a new run.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(force_jupyter=False)
+        self.header: Sequence[str] = ()
         self.started, self.first = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
+        for line in self.header:
+            self._print(state, line)
         resumed = f", resuming after step {self.first}" if self.first else ""
         every = f"; one line every {state.logging_steps:g}" if args.logging_strategy == "steps" else ""
         self._print(state, f"{state.max_steps} steps{resumed}{every}.")
@@ -79,6 +87,66 @@ class LogLines(TrainerCallback):
     def _print(self, state: Any, text: str) -> None:
         if state.is_world_process_zero:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def give_header(trainer: Any, header: Callable[[], Sequence[str]]) -> None:
+    """Prepare a trainer that has a `ConsoleCallback`: give it the header, remove the libraries' progress bars."""
+    ours = [each for each in trainer.callback_handler.callbacks if isinstance(each, ConsoleCallback)]
+    if ours and trainer.is_world_process_zero():
+        for callback in ours:
+            callback.header = header()
+    for kind in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK) if ours else ():
+        trainer.remove_callback(kind)
+
+
+def header_lines(options: Mapping[str, Any], made_of: Mapping[str, Any], args: Any) -> list[str]:
+    """What a run trains, before its first step: pair, data, batch, precision.
+
+    Args:
+        options: every option of the run.
+        made_of: its record, as in `run.yaml`.
+        args: the trainer's configuration.
+    """
+    models = {role: model for role, model in made_of.items() if isinstance(model, Mapping) and "weights" in model}
+    lines = {}
+    for role, model in models.items():
+        partly = f" ({model['trained']:,} trained)" if 0 < model["trained"] < model["parameters"] else ""
+        lines[role] = f"{model['name']}, {model['parameters']:,} parameters{partly}, {model['dtype']}"
+    if "teacher" not in made_of and getattr(args, "teacher_model_server_url", None):
+        lines["teacher"] = args.teacher_model_server_url
+    rows = made_of["data"]["rows"]
+    lines["data"] = f"{options.get('data') or 'a dataset'}, {'a stream' if rows is None else f'{rows:,} rows'}"
+    if method := getattr(args, "method", None):
+        windows = f", windows of {args.window_length} tokens" if args.looks_ahead else ""
+        lines["method"] = f"{method}{windows}"
+    sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    per_step = f"{math.prod(sizes)} rows per step ({sizes[0]} per process and batch"
+    lines["batch"] = f"{per_step}, {sizes[1]} accumulated, {sizes[2]} process{'es' * (sizes[2] > 1)})"
+    lines["computed"] = f"{made_of['precision']['computed']}, on {made_of['device']}"
+    width = max(map(len, lines))
+    return [f"{name:{width}}  {line}" for name, line in lines.items()]
+
+
+@contextmanager
+def loading(what: str, show: bool) -> Iterator[None]:
+    """Say that models are loaded, and how long it took; on a terminal with the libraries' bars.
+
+    Args:
+        show: whether this process prints.
+    """
+    import transformers
+
+    started = time.monotonic()
+    if show:
+        print(f"Loading {what} ...", flush=True)
+    if show and sys.stderr.isatty():
+        transformers.utils.logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.disable_progress_bar()
+    if show:
+        print(f"Loaded in {duration(time.monotonic() - started)}.", flush=True)
 
 
 def formatted(logs: Mapping[str, Any]) -> list[str]:

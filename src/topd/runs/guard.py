@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from topd.errors import SavingError, TOPDError
+from topd.errors import SavingError, TOPDError, install
 
+TRACEBACK = "traceback.txt"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
 _REMEDIES = {
@@ -29,14 +30,17 @@ _REMEDIES = {
 
 
 @contextmanager
-def guarded(folder: Path | None) -> Iterator[None]:
+def guarded(folder: Path | None, remove: bool = False) -> Iterator[None]:
     """Turn every unforeseen error into a `TOPDError`, and write its traceback to a file.
 
     Args:
         folder: where the command writes, and so the traceback; None: there is none yet.
+        remove: where nothing goes wrong, remove the traceback that an earlier command left there.
     """
     try:
         yield
+        if remove and folder is not None:
+            (folder / TRACEBACK).unlink(missing_ok=True)
     except TOPDError:
         raise
     except Exception as error:
@@ -46,7 +50,7 @@ def guarded(folder: Path | None) -> Iterator[None]:
 def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
     """The message for an error: what it means and what to do."""
     if isinstance(error, ImportError) and error.name in REPORT_NEEDS:
-        return TOPDError(f"this needs {error.name}: pip install 'topd[report]'.")
+        return TOPDError(f"this needs {error.name}: {install('report')}.")
     reason = " ".join(str(error).split())[:400]
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return SavingError(
@@ -78,10 +82,10 @@ def _write_traceback(folder: Path | None) -> str:
         if place is not None:
             try:
                 place.mkdir(parents=True, exist_ok=True)
-                (place / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+                (place / TRACEBACK).write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
             except OSError:
                 continue
-            return f" The traceback is in {place / 'traceback.txt'}."
+            return f" The traceback is in {place / TRACEBACK}."
     return ""
 
 

@@ -214,6 +214,8 @@ Run = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 NOT_COMPARED = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "preflight", "hub_model_id")
 """Options that do not affect training."""
+BATCH = ("per_device_train_batch_size:", "gradient_accumulation_steps:", "processes:")
+"""Changes of the number of rows per step."""
 _MODEL = ("name", "revision", "architecture", "parameters", "trained", "dtype")
 
 
@@ -229,6 +231,9 @@ def compared(before: Run, now: Run) -> tuple[list[str], list[str]]:
         if name in before[0] and name not in NOT_COMPARED and before[0][name] != now[0][name]
     ]
     changes += _environment(before[1], now[1])
+    if any(change.startswith(BATCH) for change in changes):
+        changes.append("the batch has another size: its steps are counted as before, so that some rows of the data are "
+                       "seen twice or not at all in this epoch")  # fmt: skip
     rows, now_rows = _part(before[1], "data"), _part(now[1], "data")
     if _differ(rows, now_rows, "digest"):
         changes.append(f"data: other prompts, {_shown(rows.get('rows'))} -> {_shown(now_rows.get('rows'))} rows")

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.logging import get_logger
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from topd.errors import ResumeError
+from topd.logs import get_logger
 from topd.runs import provenance
 from topd.runs.checkpoints import AUTO, newest_whole, refuse_second_run, saving
+from topd.runs.console import give_header, header_lines
 from topd.runs.provenance import compared
 
 logger = get_logger(__name__)
@@ -69,7 +70,12 @@ class RecordedTrainer(Trainer):
                 self._write_run(None)
             else:
                 self._compare_with(folder if resume is True else Path(os.fspath(resume)).absolute().parent)
+            give_header(self, self._header)
             return super().train(resume, *args, **kwargs)
+
+    def _header(self) -> list[str]:
+        started, made_of = self._run_record()
+        return header_lines(started.options, made_of, self.args)
 
     # The record
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
 from topd.errors import ResumeError, TOPDError
+from topd.logs import get_logger
 from topd.runs.checkpoints import UNFINISHED, checkpoint_to_resume, damage, put_in_place, saving, saving_error
 from topd.runs.files import write_json
 from topd.runs.guard import DISK_FULL, output_may_close
@@ -34,6 +35,8 @@ from topd.runs.records import AUDIT_FILE, EVAL_FILE, cut_records
 from topd.runs.sole_writer import sole_writer
 
 logger = get_logger(__name__)
+# TRL 1.16 uses names that transformers 5.2x has replaced; a user cannot change that.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 OWN_STATE = "topd_state.json"
 """In a checkpoint: the state of the method itself."""
@@ -129,6 +132,25 @@ class ResumableTrainer(Trainer):
         name = first_non_finite(self.accelerator.unwrap_model(self.model))
         if self._on_any_process(name is not None) if everywhere else name is not None:
             raise non_finite_weights(name or "of another process", self.state.global_step, what, self._folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in transformers, but weights that are tied to others are not missing: a checkpoint has them once."""
+        model: Any = self.model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        stored = {id(parameters[name]) for name in parameters if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in stored]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; an unreachable Hub ends in a message that names it."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the client's library: no network, no token, no such name
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise TOPDError(
+                f"push_to_hub: the repository on the Hub cannot be created ({reason}). Be online and logged in "
+                "(hf auth login), or leave --push_to_hub out."
+            ) from error
 
     # Saving
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import IterableDataset
 from trl.trainer.utils import (
     RepeatSampler,
@@ -22,6 +21,8 @@ from trl.trainer.utils import (
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
 )
+
+from topd.logs import get_logger
 
 logger = get_logger(__name__)
 

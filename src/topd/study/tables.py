@@ -71,7 +71,7 @@ def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) ->
         rows.append(
             [
                 name,
-                f"{accuracy['mean']:.1%} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
+                f"{accuracy['mean']:.1%} ({_range(accuracy)})",
                 in_points(difference) if difference else "",
                 f"{difference['p_holm']:.2g}" if difference else "",
                 f"{difference['ahead']}/{len(difference['seeds'])}" if difference else f"{len(arm['seeds'])} seeds",
@@ -83,4 +83,11 @@ def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) ->
 
 def in_points(difference: Mapping[str, float]) -> str:
     """A difference of accuracies with its interval, in percentage points."""
-    return f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+    return f"{100 * difference['mean']:+.1f} ({_range(difference, '+')})"
+
+
+def _range(value: Mapping[str, float], sign: str = "") -> str:
+    """An interval in percentage points; where all answers are alike there is none, since their spread is not known."""
+    if value["low"] == value["high"]:
+        return "all alike"
+    return f"{100 * value['low']:{sign}.1f} to {100 * value['high']:{sign}.1f}"

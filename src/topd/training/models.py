@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 
 from topd.errors import TOPDError
 from topd.loading.dataset_checks import check_prompts, check_tokens
@@ -17,6 +16,7 @@ from topd.loading.prompts import one_beginning, without_nulls
 from topd.loading.rollout_options import completion_limit
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.tokenizers import check_context
+from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
 from topd.near_future.compact_sampling import compact_sampling
 from topd.near_future.generation import own_settings_only

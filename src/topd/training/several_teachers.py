@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -19,6 +18,7 @@ from topd.loading.pair import loaded_teacher
 from topd.loading.sharding import held_whole, shard_teacher
 from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import compare_tokenizers
+from topd.logs import get_logger
 from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
@@ -28,8 +28,8 @@ from topd.training.trainer import TOPDTrainer
 
 logger = get_logger(__name__)
 
-COLUMN = "teacher"
-"""Of the dataset: the name of the row's teacher."""
+COLUMN, COLUMN_OF_TRL = "teacher", "teacher_id"
+"""Of the dataset: the name of the row's teacher. The second name, of TRL's pull request 7215, is accepted too."""
 
 
 class _TellsTeachers(DistillationTrainer):
@@ -52,7 +52,7 @@ class _TellsTeachers(DistillationTrainer):
 
 
 class MOPDTrainer(TOPDTrainer, _TellsTeachers):
-    """`TOPDTrainer` with a teacher for each row, named in the dataset's column `teacher`.
+    """`TOPDTrainer` with a teacher for each row, named in the dataset's column `teacher` (or `teacher_id`).
 
     Token losses, windows and guidance are those of the row's own teacher.
 
@@ -73,6 +73,9 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
     ) -> None:  # fmt: skip
         teachers = {str(name): teacher for name, teacher in teacher_model.items()}
         check_options(args, teachers, eval_dataset)
+        columns = getattr(train_dataset, "column_names", None) or []
+        if COLUMN_OF_TRL in columns and COLUMN not in columns:
+            train_dataset = train_dataset.rename_column(COLUMN_OF_TRL, COLUMN)
         check_routing(train_dataset, list(teachers))
         first, *others = teachers.values()
         super().__init__(model, first, args, train_dataset, None, *rest, **kwargs)

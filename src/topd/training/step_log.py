@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from topd.logs import get_logger
 from topd.near_future import Rollouts
 from topd.runs.console import STAGES, Stopwatch
 from topd.runs.files import append_records, write_json

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from trl import DistillationTrainer
 
@@ -21,6 +20,7 @@ from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
 from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options, has_teacher_prompts
 from topd.loading.tokenizers import tokenizer_of
+from topd.logs import get_logger
 from topd.near_future import DistilledModel, Rollouts
 from topd.runs.checkpoints import check_writable
 from topd.runs.console import Stopwatch

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import SFTTrainer
@@ -22,6 +21,7 @@ from topd.loading.precision import watch_rounding
 from topd.loading.sharding import shard_teacher
 from topd.loading.shared_base import refuse_two_adapters
 from topd.loading.tokenizers import compare_tokenizers
+from topd.logs import get_logger
 from topd.near_future.generation import end_token_ids
 from topd.near_future.kernels import loss_on_device
 from topd.near_future.model_parts import backbone_of, output_head

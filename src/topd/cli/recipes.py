@@ -1,0 +1,45 @@
+"""`--config FILE` and `--config recipe:NAME`: the file with a run's options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from topd.errors import TOPDError
+
+PREFIX = "recipe:"
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def recipes() -> dict[str, Path]:
+    """The package's recipes by name."""
+    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+
+
+def recipe_list() -> str:
+    """The package's recipes, one line each: its name and its first comment."""
+    first = {name: file.read_text(encoding="utf-8").partition("\n")[0].strip("# ") for name, file in recipes().items()}
+    width = max(map(len, first))
+    lines = [f"  {PREFIX}{name:{width}}  {comment}" for name, comment in first.items()]
+    return "\n".join(["Recipes of the package:", *lines, f"The files are in {FOLDER}."])
+
+
+def config_file(name: str) -> Path:
+    """The file that `--config` names.
+
+    Raises:
+        TOPDError: there is no such file or recipe.
+        SystemExit: the name is `recipe:` alone, after printing the recipes.
+    """
+    known, file = recipes(), Path(name)
+    if name == PREFIX:
+        print(recipe_list())
+        raise SystemExit(0)
+    if name.startswith(PREFIX):
+        recipe = name.removeprefix(PREFIX)
+        if recipe not in known:
+            raise TOPDError(f"--config {name:.80}: there is no such recipe. There are: {', '.join(known)}.")
+        return known[recipe]
+    if not file.is_file():
+        hint = f" Did you mean --config {PREFIX}{file.stem}?" if file.stem in known else ""
+        raise TOPDError(f"--config {name:.200}: there is no such file.{hint} --config {PREFIX} lists the recipes.")
+    return file
