@@ -110,7 +110,7 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
     from topd.runs.console import ConsoleCallback, loading, print_summary, where_to_look
-    from topd.training.several_teachers import COLUMN, MOPDTrainer
+    from topd.training.several_teachers import MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 
     student, teachers = named(config, model)
