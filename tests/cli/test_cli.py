@@ -16,7 +16,8 @@ from topd.cli.main import main
 from topd.cli.recipes import FOLDER
 from topd.cli.train import DataArguments, kinds, parse
 from topd.errors import TOPDError
-from topd.training.config import CONTROLS, TOPDConfig
+from topd.training.config import TOPDConfig
+from topd.training.option_checks import CONTROLS
 from topd.version import __version__
 
 

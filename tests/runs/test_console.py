@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from topd.runs.console import ConsoleCallback, duration, formatted, print_summary, where_to_look
+from topd.runs.console import ConsoleCallback, duration, formatted
+from topd.runs.summary import print_summary, where_to_look
 
 LOG = [
     {"step": step, "loss": 0.5 / step, "token_loss/mean": 0.4 / step, "false_alarm_share": 0.25 * step,

@@ -14,11 +14,11 @@ from topd.check.findings import Finding, ok
 from topd.check.prompts import shown
 from topd.check.setup import Setup
 from topd.evaluation.benchmarks import INSTRUCTION
+from topd.evaluation.while_training import HeldOut, check_best_metric, problems_of
 from topd.loading.adapters import base_of, is_adapter
 from topd.loading.shared_base import ONE_MODEL, two_adapters
 from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options
 from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
-from topd.training.held_out import HeldOut, check_best_metric, problems_of
 
 OPTIMIZERS = {
     "8bit": "bitsandbytes", "4bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes",

@@ -54,7 +54,8 @@ class DataArguments(FormArguments):
 
 def page() -> Page:
     """What `topd train --help` lists."""
-    from topd.training.config import CONTROLS, TOPDConfig
+    from topd.training.config import TOPDConfig
+    from topd.training.option_checks import CONTROLS
 
     groups = {
         "Method": ("method",),
@@ -109,7 +110,8 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     from topd.loading.data import source_name
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import ConsoleCallback, loading, print_summary, where_to_look
+    from topd.runs.console import ConsoleCallback, loading
+    from topd.runs.summary import print_summary, where_to_look
     from topd.training.several_teachers import MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 

@@ -93,7 +93,8 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
     from topd.loading.by_name import SAFE, load_by_name
     from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import ConsoleCallback, loading, print_summary, where_weights_are
+    from topd.runs.console import ConsoleCallback, loading
+    from topd.runs.summary import print_summary, where_weights_are
     from topd.warmstart.trainer import WarmStartTrainer
 
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):

@@ -1,29 +1,22 @@
-"""What `topd train`, `topd warmstart` and the other commands print: log lines, progress, and the final summary."""
+"""What `topd train`, `topd warmstart` and the other commands print: log lines and progress."""
 
 from __future__ import annotations
 
 import logging
 import math
-import shlex
 import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-
-from topd.runs.checkpoints import checkpoints
-from topd.runs.records import AUDIT_FILE, EVAL_FILE
 
 FIELDS = (
     ("loss", "loss {:7.4f}"),
@@ -234,104 +227,3 @@ class Stopwatch:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-ROWS = (
-    ("loss", "loss, nats", "{:.4f}"),
-    ("token_loss/mean", "token loss, nats", "{:.4f}"),
-    ("forward_kl", "forward KL, nats", "{:.4f}"),
-    ("cross_entropy", "cross-entropy, nats", "{:.4f}"),
-    ("eval_loss", "evaluation loss, nats", "{:.4f}"),
-    ("eval_accuracy", "accuracy, held-out problems", "{:.1%}"),
-    ("false_alarm_share", "false alarms among candidates", "{:.1%}"),
-    ("forks/per_rollout", "forks/rollout", "{:.2f}"),
-    ("completions/mean_length", "tokens/response", "{:.1f}"),
-    ("step_time", "s/step", "{:.2f}"),
-)
-
-Log = Sequence[dict[str, Any]]
-
-
-def print_summary(log: Log, where: Sequence[str], steps: int, resumed: int = 0, console: Console | None = None) -> None:
-    """Print how a run went, where the time went, and where its files are.
-
-    Args:
-        log: the trainer's log history.
-        where: lines that name the files.
-        resumed: the step after which this start resumed.
-    """
-    console = console or Console()
-    seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
-    for table in (metrics_table(log, steps, seconds, resumed), stages_table(log)):
-        if table is not None:
-            console.print()
-            console.print(table)
-    console.print()
-    for line in where:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def metrics_table(log: Log, steps: int, seconds: float | None, resumed: int = 0) -> Table:
-    """First and last value of each metric, and its mean over all logs, including those before a resume."""
-    which = f", of which {steps - resumed}" if resumed else ""
-    took = "" if seconds is None else f"{which} in {duration(seconds)}"
-    here = [entry for entry in log if not resumed or entry.get("step", 0) > resumed]
-    evaluating = sum(map(evaluation_seconds, here))
-    took += f", {duration(evaluating)} of them evaluation" if took and evaluating else ""
-    table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
-    for key, words, form in ROWS:
-        if values := values_of(log, key):
-            table.add_row(words, *map(form.format, (values[0], values[-1], sum(values) / len(values))))
-    return table
-
-
-def stages_table(log: Log) -> Table | None:
-    """Mean seconds of each stage and its share of their sum; None if no stage was measured."""
-    means = {name: sum(values) / len(values) for name in STAGES if (values := values_of(log, f"seconds/{name}"))}
-    whole = sum(means.values())
-    if not whole:
-        return None
-    table = _table("where the time goes", ("", "s/step", "share"))
-    for name, mean in means.items():
-        table.add_row(name, f"{mean:.3f}", f"{mean / whole:.0%}")
-    return table
-
-
-def where_weights_are(folder: Path) -> list[str]:
-    """Lines that name the model and its checkpoints."""
-    steps = [path.name.rpartition("-")[2] for path in checkpoints(folder)]
-    listed = steps if len(steps) <= 6 else [*steps[:2], "...", steps[-1]]
-    saved = [f"Checkpoints: {folder}/checkpoint-N, after steps {', '.join(listed)}"] if steps else []
-    return [f"Model: {folder}", *saved]
-
-
-def where_to_look(folder: Path) -> list[str]:
-    """Lines that name the model, checkpoints and records of `topd train`, and the command that shows them."""
-    audit, lines = folder / AUDIT_FILE, where_weights_are(folder)
-    if audit.is_file():
-        count = len(audit.read_bytes().splitlines())
-        lines.append(f"Audit: {audit}, {count} rollouts with their candidates")
-    else:
-        lines.append("Audit: none (--audit_steps 10 records rollouts with their forks)")
-    if (folder / EVAL_FILE).is_file():
-        lines.append(f"Responses to held-out problems: {folder / EVAL_FILE}")
-    return [*lines, f"The page of this run: topd report {shlex.quote(str(folder))}"]
-
-
-def values_of(log: Log, key: str) -> list[float]:
-    """The values logged under a name, in order."""
-    return [float(entry[key]) for entry in log if key in entry]
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=f"[bold]{title}[/bold]",
-        title_style="",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for name in columns:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,25 +13,12 @@ from topd.algorithm.forks import ForkRule
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.loading.options import check_kinds
-from topd.loading.rollout_options import check_rollouts
 from topd.near_future.matching import Embedding, Solver
 from topd.teachers.server_address import without_secrets
 from topd.training.method import Method, Ranking, StudentWindow
+from topd.training.option_checks import check_options
 
 MethodName = Literal["opd", "opd-capped", "topd"]
-
-
-CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "cap_false_alarms")
-"""Options of `method=topd` that study what its parts do; no run needs them. `cap_selection` is that of `opd-capped`."""
-
-RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("window_length", "recalibration_steps", "loss_top_k", "num_iterations", "steps_per_generation",
-      "max_completion_length_steps", "max_informative_tokens", "eval_samples", "eval_benchmark_limit"),
-     lambda value: value < 1, "be at least 1"),
-    (("audit_steps", "guidance_weight", "eval_temperature"), lambda value: value < 0, "not be negative"),
-    (("window_memory", "max_overhead", "entropic_epsilon"), lambda value: value <= 0, "be positive"),
-)  # fmt: skip
-"""Options, when a value of theirs is wrong, and the rule for the message. None is allowed where an option has it."""
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -253,55 +238,9 @@ class TOPDConfig(DistillationConfig):
         super().__post_init__()
         if self.teacher_model_server_url is not None:
             self.teacher_model_server_url = without_secrets(self.teacher_model_server_url)
-        for name, allowed in choices().items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.fork_threshold is not None:
             self.fork_rule = "threshold"
-        elif self.fork_rule == "threshold":
-            raise ValueError("fork_rule=threshold needs fork_threshold, a D_OT such as topd probe reports.")
-        for name, value in vars(self).items():
-            if name in TOPDConfig.__annotations__ and isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite; got {value}.")
-            if name in self._VALID_DICT_FIELDS and isinstance(value, str) and value:
-                raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
-        if not 0 < self.candidate_share <= 1:
-            raise ValueError(f"candidate_share must be in (0, 1]; got {self.candidate_share}.")
-        for names, is_wrong, rule in RANGES:
-            for name in names:
-                given = getattr(self, name)
-                if given is not None and is_wrong(given):
-                    raise ValueError(f"{name} must {rule}; got {given}.")
-        if not 0 <= self.false_alarm_share < 1:
-            raise ValueError(f"false_alarm_share must be in [0, 1); got {self.false_alarm_share}.")
-        self._check_controls()
-        self._check_evaluation()
-        check_rollouts(self)
-        if (self.looks_ahead or self.opd_loss == "one_pass") and self.beta not in (0.0, 1.0):
-            raise ValueError(
-                f"method={self.method} with opd_loss={self.opd_loss} needs beta 1 (reverse KL, the paper) or 0 "
-                f"(forward KL); got beta={self.beta}."
-            )
-
-    def _check_controls(self) -> None:
-        """Refuse a control of a study where the method does not have what it controls."""
-        methods = dict.fromkeys(CONTROLS, "topd") | {"cap_selection": "opd-capped"}
-        for name, method in methods.items():
-            if self.method != method and getattr(self, name) != getattr(TOPDConfig, name):
-                raise ValueError(f"{name} is a control of method={method}; leave it out with method={self.method}.")
-
-    def _check_evaluation(self) -> None:
-        """Refuse an evaluation on problems that would not run, or that says nothing."""
-        if self.eval_temperature == 0 and self.eval_samples > 1:
-            raise ValueError(
-                "At eval_temperature 0 all samples of a problem are the same: leave eval_samples out, or set a "
-                "temperature."
-            )
-        if self.eval_benchmark is not None and self.eval_strategy == "no":
-            raise ValueError(
-                "eval_benchmark is given, but eval_strategy is no: nothing would be evaluated. Set eval_strategy to "
-                "steps (with eval_steps) or epoch."
-            )
+        check_options(self, TOPDConfig.__annotations__, choices())
 
     @property
     def generation_steps(self) -> int:
@@ -312,6 +251,15 @@ class TOPDConfig(DistillationConfig):
     def updates_per_generation(self) -> int:
         """Optimizer steps on each batch of rollouts."""
         return self.generation_steps // self.gradient_accumulation_steps * self.num_iterations
+
+    def completion_limit(self, step: int) -> int | None:
+        """Maximum tokens of a rollout that is sampled after `step` optimizer steps; None: no limit."""
+        start, steps, longest = (
+            self.max_completion_length_start, self.max_completion_length_steps, self.max_completion_length
+        )  # fmt: skip
+        if start is None or steps is None or longest is None or step >= steps:
+            return longest
+        return start + (longest - start) * step // steps
 
     @property
     def looks_ahead(self) -> bool:

@@ -13,7 +13,6 @@ from topd.errors import TOPDError
 from topd.loading.dataset_checks import check_prompts, check_tokens
 from topd.loading.precision import autocasting
 from topd.loading.prompts import one_beginning, without_nulls
-from topd.loading.rollout_options import completion_limit
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
@@ -252,7 +251,7 @@ class OwnRollouts:
     @contextmanager
     def _limited(self) -> Iterator[None]:
         """The length that training's rollouts may have at this step."""
-        limit = completion_limit(self.args, self.state.global_step)
+        limit = self.args.completion_limit(self.state.global_step)
         if limit == self.args.max_completion_length or not self.model.training:
             yield
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
+from topd.evaluation.while_training import HeldOut, HeldOutAccuracy, check_best_metric, problems_of
 from topd.loading.adapters import is_adapter
 from topd.loading.dataset_checks import check_datasets, check_enough
 from topd.loading.models import names_of
@@ -41,7 +42,6 @@ from topd.training.guidance import (
     unpack,
     unpack_states,
 )
-from topd.training.held_out import HeldOut, HeldOutAccuracy, check_best_metric, problems_of
 from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters, sampled_log_probs
 from topd.training.method import Method, StepContext
 from topd.training.models import BothModels, OwnRollouts

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -23,7 +23,9 @@ from topd.near_future.generation import NEUTRAL
 from topd.runs.files import append_records
 from topd.runs.records import EVAL_FILE
 from topd.runs.rollback import random_states
-from topd.training.config import TOPDConfig
+
+if TYPE_CHECKING:
+    from topd.training.config import TOPDConfig
 
 LIMITED_BY = "max_completion_length"
 
