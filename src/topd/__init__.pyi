@@ -24,12 +24,14 @@ from topd.algorithm import make_targets as make_targets
 from topd.algorithm import negative_entropy as negative_entropy
 from topd.algorithm import own_token_share as own_token_share
 from topd.algorithm import position_weights as position_weights
+from topd.algorithm import prefix_weights as prefix_weights
 from topd.algorithm import rescale_rows as rescale_rows
 from topd.algorithm import score_known_tokens as score_known_tokens
 from topd.algorithm import score_tokens as score_tokens
 from topd.algorithm import select_for_capping as select_for_capping
 from topd.algorithm import token_cost as token_cost
 from topd.algorithm import token_kl as token_kl
+from topd.algorithm import top_k_overlap as top_k_overlap
 from topd.algorithm import trajectory_loss as trajectory_loss
 from topd.runs.console import ConsoleCallback as ConsoleCallback
 from topd.training import TOPDConfig as TOPDConfig
