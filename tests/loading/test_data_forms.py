@@ -197,8 +197,8 @@ def test_options_of_trl_and_of_a_form_reach_the_prompts(tmp_path: Path) -> None:
     folder.mkdir()
     write(folder / "test.jsonl", {"instruction": "what is 2+3?"})
     words = ["--dataset_name", str(folder), "--dataset_train_split", "test", "--prompt-column", "instruction"]
-    data, _, _ = parse(train(tmp_path, *words, "--system-prompt", "Answer briefly.")[1:])
-    assert load(data)["prompt"][:] == [[SYSTEM, {"role": "user", "content": "what is 2+3?"}]]
+    data, config, _ = parse(train(tmp_path, *words, "--system-prompt", "Answer briefly.")[1:])
+    assert load(data, config)["prompt"][:] == [[SYSTEM, {"role": "user", "content": "what is 2+3?"}]]
     several, _, _ = parse(train(tmp_path, "--data", "a.jsonl", "b.jsonl")[1:])
     assert several.data == ["a.jsonl", "b.jsonl"]
     recipe = tmp_path / "mine.yaml"

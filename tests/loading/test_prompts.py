@@ -33,7 +33,10 @@ REFUSES_KEYS = (
 
 def asked(data: Path, **template: Any) -> Namespace:
     """What `token_ids` reads of the options of `topd probe`."""
-    return Namespace(data=str(data), split="train", rollouts=1, chat_template_kwargs=template)
+    return Namespace(
+        data=str(data), source=str(data), split="train", rollouts=1, chat_template_kwargs=template, prompt_column=None,
+        system_prompt=None,
+    )  # fmt: skip
 
 
 def tokenizer_with(template: str | None = None, bos: bool = False) -> Any:

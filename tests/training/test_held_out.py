@@ -17,9 +17,9 @@ from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import ContextError, TOPDError
+from topd.evaluation import while_training
 from topd.evaluation.held_out import KEPT_RESPONSES, ends_in_a_loop
 from topd.evaluation.results import RESULT
-from topd.training import held_out
 from topd.training.several_teachers import MOPDTrainer
 
 EVERY_STEP: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 32}
@@ -105,7 +105,7 @@ def test_a_chat_model_answers_in_its_template_beside_an_evaluation_loss(tmp_path
 
 def test_the_best_model_by_accuracy_is_kept_and_training_stops_early(tmp_path: Path, monkeypatch: Any) -> None:
     accuracies = iter([0.2, 0.6, 0.4, 0.5, 0.9])
-    monkeypatch.setattr(held_out, "figures", lambda *_: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(while_training, "figures", lambda *_: {"accuracy": next(accuracies)})
     best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
     trainer = tiny_trainer(
         tmp_path, **SHORT, **best, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2,
@@ -196,14 +196,14 @@ def test_a_student_of_several_teachers_answers_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 3, 12])
 def test_every_process_has_its_share_and_a_server_gets_equally_many_prompts_from_each(processes: int) -> None:
     """Ten problems; what the processes find together is every problem once."""
-    problem_set = held_out.load_benchmark("embedded", limit=10)
+    problem_set = while_training.load_benchmark("embedded", limit=10)
     args = SimpleNamespace(eval_samples=2, eval_temperature=1.0, max_completion_length=8, chat_template_kwargs=None)
     config = tiny_model(0).config
-    found = held_out.HeldOut.of(problem_set, args, TOKENIZER, config)
+    found = while_training.HeldOut.of(problem_set, args, TOKENIZER, config)
     for use_vllm in (False, True):
         asked, together = [], []
         for index in range(processes):
-            trainer: Any = object.__new__(held_out.HeldOutAccuracy)
+            trainer: Any = object.__new__(while_training.HeldOutAccuracy)
             trainer.accelerator = SimpleNamespace(num_processes=processes, process_index=index)
             trainer.use_vllm = use_vllm
             trainer._answering = lambda _, asked=asked: _Echo(asked)
@@ -229,7 +229,7 @@ class _Echo:
 
     def respond(self, requests: Any, sampling: Any) -> Any:
         self.asked.append(len(requests))
-        yield [(request.number, held_out.Response("so the answer is 1", False, 3)) for request in requests]
+        yield [(request.number, while_training.Response("so the answer is 1", False, 3)) for request in requests]
 
 
 def test_one_evaluation_has_the_loss_and_the_accuracy_and_is_no_part_of_a_step(tmp_path: Path) -> None:

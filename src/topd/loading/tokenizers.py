@@ -68,11 +68,11 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     if isinstance(model, str):
         from topd.loading.by_name import load_by_name
 
-        if Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name)):
-            raise TOPDError(_NONE.format(model))
         options |= {"revision": revision} if revision else {}
         if is_adapter(model):
             return _of_adapter(model, options)
+        if Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name)):
+            raise TOPDError(_NONE.format(model))
         tokenizer = load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
         if not _has_vocabulary(tokenizer):
             raise TOPDError(_NONE.format(model))
