@@ -209,7 +209,7 @@ def test_options_of_trl_and_of_a_form_reach_the_prompts(tmp_path: Path) -> None:
         parse(train(tmp_path, "--data", "{a: 1")[1:])
     embedded, _, _ = parse(train(tmp_path, "--data", "embedded", "--system-prompt", "Be brief.")[1:])
     with pytest.raises(TOPDError, match="The embedded task has no system prompt"):
-        load(embedded)
+        load(embedded, config)
 
 
 def test_the_other_commands_read_the_same_forms(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def asked(data: Path, **template: Any) -> Namespace:
     """What `token_ids` reads of the options of `topd probe`."""
     return Namespace(
         data=str(data), source=str(data), split="train", rollouts=1, chat_template_kwargs=template, prompt_column=None,
-        system_prompt=None,
+        system_prompt=None, data_config=None,
     )  # fmt: skip
 
 
