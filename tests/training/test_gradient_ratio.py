@@ -22,6 +22,11 @@ def test_it_is_the_ratio_of_the_gradients_norms_and_keeps_the_graph():
     states.sum().backward()
 
 
+def test_where_the_last_parameters_are_not_the_text_s_there_is_no_ratio():
+    states, image = nn.Linear(2, 2)(torch.randn(3, 2)), nn.Linear(2, 2)
+    assert gradient_ratio(states, list(image.parameters()), lambda s: s.square().sum(), lambda s: s.sum()) is None
+
+
 def test_only_trainable_parameters_count():
     layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(8)))
     layers[-1].requires_grad_(False)

@@ -221,8 +221,10 @@ def gradient_ratio(
     parameters: list[nn.Parameter],
     guidance: Callable[[Tensor], Tensor],
     opd: Callable[[Tensor], Tensor],
-) -> Tensor:
+) -> Tensor | None:
     """|grad guidance| / |grad opd| over the parameters; our choice. It needs two more passes over the vocabulary.
+
+    None where the loss reaches none of them: the last parameters of some models belong to images or sound.
 
     Args:
         states: [row, width] last hidden states, with their graph, which is kept.
@@ -235,5 +237,8 @@ def gradient_ratio(
         leaf = states.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)
         found = torch.autograd.grad(states, parameters, gradient, retain_graph=True, allow_unused=True)
-        norms.append(torch.stack([each.norm() for each in found if each is not None]).norm())
+        reached = [each.norm() for each in found if each is not None]
+        if not reached:
+            return None
+        norms.append(torch.stack(reached).norm())
     return norms[0] / norms[1]
