@@ -20,8 +20,10 @@ def top_k_overlap(
     """Share (0..1) of the student's `k` most likely tokens that are among the teacher's `k`, tile by tile.
 
     Args:
-        student_hidden, student_head: the student's last hidden states and its output head.
-        teacher_hidden, teacher_head: the teacher's, in the same contexts, over the same vocabulary.
+        student_hidden: the student's last hidden states.
+        student_head: its output head.
+        teacher_hidden: the teacher's states in the same contexts.
+        teacher_head: over the same vocabulary.
         k: how many; at most the vocabulary.
         tile_elements: as in `score_tokens`.
 
