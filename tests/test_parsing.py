@@ -25,7 +25,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: [1\n", "line 2"),
         ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("a: &a [*a]\n", "contains it"),
-        ("[" * 5000, ""),
+        ("[" * 5000, "nested more than 100 deep, line 1"),
         (BOMB, "more than 100,000 values"),
     ],
 )

@@ -15,6 +15,9 @@ import yaml
 MOST_NODES = 100_000
 """Limit of values in a YAML file with its aliases expanded: 500 bytes can expand to billions. Our choice."""
 
+MOST_DEPTH = 100
+"""Limit of nested values in a YAML file: PyYAML's time grows with the square of the depth. Our choice."""
+
 
 def read_json(text: str) -> Any:
     """The value of a JSON text.
@@ -52,14 +55,25 @@ def read_yaml(text: str) -> Any:
             return None
         _check_size(node)
         return loader.construct_document(node)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from error
     finally:
         loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's loader, with the line of a value that does not fit its tag."""
+    """PyYAML's loader, with the line of a value that does not fit its tag, and of values that are nested too deep."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            mark = self.peek_event().start_mark
+            raise ValueError(f"values are nested more than {MOST_DEPTH} deep, line {mark.line + 1}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

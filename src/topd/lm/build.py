@@ -20,29 +20,42 @@ from topd.lm.task import draw, paraphrase
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW (betas 0.9, 0.98) on the solutions' tokens; constant learning rate, linear decay in the last quarter.
+    """AdamW (betas 0.9, 0.98) on the solutions' tokens. Two stages, each a warm-up, a constant rate and a linear decay.
 
     Attributes:
-        problems: solutions in all, each seen once.
+        wide: solutions of the first stage, with numbers of any size.
+        simple: solutions of the second stage, with numbers up to 100. Each solution is seen once.
         rank: of LoRA on all linear layers of the body.
     """
 
-    problems: int
+    wide: int
+    simple: int
     rank: int = 16
     batch: int = 16
     learning_rate: float = 1e-3
 
+    def share(self, step: int) -> float:
+        """Share of the learning rate at a step: up in 20 steps, down in the last quarter of its stage."""
+        first, second = self.wide // self.batch, self.simple // self.batch
+        at, steps = (step, first) if step < first else (step - first, second)
+        return min((at + 1) / 20, 4 * (steps - at) / steps, 1.0)
 
-RECIPES = {"teacher": Recipe(problems=2816), "student": Recipe(problems=640)}
+
+RECIPES = {"teacher": Recipe(wide=2816, simple=3840), "student": Recipe(wide=640, simple=640)}
 
 RESERVED = {"teacher": 6400, "student": 1280}
-"""Solutions that the models may be trained on: none of them is in the data files."""
+"""Problems of each kind that the models may be trained on: none of them is in the data files."""
 SIZES = {"prompts": 3000, "held_out": 500, "unseen": 500, "tuning": 300}
 
 
 def write_data(folder: Path) -> None:
     """Prompts and problems as messages with answers. No problem is in two files or was trained on."""
-    known = {p.question for name, count in RESERVED.items() for p in itertools.islice(draw(name), count)}
+    known = {
+        p.question
+        for name, count in RESERVED.items()
+        for any_number in (True, False)
+        for p in itertools.islice(draw(name, any_number), count)
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in SIZES.items():
         chosen = list(itertools.islice((p for p in draw(split) if p.question not in known), size))
@@ -51,11 +64,14 @@ def write_data(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def rows(name: str, tokenizer: Any, count: int) -> list[tuple[list[int], int]]:
+def rows(name: str, tokenizer: Any, recipe: Recipe) -> list[tuple[list[int], int]]:
     """Token ids of prompt + solution + end of turn, and the number of prompt tokens."""
     rng = random.Random(0)
+    wide = list(itertools.islice(draw(name, any_number=True), recipe.wide))
+    known = {problem.question for problem in wide}
+    simple = itertools.islice((p for p in draw(name) if p.question not in known), recipe.simple)
     made = []
-    for problem in itertools.islice(draw(name), count):
+    for problem in [*wide, *simple]:
         solution = problem.solution if name == "teacher" else paraphrase(problem.solution, rng)
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
@@ -125,14 +141,14 @@ def train(name: str, out: Path) -> None:
         state = torch.load(state_file, weights_only=True)
         step, seconds = state["step"], state["seconds"]
         optimizer.load_state_dict(state["optimizer"])
-    steps = recipe.problems // recipe.batch
-    data = batches(rows(name, tokenizer, recipe.problems), recipe.batch)
+    steps = (recipe.wide + recipe.simple) // recipe.batch
+    made = rows(name, tokenizer, recipe)
+    data = [*batches(made[: recipe.wide], recipe.batch), *batches(made[recipe.wide :], recipe.batch)]
     model.train()
     while step < steps:
         started = time.perf_counter()
-        share = min((step + 1) / 20, 4 * (steps - step) / steps, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * share
+            group["lr"] = recipe.learning_rate * recipe.share(step)
         loss = backward(model, data[step], tokenizer.pad_token_id)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

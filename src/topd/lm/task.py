@@ -16,6 +16,8 @@ from typing import Any
 
 # Templates whose solutions are long (more than 330 characters), have a wrong or unexplained line, or end in "36.0".
 EXCLUDED = frozenset({0, 2, 11, 13, 17, 21, 25, 27, 29, 36, 52, 60, 66, 68, 70, 73, 80, 82, 83, 84, 89, 92, 94, 96})
+LARGEST = 100
+"""Largest number in a solution: the models learn the steps of a problem, not long multiplication."""
 UNSEEN = frozenset({6, 16, 28, 41, 54, 62, 71, 88})
 """Templates that neither model is trained on."""
 
@@ -43,8 +45,18 @@ class Problem:
     answer: str
 
 
-def draw(split: str) -> Iterator[Problem]:
-    """Problems of a split without end, the same each time, none twice."""
+ROUNDED = frozenset({75})
+"""Templates that round ("19*0.5=9"), which small numbers make worse."""
+
+
+def simple(solution: str) -> bool:
+    """Whether all numbers of a solution are at most `LARGEST` and have at most two decimals."""
+    numbers = re.findall(r"\d+(?:\.\d+)?", solution.replace(",", ""))
+    return all(float(each) <= LARGEST and len(each.partition(".")[2]) <= 2 for each in numbers)
+
+
+def draw(split: str, any_number: bool = False) -> Iterator[Problem]:
+    """Problems of a split without end, the same each time, none twice; `any_number`: not only simple ones."""
     import reasoning_gym
 
     size = 200_000
@@ -56,6 +68,8 @@ def draw(split: str) -> Iterator[Problem]:
             continue
         entry = gym[place]
         question, solution = entry["question"].removesuffix(INSTRUCTION), entry["metadata"]["answer_cot"].strip()
+        if not any_number and (template in ROUNDED or not simple(solution)):
+            continue
         if question not in asked and solution.endswith(f"#### {entry['answer']}"):
             asked.add(question)
             yield Problem(template, question, solution, entry["answer"])
