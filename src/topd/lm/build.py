@@ -209,6 +209,18 @@ def train(name: str, out: Path) -> None:
             torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, state_file)
             print(f"{name}: step {step} of {len(rates)}, loss {loss:.3f}, {seconds / step:.1f} s per step", flush=True)
     (folder / "record.json").write_text(json.dumps({"recipe": asdict(recipe), "seconds": round(seconds)}, indent=1))
+    ship(folder, folder / "shipped")
+
+
+def ship(folder: Path, out: Path) -> None:
+    """Write the adapter in bfloat16, on `lm:base`: what `src/topd/lm/adapters` holds."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir(exist_ok=True)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: each.bfloat16() for name, each in weights.items()}, out / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "lm:base"}
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 if __name__ == "__main__":
