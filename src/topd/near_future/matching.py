@@ -45,7 +45,9 @@ def near_future_transport(
         solver: exact (one-hot targets) or entropic (soft targets); our choice.
         epsilon: of the entropic solver, in units of the window's mean cost.
     """
-    model = student if embedding.startswith("student") else teacher
+    model: DistilledModel | Teacher = student
+    if embedding.startswith("teacher"):
+        model, places = teacher, places.as_teacher_reads
     hidden = embedding.endswith("_hidden")
     a, b = comparable(ours, theirs, student.eos_token_ids)
     costs = model.window_costs(ours, theirs, places, hidden=True, cost=cost) if hidden else (

@@ -16,11 +16,10 @@ from topd.near_future.windows import Places, Rollouts, Windows
 
 
 class Teacher(Protocol):
-    """A model in this process (`DistilledModel`), one behind a server (`TopKTeacher`), or several (`RoutedTeacher`);
-    with `PromptedTeacher` around it, behind its own prompts.
+    """A model in this process (`DistilledModel`), one behind a server (`TopKTeacher`), or several (`RoutedTeacher`).
 
-    Where a teacher cannot do what is asked (a server has no hidden states), it raises `TOPDError` and names an option
-    that works.
+    It is given rollouts and places as it reads them, see `Rollouts.as_teacher_reads`. Where it cannot do what is asked
+    (a server has no hidden states), it raises `TOPDError` and names an option that works.
     """
 
     @property

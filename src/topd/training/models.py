@@ -23,7 +23,6 @@ from topd.near_future.informative_end import InformativeEnd, stopping_by
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
-from topd.teachers.prompted import PromptedTeacher
 from topd.teachers.protocol import Teacher
 from topd.teachers.server_windows import ServerWindows
 from topd.teachers.top_k import TopKTeacher
@@ -60,11 +59,8 @@ class BothModels:
     def _teacher(self) -> Teacher:
         if self.teacher_model is None:
             assert self._server is not None
-            return self._behind_its_prompt(TopKTeacher(self._server, self.args.loss_top_k))
-        return self._behind_its_prompt(self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server))
-
-    def _behind_its_prompt(self, teacher: Teacher) -> Teacher:
-        return PromptedTeacher(teacher) if self._prompted else teacher
+            return TopKTeacher(self._server, self.args.loss_top_k)
+        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
     def _distilled(self, model: Any, server: ServerWindows | None = None) -> DistilledModel:
         return DistilledModel(

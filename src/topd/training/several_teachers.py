@@ -106,7 +106,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
     def _teacher(self) -> Teacher:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
-        return self._behind_its_prompt(self._routed)
+        return self._routed
 
     def _contexts_of_teacher(self, row: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
         number = self._numbers.get(str(row.get(COLUMN)), 0)  # a name without a teacher is refused later

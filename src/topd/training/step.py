@@ -75,7 +75,7 @@ def look_from(places: Places, pair: Pair, method: Method, stage: Stage = ALONE.s
     Training, the probe and local correction all look ahead through this function.
     """
     with stage("windows"):
-        theirs = pair.teacher.continue_(places, method.window_length, pair.theirs)
+        theirs = pair.teacher.continue_(places.as_teacher_reads, method.window_length, pair.theirs)
         ours = student_windows(places, pair, method.student_window, method.window_length)
     with stage("transport"):
         return futures(places, ours, theirs, pair, method)
@@ -109,7 +109,7 @@ def score(
         sampled: what the student computed while it sampled them; None: it reads them once more.
     """
     mask = rollouts.loss_mask.bool()
-    theirs = teacher.prefill(rollouts)
+    theirs = teacher.prefill(rollouts.as_teacher_reads)
     ours = sampled or student.prefill(rollouts, keep_prefix=method.student_window != "rollout")
     known = {name: values[mask] for name, values in theirs.states.items()}
     flat = teacher.scores(ours.hidden[mask], student.head(), known, rollouts.response_ids[mask], method.direction)

@@ -195,7 +195,8 @@ class TOPDTrainer(
             guided = guided_windows(future.chosen, method)
             if method.guidance_context == "teacher":
                 with self._stage("scoring"), self.compute_loss_context_manager():
-                    guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
+                    theirs = teacher.hidden_in_windows(rollouts.as_teacher_reads, guided.branches)
+                guided = replace(guided, teacher_hidden=theirs)
             num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum().clamp(min=1)
             batch |= pack(guided) | {"num_forks": num_forks * self._share_of_step}
 
@@ -209,7 +210,8 @@ class TOPDTrainer(
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
             rollouts = rollouts_of(batch)
-            entries: dict[str, Any] = pack_states(self._teacher().prefill(rollouts, keep_prefix=False).states)
+            theirs = self._teacher().prefill(rollouts.as_teacher_reads, keep_prefix=False)
+            entries: dict[str, Any] = pack_states(theirs.states)
             if self.args.prefix_weight_max is not None and self.model.training:
                 student = self._student()
                 hidden = student.prefill(rollouts, keep_prefix=False).hidden[rollouts.loss_mask.bool()]
