@@ -44,10 +44,9 @@ from topd.training.guidance import (
 )
 from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters, sampled_log_probs
 from topd.training.method import Method, StepContext
-from topd.training.models import BothModels, OwnRollouts
+from topd.training.models import OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
-from topd.training.teacher_prompts import TeacherPrompts
 
 logger = get_logger(__name__)
 
@@ -58,8 +57,7 @@ OLD = "old_log_probs"
 
 
 class TOPDTrainer(
-    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, ReusedRollouts, HeldOutAccuracy,
-    TeacherPrompts, DistillationTrainer,
+    RecordedTrainer, RollbackTrainer, StepLog, OwnRollouts, ReusedRollouts, HeldOutAccuracy, DistillationTrainer
 ):  # fmt: skip
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
@@ -92,9 +90,6 @@ class TOPDTrainer(
     _name = "TOPD"
     _paper = PAPER
 
-    args: TOPDConfig
-    model: Any
-    teacher_model: Any
     _several_teachers = False
 
     def __init__(
@@ -139,7 +134,6 @@ class TOPDTrainer(
                 "without prefix_weight_max."
             )
         self._check_rollouts()
-        self._refuse_prompts_beside_images()
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
@@ -163,7 +157,8 @@ class TOPDTrainer(
             self._try_ways()
         nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
         with self._stage("rollout"), nan:
-            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            own = self._own_entries(inputs)
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs) | own
         if self.model.training and self._share_of_step < 1:
             batch["num_items_in_batch"] = batch["num_items_in_batch"] * self._share_of_step
         if not (self.args.looks_ahead and self.model.training):
