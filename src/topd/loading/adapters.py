@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError, install
+from topd.near_future.model_parts import evaluating
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -150,8 +151,6 @@ def without_wrappers(layer: Any) -> Any:
 def _logits(model: Any) -> Tensor:
     """[position, vocabulary] logits of 16 token ids spread over the vocabulary, in evaluation mode."""
     device, rows = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
-    was_training = model.training
-    model.eval()
-    logits: Tensor = model(input_ids=torch.linspace(0, rows - 1, 16, device=device).long()[None]).logits[0].float()
-    model.train(was_training)
-    return logits
+    with evaluating(model):
+        logits: Tensor = model(input_ids=torch.linspace(0, rows - 1, 16, device=device).long()[None]).logits[0]
+    return logits.float()

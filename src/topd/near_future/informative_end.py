@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -83,19 +85,6 @@ class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros_like(mask).masked_scatter(mask, overlap < OVERLAP)
 
 
-@contextmanager
-def stopping_by(model: Any, criterion: StoppingCriteria | None) -> Iterator[None]:
+def stopping_by(model: Any, criterion: StoppingCriteria) -> AbstractContextManager[Any]:
     """Within it, `model.generate` also stops by this criterion; TRL's trainer passes none."""
-    if criterion is None:
-        yield
-        return
-    generate = model.generate
-
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, stopping_criteria=[criterion], **kwargs)
-
-    model.generate = stopping
-    try:
-        yield
-    finally:
-        del model.generate
+    return patch.object(model, "generate", partial(model.generate, stopping_criteria=[criterion]))

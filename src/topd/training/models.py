@@ -250,7 +250,8 @@ class OwnRollouts(BothModels):
         compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
         compactly = compactly and self._student().ways.cached_prefix  # rows of another kind of cache cannot leave
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
-        with own_settings_only(model), stopping_by(model, end), self._limited(), leaving:
+        stopping = nullcontext() if end is None else stopping_by(model, end)
+        with own_settings_only(model), stopping, self._limited(), leaving:
             responses = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
 
