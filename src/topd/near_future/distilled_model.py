@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,25 @@ from topd.near_future.local_model import LocalModel
 from topd.near_future.model_parts import backbone_of, evaluating, output_head, whole
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.shared_prefix import Prefill, prefill
-from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.ways import Ways, ways_of
 from topd.near_future.windows import Places, Rollouts, Windows
 
 Forward = Callable[..., Any]
 """Runs `function(*args)` inside the wrapped model's forward, so that DDP, FSDP or DeepSpeed see it."""
+
+
+class ContinuesPrefixes(Protocol):
+    """A source of windows: a model in this process, or one behind a server.
+
+    Attributes:
+        eos_token_ids: ids that end a window.
+    """
+
+    eos_token_ids: list[int]
+
+    def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
+        """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
+        ...
 
 
 class DistilledModel:
@@ -95,12 +108,11 @@ class DistilledModel:
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """[rollout, position, width]: the states that predict each response token, in evaluation mode, no gradient."""
         with evaluating(self.model):
-            return torch.cat(
-                [
-                    self._forward(rollout_hidden, self.backbone, rollouts[start : start + self._micro_batch], self.ways)
-                    for start in range(0, len(rollouts), self._micro_batch)
-                ]
-            )
+            parts = [
+                self._forward(rollout_hidden, self.backbone, rollouts[rows], self.ways)
+                for rows in self._micro_batches(len(rollouts))
+            ]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
@@ -145,13 +157,16 @@ class DistilledModel:
     @torch.no_grad()
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
         """[rollout, branch, window_position, width]: the states that predict the windows' tokens, no gradient."""
+        model = self.model, self.backbone
         with evaluating(self.model):
-            parts = []
-            for start in range(0, len(rollouts), self._micro_batch):
-                rows = slice(start, start + self._micro_batch)
-                inputs = self.model, self.backbone, rollouts[rows], branches[rows], self.ways
-                parts.append(self._forward(hidden_with_branches, *inputs)[1])
+            parts = [
+                self._forward(hidden_with_branches, *model, rollouts[rows], branches[rows], self.ways)[1]
+                for rows in self._micro_batches(len(rollouts))
+            ]
         return torch.cat(parts)
+
+    def _micro_batches(self, size: int) -> list[slice]:
+        return [slice(start, start + self._micro_batch) for start in range(0, size, self._micro_batch)]
 
     @torch.no_grad()
     def window_costs(
@@ -176,11 +191,12 @@ class DistilledModel:
         if len(windows) == 0:
             return self.embeddings().new_zeros(*windows.tokens.shape, self.embeddings().shape[1])
         ids = [torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)]
-        length, parts = windows.tokens.shape[1], []
+        length = windows.tokens.shape[1]
         with evaluating(self.model):
-            for start in range(0, len(ids), self._micro_batch):
-                rows = ids[start : start + self._micro_batch]
-                parts.append(self._forward(ends_of, self.backbone, rows, length, self.ways))
+            parts = [
+                self._forward(ends_of, self.backbone, ids[rows], length, self.ways)
+                for rows in self._micro_batches(len(ids))
+            ]
         states = torch.cat(parts).float()
         last = (windows.mask.sum(1) - 1).clamp(min=0)
         index = torch.minimum(torch.arange(length, device=states.device), last[:, None])

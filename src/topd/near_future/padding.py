@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 def left_padded(sequences: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
     """[sequence, longest] token ids padded on the left with `value`, and the mask that is 1 at tokens."""
-    longest = max(len(sequence) for sequence in sequences)
-    pad = torch.nn.functional.pad
-    ids = torch.stack([pad(sequence, (longest - len(sequence), 0), value=value) for sequence in sequences])
-    mask = torch.stack([pad(torch.ones_like(sequence), (longest - len(sequence), 0)) for sequence in sequences])
-    return ids, mask
+    ones = [torch.ones_like(sequence) for sequence in sequences]
+    ids = pad_sequence(list(sequences), batch_first=True, padding_value=value, padding_side="left")
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
 
 
 def positions_in(mask: Tensor) -> Tensor:
