@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from topd.errors import ContextError, TokenizerMismatchError, TOPDError
 from topd.loading.adapters import ADAPTER_CONFIG, base_of, is_adapter
+from topd.loading.by_name import load_by_name
 
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """Files of which a folder with a tokenizer has at least one."""
@@ -66,8 +67,6 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if isinstance(model, str):
-        from topd.loading.by_name import load_by_name
-
         options |= {"revision": revision} if revision else {}
         if is_adapter(model):
             return _of_adapter(model, options)
@@ -87,8 +86,6 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
 
 def _of_adapter(folder: str, options: dict[str, Any]) -> Any:
     """The tokenizer in an adapter's folder, or else its base's."""
-    from topd.loading.by_name import load_by_name
-
     base, own = base_of(folder), (Path(folder) / "tokenizer_config.json").is_file()
     try:
         return load_by_name("tokenizer", folder if own else base, AutoTokenizer.from_pretrained, **options)

@@ -46,7 +46,28 @@ class ContinuesPrefixes(Protocol):
         ...
 
 
-class DistilledModel:
+class FullVocabulary:
+    """The part of a `Teacher` whose hidden states are here: it meets the student over the whole vocabulary."""
+
+    def head(self) -> Head:
+        """The output head of its hidden states."""
+        raise NotImplementedError
+
+    def scores(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
+    ) -> TokenScores:
+        """Token losses and what else is read off both models' logits. See `Teacher.scores`."""
+        return score_tokens(hidden, head, states["hidden"], self.head(), tokens, direction)
+
+    def loss(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
+        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
+    ) -> DistillationLoss:  # fmt: skip
+        """The loss of a step. See `Teacher.loss`."""
+        return loss_on_device(hidden, head, states["hidden"], self.head(), weights, terms, direction)
+
+
+class DistilledModel(FullVocabulary):
     """One of the two models.
 
     Args:
@@ -131,19 +152,6 @@ class DistilledModel:
         if keep_prefix and not self.ways.cached_prefix:
             return None
         return states.prefill(rollouts, keep_prefix)
-
-    def scores(
-        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
-    ) -> TokenScores:
-        """As the teacher: token losses and what else is read off both models' logits. See `Teacher.scores`."""
-        return score_tokens(hidden, head, states["hidden"], self.head(), tokens, direction)
-
-    def loss(
-        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
-        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
-    ) -> DistillationLoss:  # fmt: skip
-        """As the teacher: the loss of a step. See `Teacher.loss`."""
-        return loss_on_device(hidden, head, states["hidden"], self.head(), weights, terms, direction)
 
     def hidden_and_windows(self, rollouts: Rollouts, branches: Branches | None) -> tuple[Tensor, Tensor]:
         """States that predict the response tokens, and those that predict the windows' tokens, with gradients.

@@ -12,21 +12,17 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from topd.errors import DataError, TokenizerMismatchError, TOPDError
+from topd.errors import DataError, TOPDError
 from topd.loading.models import model_to_train, names_of
 from topd.loading.pair import loaded_teacher
-from topd.loading.sharding import held_whole, shard_teacher
+from topd.loading.sharding import held_whole
 from topd.loading.teacher_prompts import SELF
-from topd.loading.tokenizers import compare_tokenizers
-from topd.logs import get_logger
 from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
 from topd.training.config import TOPDConfig
 from topd.training.guidance import TEACHER
 from topd.training.trainer import TOPDTrainer
-
-logger = get_logger(__name__)
 
 COLUMN, COLUMN_OF_TRL = "teacher", "teacher_id"
 """Of the dataset: the name of the row's teacher. The second name, of TRL's pull request 7215, is accepted too."""
@@ -73,17 +69,8 @@ class MOPDTrainer(TOPDTrainer):
         return {"student": self.model} | named
 
     def _prepared(self, teacher: Any) -> Any:
-        teacher = model_to_train("teacher", teacher)
-        note = compare_tokenizers(self._tokenizer, teacher, self.args.trust_remote_code, None)
-        if note:
-            logger.warning(note)
-        try:
-            teacher = loaded_teacher(self.model, teacher, self.args, None, self.is_fsdp_enabled)
-        except TokenizerMismatchError as error:
-            raise TOPDError(f"{error} With several teachers, name first the one with fewest rows.") from error
-        if self.is_fsdp_enabled:
-            return shard_teacher(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        remedy = " With several teachers, name first the one with fewest rows."
+        return loaded_teacher(self, model_to_train("teacher", teacher), remedy=remedy)
 
     def _teacher(self) -> Teacher:
         if self._routed is None:

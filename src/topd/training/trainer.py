@@ -29,7 +29,8 @@ from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling
 from topd.runs.recorded import PAPER, RecordedTrainer
 from topd.runs.reused_rollouts import ReusedRollouts
 from topd.runs.rollback import RollbackTrainer
-from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
+from topd.teachers.from_options import check_without_weights, teacher_server
+from topd.teachers.server_windows import connect
 from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
@@ -138,7 +139,8 @@ class TOPDTrainer(
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
             rows = head_rows(self.model)
-            self._use_server(teacher_windows(server, args, self._tokenizer, self.eos_token_ids, rows))
+            served_as = args.teacher_server_model
+            self._use_server(connect(server, self._tokenizer, self.eos_token_ids, served_as, vocabulary=rows))
         self._stage = Stopwatch()
         self._budget = (
             CandidateBudget(args.max_overhead, args.recalibration_steps)
