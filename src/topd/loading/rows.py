@@ -64,11 +64,8 @@ class DataForm:
 def read_prompt(value: object, column: str = "prompt", *, answered: bool = False) -> tuple[Any, str | None]:
     """The text, or the messages with only role and content; and the answer that was cut off.
 
-    Args:
-        value: text; messages with `role` and `content`; or ShareGPT's with `from` and `value`. Content is text, or a
-            list of text parts.
-        column: its name, for messages.
-        answered: whether the conversation may end with the assistant's answer, which is cut off.
+    `value`: text; messages with `role` and `content`; or ShareGPT's with `from` and `value`. Content is text, or a list
+    of text parts. `answered`: whether the conversation may end with the assistant's answer, which is cut off.
     """
     the = "the prompt" if column == "prompt" else f"`{column}`"
     if isinstance(value, str):

@@ -42,9 +42,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revision: str | None) -> str | None:
     """Compare the student's tokenizer with the teacher's; return a note if the teacher's cannot be found.
 
-    Args:
-        ours: the student's tokenizer.
-        teacher: a name, or a loaded model, whose tokenizer is loaded from where the model came from.
+    `teacher`: a name, or a loaded model, whose tokenizer is loaded from where the model came from.
 
     Raises:
         TokenizerMismatchError: they differ.
@@ -136,10 +134,8 @@ def check_context(
 ) -> None:  # fmt: skip
     """Raise `ContextError` if prompt + response + window is longer than a model's context.
 
-    Args:
-        configs: by the model's role, for the message.
-        limited_by: the option that sets the response length.
-        what: begins the message, before the prompt's length.
+    `configs`: by the model's role, for the message, which begins with `what` and names `limited_by`, the option that
+    sets the response length.
     """
     for role, config in configs.items():
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -45,12 +45,7 @@ def hidden_with_branches(
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states at the contexts of the response tokens and of the window tokens.
 
-    Args:
-        model: of transformers.
-        backbone: its decoder.
-        rollouts: that the windows branch off.
-        branches: the windows.
-        ways: what is exact for the model; None: asks `ways_of`.
+    `ways`: what is exact for the model; None: asks `ways_of`.
 
     Returns:
         [rollout, position, width] and [rollout, branch, window_position, width]: the states from which each response
@@ -101,11 +96,9 @@ def _positions(rollouts: Rollouts, start: Tensor, length: int) -> Tensor:
 
 
 def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
-    """Who may attend to whom in [rollout | windows].
+    """Who may attend to whom in [rollout | windows]; `length` tokens of each window are fed.
 
-    Args:
-        start: [rollout, branch], index in the row at which each window starts.
-        length: tokens of each window that are fed.
+    `start`: [rollout, branch], index in the row at which each window starts.
     """
     real, device = rollouts.attention_mask.bool(), start.device
     slots, index = start.shape[1], torch.arange(real.shape[1], device=start.device)

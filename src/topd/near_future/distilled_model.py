@@ -8,15 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from topd.algorithm import (
-    DistillationLoss,
-    Head,
-    LikelihoodTerms,
-    TokenScores,
-    ground_cost,
-    score_tokens,
-    token_cost,
-)
+from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, TokenScores, ground_cost, score_tokens, token_cost
 from topd.algorithm.tiles import Direction
 from topd.algorithm.transport import GroundCost
 from topd.near_future.branches import Branches, ends_of, hidden_with_branches, rollout_hidden
@@ -33,11 +25,7 @@ Forward = Callable[..., Any]
 
 
 class ContinuesPrefixes(Protocol):
-    """A source of windows: a model in this process, or one behind a server.
-
-    Attributes:
-        eos_token_ids: ids that end a window.
-    """
+    """A source of windows: a model in this process, or one behind a server. `eos_token_ids` end a window."""
 
     eos_token_ids: list[int]
 
@@ -182,12 +170,7 @@ class DistilledModel(FullVocabulary):
     ) -> Tensor:
         """[place, student position, teacher position] ground cost between the two windows at each place.
 
-        Args:
-            ours: the student's windows.
-            theirs: the teacher's.
-            places: where both start.
-            hidden: measure this model's last hidden states over the windows instead of its static input embeddings.
-            cost: of the ground.
+        `hidden`: measure this model's last hidden states over the windows instead of its static input embeddings.
         """
         if not hidden:
             return token_cost(ours.tokens, theirs.tokens, self.embeddings(), cost)
@@ -214,13 +197,10 @@ class DistilledModel(FullVocabulary):
     def continue_(
         self, places: Places, length: int, prefill: Prefill | None = None, from_candidate: bool = False
     ) -> Windows:
-        """The model's own near future from each place, in evaluation mode.
+        """The model's own near future from each place, at most `length` tokens, in evaluation mode.
 
-        Args:
-            places: where the windows start.
-            length: maximum tokens of each window.
-            prefill: of the rollouts; windows are decoded over its prefix where the model can.
-            from_candidate: the windows begin with the rollout's own token, the model's greedy continuation follows.
+        Windows are decoded over the prefix of a `prefill` where the model can. `from_candidate`: they begin with the
+        rollout's own token, and the model's greedy continuation follows.
         """
         source = self._source
         with evaluating(self.model):

@@ -54,12 +54,7 @@ class Sample:
         return f"states differ by {difference:.2g} of their spread"
 
     def below_best(self, logits: Tensor, tokens: Tensor) -> str | None:
-        """How far tokens are from the most likely ones, in words; None if that is rounding.
-
-        Args:
-            logits: [token, vocabulary]
-            tokens: [token]
-        """
+        """How far tokens [token] are below the best of logits [token, vocabulary], in words; None if by rounding."""
         chosen = logits.gather(-1, tokens[:, None])[:, 0]
         below = ((logits.amax(-1) - chosen) / logits.std(-1)).double()
         furthest = float(below.quantile(0.8) if logits.dtype in TOLERANCE else below.max())

@@ -51,13 +51,8 @@ class Teacher(Protocol):
     ) -> DistillationLoss:  # fmt: skip
         """`distillation_loss` against this teacher, in nats; differentiable in the student.
 
-        Args:
-            hidden: [row, width] the student's states; the first rows meet the teacher.
-            head: the student's.
-            states: the teacher's `Prefill.states` at the first rows.
-            weights: [token] of the token losses.
-            terms: of the trajectory loss.
-            direction: as in `scores`.
+        `hidden`: [row, width]; its first rows meet the teacher. `states`, and the `weights` [token] of the token
+        losses, are those of these rows. `terms`: of the trajectory loss. The rest is as in `scores`.
         """
         ...
 

@@ -76,11 +76,9 @@ class CandidateBudget:
         return {"warm-up": None, "plain": 0, "all": None, "half": max(1, self._usual // 2)}[kind]
 
     def record(self, seconds: Mapping[str, float], tokens: float, rollouts: float, candidates: float) -> None:
-        """Record the time of a step.
+        """Record the `seconds` of a step by stage, "rollout" among them.
 
-        Args:
-            seconds: by stage, "rollout" among them.
-            tokens, rollouts, candidates: in the step, on this process; averages over processes keep them agreed.
+        Tokens, rollouts and candidates are those of this process, or averages over processes, so that all decide alike.
         """
         if not self.measuring:
             return

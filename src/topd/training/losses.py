@@ -224,13 +224,9 @@ def gradient_ratio(
 ) -> Tensor | None:
     """|grad guidance| / |grad opd| over the parameters; our choice. It needs two more passes over the vocabulary.
 
-    None where the loss reaches none of them: the last parameters of some models belong to images or sound.
-
-    Args:
-        states: [row, width] last hidden states, with their graph, which is kept.
-        parameters: that the norms are taken over. The backward pass stops at the first of them.
-        guidance: lambda L_traj of such states.
-        opd: L_OPD of them.
+    None where the loss reaches none of them: the last parameters of some models belong to images or sound. `guidance`
+    and `opd` are lambda L_traj and L_OPD as functions of the `states` [row, width], whose graph is kept. The backward
+    pass stops at the first of the parameters.
     """
     norms = []
     for loss in (guidance, opd):
