@@ -42,17 +42,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both models, as names where TRL can load them itself.
-
-    Attributes:
-        notes: what was changed, and what could not be compared.
-        shared: whether the teacher is the student's base, with one set of weights.
-    """
+    """Both models, as names where TRL can load them itself."""
 
     student: Any
     teacher: Any
-    notes: tuple[str, ...] = ()
-    shared: bool = False
+    notes: tuple[str, ...] = ()  # what was changed, and what could not be compared
+    shared: bool = False  # whether the teacher is the student's base, with one set of weights
 
     def report(self, in_parts: bool) -> None:
         """Log the notes; call it after the trainer has been given the models.

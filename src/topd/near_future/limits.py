@@ -24,18 +24,13 @@ FAR = 2**30
 
 @dataclass(frozen=True)
 class Lengths:
-    """Where a model changes.
-
-    Attributes:
-        model: it.
-        limits: entries of its config that may bound attention, and are too long to be tried as they are.
-        switch: length beyond which all positions are rotated otherwise (LongRoPE).
-        end: length beyond which rotations depend on what ran before (dynamic NTK), so that nothing is exact.
-    """
+    """Where a model changes."""
 
     model: Any
+    # entries of its config that may bound attention, and are too long to be tried as they are
     limits: dict[str, int] = field(default_factory=dict)
-    switch: int | None = None
+    switch: int | None = None  # length beyond which all positions are rotated otherwise (LongRoPE)
+    # length beyond which rotations depend on what ran before (dynamic NTK), so that nothing is exact
     end: int | None = None
 
     @contextmanager

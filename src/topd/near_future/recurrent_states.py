@@ -148,9 +148,7 @@ def _read_on(backbone: Any, ids: Tensor, cache: DynamicCache, start: int, end: i
     backbone(**inputs)
 
 
-def _copy_states(
-    source: Cache, target: Cache, rows: dict[int, list[int]], batch: int, layer: int, end: int
-) -> None:  # fmt: skip
+def _copy_states(source: Cache, target: Cache, rows: dict[int, list[int]], batch: int, layer: int, end: int) -> None:
     """Copy the only row of a recurrent layer's states to the rows of the branches that start at `end`."""
     old, new = source.layers[layer], target.layers[layer]
     if not hasattr(old, "conv_states"):

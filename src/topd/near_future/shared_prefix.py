@@ -75,15 +75,10 @@ def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
 
 @dataclass(frozen=True)
 class Start:
-    """How windows begin.
+    """How windows begin."""
 
-    Attributes:
-        tokens: [window, window_position] what is known of each.
-        known: [window] how many tokens that is, at least one.
-    """
-
-    tokens: Tensor
-    known: Tensor
+    tokens: Tensor  # [window, window_position] what is known of each
+    known: Tensor  # [window] how many tokens that is, at least one
 
 
 def follow_rollout(places: Places, greedy: Tensor, length: int) -> Start:

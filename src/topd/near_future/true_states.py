@@ -27,19 +27,13 @@ FLOAT32_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Sample:
-    """Random rollouts and windows, and the true states.
-
-    Attributes:
-        row_states: of each rollout alone [token, width], prompt included.
-        window_states: [rollout, branch, window_position, width], that predict the windows' tokens.
-        noise: how far the truth is from itself where another number of rows shares the batch.
-    """
+    """Random rollouts and windows, and the true states."""
 
     rollouts: Rollouts
     branches: Branches
-    row_states: list[Tensor]
-    window_states: Tensor
-    noise: float = 0.0
+    row_states: list[Tensor]  # of each rollout alone [token, width], prompt included
+    window_states: Tensor  # [rollout, branch, window_position, width], that predict the windows' tokens
+    noise: float = 0.0  # how far the truth is from itself where another number of rows shares the batch
 
     @property
     def response_states(self) -> Tensor:
@@ -97,7 +91,6 @@ def sample_of(model: Any, backbone: nn.Module) -> Sample:
     rollouts = Rollouts(ids, mask, response, ones, ones)
     branches = Branches(torch.tensor(STARTS, device=device), window, torch.ones_like(window).bool())
     rows = [alone(backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
-    windows, noise = torch.empty(0), 0.0
     ends = [
         [torch.cat([rollouts.prefix(row, STARTS[row][slot]), window[row, slot, :-1]]) for row in range(2)]
         for slot in range(2)

@@ -25,19 +25,12 @@ ROUNDS = ("warm-up", "plain", "all", "half", "plain", "all", "half", "plain", "a
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds per response token.
+    """Seconds per response token."""
 
-    Attributes:
-        sampling: of the rollout.
-        plain: of the rest of an OPD step.
-        fixed: what looking ahead adds, whatever the number of candidates.
-        each: what every candidate adds (seconds per candidate).
-    """
-
-    sampling: float
-    plain: float
-    fixed: float
-    each: float
+    sampling: float  # of the rollout
+    plain: float  # of the rest of an OPD step
+    fixed: float  # what looking ahead adds, whatever the number of candidates
+    each: float  # what every candidate adds (seconds per candidate)
 
     def overhead(self, candidates_per_token: float) -> float:
         """Predicted time over that of an OPD step, as a share of it."""
