@@ -29,14 +29,8 @@ class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
     """Stops `generate` once every rollout has `most` informative positions or has ended; then says where each is cut.
 
     Both models read the rollouts so far at a few lengths while they are sampled, and at the end. The cut does not
-    depend on when they are read: it is behind the `most`-th informative position.
-
-    Args:
-        student, teacher: in this process.
-        prompt_ids: of the rollouts, in their order.
-        tokenizer: of both.
-        end_ids: tokens that end a response.
-        most: informative positions of each rollout.
+    depend on when they are read: it is behind the `most`-th informative position. Both models are in this process and
+    share the tokenizer; `prompt_ids` are in the order of the rollouts.
     """
 
     def __init__(

@@ -28,22 +28,15 @@ def takes_positions(backbone: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(backbone).forward).parameters
 
 
-def inputs_of(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    """What a backbone is called with to give a row the states that it has without padding.
+def last_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[row, index, width] the last hidden states that rows of token ids [row, index] have without padding.
 
-    Args:
-        ids: [row, index] token ids.
-        mask: [row, index], 1 at tokens; None: no row is padded on the left.
+    `mask`: [row, index], 1 at tokens; None: no row is padded on the left.
     """
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if mask is not None and takes_positions(backbone):
         inputs["position_ids"] = positions_in(mask)
-    return inputs
-
-
-def last_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """[row, index, width] last hidden states."""
-    states: Tensor = backbone(**inputs_of(backbone, ids, mask)).last_hidden_state
+    states: Tensor = backbone(**inputs).last_hidden_state
     return states
 
 

@@ -61,16 +61,14 @@ class MOPDTrainer(TOPDTrainer):
             raise TOPDError("Several teachers work in one process, under DDP and FSDP2 so far, not with DeepSpeed.")
         self._names = names_of(student=model, **{f"teacher {name}": teacher for name, teacher in teachers.items()})
         self._numbers = {name: number for number, name in enumerate(teachers)}
-        self._teachers = [self.teacher_model, *(self._prepared(teacher) for teacher in others)]
+        remedy = " With several teachers, name first the one with fewest rows."
+        more = (loaded_teacher(self, model_to_train("teacher", teacher), remedy=remedy) for teacher in others)
+        self._teachers = [self.teacher_model, *more]
         self._routed: RoutedTeacher | None = None
 
     def _models(self) -> dict[str, Any]:
         named = {f"teacher {name}": self._teachers[number] for name, number in self._numbers.items()}
         return {"student": self.model} | named
-
-    def _prepared(self, teacher: Any) -> Any:
-        remedy = " With several teachers, name first the one with fewest rows."
-        return loaded_teacher(self, model_to_train("teacher", teacher), remedy=remedy)
 
     def _teacher(self) -> Teacher:
         if self._routed is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from topd.errors import DataError, TOPDError
 from topd.loading.data import PLAIN, Source, load_prompts, source_name
-from topd.loading.rows import DataForm, has_half_character
+from topd.loading.rows import DataForm, has_half_character, read_flag
 from topd.runs.files import replacing, write_records
 
 
@@ -75,8 +75,6 @@ def load_solutions(
     Raises:
         DataError: a row is broken, or none is left.
     """
-    from topd.loading.rows import read_flag
-
     data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag}, form=form)
     kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Dropping truncated solutions")
     if not len(kept):
