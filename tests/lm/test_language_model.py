@@ -16,7 +16,8 @@ from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 from topd.evaluation.benchmarks import load_benchmark
 from topd.lm import pair
-from topd.lm.task import paraphrase
+from topd.lm.build import Recipe, Stage, drilled
+from topd.lm.task import equation, paraphrase, simple
 from topd.loading.data import load_prompts
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -115,3 +116,36 @@ def test_the_student_s_wording_keeps_the_steps_and_the_answer():
         assert not re.search(r"\b(So|Therefore), the second|Therefore", text)
     assert any("7 times 2" in text for text in written)
     assert any("7 * 2 = 14" in text for text in written)
+
+
+def test_equations_of_the_drill_are_right_and_only_results_are_learned():
+    rng = random.Random(0)
+    for _ in range(300):
+        left, result = (re.sub("[£€$ ]", "", text) for text in equation(rng))
+        assert left.endswith("=")
+        assert eval(left[:-1].replace("x", "*")) == int(result) <= 160
+    ids, learned = drilled(TOKENIZER, random.Random(1), equations=2)
+    taught = TOKENIZER.decode([token for token, each in zip(ids, learned, strict=True) if each])
+    rng = random.Random(1)
+    assert re.findall(r"\d+", taught) == [re.search(r"\d+", equation(rng)[1])[0] for _ in range(2)]
+
+
+def test_a_stage_may_end_before_its_learning_rate_falls():
+    rates = Recipe((Stage("wide", 1600, steps=50), Stage("simple", 320)), learning_rate=1.0).rates()
+    assert len(rates) == 50 + 20
+    assert rates[:3] == [0.05, 0.1, pytest.approx(0.15)]
+    assert rates[49] == 1.0
+    assert rates[50] == 0.05
+    assert rates[-1] == 0.2
+
+
+def test_problems_have_numbers_up_to_a_hundred():
+    numbers = [float(row) for name in ("held-out", "unseen") for row in answers_of(f"lm-{name}")]
+    assert max(numbers) <= 100
+    assert simple("He pays 20 * $4.50 = $90.")
+    assert not simple("He pays 20 * $4.505 = $90.10.")
+    assert not simple("The town has 1,200 houses.")
+
+
+def answers_of(name):
+    return [problem.answer for problem in load_benchmark(name).problems]

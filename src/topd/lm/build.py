@@ -7,43 +7,65 @@ import itertools
 import json
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from topd.lm.base import write_base
-from topd.lm.task import draw, paraphrase
+from topd.lm.task import Problem, draw, equation, paraphrase
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Rows that are learned one after the other; each is seen once.
+
+    Attributes:
+        kind: solutions with numbers of any size (wide) or up to 100 (simple), or equations alone (drill).
+        rows: for a warm-up, a constant rate, and a linear decay over the last quarter.
+        steps: after which it ends; None: all.
+    """
+
+    kind: Literal["wide", "simple", "drill"]
+    rows: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW (betas 0.9, 0.98) on the solutions' tokens. Two stages, each a warm-up, a constant rate and a linear decay.
+    """AdamW (betas 0.9, 0.98); `rank` is of LoRA on all linear layers of the body."""
 
-    Attributes:
-        wide: solutions of the first stage, with numbers of any size.
-        simple: solutions of the second stage, with numbers up to 100. Each solution is seen once.
-        rank: of LoRA on all linear layers of the body.
-    """
-
-    wide: int
-    simple: int
+    stages: tuple[Stage, ...]
     rank: int = 16
     batch: int = 16
     learning_rate: float = 1e-3
 
-    def share(self, step: int) -> float:
-        """Share of the learning rate at a step: up in 20 steps, down in the last quarter of its stage."""
-        first, second = self.wide // self.batch, self.simple // self.batch
-        at, steps = (step, first) if step < first else (step - first, second)
-        return min((at + 1) / 20, 4 * (steps - at) / steps, 1.0)
+    def rates(self) -> list[float]:
+        """The learning rate at each step."""
+        found = []
+        for stage in self.stages:
+            steps = stage.rows // self.batch
+            share = [min((at + 1) / 20, 4 * (steps - at) / steps, 1.0) for at in range(steps)]
+            found += share[: stage.steps]
+        return [self.learning_rate * each for each in found]
 
 
-RECIPES = {"teacher": Recipe(wide=2816, simple=3840), "student": Recipe(wide=640, simple=640)}
+RECIPES = {
+    "teacher": Recipe(
+        (Stage("wide", 2816), Stage("simple", 3840, steps=84), Stage("drill", 640), Stage("simple", 768))
+    ),
+    "student": Recipe(
+        (
+            Stage("wide", 640), Stage("simple", 640), Stage("simple", 640, steps=20), Stage("drill", 480),
+            Stage("simple", 320),
+        )
+    ),
+}  # fmt: skip
 
-RESERVED = {"teacher": 6400, "student": 1280}
+RESERVED = {"teacher": 6400, "student": 3200}
 """Problems of each kind that the models may be trained on: none of them is in the data files."""
 SIZES = {"prompts": 3000, "held_out": 500, "unseen": 500, "tuning": 300}
 
@@ -64,25 +86,46 @@ def write_data(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def rows(name: str, tokenizer: Any, recipe: Recipe) -> list[tuple[list[int], int]]:
-    """Token ids of prompt + solution + end of turn, and the number of prompt tokens."""
-    rng = random.Random(0)
-    wide = list(itertools.islice(draw(name, any_number=True), recipe.wide))
-    known = {problem.question for problem in wide}
-    simple = itertools.islice((p for p in draw(name) if p.question not in known), recipe.simple)
-    made = []
-    for problem in [*wide, *simple]:
-        solution = problem.solution if name == "teacher" else paraphrase(problem.solution, rng)
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
-        )
-        start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        end = tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        made.append((start + end, len(start)))
-    return made
+Row = tuple[list[int], list[bool]]
+"""Token ids, and which of them are learned."""
 
 
-def batches(data: list[tuple[list[int], int]], size: int) -> list[list[tuple[list[int], int]]]:
+def rows(name: str, tokenizer: Any, recipe: Recipe) -> Iterator[list[Row]]:
+    """The rows of each stage."""
+    rng, drills = random.Random(0), random.Random(2)
+    sources = {"wide": draw(name, any_number=True), "simple": draw(name)}
+    known: set[str] = set()
+    for stage in recipe.stages:
+        if stage.kind == "drill":
+            yield [drilled(tokenizer, drills) for _ in range(stage.rows)]
+            continue
+        chosen = list(itertools.islice((p for p in sources[stage.kind] if p.question not in known), stage.rows))
+        known |= {problem.question for problem in chosen}
+        yield [solved(problem, name, tokenizer, rng) for problem in chosen]
+
+
+def solved(problem: Problem, name: str, tokenizer: Any, rng: random.Random) -> Row:
+    """A prompt with its solution and the end of turn, which are learned."""
+    solution = problem.solution if name == "teacher" else paraphrase(problem.solution, rng)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
+    )
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    end = tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return start + end, [False] * len(start) + [True] * len(end)
+
+
+def drilled(tokenizer: Any, rng: random.Random, equations: int = 16) -> Row:
+    """Equations of which the results are learned. The base model adds two-digit numbers rightly in one case of ten."""
+    ids, learned = [], []
+    for _ in range(equations):
+        for text, result in zip(equation(rng), (False, True), strict=True):
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids, learned = ids + tokens, learned + [result] * len(tokens)
+    return ids, learned
+
+
+def batches(data: list[Row], size: int) -> list[list[Row]]:
     """Batches of rows of like length, in random order."""
     rng = random.Random(1)
     made = []
@@ -94,9 +137,9 @@ def batches(data: list[tuple[list[int], int]], size: int) -> list[list[tuple[lis
     return made
 
 
-def backward(model: Any, batch: list[tuple[list[int], int]], pad: int, together: int = 4) -> float:
-    """Gradients of the mean cross-entropy of the solutions' tokens (nats), `together` rows at a time; the loss."""
-    count, total = sum(len(ids) - start for ids, start in batch), 0.0
+def backward(model: Any, batch: list[Row], pad: int, together: int = 4) -> float:
+    """Gradients of the mean cross-entropy of the learned tokens (nats), `together` rows at a time; the loss."""
+    count, total = sum(sum(learned) for _, learned in batch), 0.0
     for at in range(0, len(batch), together):
         loss = loss_of(model, batch[at : at + together], pad) / count
         loss.backward()
@@ -104,12 +147,12 @@ def backward(model: Any, batch: list[tuple[list[int], int]], pad: int, together:
     return total
 
 
-def loss_of(model: Any, batch: list[tuple[list[int], int]], pad: int) -> torch.Tensor:
-    """Summed cross-entropy of the solutions' tokens; only they meet the head. Widths are multiples of 16."""
+def loss_of(model: Any, batch: list[Row], pad: int) -> torch.Tensor:
+    """Summed cross-entropy of the learned tokens; only they meet the head. Widths are multiples of 16."""
     longest = -(-max(len(ids) for ids, _ in batch) // 16) * 16
     ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
-    learned = torch.tensor([[start <= i < len(ids) for i in range(1, longest)] for ids, start in batch])
+    learned = torch.tensor([learned[1:] + [False] * (longest - len(learned)) for _, learned in batch])
     causal = model.get_base_model()
     hidden = causal.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return nn.functional.cross_entropy(causal.lm_head(hidden[:, :-1][learned]), ids[:, 1:][learned], reduction="sum")
@@ -141,14 +184,17 @@ def train(name: str, out: Path) -> None:
         state = torch.load(state_file, weights_only=True)
         step, seconds = state["step"], state["seconds"]
         optimizer.load_state_dict(state["optimizer"])
-    steps = (recipe.wide + recipe.simple) // recipe.batch
-    made = rows(name, tokenizer, recipe)
-    data = [*batches(made[: recipe.wide], recipe.batch), *batches(made[recipe.wide :], recipe.batch)]
+    rates = recipe.rates()
+    data = [
+        batch
+        for stage, made in zip(recipe.stages, rows(name, tokenizer, recipe), strict=True)
+        for batch in batches(made, recipe.batch)[: stage.steps]
+    ]
     model.train()
-    while step < steps:
+    while step < len(rates):
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * recipe.share(step)
+            group["lr"] = rates[step]
         loss = backward(model, data[step], tokenizer.pad_token_id)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -158,10 +204,10 @@ def train(name: str, out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
-        if step % 20 == 0 or step == steps:
+        if step % 20 == 0 or step == len(rates):
             model.save_pretrained(str(folder))
             torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, state_file)
-            print(f"{name}: step {step} of {steps}, loss {loss:.3f}, {seconds / step:.1f} s per step", flush=True)
+            print(f"{name}: step {step} of {len(rates)}, loss {loss:.3f}, {seconds / step:.1f} s per step", flush=True)
     (folder / "record.json").write_text(json.dumps({"recipe": asdict(recipe), "seconds": round(seconds)}, indent=1))
 
 

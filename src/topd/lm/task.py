@@ -75,6 +75,29 @@ def draw(split: str, any_number: bool = False) -> Iterator[Problem]:
             yield Problem(template, question, solution, entry["answer"])
 
 
+def equation(rng: random.Random) -> tuple[str, str]:
+    """An equation in one of the templates' notations: its left side, and its result of up to 100 (long sums: 160)."""
+    kind = rng.choices("+-*/s", (30, 30, 15, 10, 15))[0]
+    if kind == "+":
+        result = rng.randint(5, LARGEST)
+        first = rng.randint(1, result - 1)
+        numbers = [first, result - first]
+    elif kind == "-":
+        numbers = sorted((rng.randint(1, LARGEST), rng.randint(1, LARGEST)), reverse=True)
+        result = numbers[0] - numbers[1]
+    elif kind in "*/":
+        first = rng.randint(2, 25)
+        second = rng.randint(2, max(2, LARGEST // first))
+        numbers, result = ([first, second], first * second) if kind == "*" else ([first * second, first], second)
+    else:
+        numbers, kind = [rng.randint(1, 40) for _ in range(rng.choice((3, 3, 4)))], "+"
+        result = sum(numbers)
+    sign = rng.choice(("*", "*", "x")) if kind == "*" else kind
+    space, unit = rng.choice(("", " ", " ")), rng.choice(("", "", "", "£", "€", "$"))
+    left = f"{space}{sign}{space}".join(f"{unit}{number}" for number in numbers)
+    return f"{left}{space}=", f"{space}{unit}{result}\n"
+
+
 OPENERS = ("First, ", "To begin, ", "We start here: ")
 CONNECTIVES = ("Next, ", "Then, ", "After that, ", "Now ")
 CLOSERS = ("So the answer is {}.", "The final result is {}.", "That gives {}.")
