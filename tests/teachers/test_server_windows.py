@@ -11,7 +11,7 @@ from topd.errors import ContextError, ServerError, TokenizerMismatchError, TOPDE
 from topd.near_future import LocalModel
 from topd.near_future.sampling import sample_rollouts
 from topd.teachers import openai_server
-from topd.teachers.from_options import teacher_server, teacher_windows
+from topd.teachers.from_options import teacher_server
 from topd.teachers.openai_server import TRIES, Limits, OpenAIServer
 from topd.teachers.server_windows import ServerWindows, connect
 from topd.teachers.top_k import TopKTeacher
@@ -91,7 +91,7 @@ def test_a_dead_server_is_waited_for_and_then_given_up_with_the_remedy(tmp_path,
     options = tiny_config(tmp_path, teacher_model_server_url=fake.url, teacher_server_kwargs={"patience": 0.3})
     server = teacher_server(options, has_weights=False)
     assert server is not None
-    windows = teacher_windows(server, options, TOKENIZER, [EOS])
+    windows = connect(server, TOKENIZER, [EOS], options.teacher_server_model)
     fake.faults = ["500"] * 1000
     with pytest.raises(ServerError, match=r"teacher's server .*has not answered for 0.3 s .*resume_from_checkpoint"):
         windows.continue_(PREFIXES, 6)

@@ -10,14 +10,12 @@ from peft import LoraConfig
 from teachers.fake_server import serving
 from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 
-from topd.algorithm import score_tokens
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, DataError, TOPDError
-from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts
+from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts, near_future_transport
 from topd.near_future.padding import left_padded
 from topd.near_future.sampling import sample_rollouts
 from topd.teachers.openai_server import OpenAIServer
-from topd.teachers.prompted import PromptedTeacher
 from topd.teachers.routed import RoutedTeacher
 from topd.teachers.server_windows import connect
 from topd.teachers.top_k import TopKTeacher
@@ -74,7 +72,7 @@ def test_scores_and_windows_are_those_of_the_teacher_alone_on_its_prompt_and_the
     number = torch.tensor([0, 1, 1, 0]) if kind == "routed" else torch.zeros(4, dtype=torch.long)
     rollouts, student = replace(rollouts, teacher=number), local(STUDENT)
     method = Method(window_length=LENGTH, candidate_share=0.3, fork_rule="threshold", fork_threshold=0.1)
-    found = look_ahead(rollouts, student, PromptedTeacher(teachers[kind]), method)
+    found = look_ahead(rollouts, student, teachers[kind], method)
     places, windows = found.candidates.places, found.candidates.theirs
     assert len(places) >= 8
     assert torch.equal(places.rollouts.prompt_ids, rollouts.prompt_ids)
@@ -101,17 +99,20 @@ def test_states_in_windows_and_ground_costs_are_read_behind_the_teacher_s_prompt
     rollouts, teacher = rollouts_with_contexts(STUDENT), local(TEACHERS[0])
     tokens = torch.full((4, 1, LENGTH), 5)
     branches = Branches(torch.full((4, 1), 2), tokens, torch.ones_like(tokens, dtype=torch.bool))
-    states = PromptedTeacher(teacher).hidden_in_windows(rollouts, branches)
+    states = teacher.hidden_in_windows(rollouts.as_teacher_reads, branches)
     for row, (before, prompt) in enumerate(zip(CONTEXTS, problems(), strict=True)):
         sequence = torch.cat([ids(before + prompt), rollouts.response_ids[row, :2], tokens[row, 0]])
         alone = TEACHERS[0].model(sequence[None]).last_hidden_state[0, -LENGTH - 1 : -1]
         torch.testing.assert_close(states[row, 0], alone, rtol=1e-3, atol=1e-3)
     places = Places(rollouts, torch.arange(4), torch.full((4,), 2))
-    windows = teacher.continue_(places, LENGTH)
-    behind = PromptedTeacher(teacher).window_costs(windows, windows, places, hidden=True)
-    expected = teacher.window_costs(windows, windows, places.as_teacher_reads, hidden=True)
-    assert torch.equal(behind, expected)
-    assert not torch.allclose(behind, teacher.window_costs(windows, windows, places, hidden=True))
+    plain = replace(places, rollouts=replace(rollouts, teacher_prompt_ids=None, teacher_prompt_mask=None))
+    ours, theirs = (teacher.continue_(each, LENGTH) for each in (plain, places.as_teacher_reads))
+    found, expected, other = (
+        near_future_transport(ours, theirs, each, local(STUDENT), teacher, embedding="teacher_hidden").distance
+        for each in (places, places.as_teacher_reads, plain)
+    )
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, other)
 
 
 def test_waves_count_the_longer_of_both_prompts():
@@ -357,15 +358,3 @@ def test_the_check_before_training_names_what_is_wrong(tmp_path, capsys, change,
     rows = [row | change for row in with_column("", 4)]
     assert main(["train", *command(tmp_path, rows)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_step_s_scores_need_no_wrapper_without_teacher_prompts():
-    """`PromptedTeacher` passes such rollouts on as they are."""
-    torch.manual_seed(0)
-    rollouts = sample_rollouts(STUDENT, TOKENIZER, problems(), max_new_tokens=6)
-    teacher, mask = local(TEACHERS[0]), rollouts.loss_mask.bool()
-    states = [each.prefill(rollouts).hidden[mask] for each in (teacher, PromptedTeacher(teacher))]
-    assert torch.equal(*states)
-    hidden = local(STUDENT).hidden(rollouts)[mask]
-    kl = score_tokens(hidden, local(STUDENT).head(), states[0], teacher.head(), rollouts.response_ids[mask]).kl
-    assert (kl > 0).all()

@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 from tiny import tiny_trainer
 
-from topd.runs.console import STAGES
-from topd.training.metrics import NEAR_FUTURE_METRICS
-
 Series = dict[str, list[float]]
 """By the tracker's name of a metric, its values in the order of steps."""
 
@@ -91,7 +88,7 @@ def test_every_metric_arrives(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 2
     arrived = read(tmp_path)
-    expected = {*NEAR_FUTURE_METRICS, *(f"seconds/{stage}" for stage in STAGES), "loss"} & set(logged[0])
+    expected = {name for name in logged[0] if "/" in name} | {"loss"}
     assert len(expected) > 20
     for key in expected:
         assert arrived[f"train/{key}"] == pytest.approx([entry[key] for entry in logged if key in entry], rel=1e-5), key

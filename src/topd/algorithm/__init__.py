@@ -19,12 +19,7 @@ from topd.algorithm.known_tokens import KnownTokens, known_token_kl, known_token
 from topd.algorithm.overlap import top_k_overlap
 from topd.algorithm.stale_prefixes import prefix_weights
 from topd.algorithm.tiles import LikelihoodTerms
-from topd.algorithm.token_loss import (
-    TokenScores,
-    gathered_log_probs,
-    score_tokens,
-    token_kl,
-)
+from topd.algorithm.token_loss import TokenScores, gathered_log_probs, score_tokens, token_kl
 from topd.algorithm.transport import Transport, entropic_transport, exact_transport, ground_cost, token_cost
 
 __all__ = [

@@ -13,13 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topd.algorithm.head import Head, at_least_float32
-from topd.algorithm.tiles import (
-    Direction,
-    LikelihoodTerms,
-    Tiles,
-    add_likelihood_,
-    check_vocabularies,
-)
+from topd.algorithm.tiles import Direction, LikelihoodTerms, Tiles, add_likelihood_, check_vocabularies
 
 
 class DistillationLoss(NamedTuple):

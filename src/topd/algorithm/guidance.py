@@ -43,18 +43,11 @@ def make_targets(
     teacher_tokens: Int[Tensor, "fork teacher_position"],
     teacher_mask: Bool[Tensor, "fork teacher_position"],
 ) -> Targets:
-    """Targets at forks. `same_index` guides as many positions as the shorter window has.
+    """Targets at forks, from the windows and their masks, which are True at real tokens.
 
     With an exact plan a transport target is one token (one-hot); with an entropic plan it is soft. A position that is
-    matched mostly to padding after the teacher's EOS has no target (our choice).
-
-    Args:
-        kind: transport, the paper (section 3); the others are controls.
-        plan: from `exact_transport` or `entropic_transport`, at forks.
-        student_tokens: the student's windows.
-        student_mask: their real tokens, without padding.
-        teacher_tokens: the teacher's windows.
-        teacher_mask: their real tokens.
+    matched mostly to padding after the teacher's EOS has no target (our choice). `kind`: transport is the paper
+    (section 3), the others are controls; `same_index` guides as many positions as the shorter window has.
     """
     real = student_mask[:, :, None] & teacher_mask[:, None, :]
     if kind == "transport":
@@ -120,10 +113,8 @@ def likelihood_terms(
 ) -> LikelihoodTerms:
     """The cross-entropy part of the trajectory loss, -sum_j y_ij log p_S(token j), as (row, token, weight) terms.
 
-    Args:
-        targets: from `make_targets`.
-        row: the row of the hidden states that predicts each window position. Overlapping windows may share rows.
-        scale: factor on each position's loss; None: 1.
+    `row`: of the hidden states that predicts each window position; overlapping windows may share rows. `scale`: factor
+    on each position's loss; None: 1.
     """
     fork, position, column = targets.weight.nonzero(as_tuple=True)
     weight = targets.weight[fork, position, column]

@@ -82,15 +82,10 @@ def known_token_loss(
     terms: LikelihoodTerms | None = None,
     direction: Direction = "reverse",
 ) -> DistillationLoss:
-    """`distillation_loss` against the teacher's top-k tokens.
+    """`distillation_loss` against the teacher's top-k tokens; `direction` as in `known_token_kl`.
 
-    Args:
-        hidden: the student's last hidden states. The KL covers the first rows; the others have likelihood terms only.
-        head: the student's head.
-        teacher: the teacher's tokens at the first rows.
-        weights: of the token losses at the first rows; constant.
-        terms: of the trajectory loss.
-        direction: as in `known_token_kl`.
+    The KL covers the first rows of `hidden`, one per weight; the others have likelihood terms only. Weights and teacher
+    are constant.
     """
     log_probs = gathered_log_probs(hidden[: len(weights)], head, teacher.tokens)
     token_loss, outside_top_k = known_token_kl(log_probs, teacher, direction)

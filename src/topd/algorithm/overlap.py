@@ -19,13 +19,7 @@ def top_k_overlap(
 ) -> Float[Tensor, "positions"]:
     """Share (0..1) of the student's `k` most likely tokens that are among the teacher's `k`, tile by tile.
 
-    Args:
-        student_hidden: the student's last hidden states.
-        student_head: its output head.
-        teacher_hidden: the teacher's states in the same contexts.
-        teacher_head: over the same vocabulary.
-        k: how many; at most the vocabulary.
-        tile_elements: as in `score_tokens`.
+    The states stand in the same contexts, the heads over the same vocabulary. `tile_elements`: as in `score_tokens`.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.

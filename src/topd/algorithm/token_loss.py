@@ -81,14 +81,9 @@ def score_tokens(
 ) -> TokenScores:
     """Score sampled tokens tile by tile; computes each model's logits once. No gradients.
 
-    Args:
-        student_hidden: the student's last hidden states, from which the tokens are predicted.
-        student_head: the student's head.
-        teacher_hidden: the teacher's last hidden states, in the same contexts.
-        teacher_head: the teacher's head, with the same vocabulary.
-        tokens: the sampled tokens.
-        direction: of `TokenScores.kl`, as in `token_kl`.
-        tile_elements: maximum number of logits per model in memory at once (at least one row); None: automatic.
+    The hidden states of both models are those from which the `tokens` are predicted; the heads have the same
+    vocabulary. `direction`: of `TokenScores.kl`, as in `token_kl`. `tile_elements`: maximum number of logits per model
+    in memory at once (at least one row); None: automatic.
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.

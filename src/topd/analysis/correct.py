@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from topd.algorithm import low_loss_threshold
 from topd.analysis.probe import ProbeOptions, measure
 from topd.analysis.probe_summary import ROUNDING
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
@@ -36,17 +37,12 @@ OPD = replace(TOPD, guides=False)
 
 @dataclass(frozen=True)
 class Arm:
-    """A loss at a fork.
+    """A loss at a fork."""
 
-    Attributes:
-        method: the loss. L_traj is the same whichever window L_OPD is computed on (our reading).
-        window: whose continuation L_OPD is computed on: the student's, or the teacher's (section 5.2).
-        baseline: the arm without guidance on the same window.
-    """
-
-    method: Method
+    method: Method  # the loss. L_traj is the same whichever window L_OPD is computed on (our reading).
+    # whose continuation L_OPD is computed on: the student's, or the teacher's (section 5.2)
     window: Literal["student", "teacher"] = "student"
-    baseline: str = "opd"
+    baseline: str = "opd"  # the arm without guidance on the same window
 
     def with_options(self, options: CorrectOptions) -> Method:
         """The method with the window length and lambda of a run."""
@@ -69,25 +65,17 @@ ARMS = {
 
 @dataclass(frozen=True)
 class CorrectOptions:
-    """The settings of the correction, with the defaults of `Method`.
+    """The settings of the correction, with the defaults of `Method`."""
 
-    Attributes:
-        window_length: K.
-        share: share of positions that are candidates, as in training.
-        steps: M, 5 in the paper.
-        learning_rate: of AdamW; the paper does not give it: our choice.
-        guidance_weight: lambda. L_traj is a mean over guided window positions, as in training. L_OPD is a mean over the
-            window's tokens here, and over all response tokens in training, so the same lambda has less effect here;
-            `guidance_ratio` in the records has the measured ratio.
-        arms: names of `ARMS`.
-    """
-
-    window_length: int = Method.window_length
-    share: float = Method.candidate_share
-    steps: int = 5
-    learning_rate: float = 1e-4
+    window_length: int = Method.window_length  # K
+    share: float = Method.candidate_share  # share of positions that are candidates, as in training
+    steps: int = 5  # M, 5 in the paper
+    learning_rate: float = 1e-4  # of AdamW; the paper does not give it: our choice
+    # lambda. L_traj is a mean over guided window positions, as in training. L_OPD is a mean over the window's tokens
+    # here, and over all response tokens in training, so the same lambda has less effect here; `guidance_ratio` in the
+    # records has the measured ratio.
     guidance_weight: float = Method.guidance_weight
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(ARMS)  # names of `ARMS`
     seed: int = 0
 
 
@@ -106,21 +94,13 @@ class Fork:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The student's window at a fork, compared with the teacher's.
+    """The student's window at a fork, compared with the teacher's."""
 
-    Attributes:
-        window: token ids.
-        distance: D_OT to the teacher's window.
-        teacher_log_likelihood: mean log p_T of the window's tokens, nats.
-        agreement: share of positions of the teacher's window with the same token.
-        right: whether the whole continuation is correct; None if the task has no answers.
-    """
-
-    window: list[int] = field(repr=False)
-    distance: float
-    teacher_log_likelihood: float
-    agreement: float
-    right: bool | None
+    window: list[int] = field(repr=False)  # token ids
+    distance: float  # D_OT to the teacher's window
+    teacher_log_likelihood: float  # mean log p_T of the window's tokens, nats
+    agreement: float  # share of positions of the teacher's window with the same token
+    right: bool | None  # whether the whole continuation is correct; None if the task has no answers
 
 
 def find_forks(
@@ -147,11 +127,7 @@ def find_forks(
                      high.ours["regenerated"][one], high.theirs[one], float(high.distances[wanted.main][index]))
             )  # fmt: skip
         first += len(rollouts)
-    distances = torch.cat(low)
-    distances = distances[distances.isfinite()]
-    if len(distances) == 0:
-        return []
-    threshold = float(distances.quantile(0.75)) + ROUNDING
+    threshold = low_loss_threshold(torch.cat(low)) + ROUNDING  # NaN without any distance: then nothing is a fork
     best: dict[int, Fork] = {}
     for fork in candidates:
         known = best.get(fork.rollout)
@@ -199,7 +175,7 @@ class Corrector:
         source = LocalModel(self.student, padding_id(self.tokenizer), ends)
         longest = max(self.options.window_length, self.max_new_tokens if self.is_right else 0)
         whole = source.continue_([fork.prefix], longest)
-        window = Windows(whole.tokens[:, : self.options.window_length], whole.mask[:, : self.options.window_length])
+        window = whole.first(self.options.window_length)
         row = self._row(fork.prefix, window)
         distance = self._look(replace(fork, ours=window), row).distance
         states = teacher.hidden(row)[0][: int(window.mask.sum())]

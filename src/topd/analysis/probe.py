@@ -31,24 +31,16 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What to measure, with the defaults of `Method`. The first value of each tuple is the main one.
+    """What to measure, with the defaults of `Method`. The first value of each tuple is the main one."""
 
-    Attributes:
-        share: share of a rollout's positions in each group, at least one position.
-        window_lengths: K. Windows have the largest; a smaller one uses their first tokens.
-        embeddings, costs: as in `TOPDConfig`.
-        seed: for the random positions.
-        ranking: the value that defines high-loss positions.
-        student_windows: readings of the student's window.
-    """
-
-    share: float = Method.candidate_share
+    share: float = Method.candidate_share  # of a rollout's positions in each group, at least one position
+    # K. Windows have the largest; a smaller one uses their first tokens.
     window_lengths: tuple[int, ...] = (Method.window_length,)
-    embeddings: tuple[Embedding, ...] = (Method.embedding,)
-    costs: tuple[GroundCost, ...] = (Method.ground_cost,)
-    seed: int = 0
-    ranking: Ranking = Method.candidate_ranking
-    student_windows: tuple[StudentWindow, ...] = (Method.student_window,)
+    embeddings: tuple[Embedding, ...] = (Method.embedding,)  # as in `TOPDConfig`
+    costs: tuple[GroundCost, ...] = (Method.ground_cost,)  # likewise
+    seed: int = 0  # for the random positions
+    ranking: Ranking = Method.candidate_ranking  # the value that defines high-loss positions
+    student_windows: tuple[StudentWindow, ...] = (Method.student_window,)  # readings of the student's window
 
     @property
     def variants(self) -> dict[str, Method]:
@@ -75,22 +67,14 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class Measured:
-    """The positions of one group in a batch of rollouts.
-
-    Attributes:
-        places: the positions.
-        ours: the student's windows, by reading.
-        theirs: the teacher's windows.
-        distances: [place] D_OT, by variant; NaN: no distance.
-        plan: [place, student position, teacher position] of the main variant.
-        begins: [place] whether the regenerated window begins with the candidate token; None if not measured.
-    """
+    """The positions of one group in a batch of rollouts."""
 
     places: Places
-    ours: dict[StudentWindow, Windows]
-    theirs: Windows
-    distances: dict[str, Tensor]
-    plan: Tensor
+    ours: dict[StudentWindow, Windows]  # the student's windows, by reading
+    theirs: Windows  # the teacher's
+    distances: dict[str, Tensor]  # [place] D_OT, by variant; NaN: no distance
+    plan: Tensor  # [place, student position, teacher position] of the main variant
+    # [place] whether the regenerated window begins with the candidate token; None if not measured
     begins: Tensor | None
 
 

@@ -28,28 +28,18 @@ RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.j
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """The settings of a probe, for the record.
-
-    Attributes:
-        student, teacher: names of the models.
-        rollouts: number of rollouts, one per prompt; prompts repeat if there are fewer.
-        batch: number of rollouts to sample and measure together.
-        max_new_tokens, temperature: of the rollouts.
-        given: use the responses of the data instead of sampling.
-        options: what to measure.
-        chat_template_kwargs: for prompts that are messages.
-    """
+    """The settings of a probe, for the record."""
 
     student: str
     teacher: str
     data: str
-    rollouts: int
-    batch: int
-    max_new_tokens: int
-    temperature: float
-    given: bool
+    rollouts: int  # one per prompt; prompts repeat if there are fewer
+    batch: int  # rollouts to sample and measure together
+    max_new_tokens: int  # of the rollouts
+    temperature: float  # of the rollouts
+    given: bool  # use the responses of the data instead of sampling
     options: ProbeOptions
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for prompts that are messages
 
 
 def run_probe(

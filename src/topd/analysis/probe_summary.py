@@ -21,20 +21,14 @@ Arrays = dict[str, numpy.ndarray]
 
 @dataclass(frozen=True)
 class Probe:
-    """Measurements at high-loss, random and low-loss positions, each by group "high", "random" and "low".
+    """Measurements at high-loss, random and low-loss positions, each by group "high", "random" and "low"."""
 
-    Attributes:
-        distances: D_OT of each place.
-        rollout: the rollout of each place.
-        loss: the token loss (reverse KL) at each place, nats; None: unknown.
-        teacher_nll: the teacher's NLL of the sampled token, nats: the x axis of Fig. 6; None: unknown.
-        begins: 1 if the student's regenerated window begins with the candidate token; None: not measured.
-    """
-
-    distances: Arrays
-    rollout: Arrays
-    loss: Arrays | None = None
+    distances: Arrays  # D_OT of each place
+    rollout: Arrays  # the rollout of each place
+    loss: Arrays | None = None  # the token loss (reverse KL) at each place, nats; None: unknown
+    # the teacher's NLL of the sampled token, nats: the x axis of Fig. 6; None: unknown.
     teacher_nll: Arrays | None = None
+    # 1 if the student's regenerated window begins with the candidate token; None: not measured
     begins: Arrays | None = None
 
     @classmethod

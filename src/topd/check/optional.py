@@ -18,7 +18,8 @@ from topd.evaluation.while_training import HeldOut, check_best_metric, problems_
 from topd.loading.adapters import base_of, is_adapter
 from topd.loading.shared_base import ONE_MODEL, two_adapters
 from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options
-from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
+from topd.teachers.from_options import check_without_weights, teacher_server
+from topd.teachers.server_windows import connect
 
 OPTIMIZERS = {
     "8bit": "bitsandbytes", "4bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes",
@@ -242,6 +243,7 @@ def server(setup: Setup) -> Finding | None:
     if found is None:
         return ok(SERVER, f"method={setup.config.method} does not use it")
     rows = setup.student.text_config.vocab_size
-    windows = teacher_windows(found, setup.config, setup.student.tokenizer, setup.student.end_tokens, rows)
+    served_as = setup.config.teacher_server_model
+    windows = connect(found, setup.student.tokenizer, setup.student.end_tokens, served_as, vocabulary=rows)
     context = f"a context of {windows.context:,}" if windows.context else "an unknown context"
     return ok(SERVER, f"{found.url} serves {windows.model!r} with {context}, token ids in and out")

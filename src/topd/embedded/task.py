@@ -45,14 +45,10 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class Style:
-    """The wording and the order of steps of solutions.
+    """The wording and the order of steps of solutions."""
 
-    Attributes:
-        weights: for each slot of `PHRASES`, the probability of each phrase.
-        left_to_right: probability, at each step where precedence matters, of taking the leftmost operator instead.
-    """
-
-    weights: dict[str, tuple[float, ...]]
+    weights: dict[str, tuple[float, ...]]  # for each slot of `PHRASES`, the probability of each phrase
+    # probability, at each step where precedence matters, of taking the leftmost operator instead
     left_to_right: float = 0.0
 
 

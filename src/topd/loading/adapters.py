@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError, install
+from topd.near_future.model_parts import evaluating
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -56,12 +57,9 @@ def weights_of(name: str) -> str:
 
 
 def with_adapter(base: Any, folder: str, *, trained: bool = False) -> Any:
-    """The base with the adapter of a folder, unmerged. The base's weights are frozen.
+    """The base (changed in place) with the adapter of a folder, unmerged. The base's weights are frozen.
 
-    Args:
-        base: the loaded base; changed in place.
-        folder: of the adapter.
-        trained: whether the adapter's own weights require gradients.
+    `trained`: whether the adapter's own weights require gradients.
 
     Raises:
         TOPDError: the adapter does not fit the base, or is no adapter of weights (prompt tuning).
@@ -99,14 +97,11 @@ in bfloat16 gives about 0.01, a wrong merge 1 or more."""
 
 
 def merged_adapter(adapted: Any, check: bool = True) -> Any:
-    """The base model with the adapter's weights merged into its own.
+    """The base model of a PEFT model, with the adapter's weights merged into its own.
 
     Embeddings and output head of many models are one tensor. An adapter on one of them must not change the other, so
-    the head is copied before the merge, and the merged model is untied.
-
-    Args:
-        adapted: a PEFT model.
-        check: compare the logits before and after, with two forward passes over 16 tokens. Needs unsharded weights.
+    the head is copied before the merge, and the merged model is untied. `check` compares the logits before and after,
+    with two forward passes over 16 tokens; it needs unsharded weights.
 
     Raises:
         TOPDError: the adapter cannot be merged, or the merged model computes something else.
@@ -150,8 +145,6 @@ def without_wrappers(layer: Any) -> Any:
 def _logits(model: Any) -> Tensor:
     """[position, vocabulary] logits of 16 token ids spread over the vocabulary, in evaluation mode."""
     device, rows = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
-    was_training = model.training
-    model.eval()
-    logits: Tensor = model(input_ids=torch.linspace(0, rows - 1, 16, device=device).long()[None]).logits[0].float()
-    model.train(was_training)
-    return logits
+    with evaluating(model):
+        logits: Tensor = model(input_ids=torch.linspace(0, rows - 1, 16, device=device).long()[None]).logits[0]
+    return logits.float()

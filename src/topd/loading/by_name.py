@@ -13,9 +13,7 @@ SAFE = {"use_safetensors": True}
 def load_by_name(what: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `load`, with `args` or else the name, and explain its errors.
 
-    Args:
-        what: "models", "tokenizer" or "config", for the message.
-        name: what the user named; of a pair, "STUDENT and TEACHER".
+    `what`: "models", "tokenizer" or "config". `name`: what the user named; of a pair, "STUDENT and TEACHER".
     """
     first = args or ((name,) if what == "tokenizer" else (name.split(" and ")[0],))
     try:

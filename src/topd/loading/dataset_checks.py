@@ -37,11 +37,9 @@ def check_datasets(train: Any, evaluation: Any) -> None:
 
 
 def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
-    """Raise `DataError` unless this is one dataset with a prompt in every row.
+    """Raise `DataError` unless this is one dataset with a prompt in every row; `name` is the trainer's argument.
 
-    Args:
-        dataset: the trainer's argument. Only the columns of a stream are checked; its rows are checked per batch.
-        name: the argument's name, for the message.
+    Only the columns of a stream are checked; its rows are checked per batch.
     """
     check_one(dataset, name)
     columns = getattr(dataset, "column_names", None)

@@ -18,9 +18,8 @@ from topd.loading.tokenizers import tokenizer_of
 def loaded_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """Model (in evaluation mode, on the best device) and tokenizer, from safetensors only, without custom code.
 
-    Args:
-        name: embedded model, Hub name, folder, or folder of an adapter (peft).
-        dtype: of the weights; for an adapter, of the base into which it is merged.
+    `name`: embedded model, Hub name, folder, or folder of an adapter (peft), which is merged into its base. `dtype`: of
+    the weights, or of that base.
 
     Raises:
         TOPDError: something cannot be loaded.

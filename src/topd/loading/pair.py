@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from topd.errors import TokenizerMismatchError, TOPDError
 from topd.loading.adapters import base_of, is_adapter, merged, weights_of, with_adapter
 from topd.loading.by_name import SAFE
 from topd.loading.models import loaded_model, model_to_train
-from topd.loading.sharding import sharded
+from topd.loading.sharding import shard_teacher, sharded
 from topd.loading.shared_base import (
     NEW_ADAPTER,
     ONE_MODEL,
@@ -41,17 +42,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both models, as names where TRL can load them itself.
-
-    Attributes:
-        notes: what was changed, and what could not be compared.
-        shared: whether the teacher is the student's base, with one set of weights.
-    """
+    """Both models, as names where TRL can load them itself."""
 
     student: Any
     teacher: Any
-    notes: tuple[str, ...] = ()
-    shared: bool = False
+    notes: tuple[str, ...] = ()  # what was changed, and what could not be compared
+    shared: bool = False  # whether the teacher is the student's base, with one set of weights
 
     def report(self, in_parts: bool) -> None:
         """Log the notes; call it after the trainer has been given the models.
@@ -124,7 +120,7 @@ def prepared_models(
             student = _load_student(student, args, quantization)
         else:
             notes.append("The student's output head is cut in place.")
-        cut_head(student, theirs)
+        student.resize_token_embeddings(theirs)
     elif theirs > ours:
         if isinstance(teacher, str):
             teacher = _load_teacher(teacher, args)
@@ -202,16 +198,11 @@ def head_rows(model: Any, trust_remote_code: bool = False, revision: str | None 
     return int(config.get_text_config().vocab_size)
 
 
-def cut_head(model: Any, rows: int) -> None:
-    """Keep only the first rows of embeddings and output head; in place."""
-    model.resize_token_embeddings(rows)
-
-
 def with_rows(teacher: Any, rows: int) -> Any:
     """A copy of a teacher with only the first rows of its head; all other weights are shared."""
     ends = teacher.get_input_embeddings(), teacher.get_output_embeddings()
     teacher = shared_copy(teacher, own=tuple(p for end in ends if end is not None for p in end.parameters()))
-    cut_head(teacher, rows)
+    teacher.resize_token_embeddings(rows)
     return teacher
 
 
@@ -248,17 +239,25 @@ def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tupl
     for note in filter(None, notes):
         print(f"topd: {note}", file=sys.stderr)
     if rows[0] != rows[1]:
-        cut_head(models[rows.index(max(rows))], min(rows))
+        models[rows.index(max(rows))].resize_token_embeddings(min(rows))
     return models[0], models[1], tokenizer
 
 
-def loaded_teacher(student: Any, teacher: Any, args: Any, revision: str | None, in_parts: bool) -> Any:
-    """A frozen teacher for a loaded student: a name is loaded, the student's base is shared, padding rows are cut.
+def loaded_teacher(trainer: Any, teacher: Any, revision: str | None = None, remedy: str = "") -> Any:
+    """A frozen teacher for a trainer's student: a name is loaded, the student's base is shared, padding rows are cut.
+
+    It is placed as the student is: whole in each process, or in parts with FSDP2 and DeepSpeed. `remedy`: for the
+    message where its head has too few rows.
 
     Raises:
         TOPDError: student and teacher are one model.
-        TokenizerMismatchError: the teacher's head has fewer rows than the student's.
+        TokenizerMismatchError: their tokenizers differ, or the teacher's head has fewer rows than the student's.
     """
+    student, args, accelerator = trainer.model, trainer.args, trainer.accelerator
+    note = compare_tokenizers(trainer._tokenizer, teacher, args.trust_remote_code, revision)
+    if note:
+        logger.warning(note)
+    in_parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     base = teacher_on_base(student, teacher) if share_base(student, teacher, args) else None
     if base is not None:
         teacher = base
@@ -273,9 +272,14 @@ def loaded_teacher(student: Any, teacher: Any, args: Any, revision: str | None, 
     if theirs < ours:
         raise TokenizerMismatchError(
             f"The student's output head has {ours} tokens, the teacher's {theirs}; both need the same vocabulary: "
-            "resize_token_embeddings the student to the teacher's."
+            f"resize_token_embeddings the student to the teacher's.{remedy}"
         )
-    return (with_rows(teacher, ours) if theirs > ours else teacher).requires_grad_(False)
+    teacher = (with_rows(teacher, ours) if theirs > ours else teacher).requires_grad_(False)
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(teacher, accelerator)
+    if trainer.is_fsdp_enabled:
+        return shard_teacher(teacher, accelerator)
+    return accelerator.prepare_model(teacher, evaluation_mode=True)
 
 
 def _dict(options: Any) -> dict[str, Any]:

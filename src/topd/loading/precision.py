@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -85,10 +86,8 @@ def autocasting(models: Sequence[Any], accelerator: Accelerator) -> Iterator[Non
         yield
 
 
-@contextmanager
-def _autocasting(module: Any, accelerator: Accelerator) -> Iterator[None]:
+def _autocasting(module: Any, accelerator: Accelerator) -> AbstractContextManager[Any]:
     usual: Callable[..., Any] = module.forward
-    own = vars(module).get("forward")
 
     @wraps(usual)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -99,10 +98,4 @@ def _autocasting(module: Any, accelerator: Accelerator) -> Iterator[None]:
                 output.last_hidden_state = states.to(torch.get_autocast_dtype(states.device.type))
         return output
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+    return patch.object(module, "forward", forward)

@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -65,17 +65,12 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
 @lru_cache(maxsize=64)
 def _warn_of_unused(template: str, options: tuple[str, ...]) -> None:
     """Log a warning, once, for options that a chat template does not read: they may be misspelt."""
-    if unused := unused_options(template, options):
+    names = set(re.findall(r"\w+", template))
+    if unused := [name for name in options if name not in names]:
         logger.warning(
             f"The chat template does not read {', '.join(unused)} of chat_template_kwargs: misspelt, or for another "
             "model?"
         )
-
-
-def unused_options(template: str, options: Collection[str]) -> list[str]:
-    """Those of the options whose name does not stand in a chat template."""
-    names = set(re.findall(r"\w+", template))
-    return [name for name in options if name not in names]
 
 
 def solution_ids(

@@ -24,17 +24,13 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class DataForm:
-    """Where the prompt of a row is, and what is put before it.
+    """Where the prompt of a row is, and what is put before it."""
 
-    Attributes:
-        column: name of the column with the prompt; None: the first of `PROMPT_COLUMNS` and `CONVERSATION_COLUMNS`.
-        system: a system prompt, for rows that have none of their own. Text becomes the user's message after it.
-        config: configuration of a dataset that `load_dataset` reads.
-    """
-
+    # name of the column with the prompt; None: the first of `PROMPT_COLUMNS` and `CONVERSATION_COLUMNS`
     column: str | None = None
+    # a system prompt, for rows that have none of their own. Text becomes the user's message after it.
     system: str | None = None
-    config: str | None = None
+    config: str | None = None  # configuration of a dataset that `load_dataset` reads
 
     def columns(self, found: list[str], also: Iterable[str] = ()) -> list[str]:
         """The columns to read, the prompt's first."""
@@ -64,11 +60,8 @@ class DataForm:
 def read_prompt(value: object, column: str = "prompt", *, answered: bool = False) -> tuple[Any, str | None]:
     """The text, or the messages with only role and content; and the answer that was cut off.
 
-    Args:
-        value: text; messages with `role` and `content`; or ShareGPT's with `from` and `value`. Content is text, or a
-            list of text parts.
-        column: its name, for messages.
-        answered: whether the conversation may end with the assistant's answer, which is cut off.
+    `value`: text; messages with `role` and `content`; or ShareGPT's with `from` and `value`. Content is text, or a list
+    of text parts. `answered`: whether the conversation may end with the assistant's answer, which is cut off.
     """
     the = "the prompt" if column == "prompt" else f"`{column}`"
     if isinstance(value, str):

@@ -45,10 +45,8 @@ def refuse_two_adapters(student: Any, peft: Any) -> None:
 def share_base(student: Any, teacher: Any, args: Any, peft: Any = None, quantization: Any = None) -> bool:
     """Whether one set of weights can serve both: the teacher is the student's base, or another adapter on it.
 
-    Args:
-        student: a name, or a loaded model.
-        teacher: a name; loaded teachers are compared by their weights (`trained_together`).
-        args, peft, quantization: see `prepared_models`.
+    The student is a name or a loaded model, the teacher a name; loaded ones are compared by their weights
+    (`trained_together`). For the other arguments see `prepared_models`.
     """
     loaded = not isinstance(student, str)
     adapters = [peft] if peft is not None else []
@@ -81,14 +79,10 @@ def place_of(model: Any) -> str:
 
 
 def teacher_on_base(student: Any, teacher: str) -> Any | None:
-    """The teacher on the weights of the student's base: new modules, and for an adapter its own small weights.
+    """The teacher on the weights of the loaded student's base: new modules, and for an adapter its own small weights.
 
-    Args:
-        student: the loaded student.
-        teacher: name of its base, or folder of another adapter on it.
-
-    Returns:
-        None where the teacher's adapter is on embeddings or output head: it needs its own base, to be merged.
+    `teacher`: name of the base, or folder of another adapter on it. None where that adapter is on embeddings or output
+    head: it needs its own base, to be merged.
     """
     base = without_adapters(student)
     if not is_adapter(teacher):

@@ -51,12 +51,9 @@ def check_options(args: TOPDConfig) -> None:
 
 
 def teacher_prompt(prompt: Any, own: Any, system: str | None) -> Any:
-    """What the teacher reads: its own text or messages, else the student's, with its own system turn.
+    """What the teacher reads: the row's own `teacher_prompt`, else (None) the student's, with its own system turn.
 
-    Args:
-        prompt: the student's.
-        own: the row's `teacher_prompt`; None: the student's.
-        system: replaces the system turn, or becomes the first one; None: it stays.
+    `system` replaces the system turn, or becomes the first one; None: it stays.
 
     Raises:
         TOPDError: a system turn for a prompt that is text.

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from topd.errors import ContextError, TokenizerMismatchError, TOPDError
 from topd.loading.adapters import ADAPTER_CONFIG, base_of, is_adapter
+from topd.loading.by_name import load_by_name
 
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """Files of which a folder with a tokenizer has at least one."""
@@ -41,9 +42,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revision: str | None) -> str | None:
     """Compare the student's tokenizer with the teacher's; return a note if the teacher's cannot be found.
 
-    Args:
-        ours: the student's tokenizer.
-        teacher: a name, or a loaded model, whose tokenizer is loaded from where the model came from.
+    `teacher`: a name, or a loaded model, whose tokenizer is loaded from where the model came from.
 
     Raises:
         TokenizerMismatchError: they differ.
@@ -66,8 +65,6 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if isinstance(model, str):
-        from topd.loading.by_name import load_by_name
-
         options |= {"revision": revision} if revision else {}
         if is_adapter(model):
             return _of_adapter(model, options)
@@ -87,8 +84,6 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
 
 def _of_adapter(folder: str, options: dict[str, Any]) -> Any:
     """The tokenizer in an adapter's folder, or else its base's."""
-    from topd.loading.by_name import load_by_name
-
     base, own = base_of(folder), (Path(folder) / "tokenizer_config.json").is_file()
     try:
         return load_by_name("tokenizer", folder if own else base, AutoTokenizer.from_pretrained, **options)
@@ -139,10 +134,8 @@ def check_context(
 ) -> None:  # fmt: skip
     """Raise `ContextError` if prompt + response + window is longer than a model's context.
 
-    Args:
-        configs: by the model's role, for the message.
-        limited_by: the option that sets the response length.
-        what: begins the message, before the prompt's length.
+    `configs`: by the model's role, for the message, which begins with `what` and names `limited_by`, the option that
+    sets the response length.
     """
     for role, config in configs.items():
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -45,26 +45,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of a layer's attention.
+    """One call of a layer's attention."""
 
-    Attributes:
-        module: the layer.
-        query: [batch, query head, query, width].
-        key: [batch, key head, key, width].
-        value: [batch, key head, key, value width].
-        scaling: of the scores; None: width ** -0.5.
-        dropout: of the probabilities.
-        softcap: scores are `softcap * tanh(score / softcap)`.
-        sinks: [query head], one more score in each softmax that takes its share and contributes nothing.
-    """
-
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float | None = None
-    dropout: float = 0.0
-    softcap: float | None = None
+    module: nn.Module  # the layer
+    query: Tensor  # [batch, query head, query, width]
+    key: Tensor  # [batch, key head, key, width]
+    value: Tensor  # [batch, key head, key, value width]
+    scaling: float | None = None  # of the scores; None: width ** -0.5
+    dropout: float = 0.0  # of the probabilities
+    softcap: float | None = None  # scores are `softcap * tanh(score / softcap)`
+    # [query head], one more score in each softmax that takes its share and contributes nothing
     sinks: Tensor | None = None
 
     @property

@@ -45,12 +45,7 @@ def hidden_with_branches(
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states at the contexts of the response tokens and of the window tokens.
 
-    Args:
-        model: of transformers.
-        backbone: its decoder.
-        rollouts: that the windows branch off.
-        branches: the windows.
-        ways: what is exact for the model; None: asks `ways_of`.
+    `ways`: what is exact for the model; None: asks `ways_of`.
 
     Returns:
         [rollout, position, width] and [rollout, branch, window_position, width]: the states from which each response
@@ -94,20 +89,14 @@ def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple
     return hidden[:, prompt - 1 : row - 1], torch.cat([before[:, :, None], inside], dim=2)
 
 
-def _positions(rollouts: Rollouts, start: Tensor, length: int) -> Tensor:
-    """[rollout, token] of [rollout | windows]: the position that each token has in a sequence without padding."""
-    windows = (start - rollouts.padding[:, None])[:, :, None] + torch.arange(length, device=start.device)
-    return torch.cat([positions_in(rollouts.attention_mask), windows.flatten(1)], dim=1)
-
-
 def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
-    """Who may attend to whom in [rollout | windows].
+    """Who may attend to whom in [rollout | windows]; `length` tokens of each window are fed.
 
-    Args:
-        start: [rollout, branch], index in the row at which each window starts.
-        length: tokens of each window that are fed.
+    `start`: [rollout, branch], index in the row at which each window starts.
     """
     real, device = rollouts.attention_mask.bool(), start.device
+    in_windows = (start - rollouts.padding[:, None])[:, :, None] + torch.arange(length, device=device)
+    position = torch.cat([positions_in(rollouts.attention_mask), in_windows.flatten(1)], dim=1)
     slots, index = start.shape[1], torch.arange(real.shape[1], device=start.device)
     row_mask = None
     if rollouts.causal_mask is not None:
@@ -118,9 +107,8 @@ def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
     sees_windows = torch.block_diag(*[own] * slots) if slots * length else own.new_zeros(0, 0)
     sees_windows = sees_windows.expand(len(rollouts), -1, -1)
     return PackedRow(
-        _positions(rollouts, start, length), row_mask,
-        torch.cat([sees_row, sees_windows], dim=2)[:, None], _sees(rollouts, start, length),
-    )  # fmt: skip
+        position, row_mask, torch.cat([sees_row, sees_windows], dim=2)[:, None], _sees(rollouts, start, length)
+    )
 
 
 def _sees(rollouts: Rollouts, start: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -37,12 +37,7 @@ class HalfHaveEnded(StoppingCriteria):
 
 @contextmanager
 def compact_sampling(model: Any, states: SamplingStates | None = None) -> Iterator[None]:
-    """In this block `model.generate` drops rows that have ended.
-
-    Args:
-        model: that TRL calls `generate` of, with `input_ids`, `attention_mask` and `generation_config`.
-        states: that keeps the hidden states of the sampling, if any.
-    """
+    """In this block `model.generate` drops rows that have ended; `states`, if any, keeps its hidden states."""
     followers = [] if states is None else [states]
     with patch.object(model, "generate", partial(generate_compactly, model.generate, followers)):
         yield

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from topd.algorithm import (
-    DistillationLoss,
-    Head,
-    LikelihoodTerms,
-    TokenScores,
-    ground_cost,
-    score_tokens,
-    token_cost,
-)
+from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, TokenScores, ground_cost, score_tokens, token_cost
 from topd.algorithm.tiles import Direction
 from topd.algorithm.transport import GroundCost
 from topd.near_future.branches import Branches, ends_of, hidden_with_branches, rollout_hidden
@@ -25,7 +17,6 @@ from topd.near_future.local_model import LocalModel
 from topd.near_future.model_parts import backbone_of, evaluating, output_head, whole
 from topd.near_future.sampling_states import SamplingStates
 from topd.near_future.shared_prefix import Prefill, prefill
-from topd.near_future.sources import ContinuesPrefixes
 from topd.near_future.ways import Ways, ways_of
 from topd.near_future.windows import Places, Rollouts, Windows
 
@@ -33,7 +24,38 @@ Forward = Callable[..., Any]
 """Runs `function(*args)` inside the wrapped model's forward, so that DDP, FSDP or DeepSpeed see it."""
 
 
-class DistilledModel:
+class ContinuesPrefixes(Protocol):
+    """A source of windows: a model in this process, or one behind a server. `eos_token_ids` end a window."""
+
+    eos_token_ids: list[int]
+
+    def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
+        """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
+        ...
+
+
+class FullVocabulary:
+    """The part of a `Teacher` whose hidden states are here: it meets the student over the whole vocabulary."""
+
+    def head(self) -> Head:
+        """The output head of its hidden states."""
+        raise NotImplementedError
+
+    def scores(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
+    ) -> TokenScores:
+        """Token losses and what else is read off both models' logits. See `Teacher.scores`."""
+        return score_tokens(hidden, head, states["hidden"], self.head(), tokens, direction)
+
+    def loss(
+        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
+        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
+    ) -> DistillationLoss:  # fmt: skip
+        """The loss of a step. See `Teacher.loss`."""
+        return loss_on_device(hidden, head, states["hidden"], self.head(), weights, terms, direction)
+
+
+class DistilledModel(FullVocabulary):
     """One of the two models.
 
     Args:
@@ -95,12 +117,11 @@ class DistilledModel:
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """[rollout, position, width]: the states that predict each response token, in evaluation mode, no gradient."""
         with evaluating(self.model):
-            return torch.cat(
-                [
-                    self._forward(rollout_hidden, self.backbone, rollouts[start : start + self._micro_batch], self.ways)
-                    for start in range(0, len(rollouts), self._micro_batch)
-                ]
-            )
+            parts = [
+                self._forward(rollout_hidden, self.backbone, rollouts[rows], self.ways)
+                for rows in self._micro_batches(len(rollouts))
+            ]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
@@ -120,19 +141,6 @@ class DistilledModel:
             return None
         return states.prefill(rollouts, keep_prefix)
 
-    def scores(
-        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
-    ) -> TokenScores:
-        """As the teacher: token losses and what else is read off both models' logits. See `Teacher.scores`."""
-        return score_tokens(hidden, head, states["hidden"], self.head(), tokens, direction)
-
-    def loss(
-        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
-        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
-    ) -> DistillationLoss:  # fmt: skip
-        """As the teacher: the loss of a step. See `Teacher.loss`."""
-        return loss_on_device(hidden, head, states["hidden"], self.head(), weights, terms, direction)
-
     def hidden_and_windows(self, rollouts: Rollouts, branches: Branches | None) -> tuple[Tensor, Tensor]:
         """States that predict the response tokens, and those that predict the windows' tokens, with gradients.
 
@@ -145,13 +153,16 @@ class DistilledModel:
     @torch.no_grad()
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
         """[rollout, branch, window_position, width]: the states that predict the windows' tokens, no gradient."""
+        model = self.model, self.backbone
         with evaluating(self.model):
-            parts = []
-            for start in range(0, len(rollouts), self._micro_batch):
-                rows = slice(start, start + self._micro_batch)
-                inputs = self.model, self.backbone, rollouts[rows], branches[rows], self.ways
-                parts.append(self._forward(hidden_with_branches, *inputs)[1])
+            parts = [
+                self._forward(hidden_with_branches, *model, rollouts[rows], branches[rows], self.ways)[1]
+                for rows in self._micro_batches(len(rollouts))
+            ]
         return torch.cat(parts)
+
+    def _micro_batches(self, size: int) -> list[slice]:
+        return [slice(start, start + self._micro_batch) for start in range(0, size, self._micro_batch)]
 
     @torch.no_grad()
     def window_costs(
@@ -159,12 +170,7 @@ class DistilledModel:
     ) -> Tensor:
         """[place, student position, teacher position] ground cost between the two windows at each place.
 
-        Args:
-            ours: the student's windows.
-            theirs: the teacher's.
-            places: where both start.
-            hidden: measure this model's last hidden states over the windows instead of its static input embeddings.
-            cost: of the ground.
+        `hidden`: measure this model's last hidden states over the windows instead of its static input embeddings.
         """
         if not hidden:
             return token_cost(ours.tokens, theirs.tokens, self.embeddings(), cost)
@@ -176,11 +182,12 @@ class DistilledModel:
         if len(windows) == 0:
             return self.embeddings().new_zeros(*windows.tokens.shape, self.embeddings().shape[1])
         ids = [torch.cat([prefix, tokens]) for prefix, tokens in zip(prefixes, windows.tokens, strict=True)]
-        length, parts = windows.tokens.shape[1], []
+        length = windows.tokens.shape[1]
         with evaluating(self.model):
-            for start in range(0, len(ids), self._micro_batch):
-                rows = ids[start : start + self._micro_batch]
-                parts.append(self._forward(ends_of, self.backbone, rows, length, self.ways))
+            parts = [
+                self._forward(ends_of, self.backbone, ids[rows], length, self.ways)
+                for rows in self._micro_batches(len(ids))
+            ]
         states = torch.cat(parts).float()
         last = (windows.mask.sum(1) - 1).clamp(min=0)
         index = torch.minimum(torch.arange(length, device=states.device), last[:, None])
@@ -190,13 +197,10 @@ class DistilledModel:
     def continue_(
         self, places: Places, length: int, prefill: Prefill | None = None, from_candidate: bool = False
     ) -> Windows:
-        """The model's own near future from each place, in evaluation mode.
+        """The model's own near future from each place, at most `length` tokens, in evaluation mode.
 
-        Args:
-            places: where the windows start.
-            length: maximum tokens of each window.
-            prefill: of the rollouts; windows are decoded over its prefix where the model can.
-            from_candidate: the windows begin with the rollout's own token, the model's greedy continuation follows.
+        Windows are decoded over the prefix of a `prefill` where the model can. `from_candidate`: they begin with the
+        rollout's own token, and the model's greedy continuation follows.
         """
         source = self._source
         with evaluating(self.model):

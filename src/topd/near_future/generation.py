@@ -7,8 +7,9 @@ then depend on settings that are neither printed nor recorded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from transformers import GenerationConfig
 
@@ -24,14 +25,11 @@ def own_settings_only(model: Any) -> Iterator[None]:
     Both a PEFT model and its base hold the config, so every module that has one gets a neutral one for the time.
     """
     neutral = GenerationConfig()
-    holders = [(module, module.__dict__["generation_config"]) for module in model.modules() if _has_config(module)]
-    for module, _ in holders:
-        module.generation_config = neutral
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(vars(module).get("generation_config"), GenerationConfig):
+                stack.enter_context(patch.object(module, "generation_config", neutral))
         yield
-    finally:
-        for module, config in holders:
-            module.generation_config = config
 
 
 def end_token_ids(generation_config: GenerationConfig | None, tokenizer: Any) -> list[int]:
@@ -48,7 +46,3 @@ def padding_id(tokenizer: Any) -> int:
     """The tokenizer's padding token; without one its end of sequence, else 0 (padding is always masked)."""
     known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
     return next(known, 0)
-
-
-def _has_config(module: Any) -> bool:
-    return isinstance(module.__dict__.get("generation_config"), GenerationConfig)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,14 +29,8 @@ class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
     """Stops `generate` once every rollout has `most` informative positions or has ended; then says where each is cut.
 
     Both models read the rollouts so far at a few lengths while they are sampled, and at the end. The cut does not
-    depend on when they are read: it is behind the `most`-th informative position.
-
-    Args:
-        student, teacher: in this process.
-        prompt_ids: of the rollouts, in their order.
-        tokenizer: of both.
-        end_ids: tokens that end a response.
-        most: informative positions of each rollout.
+    depend on when they are read: it is behind the `most`-th informative position. Both models are in this process and
+    share the tokenizer; `prompt_ids` are in the order of the rollouts.
     """
 
     def __init__(
@@ -83,19 +79,6 @@ class InformativeEnd(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros_like(mask).masked_scatter(mask, overlap < OVERLAP)
 
 
-@contextmanager
-def stopping_by(model: Any, criterion: StoppingCriteria | None) -> Iterator[None]:
+def stopping_by(model: Any, criterion: StoppingCriteria) -> AbstractContextManager[Any]:
     """Within it, `model.generate` also stops by this criterion; TRL's trainer passes none."""
-    if criterion is None:
-        yield
-        return
-    generate = model.generate
-
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, stopping_criteria=[criterion], **kwargs)
-
-    model.generate = stopping
-    try:
-        yield
-    finally:
-        del model.generate
+    return patch.object(model, "generate", partial(model.generate, stopping_criteria=[criterion]))

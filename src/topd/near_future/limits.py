@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 LIMIT = re.compile(r"window|chunk|top_?k|block|span|local|keep|compress")
 """Names of config entries that may say how far attention reaches."""
@@ -23,18 +24,13 @@ FAR = 2**30
 
 @dataclass(frozen=True)
 class Lengths:
-    """Where a model changes.
-
-    Attributes:
-        model: it.
-        limits: entries of its config that may bound attention, and are too long to be tried as they are.
-        switch: length beyond which all positions are rotated otherwise (LongRoPE).
-        end: length beyond which rotations depend on what ran before (dynamic NTK), so that nothing is exact.
-    """
+    """Where a model changes."""
 
     model: Any
+    # entries of its config that may bound attention, and are too long to be tried as they are
     limits: dict[str, int] = field(default_factory=dict)
-    switch: int | None = None
+    switch: int | None = None  # length beyond which all positions are rotated otherwise (LongRoPE)
+    # length beyond which rotations depend on what ran before (dynamic NTK), so that nothing is exact
     end: int | None = None
 
     @contextmanager
@@ -50,17 +46,13 @@ class Lengths:
             yield
             return
         name = "original_max_position_embeddings"
-        rotations = [rope for rope in ropes_of(self.model.config) if name in rope]
-        usual = [rope[name] for rope in rotations]
-        for rope in rotations:
-            rope[name] = FAR
-        names = {name: FAR, "max_seq_len_cached": FAR, "original_max_seq_len": FAR}
-        try:
-            with replaced(self.model, names):
-                yield
-        finally:
-            for rope, value in zip(rotations, usual, strict=True):
-                rope[name] = value
+        with ExitStack() as stack:
+            for rope in ropes_of(self.model.config):
+                if name in rope:
+                    stack.enter_context(patch.dict(rope, {name: FAR}))
+            names = {name: FAR, "max_seq_len_cached": FAR, "original_max_seq_len": FAR}
+            stack.enter_context(replaced(self.model, names))
+            yield
 
 
 def lengths_of(model: Any) -> Lengths:
@@ -95,16 +87,13 @@ def replaced(model: Any, values: dict[str, int], only: dict[str, int] | None = N
     owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", None))}
     owners |= {id(c): c for c in [model.config.get_text_config()]}
     found = [
-        (owner, name, vars(owner)[name])
+        (owner, name)
         for owner in owners.values()
         if owner is not None
         for name in values
         if name in vars(owner) and (only is None or vars(owner)[name] == only[name])
     ]
-    for owner, name, _ in found:
-        setattr(owner, name, values[name])
-    try:
+    with ExitStack() as stack:
+        for owner, name in found:
+            stack.enter_context(patch.object(owner, name, values[name]))
         yield
-    finally:
-        for owner, name, value in found:
-            setattr(owner, name, value)

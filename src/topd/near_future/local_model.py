@@ -13,13 +13,7 @@ from topd.algorithm.head import at_least_float32
 from topd.near_future.generation import own_settings_only
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.padding import left_padded
-from topd.near_future.shared_prefix import (
-    Prefill,
-    candidate_start,
-    continue_over_prefix,
-    follow_rollout,
-    until_eos,
-)
+from topd.near_future.shared_prefix import Prefill, candidate_start, continue_over_prefix, follow_rollout, until_eos
 from topd.near_future.ways import ways_of
 from topd.near_future.windows import Places, Windows
 
@@ -79,11 +73,8 @@ class LocalModel:
     ) -> Windows:
         """The greedy windows that `continue_` gives for the prefixes at the places, all branches decoded together.
 
-        Args:
-            places: where the windows start.
-            length: maximum tokens of each window.
-            prefill: of the rollouts, with `prefix` and `greedy`.
-            from_candidate: the windows begin with the rollout's own token.
+        `prefill`: of the rollouts, with `prefix` and `greedy`. `from_candidate`: the windows begin with the rollout's
+        own token.
         """
         if len(places) == 0:
             nothing = places.rows.new_zeros(0, length)

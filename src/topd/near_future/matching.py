@@ -30,22 +30,15 @@ def near_future_transport(
     solver: Solver = "exact",
     epsilon: float = 0.05,
 ) -> Transport:
-    """Transport between the student's windows (rows) and the teacher's (columns). See `TOPDConfig` for the choices.
+    """Transport between the student's windows (rows) and the teacher's (columns) at the same places.
 
-    Windows that EOS ended are compared as if EOS were repeated up to K, see `comparable`.
-
-    Args:
-        ours: the student's windows.
-        theirs: the teacher's, at the same places.
-        places: where both start.
-        student: whose embeddings or states the cost may be measured on.
-        teacher: the same.
-        embedding: which of them; the student's input embeddings by default (our choice).
-        cost: ground cost (our choice).
-        solver: exact (one-hot targets) or entropic (soft targets); our choice.
-        epsilon: of the entropic solver, in units of the window's mean cost.
+    Windows that EOS ended are compared as if EOS were repeated up to K, see `comparable`. Embedding (the student's
+    static ones by default), cost and solver are our choice, see `TOPDConfig`. `epsilon`: of the entropic solver, in
+    units of the window's mean cost.
     """
-    model = student if embedding.startswith("student") else teacher
+    model: DistilledModel | Teacher = student
+    if embedding.startswith("teacher"):
+        model, places = teacher, places.as_teacher_reads
     hidden = embedding.endswith("_hidden")
     a, b = comparable(ours, theirs, student.eos_token_ids)
     costs = model.window_costs(ours, theirs, places, hidden=True, cost=cost) if hidden else (

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 def left_padded(sequences: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
     """[sequence, longest] token ids padded on the left with `value`, and the mask that is 1 at tokens."""
-    longest = max(len(sequence) for sequence in sequences)
-    pad = torch.nn.functional.pad
-    ids = torch.stack([pad(sequence, (longest - len(sequence), 0), value=value) for sequence in sequences])
-    mask = torch.stack([pad(torch.ones_like(sequence), (longest - len(sequence), 0)) for sequence in sequences])
-    return ids, mask
+    ones = [torch.ones_like(sequence) for sequence in sequences]
+    ids = pad_sequence(list(sequences), batch_first=True, padding_value=value, padding_side="left")
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
 
 
 def positions_in(mask: Tensor) -> Tensor:
@@ -29,22 +28,15 @@ def takes_positions(backbone: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(backbone).forward).parameters
 
 
-def inputs_of(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    """What a backbone is called with to give a row the states that it has without padding.
+def last_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[row, index, width] the last hidden states that rows of token ids [row, index] have without padding.
 
-    Args:
-        ids: [row, index] token ids.
-        mask: [row, index], 1 at tokens; None: no row is padded on the left.
+    `mask`: [row, index], 1 at tokens; None: no row is padded on the left.
     """
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if mask is not None and takes_positions(backbone):
         inputs["position_ids"] = positions_in(mask)
-    return inputs
-
-
-def last_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """[row, index, width] last hidden states."""
-    states: Tensor = backbone(**inputs_of(backbone, ids, mask)).last_hidden_state
+    states: Tensor = backbone(**inputs).last_hidden_state
     return states
 
 

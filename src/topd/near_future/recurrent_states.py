@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -122,16 +123,11 @@ def in_segments(mixers: dict[int, nn.Module], ends: list[int], after: Callable[[
         ends: number of tokens up to the end of each segment; the last is the row's length.
         after: called with the layer and the end of each segment that a module has run.
     """
-    usual: dict[int, Any] = {number: vars(mixer).get("forward") for number, mixer in mixers.items()}
-    try:
+    with ExitStack() as stack:
         for number, mixer in mixers.items():
-            mixer.forward = partial(_segments, mixer.forward, ends, partial(after, number))
+            segments = partial(_segments, mixer.forward, ends, partial(after, number))
+            stack.enter_context(patch.object(mixer, "forward", segments))
         yield
-    finally:
-        for number, mixer in mixers.items():
-            vars(mixer).pop("forward", None)
-            if usual[number] is not None:  # a hook that accelerate has put there
-                mixer.forward = usual[number]
 
 
 def _segments(
@@ -152,9 +148,7 @@ def _read_on(backbone: Any, ids: Tensor, cache: DynamicCache, start: int, end: i
     backbone(**inputs)
 
 
-def _copy_states(
-    source: Cache, target: Cache, rows: dict[int, list[int]], batch: int, layer: int, end: int
-) -> None:  # fmt: skip
+def _copy_states(source: Cache, target: Cache, rows: dict[int, list[int]], batch: int, layer: int, end: int) -> None:
     """Copy the only row of a recurrent layer's states to the rows of the branches that start at `end`."""
     old, new = source.layers[layer], target.layers[layer]
     if not hasattr(old, "conv_states"):

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.generation import end_token_ids, padding_id
 from topd.near_future.local_model import LocalModel
+from topd.near_future.padding import left_padded
 from topd.near_future.windows import Rollouts
 
 
@@ -28,34 +30,22 @@ def sample_rollouts(
     pad = padding_id(tokenizer)
     source = LocalModel(model, pad, end_token_ids(model.generation_config, tokenizer), temperature)
     responses = source.continue_(ids, max_new_tokens)
-    return _rollouts(ids, responses.tokens, responses.mask, pad)
+    return _rollouts(ids, responses.tokens, responses.mask.long(), pad)
 
 
 def written_rollouts(
     prompts: Sequence[Tensor], responses: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Rollouts:
     """Rollouts that are there already, from token ids."""
-    longest, fill = max(len(response) for response in responses), padding_id(tokenizer)
-    pad = torch.nn.functional.pad
-    tokens = torch.stack([pad(r, (0, longest - len(r)), value=fill) for r in responses])
-    mask = torch.stack([pad(torch.ones_like(r), (0, longest - len(r))) for r in responses]).bool()
-    return _rollouts(prompts, tokens.to(device), mask.to(device), fill)
+    pad = padding_id(tokenizer)
+    tokens = pad_sequence(list(responses), batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(response) for response in responses], batch_first=True)
+    return _rollouts(prompts, tokens.to(device), mask.to(device), pad)
 
 
 def _rollouts(prompts: Sequence[Tensor], tokens: Tensor, mask: Tensor, pad_token_id: int) -> Rollouts:
-    longest = max(len(prompt) for prompt in prompts)
-
-    def padded(rows: list[Tensor], value: int) -> Tensor:
-        padded = [torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows]
-        return torch.stack(padded).to(tokens.device)
-
-    return Rollouts(
-        padded(list(prompts), pad_token_id),
-        padded([torch.ones_like(row) for row in prompts], 0),
-        tokens,
-        mask.long(),
-        mask.long(),
-    )
+    prompt_ids, prompt_mask = (part.to(tokens.device) for part in left_padded(prompts, pad_token_id))
+    return Rollouts(prompt_ids, prompt_mask, tokens, mask, mask)
 
 
 def local_pair(

@@ -75,24 +75,16 @@ def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
 
 @dataclass(frozen=True)
 class Start:
-    """How windows begin.
+    """How windows begin."""
 
-    Attributes:
-        tokens: [window, window_position] what is known of each.
-        known: [window] how many tokens that is, at least one.
-    """
-
-    tokens: Tensor
-    known: Tensor
+    tokens: Tensor  # [window, window_position] what is known of each
+    known: Tensor  # [window] how many tokens that is, at least one
 
 
 def follow_rollout(places: Places, greedy: Tensor, length: int) -> Start:
     """The greedy windows as far as scoring knows them: up to and with the first token that is not the rollout's.
 
-    Args:
-        places: where the windows start.
-        greedy: [rollout, position] the model's most likely token at each position of the response.
-        length: tokens of each window.
+    `greedy`: [rollout, position] the model's most likely token at each position of the response.
     """
     rollouts, rows, positions = places.rollouts, places.rows, places.positions
     last = greedy.shape[1]
@@ -122,11 +114,8 @@ def continue_over_prefix(
     """Finish greedy windows: all branches of all rollouts together, one token of each per forward pass.
 
     Args:
-        backbone: the decoder.
         prefill: of the rollouts, with `prefix`.
         start: what is known of the windows.
-        next_token: the most likely token after each state.
-        places: where the windows start.
         eos: [token] ids that end a window; the one that ended it is part of it.
         share: windows that continue from the same place with the same token are decoded once.
     """

@@ -34,11 +34,9 @@ class Recording:
 
     They are kept as they pass through attention, not as a cache holds them: caches of sliding windows drop tokens, and
     those of multi-head latent attention hold latents.
-
-    Attributes:
-        kept: of each call, keys and values [rollout, head, row_position, width].
     """
 
+    # of each call, keys and values [rollout, head, row_position, width]
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def mask(self, rule: Rule, attention: str, asked: dict[str, Any]) -> LayoutMask:
@@ -103,18 +101,12 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row [rollout | windows]: the rollout's tokens attend as if no window were there.
+    """One row [rollout | windows]: the rollout's tokens attend as if no window were there."""
 
-    Attributes:
-        position: [rollout, token] in an unpadded sequence, of the whole row.
-        row_mask: bool [rollout, 1, query, key] among the rollout's own tokens; None: plainly causal.
-        window_mask: bool [rollout, 1, window token, key], keys being the whole row.
-        sees: the same as a function of (rollout, head, query, key), for FlexAttention.
-    """
-
-    position: Tensor
-    row_mask: Tensor | None
-    window_mask: Tensor
+    position: Tensor  # [rollout, token] in an unpadded sequence, of the whole row
+    row_mask: Tensor | None  # bool [rollout, 1, query, key] among the rollout's own tokens; None: plainly causal
+    window_mask: Tensor  # bool [rollout, 1, window token, key], keys being the whole row
+    # the same as a function of (rollout, head, query, key), for FlexAttention
     sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     @property
@@ -175,27 +167,18 @@ class _Packed(LayoutMask):
 
 @dataclass
 class OpenBranches:
-    """Windows that are being decoded, the same number of branches in each rollout; each is a row of one token.
+    """Windows that are being decoded, the same number of branches in each rollout; each is a row of one token."""
 
-    Attributes:
-        prefix: of each attention call, keys and values [rollout, head, row_position, width] of the rollouts.
-        seen: bool [rollout, branch, row_position], True at the tokens before each branch.
-        row_position: [rollout, row_position] of the rollouts' tokens in an unpadded sequence.
-        start: [rollout, branch], the position of the first token that is fed.
-        room: tokens that each branch may grow by.
-        size: tokens that each branch has grown by, the one being fed included.
-        own: of each call, keys and values [rollout, head, branch, token, width].
-        calls: of attention in this forward pass.
-    """
-
+    # of each attention call, keys and values [rollout, head, row_position, width] of the rollouts
     prefix: list[tuple[Tensor, Tensor]]
-    seen: Tensor
-    row_position: Tensor
-    start: Tensor
-    room: int
-    size: int = 0
+    seen: Tensor  # bool [rollout, branch, row_position], True at the tokens before each branch
+    row_position: Tensor  # [rollout, row_position] of the rollouts' tokens in an unpadded sequence
+    start: Tensor  # [rollout, branch], the position of the first token that is fed
+    room: int  # tokens that each branch may grow by
+    size: int = 0  # tokens that each branch has grown by, the one being fed included
+    # of each call, keys and values [rollout, head, branch, token, width]
     own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    calls: int = 0
+    calls: int = 0  # of attention in this forward pass
     _whole: LayoutMask | None = None
 
     def grow(self) -> None:

@@ -27,19 +27,13 @@ FLOAT32_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Sample:
-    """Random rollouts and windows, and the true states.
-
-    Attributes:
-        row_states: of each rollout alone [token, width], prompt included.
-        window_states: [rollout, branch, window_position, width], that predict the windows' tokens.
-        noise: how far the truth is from itself where another number of rows shares the batch.
-    """
+    """Random rollouts and windows, and the true states."""
 
     rollouts: Rollouts
     branches: Branches
-    row_states: list[Tensor]
-    window_states: Tensor
-    noise: float = 0.0
+    row_states: list[Tensor]  # of each rollout alone [token, width], prompt included
+    window_states: Tensor  # [rollout, branch, window_position, width], that predict the windows' tokens
+    noise: float = 0.0  # how far the truth is from itself where another number of rows shares the batch
 
     @property
     def response_states(self) -> Tensor:
@@ -54,12 +48,7 @@ class Sample:
         return f"states differ by {difference:.2g} of their spread"
 
     def below_best(self, logits: Tensor, tokens: Tensor) -> str | None:
-        """How far tokens are from the most likely ones, in words; None if that is rounding.
-
-        Args:
-            logits: [token, vocabulary]
-            tokens: [token]
-        """
+        """How far tokens [token] are below the best of logits [token, vocabulary], in words; None if by rounding."""
         chosen = logits.gather(-1, tokens[:, None])[:, 0]
         below = ((logits.amax(-1) - chosen) / logits.std(-1)).double()
         furthest = float(below.quantile(0.8) if logits.dtype in TOLERANCE else below.max())
@@ -102,7 +91,6 @@ def sample_of(model: Any, backbone: nn.Module) -> Sample:
     rollouts = Rollouts(ids, mask, response, ones, ones)
     branches = Branches(torch.tensor(STARTS, device=device), window, torch.ones_like(window).bool())
     rows = [alone(backbone, rollouts.prefix(row, RESPONSE)) for row in range(2)]
-    windows, noise = torch.empty(0), 0.0
     ends = [
         [torch.cat([rollouts.prefix(row, STARTS[row][slot]), window[row, slot, :-1]]) for row in range(2)]
         for slot in range(2)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from topd.errors import TOPDError
 from topd.teachers.openai_server import Limits, OpenAIServer
-from topd.teachers.server_windows import ServerWindows, connect, served_as
+from topd.teachers.server_windows import ServerWindows, served_as
 
 REMEDY = (
     "Fix or restart it; a run that had started continues from its last checkpoint (--resume_from_checkpoint true). "
@@ -49,17 +48,6 @@ def limits_of(given: Any) -> Limits:
     if wrong:
         raise TOPDError(f"teacher_server_kwargs takes positive values of {', '.join(known)}; got {', '.join(wrong)}.")
     return replace(Limits(), **given)
-
-
-def teacher_windows(
-    server: OpenAIServer,
-    options: TOPDConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_token_ids: Sequence[int],
-    vocabulary: int | None = None,
-) -> ServerWindows:
-    """Windows as the options describe them. Raises `TOPDError`: see `connect`."""
-    return connect(server, tokenizer, eos_token_ids, options.teacher_server_model, vocabulary=vocabulary)
 
 
 def contexts(student: Any, teacher: Any, server: ServerWindows | None) -> dict[str, PreTrainedConfig]:

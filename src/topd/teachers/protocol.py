@@ -16,11 +16,10 @@ from topd.near_future.windows import Places, Rollouts, Windows
 
 
 class Teacher(Protocol):
-    """A model in this process (`DistilledModel`), one behind a server (`TopKTeacher`), or several (`RoutedTeacher`);
-    with `PromptedTeacher` around it, behind its own prompts.
+    """A model in this process (`DistilledModel`), one behind a server (`TopKTeacher`), or several (`RoutedTeacher`).
 
-    Where a teacher cannot do what is asked (a server has no hidden states), it raises `TOPDError` and names an option
-    that works.
+    It is given rollouts and places as it reads them, see `Rollouts.as_teacher_reads`. Where it cannot do what is asked
+    (a server has no hidden states), it raises `TOPDError` and names an option that works.
     """
 
     @property
@@ -52,13 +51,8 @@ class Teacher(Protocol):
     ) -> DistillationLoss:  # fmt: skip
         """`distillation_loss` against this teacher, in nats; differentiable in the student.
 
-        Args:
-            hidden: [row, width] the student's states; the first rows meet the teacher.
-            head: the student's.
-            states: the teacher's `Prefill.states` at the first rows.
-            weights: [token] of the token losses.
-            terms: of the trajectory loss.
-            direction: as in `scores`.
+        `hidden`: [row, width]; its first rows meet the teacher. `states`, and the `weights` [token] of the token
+        losses, are those of these rows. `terms`: of the trajectory loss. The rest is as in `scores`.
         """
         ...
 

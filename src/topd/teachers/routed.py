@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, TokenScores, score_tokens
-from topd.algorithm.tiles import Direction
+from topd.algorithm import Head
 from topd.algorithm.transport import GroundCost
 from topd.errors import TOPDError
 from topd.near_future.branches import Branches
-from topd.near_future.distilled_model import DistilledModel
-from topd.near_future.kernels import loss_on_device
+from topd.near_future.distilled_model import DistilledModel, FullVocabulary
 from topd.near_future.shared_prefix import Prefill
 from topd.near_future.windows import Places, Rollouts, Windows
 
 
-class RoutedTeacher:
+class RoutedTeacher(FullVocabulary):
     """Asks, for each rollout, the teacher that `rollouts.teacher` names. A `Teacher`.
 
     The teachers' states lie side by side: a rollout's are in the columns of its teacher, with zeros in the others'; the
@@ -49,17 +47,6 @@ class RoutedTeacher:
         parts = [teacher.prefill(rollouts[rows], keep_prefix) for teacher, rows in self._shares(rollouts)]
         states = {"hidden": self._in_columns(rollouts, [part.hidden for part in parts])}
         return Prefill(states, parts=tuple(parts))
-
-    def scores(
-        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
-    ) -> TokenScores:
-        return score_tokens(hidden, head, states["hidden"], self._head, tokens, direction)
-
-    def loss(
-        self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
-        terms: LikelihoodTerms | None = None, direction: Direction = "reverse",
-    ) -> DistillationLoss:  # fmt: skip
-        return loss_on_device(hidden, head, states["hidden"], self._head, weights, terms, direction)
 
     @torch.no_grad()
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:

@@ -26,13 +26,12 @@ KNOWN_TEXTS = (
 
 
 class ServerWindows:
-    """Continues prefixes on a server, token ids in and out.
+    """Continues prefixes on a server greedily, token ids in and out.
 
     Args:
         server: where.
         model: the name under which it serves the teacher.
         eos_token_ids: ids that end a window; the one that was generated is part of it.
-        temperature: 0 decodes greedily; else samples from the full distribution.
         context: tokens that the server takes for prompt and continuation, or None if it does not say.
         vocabulary: token ids are below this; None accepts any.
 
@@ -45,13 +44,11 @@ class ServerWindows:
         server: OpenAIServer,
         model: str,
         eos_token_ids: Sequence[int],
-        temperature: float = 0.0,
         context: int | None = None,
         vocabulary: int | None = None,
     ) -> None:
         self.server, self.model, self.context, self.vocabulary = server, model, context, vocabulary
         self.eos_token_ids = list(eos_token_ids)
-        self.temperature = temperature
         self.together: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
@@ -82,7 +79,7 @@ class ServerWindows:
         settings = NEUTRAL | {
             "model": self.model,
             "max_tokens": length,
-            "temperature": self.temperature,
+            "temperature": 0.0,
             "top_p": 1.0,
             "stop_token_ids": self.eos_token_ids,
             "return_token_ids": True,
@@ -128,7 +125,6 @@ def connect(
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Sequence[int],
     model: str | None = None,
-    temperature: float = 0.0,
     vocabulary: int | None = None,
 ) -> ServerWindows:
     """Ask a server whether it is the teacher's, before it is needed.
@@ -138,7 +134,6 @@ def connect(
         tokenizer: the student's.
         eos_token_ids: ids that end a window.
         model: the name under which the teacher must be served; None takes the only one there is.
-        temperature: of the windows; 0 decodes greedily.
         vocabulary: rows of the student's head; None: as many as its tokenizer has tokens.
 
     Raises:
@@ -147,7 +142,7 @@ def connect(
     """
     name, context = served_as(server, model)
     check_tokenizer(server, name, tokenizer)
-    windows = ServerWindows(server, name, eos_token_ids, temperature, context, vocabulary or len(tokenizer))
+    windows = ServerWindows(server, name, eos_token_ids, context, vocabulary or len(tokenizer))
     windows.continue_([torch.tensor(windows.eos_token_ids[:1])], 1)
     return windows
 

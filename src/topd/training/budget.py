@@ -25,19 +25,12 @@ ROUNDS = ("warm-up", "plain", "all", "half", "plain", "all", "half", "plain", "a
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds per response token.
+    """Seconds per response token."""
 
-    Attributes:
-        sampling: of the rollout.
-        plain: of the rest of an OPD step.
-        fixed: what looking ahead adds, whatever the number of candidates.
-        each: what every candidate adds (seconds per candidate).
-    """
-
-    sampling: float
-    plain: float
-    fixed: float
-    each: float
+    sampling: float  # of the rollout
+    plain: float  # of the rest of an OPD step
+    fixed: float  # what looking ahead adds, whatever the number of candidates
+    each: float  # what every candidate adds (seconds per candidate)
 
     def overhead(self, candidates_per_token: float) -> float:
         """Predicted time over that of an OPD step, as a share of it."""
@@ -76,11 +69,9 @@ class CandidateBudget:
         return {"warm-up": None, "plain": 0, "all": None, "half": max(1, self._usual // 2)}[kind]
 
     def record(self, seconds: Mapping[str, float], tokens: float, rollouts: float, candidates: float) -> None:
-        """Record the time of a step.
+        """Record the `seconds` of a step by stage, "rollout" among them.
 
-        Args:
-            seconds: by stage, "rollout" among them.
-            tokens, rollouts, candidates: in the step, on this process; averages over processes keep them agreed.
+        Tokens, rollouts and candidates are those of this process, or averages over processes, so that all decide alike.
         """
         if not self.measuring:
             return

@@ -14,18 +14,12 @@ from topd.near_future import Places, Windows
 
 @dataclass(frozen=True)
 class Futures:
-    """The two near futures at each of several places, and the transport between them.
+    """The two near futures at each of several places, and the transport between them."""
 
-    Attributes:
-        places: where both windows start.
-        ours, theirs: windows of student and teacher.
-        transport: distance D_OT and plan, from the student's window (rows) to the teacher's (columns).
-    """
-
-    places: Places
-    ours: Windows
-    theirs: Windows
-    transport: Transport
+    places: Places  # where both windows start
+    ours: Windows  # the student's
+    theirs: Windows  # the teacher's
+    transport: Transport  # distance D_OT and plan, from the student's window (rows) to the teacher's (columns)
 
     @property
     def distance(self) -> Tensor:
@@ -54,23 +48,14 @@ class Futures:
 
 @dataclass(frozen=True)
 class Look:
-    """What student and teacher make of rollouts.
+    """What student and teacher make of rollouts."""
 
-    Attributes:
-        token_loss: [rollout, position] nats.
-        entropy: [rollout, position] of the student, nats.
-        student_nll: [rollout, position] -log p_S of the sampled token, nats.
-        teacher_states: `Prefill.states` of the teacher, kept so that it reads the rollouts once.
-        candidates: futures at the high-loss positions.
-        low_loss: futures at low-loss positions, where the fork threshold is being estimated; else None.
-    """
-
-    token_loss: Tensor
-    entropy: Tensor
-    student_nll: Tensor
-    teacher_states: dict[str, Tensor]
-    candidates: Futures
-    low_loss: Futures | None
+    token_loss: Tensor  # [rollout, position] nats
+    entropy: Tensor  # [rollout, position] of the student, nats
+    student_nll: Tensor  # [rollout, position] -log p_S of the sampled token, nats
+    teacher_states: dict[str, Tensor]  # `Prefill.states` of the teacher, kept so that it reads the rollouts once
+    candidates: Futures  # futures at the high-loss positions
+    low_loss: Futures | None  # futures at low-loss positions, where the fork threshold is being estimated; else None
 
     @classmethod
     def cat(cls, waves: Sequence[Look]) -> Look:
@@ -91,23 +76,14 @@ class Look:
 
 @dataclass(frozen=True)
 class NearFuture:
-    """What looking ahead found in a batch of rollouts, and what it decided.
+    """What looking ahead found in a batch of rollouts, and what it decided."""
 
-    Attributes:
-        look: scores, and futures at the candidates.
-        threshold: D_OT above which a candidate is a fork.
-        fork: [candidate] True at forks, False at false alarms.
-        guided: [candidate] True where the trajectory loss applies.
-        capped: [candidate] True where the token loss is capped.
-        weights: [rollout, position] of the token losses; 1 unless capped.
-    """
-
-    look: Look
-    threshold: float
-    fork: Tensor
-    guided: Tensor
-    capped: Tensor
-    weights: Tensor
+    look: Look  # scores, and futures at the candidates
+    threshold: float  # D_OT above which a candidate is a fork
+    fork: Tensor  # [candidate] True at forks, False at false alarms
+    guided: Tensor  # [candidate] True where the trajectory loss applies
+    capped: Tensor  # [candidate] True where the token loss is capped
+    weights: Tensor  # [rollout, position] of the token losses; 1 unless capped
 
     @property
     def candidates(self) -> Futures:

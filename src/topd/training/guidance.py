@@ -25,21 +25,14 @@ _GUIDED = "guided_"
 
 @dataclass(frozen=True)
 class Guided:
-    """The windows that the student is trained on, laid out by rollout so that they travel with the batch.
+    """The windows that the student is trained on, laid out by rollout so that they travel with the batch."""
 
-    Attributes:
-        branches: the windows whose contexts the student is put in: its own, or the teacher's.
-        weight: [rollout, branch, window_position, target_position]; rows sum to 1, or to 0 where not guided.
-        tokens: [rollout, branch, target_position] that the columns of `weight` stand for.
-        teacher_hidden: [rollout, branch, window_position, width] the teacher's states, where a KL needs them.
-        context: whose window the branches are.
-    """
-
-    branches: Branches
-    weight: Tensor
-    tokens: Tensor
+    branches: Branches  # the windows whose contexts the student is put in: its own, or the teacher's
+    weight: Tensor  # [rollout, branch, window_position, target_position]; rows sum to 1, or to 0 where not guided
+    tokens: Tensor  # [rollout, branch, target_position] that the columns of `weight` stand for
+    # [rollout, branch, window_position, width] the teacher's states, where a KL needs them
     teacher_hidden: Tensor | None = None
-    context: Literal["student", "teacher"] = "student"
+    context: Literal["student", "teacher"] = "student"  # whose window the branches are
 
     @property
     def targets(self) -> Targets:

@@ -34,65 +34,40 @@ RATIO_PARAMETERS = 8
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of a micro-batch needs in addition to its rollouts and models.
+    """What the loss of a micro-batch needs in addition to its rollouts and models."""
 
-    Attributes:
-        teacher_states: the teacher's `Prefill.states` of the rollouts.
-        num_tokens: divides L_OPD's sum: response tokens of the batch over which the optimizer steps.
-        weights: [rollout, position] of the token losses; None: 1.
-        guided: windows to train on, or None.
-        num_forks: divides L_traj's sum over forks: guided forks of that batch.
-        measured: parameters over which `gradient_ratio` is estimated; None: it is not.
-        old_log_probs: [rollout, position] of the sampled tokens under the student that sampled them, for
-            `prefix_weights`; None: no such weights.
-    """
-
-    teacher_states: dict[str, Tensor]
-    num_tokens: Tensor
-    weights: Tensor | None = None
-    guided: Guided | None = None
-    num_forks: Tensor | None = None
-    measured: list[nn.Parameter] | None = None
+    teacher_states: dict[str, Tensor]  # the teacher's `Prefill.states` of the rollouts
+    num_tokens: Tensor  # divides L_OPD's sum: response tokens of the batch over which the optimizer steps
+    weights: Tensor | None = None  # [rollout, position] of the token losses; None: 1
+    guided: Guided | None = None  # windows to train on, or None
+    num_forks: Tensor | None = None  # divides L_traj's sum over forks: guided forks of that batch
+    measured: list[nn.Parameter] | None = None  # parameters over which `gradient_ratio` is estimated; None: it is not
+    # [rollout, position] of the sampled tokens under the student that sampled them, for `prefix_weights`; None: no such
+    # weights
     old_log_probs: Tensor | None = None
 
 
 class StepLoss(NamedTuple):
-    """What the optimizer steps on, and what is logged of it (detached). Nats.
+    """What the optimizer steps on, and what is logged of it (detached). Nats."""
 
-    Attributes:
-        loss: L_OPD + lambda L_traj, with gradients.
-        trajectory: L_traj; None without guidance.
-        nll: sum over response tokens of -log p_S(sampled token), whose mean estimates the entropy; of `opd_loss` only.
-        outside_top_k: [token] see `DistillationLoss`.
-        gradient_ratio: see `gradient_ratio`; None where it was not measured.
-    """
-
-    loss: Tensor
-    trajectory: Tensor | None = None
+    loss: Tensor  # L_OPD + lambda L_traj, with gradients
+    trajectory: Tensor | None = None  # L_traj; None without guidance
+    # sum over response tokens of -log p_S(sampled token), whose mean estimates the entropy; of `opd_loss` only
     nll: Tensor | None = None
-    outside_top_k: Tensor | None = None
-    gradient_ratio: Tensor | None = None
+    outside_top_k: Tensor | None = None  # [token] see `DistillationLoss`
+    gradient_ratio: Tensor | None = None  # see `gradient_ratio`; None where it was not measured
 
 
 @dataclass(frozen=True)
 class OPDLoss:
-    """L_OPD of a micro-batch, as a function of the student's states. Nats.
+    """L_OPD of a micro-batch, as a function of the student's states. Nats."""
 
-    Attributes:
-        head: the student's.
-        teacher: that the student is compared with.
-        known: the teacher's states at the response tokens.
-        mask: [rollout, position] the response tokens.
-        weights: [token] of their losses.
-        direction: of the KL.
-    """
-
-    head: Head
-    teacher: Teacher
-    known: dict[str, Tensor]
-    mask: Tensor
-    weights: Tensor
-    direction: Direction
+    head: Head  # the student's
+    teacher: Teacher  # that the student is compared with
+    known: dict[str, Tensor]  # the teacher's states at the response tokens
+    mask: Tensor  # [rollout, position] the response tokens
+    weights: Tensor  # [token] of their losses
+    direction: Direction  # of the KL
 
     @classmethod
     def of(
@@ -116,19 +91,12 @@ class OPDLoss:
 
 @dataclass(frozen=True)
 class GuidanceLoss:
-    """lambda L_traj of a micro-batch, as a function of the same states. Nats.
+    """lambda L_traj of a micro-batch, as a function of the same states. Nats."""
 
-    Attributes:
-        opd: whose models it shares.
-        guided: the windows.
-        scale: [rollout * branch, window_position] what each position's KL is multiplied by.
-        terms: the cross-entropies to the targets.
-    """
-
-    opd: OPDLoss
-    guided: Guided
-    scale: Tensor
-    terms: LikelihoodTerms
+    opd: OPDLoss  # whose models it shares
+    guided: Guided  # the windows
+    scale: Tensor  # [rollout * branch, window_position] what each position's KL is multiplied by
+    terms: LikelihoodTerms  # the cross-entropies to the targets
 
     @classmethod
     def of(cls, opd: OPDLoss, inputs: LossInputs, row: Tensor, method: Method) -> GuidanceLoss:
@@ -224,13 +192,9 @@ def gradient_ratio(
 ) -> Tensor | None:
     """|grad guidance| / |grad opd| over the parameters; our choice. It needs two more passes over the vocabulary.
 
-    None where the loss reaches none of them: the last parameters of some models belong to images or sound.
-
-    Args:
-        states: [row, width] last hidden states, with their graph, which is kept.
-        parameters: that the norms are taken over. The backward pass stops at the first of them.
-        guidance: lambda L_traj of such states.
-        opd: L_OPD of them.
+    None where the loss reaches none of them: the last parameters of some models belong to images or sound. `guidance`
+    and `opd` are lambda L_traj and L_OPD as functions of the `states` [row, width], whose graph is kept. The backward
+    pass stops at the first of the parameters.
     """
     norms = []
     for loss in (guidance, opd):

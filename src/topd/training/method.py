@@ -33,16 +33,11 @@ Stage = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Method:
-    """The choices of the method. Fields that `TOPDConfig` has too mean the same; docs/options.md explains them.
+    """The choices of the method. Fields that `TOPDConfig` has too mean the same; docs/options.md explains them."""
 
-    Attributes:
-        direction: of the token loss: reverse, KL(student || teacher) (the paper), or forward.
-        guides: whether the trajectory loss is part of the loss.
-        caps: whose token loss is capped: "false_alarms"; "low", "high" or "random" by rank (section 5.1); None: no one.
-    """
-
-    direction: Direction = "reverse"
-    guides: bool = True
+    direction: Direction = "reverse"  # of the token loss: reverse, KL(student || teacher) (the paper), or forward
+    guides: bool = True  # whether the trajectory loss is part of the loss
+    # whose token loss is capped: "false_alarms"; "low", "high" or "random" by rank (section 5.1); None: no one
     caps: Literal["false_alarms"] | Selection | None = None
     window_length: int = 50
     student_window: StudentWindow = "rollout"
@@ -73,27 +68,19 @@ class Method:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step takes from the run around it. The defaults are those of a single step in one process.
+    """What a step takes from the run around it. The defaults are those of a single step in one process."""
 
-    Attributes:
-        stage: times "scoring", "windows", "calibration" and "transport".
-        gather: joins values [place] of all processes; what it pads with is NaN.
-        process: number of this process.
-        sampled: what the student computed while it sampled the rollouts; None: it reads them once more.
-        max_candidates: per rollout, for a budget; None: no limit.
-        quartile: the running estimate of the fork threshold, with `fork_rule="low_loss_quartile"`.
-        step: batches of rollouts so far, one per optimizer step by default.
-        window_memory: GiB for the keys and values of the rollouts whose windows are decoded together.
-    """
-
-    stage: Stage = lambda name: nullcontext()
+    stage: Stage = lambda name: nullcontext()  # times "scoring", "windows", "calibration" and "transport"
+    # joins values [place] of all processes; what it pads with is NaN
     gather: Callable[[Tensor], Tensor] = lambda values: values
-    process: int = 0
+    process: int = 0  # number of this process
+    # what the student computed while it sampled the rollouts; None: it reads them once more
     sampled: Prefill | None = None
-    max_candidates: int | None = None
+    max_candidates: int | None = None  # per rollout, for a budget; None: no limit
+    # the running estimate of the fork threshold, with `fork_rule="low_loss_quartile"`
     quartile: LowLossQuartile | None = None
-    step: int = 0
-    window_memory: float = 4.0
+    step: int = 0  # batches of rollouts so far, one per optimizer step by default
+    window_memory: float = 4.0  # GiB for the keys and values of the rollouts whose windows are decoded together
 
     @property
     def calibrates(self) -> bool:

@@ -1,54 +1,50 @@
-"""Parts of `TOPDTrainer`: its two models as the step sees them, and the rollouts that the student samples."""
+"""Parts of `TOPDTrainer`: its two models as the step sees them, what each reads, and the rollouts that are sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedConfig
+from trl import DistillationTrainer
 
 from topd.errors import TOPDError
-from topd.loading.dataset_checks import check_prompts, check_tokens
+from topd.loading.dataset_checks import check_prompts, check_teacher_prompts, check_tokens
 from topd.loading.precision import autocasting
 from topd.loading.prompts import one_beginning, without_nulls
+from topd.loading.rows import TEACHER_PROMPT
 from topd.loading.sharding import held_whole, unsharded
+from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
 from topd.near_future.compact_sampling import compact_sampling
 from topd.near_future.generation import own_settings_only
 from topd.near_future.informative_end import InformativeEnd, stopping_by
+from topd.near_future.padding import left_padded
 from topd.near_future.sampling_states import SamplingStates, has_dropout
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
-from topd.teachers.prompted import PromptedTeacher
 from topd.teachers.protocol import Teacher
 from topd.teachers.server_windows import ServerWindows
 from topd.teachers.top_k import TopKTeacher
 from topd.training.config import TOPDConfig
+from topd.training.guidance import TEACHER_PROMPT_ENTRIES
 
 logger = get_logger(__name__)
 
 
-class BothModels:
+class BothModels(DistillationTrainer):
     """Part of `TOPDTrainer`: what it and TRL's trainer hold, as `DistilledModel` or `TopKTeacher`."""
 
-    accelerator: Accelerator
     args: TOPDConfig
     model: Any
-    model_wrapped: Any
     teacher_model: Any
-    temperature: float
-    eos_token_ids: list[int]
-    _tokenizer: Any
-    _forward_redirection: Any
     _server: ServerWindows | None
-    is_fsdp_enabled: bool
-    is_deepspeed_enabled: bool
-    tools: Any
-    _is_vlm: bool
     _prompted: bool
     """Whether the teacher has its own prompts."""
     _tried: list[Ways] | None = None
@@ -60,11 +56,8 @@ class BothModels:
     def _teacher(self) -> Teacher:
         if self.teacher_model is None:
             assert self._server is not None
-            return self._behind_its_prompt(TopKTeacher(self._server, self.args.loss_top_k))
-        return self._behind_its_prompt(self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server))
-
-    def _behind_its_prompt(self, teacher: Teacher) -> Teacher:
-        return PromptedTeacher(teacher) if self._prompted else teacher
+            return TopKTeacher(self._server, self.args.loss_top_k)
+        return self._distilled(self.accelerator.unwrap_model(self.teacher_model), self._server)
 
     def _distilled(self, model: Any, server: ServerWindows | None = None) -> DistilledModel:
         return DistilledModel(
@@ -138,11 +131,11 @@ class BothModels:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
-            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+            return super().training_step(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
-            return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+            return super().prediction_step(*args, **kwargs)
 
     def _autocast(self) -> AbstractContextManager[None]:
         """`bf16` and `fp16` for what this project computes. TRL's own loss (`method: opd`) stays as TRL computes it."""
@@ -163,47 +156,68 @@ class BothModels:
         return LocalModel(model, self._tokenizer.pad_token_id, self.eos_token_ids)
 
 
-class OwnRollouts:
+class OwnRollouts(BothModels):
     """What TRL's trainer leaves to the model's generation config and to the data is decided here.
 
     What the student computes while it samples is kept in `_sampling`, so that it need not read its rollouts again.
     """
 
-    accelerator: Accelerator
-    args: TOPDConfig
-    model: Any
-    teacher_model: Any
-    use_vllm: bool
-    is_fsdp_enabled: bool
-    is_deepspeed_enabled: bool
-    tools: Any
-    max_completion_length: int | None
-    _is_vlm: bool
-    _tokenizer: Any
-    _server: Any
-    _prompted: bool
     _sampling: SamplingStates | None = None
+    _own_columns: tuple[str, ...] = (TEACHER_PROMPT,)
+    """Columns of the dataset that `_own_entries` reads."""
 
-    generation_config: Any
-    vllm_generation: Any
-    eos_token_ids: list[int]
-    state: Any
-    _student: Callable[[], DistilledModel]
-    _teacher: Callable[[], Any]
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns += [name for name in self._own_columns if name not in columns]
+
+    def _own_entries(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Entries [rollout, ...] of the batch that TRL does not know, checked before anything is sampled."""
+        if not self._prompted:
+            return {}
+        prompts = [torch.tensor(ids) for ids in self._teacher_prompt_ids(inputs)]
+        padded = (part.to(self.accelerator.device) for part in left_padded(prompts, self._tokenizer.pad_token_id))
+        return dict(zip(TEACHER_PROMPT_ENTRIES, padded, strict=True))
+
+    def _teacher_prompt_ids(self, inputs: list[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of what the teacher reads, by row. See docs/teacher_prompt.md.
+
+        Raises:
+            ContextError: a prompt, its response and a window do not fit the teacher's context.
+            DataError: a row has no teacher's prompt where others have one, or it is empty.
+        """
+        own = [row.get(TEACHER_PROMPT) for row in inputs]
+        if any(TEACHER_PROMPT in row for row in inputs):
+            check_teacher_prompts([row["prompt"] for row in inputs], own, "the batch")
+        ids = [
+            teacher_prompt_ids(self._tokenizer, row["prompt"], theirs, self.args)
+            for row, theirs in zip(inputs, own, strict=True)
+        ]
+        check_tokens(ids)
+        for row, theirs in zip(inputs, ids, strict=True):
+            what = f"The teacher's prompt for {row['prompt']!r:.160} of"
+            self._check_context(theirs, self._contexts_of_teacher(row), what)
+        return ids
+
+    def _contexts_of_teacher(self, row: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
+        """Configs of who reads the teacher's prompt of a row."""
+        return contexts(None, self.teacher_model, self._server)
+
+    def _check_context(self, ids: list[int], configs: Mapping[str, PreTrainedConfig], what: str) -> None:
+        """Raise `ContextError` if a prompt with its response and a window does not fit these contexts."""
+        window = self.args.window_length if self.args.looks_ahead else 0
+        check_context(
+            len(ids), self._tokenizer.decode(ids), self.max_completion_length or 0, window, configs, what=what
+        )
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Check prompts, which a stream gives batch by batch. At most one BOS; no null keys of Arrow in messages."""
         check_prompts(prompts, "the batch")
-        trl: Any = super()
-        ids, images, fields = trl._tokenize_prompts(without_nulls(prompts))
+        ids, images, fields = super()._tokenize_prompts(without_nulls(prompts))
         ids = [one_beginning(each, self._tokenizer) for each in ids]
         check_tokens(ids)
-        longest, window = max(ids, key=len), self.args.window_length if self.args.looks_ahead else 0
         teacher = (None, None) if self._prompted else (self.teacher_model, self._server)
-        check_context(
-            len(longest), self._tokenizer.decode(longest), self.max_completion_length or 0, window,
-            contexts(self.model, *teacher),
-        )  # fmt: skip
+        self._check_context(max(ids, key=len), contexts(self.model, *teacher), "A prompt of")
         return ids, images, fields
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -232,13 +246,13 @@ class OwnRollouts:
         return responses
 
     def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        trl: Any = super()
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
         compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
         compactly = compactly and self._student().ways.cached_prefix  # rows of another kind of cache cannot leave
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
-        with own_settings_only(model), stopping_by(model, end), self._limited(), leaving:
-            responses = trl._generate_single_turn(prompt_ids, *args, **kwargs)
+        stopping = nullcontext() if end is None else stopping_by(model, end)
+        with own_settings_only(model), stopping, self._limited(), leaving:
+            responses = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
 
     def _informative_end(self, prompt_ids: list[list[int]]) -> InformativeEnd | None:
@@ -246,29 +260,22 @@ class OwnRollouts:
         most = self.args.max_informative_tokens
         if most is None or not self.model.training:
             return None
-        pair = self._student(), self._teacher()
+        pair: tuple[DistilledModel, Any] = self._student(), self._teacher()  # `_check_rollouts`: both are here
         return InformativeEnd(*pair, prompt_ids, self._tokenizer, self.eos_token_ids, most)
 
-    @contextmanager
-    def _limited(self) -> Iterator[None]:
+    def _limited(self) -> AbstractContextManager[Any]:
         """The length that training's rollouts may have at this step."""
         limit = self.args.completion_limit(self.state.global_step)
         if limit == self.args.max_completion_length or not self.model.training:
-            yield
-            return
-        holder, name = (
-            (self.vllm_generation, "max_completion_length") if self.use_vllm
-            else (self.generation_config, "max_new_tokens")
-        )  # fmt: skip
-        usual = getattr(holder, name)
-        setattr(holder, name, limit)
-        try:
-            yield
-        finally:
-            setattr(holder, name, usual)
+            return nullcontext()
+        if self.use_vllm:
+            return patch.object(self.vllm_generation, "max_completion_length", limit)
+        return patch.object(self.generation_config, "max_new_tokens", limit)
 
     def _check_rollouts(self) -> None:
-        """Raise `TOPDError` where `max_informative_tokens` does not work: it needs both models whole in a process."""
+        """Raise `TOPDError` where teacher prompts or `max_informative_tokens` (both models whole here) do not work."""
+        if self._prompted and (self._is_vlm or self.tools):
+            raise TOPDError("A teacher prompt works on text without tools so far; leave out images and tools, or it.")
         if self.args.max_informative_tokens is None:
             return
         if self.teacher_model is None or self._is_vlm or self.tools or self.args.teachers:

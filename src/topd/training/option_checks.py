@@ -25,9 +25,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 def check_options(args: TOPDConfig, own: Container[str], choices: Mapping[str, tuple[str, ...]]) -> None:
     """Refuse a value that is out of range or not among those allowed, and options that exclude each other.
 
-    Args:
-        own: names of the options that are not TRL's.
-        choices: the allowed values of options that have a fixed set.
+    `own`: names of the options that are not TRL's. `choices`: the allowed values of options that have a fixed set.
 
     Raises:
         ValueError: names the option, what it may be, and what it is.

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedConfig
-from trl import DistillationTrainer
 
-from topd.errors import DataError, TokenizerMismatchError, TOPDError
+from topd.errors import DataError, TOPDError
 from topd.loading.models import model_to_train, names_of
 from topd.loading.pair import loaded_teacher
-from topd.loading.sharding import held_whole, shard_teacher
+from topd.loading.sharding import held_whole
 from topd.loading.teacher_prompts import SELF
-from topd.loading.tokenizers import compare_tokenizers
-from topd.logs import get_logger
 from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
@@ -26,32 +24,11 @@ from topd.training.config import TOPDConfig
 from topd.training.guidance import TEACHER
 from topd.training.trainer import TOPDTrainer
 
-logger = get_logger(__name__)
-
 COLUMN, COLUMN_OF_TRL = "teacher", "teacher_id"
 """Of the dataset: the name of the row's teacher. The second name, of TRL's pull request 7215, is accepted too."""
 
 
-class _TellsTeachers(DistillationTrainer):
-    """Between TOPD's trainer and TRL's: each rollout's teacher is part of the batch from the start."""
-
-    _numbers: dict[str, int]
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        names = [str(row.get(COLUMN)) for row in inputs]
-        check_names(gather_object(names), list(self._numbers))  # of all processes: in a stream one may meet it alone
-        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        numbers = [self._numbers[name] for name in names]
-        return batch | {TEACHER: torch.tensor(numbers, device=batch["completion_ids"].device)}
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if COLUMN not in columns:
-            columns.append(COLUMN)
-
-
-class MOPDTrainer(TOPDTrainer, _TellsTeachers):
+class MOPDTrainer(TOPDTrainer):
     """`TOPDTrainer` with a teacher for each row, named in the dataset's column `teacher` (or `teacher_id`).
 
     Token losses, windows and guidance are those of the row's own teacher.
@@ -66,6 +43,7 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
     """
 
     _several_teachers = True
+    _own_columns = (*TOPDTrainer._own_columns, COLUMN)
 
     def __init__(
         self, model: Any, teacher_model: Mapping[str, Any], args: TOPDConfig, train_dataset: Any = None,
@@ -83,34 +61,28 @@ class MOPDTrainer(TOPDTrainer, _TellsTeachers):
             raise TOPDError("Several teachers work in one process, under DDP and FSDP2 so far, not with DeepSpeed.")
         self._names = names_of(student=model, **{f"teacher {name}": teacher for name, teacher in teachers.items()})
         self._numbers = {name: number for number, name in enumerate(teachers)}
-        self._teachers = [self.teacher_model, *(self._prepared(teacher) for teacher in others)]
+        remedy = " With several teachers, name first the one with fewest rows."
+        more = (loaded_teacher(self, model_to_train("teacher", teacher), remedy=remedy) for teacher in others)
+        self._teachers = [self.teacher_model, *more]
         self._routed: RoutedTeacher | None = None
 
     def _models(self) -> dict[str, Any]:
         named = {f"teacher {name}": self._teachers[number] for name, number in self._numbers.items()}
         return {"student": self.model} | named
 
-    def _prepared(self, teacher: Any) -> Any:
-        teacher = model_to_train("teacher", teacher)
-        note = compare_tokenizers(self._tokenizer, teacher, self.args.trust_remote_code, None)
-        if note:
-            logger.warning(note)
-        try:
-            teacher = loaded_teacher(self.model, teacher, self.args, None, self.is_fsdp_enabled)
-        except TokenizerMismatchError as error:
-            raise TOPDError(f"{error} With several teachers, name first the one with fewest rows.") from error
-        if self.is_fsdp_enabled:
-            return shard_teacher(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
-
     def _teacher(self) -> Teacher:
         if self._routed is None:
             self._routed = RoutedTeacher([self._distilled(self.accelerator.unwrap_model(t)) for t in self._teachers])
-        return self._behind_its_prompt(self._routed)
+        return self._routed
+
+    def _own_entries(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        names = [str(row.get(COLUMN)) for row in inputs]
+        check_names(gather_object(names), list(self._numbers))  # of all processes: in a stream one may meet it alone
+        numbers = torch.tensor([self._numbers[name] for name in names], device=self.accelerator.device)
+        return super()._own_entries(inputs) | {TEACHER: numbers}
 
     def _contexts_of_teacher(self, row: Mapping[str, Any]) -> dict[str, PreTrainedConfig]:
-        number = self._numbers.get(str(row.get(COLUMN)), 0)  # a name without a teacher is refused later
-        return contexts(None, self._teachers[number], None)
+        return contexts(None, self._teachers[self._numbers[str(row[COLUMN])]], None)
 
     def _local_teachers(self) -> list[Any]:
         return self._teachers

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor
 
 from topd.algorithm import LikelihoodTerms, TokenScores, cap_weights, is_fork
-from topd.near_future import (
-    DistilledModel,
-    Places,
-    Prefill,
-    Rollouts,
-    Windows,
-    near_future_transport,
-    rollout_windows,
-)
+from topd.near_future import DistilledModel, Places, Prefill, Rollouts, Windows, near_future_transport, rollout_windows
 from topd.teachers.protocol import Teacher
 from topd.training.choices import choose_candidates, choose_capped, choose_guided, choose_low_loss, fork_threshold
 from topd.training.futures import Futures, Look, NearFuture
@@ -75,7 +67,7 @@ def look_from(places: Places, pair: Pair, method: Method, stage: Stage = ALONE.s
     Training, the probe and local correction all look ahead through this function.
     """
     with stage("windows"):
-        theirs = pair.teacher.continue_(places, method.window_length, pair.theirs)
+        theirs = pair.teacher.continue_(places.as_teacher_reads, method.window_length, pair.theirs)
         ours = student_windows(places, pair, method.student_window, method.window_length)
     with stage("transport"):
         return futures(places, ours, theirs, pair, method)
@@ -101,15 +93,11 @@ def score(
 ) -> tuple[TokenScores, Pair]:
     """Both models read the rollouts. Scores of the response tokens, [rollout, position] each; 0 at padding.
 
-    Args:
-        rollouts: to score.
-        student: that wrote them.
-        teacher: in this process or on a server.
-        method: direction of the token loss; whether the student keeps its prefix for windows.
-        sampled: what the student computed while it sampled them; None: it reads them once more.
+    `method` gives the direction of the token loss, and whether the student keeps its prefix for windows. `sampled`:
+    what the student computed while it sampled the rollouts; None: it reads them once more.
     """
     mask = rollouts.loss_mask.bool()
-    theirs = teacher.prefill(rollouts)
+    theirs = teacher.prefill(rollouts.as_teacher_reads)
     ours = sampled or student.prefill(rollouts, keep_prefix=method.student_window != "rollout")
     known = {name: values[mask] for name, values in theirs.states.items()}
     flat = teacher.scores(ours.hidden[mask], student.head(), known, rollouts.response_ids[mask], method.direction)

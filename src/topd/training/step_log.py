@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from trl import DistillationTrainer
 
 from topd.logs import get_logger
 from topd.near_future import Rollouts
@@ -20,9 +22,8 @@ from topd.runs.records import AUDIT_FILE
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
 from topd.training.futures import NearFuture
-from topd.training.guidance import Guided
+from topd.training.guidance import Guided, own_share
 from topd.training.method import Method
-from topd.training.metrics import near_future_metrics
 
 logger = get_logger(__name__)
 
@@ -32,20 +33,14 @@ AUDIT_ROLLOUTS = 4
 """Rollouts in each audit record."""
 
 
-class StepLog:
+class StepLog(DistillationTrainer):
     """Times the stages of each step, and turns what the step found into metrics and records."""
 
-    accelerator: Any
     args: TOPDConfig
-    current_gradient_accumulation_steps: int
-    state: Any
     teacher_model: Any
     _budget: CandidateBudget | None
     _folder: Any
-    _metrics: Any
     _stage: Stopwatch
-    _step: int
-    _tokenizer: Any
     _guidance_loss = 0.0
     _outside_top_k = 0.0
     _step_size = (0.0, 0.0, 0.0)  # response tokens, rollouts, candidates
@@ -82,7 +77,7 @@ class StepLog:
         if self._step % self._micro_batches == 0 or not self._sampled_here:
             self._sampled_here, self._spent = self._step % self._micro_batches == 0, defaultdict(float)
         with self._stage("whole"):
-            output: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            output: Tensor = super().training_step(model, inputs, num_items_in_batch)
         whole = self._stage.seconds.pop("whole")
         self._stage.seconds["backward"] += whole - (sum(self._stage.seconds.values()) - before)
         if self._step % self.current_gradient_accumulation_steps == 0:
@@ -91,7 +86,7 @@ class StepLog:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._stage.paused():
-            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            return super().evaluation_loop(*args, **kwargs)
 
     def _record(self, future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method) -> None:
         for name, value in near_future_metrics(future, guided, rollouts, method, self._gather_ragged).items():
@@ -135,6 +130,59 @@ class StepLog:
         self._metrics["train"]["budget/predicted_overhead"].append(budget.model.overhead(candidates / tokens))
         if was_measuring and self.accelerator.is_main_process:
             tqdm.write(f"topd: {budget_message(budget, tokens / rollouts)}")  # above the progress bar
+
+
+def near_future_metrics(
+    future: NearFuture, guided: Guided | None, rollouts: Rollouts, method: Method, gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """What looking ahead found, over all processes; docs/metrics.md explains the keys. `gather` may pad with NaN."""
+    loss = _known(gather(future.look.token_loss[rollouts.loss_mask.bool()]))
+    distance = _known(gather(future.candidates.distance))
+    found = future.candidates
+    from_student = 0 if method.student_window == "rollout" else int(found.ours.mask.sum())
+    generated_tokens = int(found.theirs.mask.sum()) + from_student
+    n_rollouts, n_candidates, n_forks, generated = gather(
+        torch.tensor(
+            [[len(rollouts), len(future.candidates), int(future.fork.sum()), generated_tokens]],
+            device=loss.device,
+            dtype=torch.float64,
+        )
+    ).sum(0)
+    metrics = {
+        "token_loss/mean": loss.mean(),
+        **{f"token_loss/q{q}": _quantile(loss, q / 100) for q in (50, 90, 99)},
+        "candidates/per_rollout": n_candidates / n_rollouts,
+        **{f"distance/q{q}": _quantile(distance, q / 100) for q in (25, 50, 75)},
+        "forks/per_rollout": n_forks / n_rollouts,
+        "forks/threshold": torch.tensor(future.threshold),
+        "windows/tokens": generated,
+    }
+    if len(distance):
+        metrics["false_alarm_share"] = 1 - n_forks / len(distance)
+    if future.look.low_loss is not None:
+        metrics["forks/low_loss_q50"] = _quantile(_known(gather(future.look.low_loss.distance)), 0.5)
+    if guided is not None:
+        share = _known(gather(own_share(guided)))
+        metrics["guidance/positions"] = torch.tensor(float(len(share)))
+        if guided.context == "student":
+            metrics["guidance/own_token_share"] = share.mean()
+    numbers = torch.stack([value.to(loss.device, torch.float64) for value in metrics.values()])
+    return dict(zip(metrics, numbers.tolist(), strict=True))  # the host waits for the device once
+
+
+def _known(values: Tensor) -> Tensor:
+    return values[~values.isnan()]
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """Linear interpolation; NaN of nothing. (torch.quantile is limited to 16 million values.)"""
+    if len(values) == 0:
+        return torch.tensor(torch.nan)
+    ordered = values.float().sort().values
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def audit_records(

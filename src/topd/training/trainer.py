@@ -29,7 +29,8 @@ from topd.runs.non_finite import StopOnNonFiniteGradient, naming_nan_in_sampling
 from topd.runs.recorded import PAPER, RecordedTrainer
 from topd.runs.reused_rollouts import ReusedRollouts
 from topd.runs.rollback import RollbackTrainer
-from topd.teachers.from_options import check_without_weights, teacher_server, teacher_windows
+from topd.teachers.from_options import check_without_weights, teacher_server
+from topd.teachers.server_windows import connect
 from topd.training.budget import CandidateBudget
 from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
@@ -44,10 +45,9 @@ from topd.training.guidance import (
 )
 from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters, sampled_log_probs
 from topd.training.method import Method, StepContext
-from topd.training.models import BothModels, OwnRollouts
+from topd.training.models import OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
-from topd.training.teacher_prompts import TeacherPrompts
 
 logger = get_logger(__name__)
 
@@ -58,8 +58,7 @@ OLD = "old_log_probs"
 
 
 class TOPDTrainer(
-    RecordedTrainer, RollbackTrainer, StepLog, BothModels, OwnRollouts, ReusedRollouts, HeldOutAccuracy,
-    TeacherPrompts, DistillationTrainer,
+    RecordedTrainer, RollbackTrainer, StepLog, OwnRollouts, ReusedRollouts, HeldOutAccuracy, DistillationTrainer
 ):  # fmt: skip
     """On-policy distillation with near-future guidance (TOPD, arXiv:2606.00305).
 
@@ -92,9 +91,6 @@ class TOPDTrainer(
     _name = "TOPD"
     _paper = PAPER
 
-    args: TOPDConfig
-    model: Any
-    teacher_model: Any
     _several_teachers = False
 
     def __init__(
@@ -139,12 +135,12 @@ class TOPDTrainer(
                 "without prefix_weight_max."
             )
         self._check_rollouts()
-        self._refuse_prompts_beside_images()
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
             rows = head_rows(self.model)
-            self._use_server(teacher_windows(server, args, self._tokenizer, self.eos_token_ids, rows))
+            served_as = args.teacher_server_model
+            self._use_server(connect(server, self._tokenizer, self.eos_token_ids, served_as, vocabulary=rows))
         self._stage = Stopwatch()
         self._budget = (
             CandidateBudget(args.max_overhead, args.recalibration_steps)
@@ -163,7 +159,8 @@ class TOPDTrainer(
             self._try_ways()
         nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))
         with self._stage("rollout"), nan:
-            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            own = self._own_entries(inputs)
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs) | own
         if self.model.training and self._share_of_step < 1:
             batch["num_items_in_batch"] = batch["num_items_in_batch"] * self._share_of_step
         if not (self.args.looks_ahead and self.model.training):
@@ -195,7 +192,8 @@ class TOPDTrainer(
             guided = guided_windows(future.chosen, method)
             if method.guidance_context == "teacher":
                 with self._stage("scoring"), self.compute_loss_context_manager():
-                    guided = replace(guided, teacher_hidden=teacher.hidden_in_windows(rollouts, guided.branches))
+                    theirs = teacher.hidden_in_windows(rollouts.as_teacher_reads, guided.branches)
+                guided = replace(guided, teacher_hidden=theirs)
             num_forks = self.accelerator.gather(guided.targets.guided.any(-1).sum()).sum().clamp(min=1)
             batch |= pack(guided) | {"num_forks": num_forks * self._share_of_step}
 
@@ -209,7 +207,8 @@ class TOPDTrainer(
             return {}
         with self._stage("scoring"), self.compute_loss_context_manager():
             rollouts = rollouts_of(batch)
-            entries: dict[str, Any] = pack_states(self._teacher().prefill(rollouts, keep_prefix=False).states)
+            theirs = self._teacher().prefill(rollouts.as_teacher_reads, keep_prefix=False)
+            entries: dict[str, Any] = pack_states(theirs.states)
             if self.args.prefix_weight_max is not None and self.model.training:
                 student = self._student()
                 hidden = student.prefill(rollouts, keep_prefix=False).hidden[rollouts.loss_mask.bool()]

@@ -20,19 +20,12 @@ from topd.warmstart.solutions import clean, write_solutions
 
 @dataclass(frozen=True)
 class GenerateRun:
-    """What to generate.
+    """What to generate."""
 
-    Attributes:
-        teacher: record of the model: name, fingerprint, engine, dtype.
-        data: the source of the prompts, as given.
-        samples: responses per prompt.
-        filter: keep only right answers by this rule (see `evaluation.answers`); None keeps all.
-    """
-
-    teacher: dict[str, Any]
-    data: str
-    samples: int = 1
-    filter: Any = None
+    teacher: dict[str, Any]  # record of the model: name, fingerprint, engine, dtype
+    data: str  # the source of the prompts, as given
+    samples: int = 1  # responses per prompt
+    filter: Any = None  # keep only right answers by this rule (see `evaluation.answers`); None keeps all
     sampling: Sampling = Sampling()
 
 

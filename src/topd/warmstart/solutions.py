@@ -7,7 +7,7 @@ from typing import Any
 
 from topd.errors import DataError, TOPDError
 from topd.loading.data import PLAIN, Source, load_prompts, source_name
-from topd.loading.rows import DataForm, has_half_character
+from topd.loading.rows import DataForm, has_half_character, read_flag
 from topd.runs.files import replacing, write_records
 
 
@@ -16,14 +16,9 @@ def clean(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows for training, and counts of kept and dropped responses.
 
-    Args:
-        records: with `prompt`, `text` and `truncated`.
-        answers: the wanted answer of each record, None if unknown.
-        rule: keep only right answers by this rule (see `evaluation.answers`); None keeps all responses.
-
-    Returns:
-        Rows with `prompt`, `completion`, `truncated` and, if known, `answer`: without repeated or blank responses and,
-        with a rule, without wrong ones.
+    `records` have `prompt`, `text` and `truncated`; `answers` are the wanted answer of each, None if unknown. `rule`:
+    keep only right answers by this rule (see `evaluation.answers`); None: all. Rows have `prompt`, `completion`,
+    `truncated` and, if known, `answer`; repeated and blank responses are left out, and with a rule wrong ones.
     """
     from topd.evaluation.answers import verdict
 
@@ -72,18 +67,14 @@ def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
 def load_solutions(
     source: Source, *, split: str = "train", limit: int | None = None, truncated: bool = False, form: DataForm = PLAIN
 ) -> Any:
-    """Prompts and completions in TRL's form, text or messages, from any source of `topd.loading.data`.
+    """Prompts and completions in TRL's form, text or messages, from any source that `load_prompts` takes.
 
-    Args:
-        source, split, limit, form: see `load_prompts`.
-        truncated: keep responses that the length limit truncated. They would teach the student to stop there, because
-            every completion gets an end token.
+    `truncated`: keep responses that the length limit truncated. They would teach the student to stop there, because
+    every completion gets an end token.
 
     Raises:
         DataError: a row is broken, or none is left.
     """
-    from topd.loading.rows import read_flag
-
     data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag}, form=form)
     kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Dropping truncated solutions")
     if not len(kept):

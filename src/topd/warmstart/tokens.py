@@ -19,12 +19,9 @@ def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_o
     """Convert `prompt` and `completion` to `input_ids` and `labels`: the ids that generation would read and write.
 
     Prompts are text or messages; a completion is text, or one assistant message. Other datasets are returned unchanged.
-
-    Args:
-        dataset: of `datasets`, also a streamed one.
-        ends: ids that end a response.
-        completion_only: whether the loss excludes the prompt.
-        template: options of the chat template for every row; a row's own `chat_template_kwargs` override them.
+    `dataset`: of `datasets`, also a streamed one. `ends`: ids that end a response. `completion_only`: whether
+    the loss excludes the prompt. `template`: options of the chat template for every row; a row's own
+    `chat_template_kwargs` override them.
 
     Raises:
         TOPDError: there is no end token.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 from trl import SFTTrainer
-from trl.models.utils import _ForwardRedirection, prepare_deepspeed
+from trl.models.utils import _ForwardRedirection
 
 from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError
@@ -18,9 +18,7 @@ from topd.loading.dataset_checks import check_one
 from topd.loading.models import model_to_train, names_of
 from topd.loading.pair import load, loaded_teacher
 from topd.loading.precision import watch_rounding
-from topd.loading.sharding import shard_teacher
 from topd.loading.shared_base import refuse_two_adapters
-from topd.loading.tokenizers import compare_tokenizers
 from topd.logs import get_logger
 from topd.near_future.generation import end_token_ids
 from topd.near_future.kernels import loss_on_device
@@ -91,7 +89,7 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         if args.distils:
             self._refuse_unsupported()
             self._forward_redirection = _ForwardRedirection()
-            self.teacher_model = self._prepared(self._loaded(teacher_model))
+            self.teacher_model = loaded_teacher(self, teacher_model, args.teacher_model_revision)
 
     def _refuse_unsupported(self) -> None:
         parallel = self.accelerator.parallelism_config
@@ -127,24 +125,6 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         if warning:
             logger.warning(warning)
 
-    # The teacher
-
-    def _loaded(self, teacher: Any) -> Any:
-        """The teacher, frozen, so that FSDP does not keep a float32 copy of it."""
-        trust, revision = self.args.trust_remote_code, self.args.teacher_model_revision
-        note = compare_tokenizers(self._tokenizer, teacher, trust, revision)
-        if note:
-            logger.warning(note)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return loaded_teacher(self.model, teacher, self.args, revision, sharded)
-
-    def _prepared(self, teacher: Any) -> Any:
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        if self.is_fsdp_enabled:
-            return shard_teacher(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
-
     # The loss
 
     def compute_loss(
@@ -179,10 +159,13 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         return result.loss, torch.stack([result.token_loss.sum(), result.nll.sum()])
 
     def _states(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Hidden states under autocast, which the redirected forward pass has left."""
-        device = inputs["input_ids"].device.type
+        """[row, position, width] states that predict each token of a row but the first; also for packed rows.
+
+        Under autocast, which the redirected forward pass has left.
+        """
+        device, given = inputs["input_ids"].device.type, {k: v for k, v in inputs.items() if k != "labels"}
         with self.accelerator.autocast():
-            states = predicting_states(backbone_of(model), inputs)
+            states: Tensor = backbone_of(model)(**given, use_cache=False).last_hidden_state[:, :-1]
             return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
     def _record(self, sums: Tensor) -> None:
@@ -213,13 +196,6 @@ def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | 
         return GenerationConfig.from_pretrained(weights_of(model), revision=given.get("revision") or "main")
     except OSError:
         return None
-
-
-def predicting_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """[row, position, width] states that predict each token of a row but the first; also for packed rows."""
-    given = {name: value for name, value in inputs.items() if name != "labels"}
-    states: Tensor = backbone(**given, use_cache=False).last_hidden_state
-    return states[:, :-1]
 
 
 def count_inputs(inputs: dict[str, Any]) -> Tensor:
