@@ -172,6 +172,16 @@ def _bare(prompt: Any, name: str) -> str:
     return text
 
 
+def text_of(prompt: Any) -> str:
+    """A prompt's text; of messages the last one's."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def question(prompt: Any) -> str:
+    """A prompt's text without the instruction that asks for a box."""
+    return text_of(prompt).removesuffix(INSTRUCTION).strip()
+
+
 def _without_zeros(answer: str) -> str:
     """025 -> 25: the harness compares strings, and its datasets have no leading zeros."""
     return str(int(answer)) if answer.strip().isdigit() else answer

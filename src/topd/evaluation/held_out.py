@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from topd.evaluation.accuracy import accuracy_interval
-from topd.evaluation.benchmarks import ProblemSet
+from topd.evaluation.benchmarks import ProblemSet, text_of
+
+T = TypeVar("T")
 
 RECORD_VERSION = 1
 """Of the responses that are kept."""
@@ -60,22 +62,21 @@ def kept_responses(
         records: as in `figures`.
         step: optimizer steps so far.
     """
-    count = len(problem_set.problems)
-    chosen = range(count) if count < KEPT_RESPONSES else [i * count // KEPT_RESPONSES for i in range(KEPT_RESPONSES)]
+    first = list(zip(problem_set.problems, records[::samples], strict=True))
     return [
         {
             "version": RECORD_VERSION,
             "step": step,
-            "problem": _text(problem_set.problems[place].prompt),
-            "response": records[place * samples]["text"],
-            "answer": problem_set.problems[place].answer,
-            "right": records[place * samples]["right"],
-            "ended": not records[place * samples]["truncated"],
+            "problem": text_of(problem.prompt),
+            "response": record["text"],
+            "answer": problem.answer,
+            "right": record["right"],
+            "ended": not record["truncated"],
         }
-        for place in chosen
+        for problem, record in spread(first, KEPT_RESPONSES)
     ]
 
 
-def _text(prompt: Any) -> str:
-    """A problem's text; of messages the last one's."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+def spread(items: list[T], count: int) -> list[T]:
+    """`count` of the items at equal distances, or all if there are fewer."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items

@@ -82,7 +82,7 @@ class OwnTask:
     """
 
     def __init__(self, plan: StudyPlan) -> None:
-        from topd.evaluation.benchmarks import load_benchmark
+        from topd.evaluation.benchmarks import load_benchmark, question
         from topd.loading.data import load_prompts
 
         self.plan = plan
@@ -143,11 +143,3 @@ class OwnTask:
             verdict(answers[place].text, problem.answer, self.rules[problem.id]).right
             for place, problem in enumerate(problems)
         ]
-
-
-def question(prompt: Any) -> str:
-    """The question of a prompt (text or messages), without the instruction that a benchmark adds."""
-    from topd.evaluation.benchmarks import BOXED
-
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return str(text).removesuffix(BOXED.format(problem="")).strip()
