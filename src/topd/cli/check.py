@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     return {"ok": 0, "warning": 1 if own.strict else 0, "error": 2}[worst(findings)]
 
 
-def parsed(argv: list[str]) -> tuple[Any, Any, Any]:
+def parsed(argv: Sequence[str]) -> tuple[Any, Any, Any]:
     """The options of `topd train`, on the CPU where there is no CUDA device."""
     import torch
 

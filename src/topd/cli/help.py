@@ -14,7 +14,6 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SHORT = {
-    "adam_beta2": "Second beta of AdamW",
     "attn_implementation": "Attention: sdpa, flash_attention_2, ...",
     "bf16": "Compute in bfloat16",
     "chat_template_kwargs": 'Arguments of the chat template, such as {"enable_thinking": false}',
@@ -42,7 +41,6 @@ SHORT = {
     "num_train_epochs": "Passes over the data",
     "output_dir": "Folder of the run (also --out)",
     "packing": "Pack several solutions into a row",
-    "per_device_eval_batch_size": "Rows per process in an evaluation",
     "per_device_train_batch_size": "Rows per process and batch",
     "prefix_weight_max": "Limit of a stored prefix's weight, with several updates per batch of rollouts",
     "push_to_hub": "Upload the trained model to the Hub",
@@ -66,7 +64,6 @@ SHORT = {
     "use_vllm": "Sample with vLLM",
     "vllm_mode": "colocate: in this process; server: as started by trl vllm-serve",
     "warmup_steps": "Warm-up of the learning rate: steps, or a share below 1",
-    "weight_decay": "Weight decay",
 }
 """One line for options whose help, of TRL and transformers or ours, does not begin with one."""
 

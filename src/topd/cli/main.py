@@ -101,7 +101,3 @@ def parser() -> Parser:
             command.set_defaults(run=module.run)
             module.add_options(command)
     return top
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from topd.cli.check import parsed
 from topd.cli.data_options import add_form_options, form_of, source_of
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
@@ -173,11 +174,7 @@ def recipe_options(file: str) -> dict[str, Any]:
     Raises:
         TOPDError: it cannot be read, or holds what `topd train` would refuse.
     """
-    import torch
-
-    from topd.cli.train import parse
-
-    data, config, model = parse(["--config", file, *([] if torch.cuda.is_available() else ["--use_cpu", "true"])])
+    data, config, model = parsed(["--config", file])
     return {
         "student": model.model_name_or_path,
         "teacher": config.teacher_model_name_or_path,

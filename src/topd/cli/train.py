@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topd.cli.data_options import FormArguments, form_of
 from topd.cli.help import Page
-from topd.cli.options import begin, data_source, parse_options, prompts, resume_from, start_record
+from topd.cli.options import data_source, parse_options, prompts, resume_from, run_training, start_record
 from topd.embedded.task import DATA
 from topd.errors import DataError, TOPDError
-from topd.runs.guard import guarded
-from topd.runs.sole_writer import sole_writer
 from topd.visible import visible
 
 if TYPE_CHECKING:
@@ -87,19 +84,7 @@ def page() -> Page:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    from topd.runs.checkpoints import check_writable
-    from topd.runs.console import hide_progress_bars
-
-    hide_progress_bars()
-    status = begin(page(), argv, kinds())
-    if status is not None:
-        return status
-    data, config, model = parse(argv)
-    check_writable(config)
-    folder = Path(config.output_dir)
-    with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
-        _train(("train", *argv), data, config, model)
-    return 0
+    return run_training(argv, page, kinds, _train)
 
 
 def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -> None:
@@ -208,8 +193,7 @@ def load(data: DataArguments, config: Any) -> Any:
         return prompts(data.data, data.data_split, data.data_limit, also=also, form=form_of(data))
     from topd.loading.data import stream_prompts
 
-    source: Any = data.data
-    return stream_prompts(source, split=data.data_split, limit=data.data_limit, also=also, form=form_of(data))
+    return stream_prompts(data.data, split=data.data_split, limit=data.data_limit, also=also, form=form_of(data))
 
 
 def evaluation_prompts(data: DataArguments) -> Any:

@@ -20,9 +20,9 @@ from topd.evaluation.engines import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
 from topd.runs.console import progress
-from topd.runs.files import append_records
+from topd.runs.files import append_records, write_json
 from topd.runs.provenance import versions
-from topd.runs.records import earlier_records, write_options
+from topd.runs.records import earlier_records
 
 _WEIGHTS = (
     "*.safetensors",
@@ -59,9 +59,6 @@ def labelled_models(names: list[str]) -> dict[str, str]:
     """
     pairs = [label_and_source(name) for name in names]
     models = dict(pairs)
-    for label, source in pairs:
-        if label in ("", ".", ".."):
-            raise TOPDError(f"--model {source}: its results need a name other than {label!r}. Write NAME={source}.")
     if len(models) < len(pairs):
         raise TOPDError(
             f"Two models have the same label ({', '.join(label for label, _ in pairs)}). Name them: "
@@ -115,14 +112,6 @@ class EvalRun:
         return {"version": 1, **named, **self.model, **asdict(self.sampling), "problems": problems}
 
 
-def samples_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}{SAMPLES}"
-
-
-def settings_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}{SETTINGS}"
-
-
 def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, console: Console) -> None:
     """Sample and judge the missing ones of `samples` responses per problem.
 
@@ -130,11 +119,11 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
         TOPDError: the folder holds samples with other settings, or the engine cannot respond.
     """
     name, problems = run.problem_set.name, run.problem_set.problems
-    file = samples_file(folder, name)
+    file, settings_file = folder / f"{name}{SAMPLES}", folder / f"{name}{SETTINGS}"
     requests = requests_of(run.problem_set, range(len(problems)), samples, run.chat)
     settings = run.settings()
-    records = earlier_records(file, settings_file(folder, name), settings, needs=RECORD_KEYS, may_change="")
-    write_options(settings_file(folder, name), settings | {"versions": versions(DECISIVE)})
+    records = earlier_records(file, settings_file, settings, needs=RECORD_KEYS, may_change="")
+    write_json(settings | {"versions": versions(DECISIVE)}, settings_file)
     places = {problem.id: place for place, problem in enumerate(problems)}
     done = {r["sample"] * SAMPLE_STRIDE + places[r["problem"]] for r in records if r["problem"] in places}
     missing = [request for request in requests if request.number not in done]

@@ -50,28 +50,20 @@ def _response(record: Mapping[str, Any]) -> HeldOutResponse:
     )
 
 
-@dataclass(frozen=True)
-class ResponsesTable:
-    """What the page shows of one arm: (problem, response, wanted answer, verdict) in each row."""
-
-    title: str
-    rows: Sequence[tuple[str, str, str, str]]
-
-
-def responses_tables(arms: Sequence[Arm]) -> list[ResponsesTable]:
-    """A table of each arm that has responses."""
-    return [_table(arm, f"{arm.name}, " if len(arms) > 1 else "") for arm in arms if arm.responses]
-
-
-def _table(arm: Arm, of: str) -> ResponsesTable:
-    rows = [(_shown(each.problem), _shown(each.response), each.answer, _verdict(each)) for each in arm.responses]
-    return ResponsesTable(
-        f"{of}{plural(len(rows), 'response')} to held-out problems, step {arm.responses[0].step}", rows
-    )
-
-
-def _verdict(response: HeldOutResponse) -> str:
-    return ("right" if response.right else "wrong") + ("" if response.ended else ", truncated")
+def responses_tables(arms: Sequence[Arm]) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """Of each arm that has responses, a title and rows of problem, response, wanted answer and verdict."""
+    tables = []
+    for arm in arms:
+        rows = [
+            (_shown(each.problem), _shown(each.response), each.answer,
+             ("right" if each.right else "wrong") + ("" if each.ended else ", truncated"))
+            for each in arm.responses
+        ]  # fmt: skip
+        if rows:
+            of = f"{arm.name}, " if len(arms) > 1 else ""
+            step = arm.responses[0].step
+            tables.append((f"{of}{plural(len(rows), 'response')} to held-out problems, step {step}", rows))
+    return tables
 
 
 def _shown(text: str) -> str:

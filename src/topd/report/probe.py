@@ -11,7 +11,7 @@ from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.report.distances import groups_figure, readings_figure, scatter
 from topd.report.elements import Group, Section, Table, decimals, numbers, percent, value_with_interval
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_lines, read_object
-from topd.report.rollouts import Point, Rollout, candidate_of, point_of, rollout_of, visible
+from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of, visible
 
 MOST_TOKENS = 24
 
@@ -29,7 +29,7 @@ class ProbeRecords:
 
     result: Mapping[str, Any]
     distances: dict[str, dict[str, list[float]]]
-    points: list[Point] = field(default_factory=list)
+    points: list[Candidate] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
 
 

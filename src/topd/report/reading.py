@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from topd.errors import TOPDError
 from topd.parsing import read_yaml
-from topd.visible import visible
+from topd.visible import visible as clean
 
 RECORD_VERSION = 1
 """The newest version of the records that is understood here."""
@@ -114,8 +114,3 @@ def strings(values: Any) -> tuple[str, ...]:
 def plan(values: Any) -> tuple[tuple[int, int, float], ...]:
     """(student position, teacher position, mass) of a transport plan's entries."""
     return tuple((int(i), int(j), mass) for i, j, value in values or () if (mass := number(value)))
-
-
-def clean(value: Any) -> str:
-    """Text that any page can hold."""
-    return visible(value)

@@ -29,7 +29,7 @@ from topd.report.reading import (
     read_object,
     read_run_file,
 )
-from topd.report.rollouts import Point, Rollout, candidate_of, point_of, rollout_of
+from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of
 from topd.report.study import load_study
 from topd.teachers.server_address import without_secrets
 
@@ -58,7 +58,7 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
-    points: list[Point] = field(default_factory=list)
+    points: list[Candidate] = field(default_factory=list)
     audited: int = 0
     responses: list[HeldOutResponse] = field(default_factory=list)
 
@@ -164,9 +164,10 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     Raises:
         ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.
     """
-    folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder. Give the output folder of a run.")
+        raise ReportError(
+            f"{folder}: there is no such folder. Give one that topd demo, train, eval, study, probe or correct wrote."
+        )
     notes: list[str] = []
     results = read_object(folder / "results.json", notes)
     check_version(results, folder / "results.json")

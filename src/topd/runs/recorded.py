@@ -19,7 +19,7 @@ from topd.errors import ResumeError
 from topd.logs import get_logger
 from topd.runs import provenance
 from topd.runs.checkpoints import AUTO, newest_whole, refuse_second_run, saving
-from topd.runs.console import give_header, header_lines
+from topd.runs.console import data_in_words, give_header, header_lines, models_in
 from topd.runs.provenance import compared
 
 logger = get_logger(__name__)
@@ -232,9 +232,9 @@ def complete_card(folder: Path, options: Mapping[str, Any], changed: list[str], 
 
 def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> str:
     """The run as Markdown: models, data, precision, versions, and the options that were set."""
-    data, models = provenance["data"], {role: part for role, part in provenance.items() if _is_model(part)}
+    models = models_in(provenance)
     rows = {role: f"`{_name(model)}`, {model['parameters']:,} parameters" for role, model in models.items()}
-    rows["data"] = f"{_cell(options.get('data') or 'a dataset')}, {_count(data['rows'])}, digest `{data['digest']}`"
+    rows["data"] = f"{data_in_words(options, provenance)}, digest `{provenance['data']['digest']}`"
     rows["precision"] = ", ".join(f"{name}: {value}" for name, value in provenance["precision"].items())
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
@@ -245,17 +245,9 @@ def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapp
     )
 
 
-def _is_model(part: Any) -> bool:
-    return isinstance(part, Mapping) and "weights" in part
-
-
 def _name(model: Mapping[str, Any]) -> str:
     revision = f" at {model['revision']}" if model["revision"] else ""
     return f"{model['name']}{revision}".replace("`", "")
-
-
-def _count(rows: int | None) -> str:
-    return "a stream" if rows is None else f"{rows:,} rows"
 
 
 def _cell(text: Any) -> str:

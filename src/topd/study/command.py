@@ -187,7 +187,7 @@ def _gpus() -> list[str]:
 
 
 def _begin_worker(free: Any) -> None:
-    """Start a worker, before it imports torch: it ends with the study, and gets one GPU if there are any."""
+    """Start a worker, before it uses a GPU: it ends with the study, and gets one GPU if there are any."""
     Thread(target=_end_with_study, daemon=True).start()
     if not free.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = free.get()

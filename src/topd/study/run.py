@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
 from topd.runs.files import write_json
 from topd.study.config import ArmPlan, StudyPlan
 from topd.study.tasks import Task, task_of
@@ -59,9 +62,7 @@ def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
 
 def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Train, answer, write and return the record."""
-    import torch
     from datasets import Dataset
-    from transformers import PrinterCallback
 
     from topd.loading.by_name import load_by_name
     from topd.runs.console import silence_libraries
@@ -86,7 +87,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         )  # fmt: skip
         curve = Curve(plan, task, tokenizer, asks=job.held_out)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(curve.callback)
+        trainer.add_callback(curve)
         trainer.train()
         asked = task.held_out() if job.held_out else task.tuning()
         right = {"sampled": task.right(trainer.model, tokenizer, asked, sampled=True)}
@@ -150,8 +151,6 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
 
 def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
     """The run's `TOPDConfig`."""
-    import torch
-
     from topd.training import TOPDConfig
 
     quiet: dict[str, Any] = {
@@ -163,34 +162,27 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
     return TOPDConfig(str(folder), **quiet | plan.options | job.options | {"max_steps": job.steps, "seed": job.seed})
 
 
-class Curve:
+class Curve(TrainerCallback):
     """Greedy accuracy by steps, generated tokens and seconds of training, without the time for answering.
 
     Without a GPU, seconds are CPU time of one thread, so that other load on the machine does not count.
     """
 
     def __init__(self, plan: StudyPlan, task: Task, tokenizer: Any, asks: bool = True) -> None:
-        import torch
-        from transformers import TrainerCallback
-
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
         self.task, self.tokenizer, self.every = task, tokenizer, plan.curve_every
         self.problems = task.curve() if asks else []
         self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-        outer = self
 
-        class Callback(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                outer.add_point(state, kwargs["model"])
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.add_point(state, kwargs["model"])
 
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                outer.seconds += outer.clock() - outer.resumed
-                if state.global_step % outer.every == 0:
-                    outer.add_point(state, kwargs["model"])
-                outer.resumed = outer.clock()
-
-        self.callback = Callback()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += self.clock() - self.resumed
+        if state.global_step % self.every == 0:
+            self.add_point(state, kwargs["model"])
+        self.resumed = self.clock()
 
     def add_point(self, state: Any, model: Any) -> None:
         """Add a point, if the curve has problems."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from topd.errors import TOPDError
+from topd.evaluation.tables import open_table
 from topd.runs.files import read_json
 from topd.study.config import REFERENCE
 from topd.study.summary import answers, difference_key, summarise
@@ -50,9 +50,8 @@ def study_table(result: Mapping[str, Any], how: str, against: str = REFERENCE) -
     """The table for a terminal."""
     problems = result["plan"]["held_out"]
     title = f"{how}, {problems} held-out problems, 95 % intervals over seeds and problems"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    columns = ("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s")
+    table = open_table(columns, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for row in study_rows(result, how, against):
         table.add_row(*row)
     return table
