@@ -143,11 +143,7 @@ def evaluation(setup: Setup) -> Finding | None:
 
 
 def benchmark(setup: Setup) -> Finding | None:
-    """Whether the held-out problems can be read and answered, and are not trained on.
-
-    Raises:
-        TOPDError: they cannot.
-    """
+    """Whether the held-out problems are not trained on. Raises `TOPDError` if they cannot be read and answered."""
     config = setup.config
     problem_set = problems_of(config)
     if problem_set is None:
@@ -215,11 +211,7 @@ PATIENCE = 10.0
 
 
 def server(setup: Setup) -> Finding | None:
-    """Whether the server serves the teacher, tokenizes text as the student does, and returns token ids.
-
-    Raises:
-        TOPDError: it does not.
-    """
+    """Raises `TOPDError` unless the server serves the teacher, tokenizes as the student does, and returns token ids."""
     if setup.config.teacher_model_server_url is None:
         return None
     if not setup.teacher_here:

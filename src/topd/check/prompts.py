@@ -78,11 +78,7 @@ def batch(setup: Setup) -> Finding:
 
 
 def context(setup: Setup) -> Finding:
-    """Whether prompt + response + window fit both models' contexts.
-
-    Raises:
-        ContextError: they do not.
-    """
+    """Raises `ContextError` unless prompt + response + window fit both models' contexts."""
     config, tokenizer = setup.config, setup.student.tokenizer
     longest = max(setup.sample.values(), key=len)
     response, window = config.max_completion_length or 0, config.window_length if config.looks_ahead else 0

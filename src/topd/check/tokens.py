@@ -23,11 +23,7 @@ TEXTS = (
 
 
 def vocabulary(setup: Setup) -> Finding:
-    """Whether every token, including added ones, has the same id in both tokenizers.
-
-    Raises:
-        TokenizerMismatchError: one has not.
-    """
+    """Raises `TokenizerMismatchError` unless every token, also an added one, has the same id in both tokenizers."""
     check_tokenizers(setup.student.tokenizer, setup.teacher.tokenizer)
     return ok(f"the same {len(setup.student.tokenizer.get_vocab()):,} tokens with the same ids")
 
@@ -51,11 +47,7 @@ def texts(setup: Setup) -> Finding:
 
 
 def heads(setup: Setup) -> Finding:
-    """Whether each output head has a row for every token. Heads padded to different sizes are cut.
-
-    Raises:
-        TokenizerMismatchError: tokens have no row.
-    """
+    """How heads that are padded to different sizes are cut. Raises `TokenizerMismatchError` if a token has no row."""
     needed = 1 + max(setup.student.tokenizer.get_vocab().values())
     rows = [int(model.text_config.vocab_size) for model in setup.pair]
     note = check_rows(setup.student.tokenizer, *rows)

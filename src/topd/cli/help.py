@@ -153,11 +153,7 @@ def _entry(name: str, text: str) -> list[str]:
 
 
 def _text(kind: Any, option: Field[Any], short: str | None) -> str:
-    """What an option is, and its default.
-
-    Args:
-        short: one line for it; "": the first clause of its help; None: its whole help.
-    """
+    """What an option is, and its default. `short`: one line; "": the first clause of its help; None: all of it."""
     told = str(option.metadata.get("help", "")).replace("%%", "%")
     hint = get_type_hints(kind)[option.name]
     if short is not None:

@@ -72,12 +72,7 @@ INSTEAD = {
 
 
 def known_name(name: str, known: Collection[str], program: str) -> str:
-    """The known spelling of an option.
-
-    Args:
-        name: as typed, without its dashes.
-        known: names with underscores.
-        program: its name, for the message.
+    """The known spelling of an option that is typed as `--name`. `known`: names with underscores.
 
     Raises:
         TOPDError: the option is unknown; the message says what to write, or suggests close names.

@@ -169,11 +169,7 @@ class FromRecipe(argparse.Action):
 
 
 def recipe_options(file: str) -> dict[str, Any]:
-    """Options of the analyses by their names, from a YAML file of `topd train`.
-
-    Raises:
-        TOPDError: it cannot be read, or holds what `topd train` would refuse.
-    """
+    """Options of the analyses by their names, from a YAML file that `topd train` takes."""
     data, config, model = parsed(["--config", file])
     return {
         "student": model.model_name_or_path,

@@ -166,8 +166,7 @@ def kinds() -> tuple[Any, Any, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     """The options of `topd train`."""
-    parsed: tuple[DataArguments, Any, Any] = parse_options(argv, kinds(), "topd train")
-    return parsed
+    return parse_options(argv, kinds(), "topd train")
 
 
 # The data
@@ -212,9 +211,7 @@ def setups_of(
     """What is known about a run without weights: by the teacher's name in the data, "" for a single teacher.
 
     Args:
-        data, config, model: as `parse` returns them.
         dataset, evaluation: the prompts, and those of the evaluation loss, if they are loaded already.
-        teacher_here: see `Setup`.
 
     Raises:
         TOPDError: something cannot be read.
@@ -283,11 +280,7 @@ def _evaluation(data: Any) -> int | DataError | None:
 
 
 def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation: Any = None) -> None:
-    """The quick checks with which `topd train` begins: warnings are printed, errors stop it.
-
-    Raises:
-        TOPDError: at least one error.
-    """
+    """The quick checks with which `topd train` begins: warnings are printed, errors raise `TOPDError`."""
     from topd.check.checks import quick_findings
     from topd.check.findings import errors_message, worst
 

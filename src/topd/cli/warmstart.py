@@ -128,8 +128,7 @@ def kinds() -> tuple[Any, Any, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
     """The options of `topd warmstart`."""
-    parsed: tuple[SolutionArguments, Any, Any] = parse_options(argv, kinds(), "topd warmstart")
-    return parsed
+    return parse_options(argv, kinds(), "topd warmstart")
 
 
 def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:

@@ -95,6 +95,11 @@ def decimals(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
+def share(value: float | None) -> str:
+    """In percent, with one decimal."""
+    return decimals(None if value is None else 100 * value, 1)
+
+
 def plain(value: float) -> str:
     """One decimal."""
     return decimals(value, 1)

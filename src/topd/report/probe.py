@@ -9,7 +9,7 @@ from typing import Any
 
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.report.distances import groups_figure, readings_figure, scatter
-from topd.report.elements import Group, Section, Table, decimals, numbers, percent, value_with_interval
+from topd.report.elements import Group, Section, Table, decimals, numbers, percent, share, value_with_interval
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_lines, read_object
 from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of, visible
 
@@ -142,9 +142,9 @@ def _quantities(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def _variant(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     groups = mapping(found.get("groups"))
     medians = [decimals(number(mapping(groups.get(group)).get("median"))) for group in GROUPS]
-    share = number(mapping(found.get("false_alarm_share")).get("value"))
+    alarms = number(mapping(found.get("false_alarm_share")).get("value"))
     values = [decimals(number(mapping(found.get(key)).get("value"))) for key in ("pearson", "spearman")]
-    return (name, *medians, decimals(None if share is None else 100 * share, 1), *values)
+    return (name, *medians, share(alarms), *values)
 
 
 def _tokens(result: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:

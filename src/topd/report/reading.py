@@ -39,11 +39,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, shown_as: str, notes: list[str], convert: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """The records of a JSON-lines file; broken lines are counted.
-
-    Raises:
-        ReportError: a record is newer than `RECORD_VERSION`.
-    """
+    """The records of a JSON-lines file; broken lines are counted. Raises `ReportError` as `check_version` does."""
     if not path.is_file():
         return
     broken = 0
@@ -76,11 +72,7 @@ def read_run_file(folder: Path, notes: list[str]) -> tuple[Mapping[str, Any], Ma
 
 
 def check_version(record: Mapping[str, Any], path: Path, newest: int = RECORD_VERSION) -> None:
-    """Refuse what a newer version wrote: it would be misread. `newest`: that is understood, with all before it.
-
-    Raises:
-        ReportError: with what to install.
-    """
+    """Raise `ReportError` for what a version after `newest` wrote: it would be misread."""
     version = record.get("version", RECORD_VERSION)
     if version not in range(RECORD_VERSION, newest + 1):
         raise ReportError(

@@ -155,11 +155,7 @@ class Run:
 
 
 def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: see the module.
-        keep: at least so many candidates of each arm stay with their windows, newest steps first.
+    """Read a run folder. At least `keep` candidates of each arm stay with their windows, newest steps first.
 
     Raises:
         ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.

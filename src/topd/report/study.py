@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from topd.report.elements import Figure, Group, Section, Table, decimals, joined, p_value, signed, span
+from topd.report.elements import Figure, Group, Section, Table, joined, p_value, share, signed, span
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
 from topd.report.svg import BLUE, INK, Drawing, Estimate, drawing, forest
 from topd.version import STUDY_VERSION
@@ -114,7 +114,7 @@ def _tried(scores: Sequence[Mapping[str, Any]], tuned: Mapping[str, Any]) -> lis
     for each in scores:
         accuracy, choice = number(each.get("accuracy")), mapping(each.get("choice"))
         words = joined({clean(key): clean(value) for key, value in choice.items()})
-        found.append((words, decimals(None if accuracy is None else 100 * accuracy, 1), choice == tuned))
+        found.append((words, share(accuracy), choice == tuned))
     return found
 
 

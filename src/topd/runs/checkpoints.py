@@ -151,11 +151,7 @@ def checkpoint_to_resume(
 ) -> tuple[Path, list[str]]:
     """The checkpoint to resume from: the newest whole one (True) or a named one; and a line about each skipped one.
 
-    Args:
-        thorough: see `damage`.
-
-    Raises:
-        ResumeError: there is no whole checkpoint, or the named one is not whole.
+    `thorough`: see `damage`. Raises `ResumeError` if there is no whole checkpoint, or the named one is not whole.
     """
     if wanted is True:
         newest, skipped = newest_whole(run_folder, thorough)

@@ -93,13 +93,7 @@ def give_header(trainer: Any, header: Callable[[], Sequence[str]]) -> None:
 
 
 def header_lines(options: Mapping[str, Any], made_of: Mapping[str, Any], args: Any) -> list[str]:
-    """What a run trains, before its first step: pair, data, batch, precision.
-
-    Args:
-        options: every option of the run.
-        made_of: its record, as in `run.yaml`.
-        args: the trainer's configuration.
-    """
+    """What a run trains, before its first step: pair, data, batch, precision. `made_of`: its record in `run.yaml`."""
     lines = {}
     for role, model in models_in(made_of).items():
         partly = f" ({model['trained']:,} trained)" if 0 < model["trained"] < model["parameters"] else ""
@@ -130,11 +124,7 @@ def data_in_words(options: Mapping[str, Any], made_of: Mapping[str, Any]) -> str
 
 @contextmanager
 def loading(what: str, show: bool) -> Iterator[None]:
-    """Say that models are loaded, and how long it took; on a terminal with the libraries' bars.
-
-    Args:
-        show: whether this process prints.
-    """
+    """Say that models are loaded, and how long it took; on a terminal with the libraries' bars. Only with `show`."""
     import transformers
 
     started = time.monotonic()

@@ -176,13 +176,9 @@ class RecordedTrainer(Trainer):
 
 
 def apply_given(optimizer: Any, scheduler: Any, given: list[dict[str, Any]]) -> None:
-    """Restore an optimizer's own settings after a checkpoint has replaced them.
+    """Restore an optimizer's own settings, `given`, after a checkpoint has replaced its groups.
 
-    The learning rate follows from the schedule at the restored step.
-
-    Args:
-        scheduler: the optimizer's, at the checkpoint's step.
-        given: the optimizer's groups before the checkpoint was loaded.
+    The learning rate follows from the scheduler, which is at the checkpoint's step.
     """
     for group, settings in zip(optimizer.param_groups, given, strict=True):
         before = group.get("initial_lr")

@@ -130,11 +130,7 @@ class RollbackTrainer(ResumableTrainer):
 
 
 def random_states(device: torch.device) -> Callable[[], None]:
-    """Save the random states of this process: Python, NumPy, PyTorch on the CPU and on `device`.
-
-    Returns:
-        A function that restores them.
-    """
+    """A function that restores the random states of now: Python, NumPy, PyTorch on the CPU and on `device`."""
     python, numbers, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     own: Any = None if device.type == "cpu" else torch.get_device_module(device)
     on_device = None if own is None else own.get_rng_state()

@@ -22,7 +22,7 @@ from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import SCRATCH, Job, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise
-from topd.study.tables import print_tables
+from topd.study.tables import WAYS, print_tables
 from topd.study.tasks import task_of
 from topd.version import STUDY_VERSION
 from topd.visible import slug
@@ -98,8 +98,7 @@ def unequal(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def best(scores: list[dict[str, Any]]) -> dict[str, Any]:
     """The choice with the highest accuracy; the first of equal ones."""
-    found: dict[str, Any] = max(scores, key=lambda each: each["accuracy"])["choice"]
-    return found
+    return max(scores, key=lambda each: each["accuracy"])["choice"]
 
 
 def _accuracy(record: dict[str, Any]) -> float:
@@ -211,31 +210,32 @@ def _guarded(plan: StudyPlan, job: Job) -> Any:
 
 def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write `study.json` from the records so far. The answers of a seed are a string such as "0110"."""
-    by_run = {(r["settings"]["arm"], r["settings"]["seed"]): r for r in records.values()}
-    names = [arm.name for arm in plan.arms if any(name == arm.name for name, _ in by_run)]
-    right = {
-        how: {name: {seed: r["right"][how] for (arm, seed), r in by_run.items() if arm == name} for name in names}
-        for how in ("greedy", "sampled")
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in plan.arms}
+    for record in records.values():
+        by_arm[record["settings"]["arm"]][record["settings"]["seed"]] = record
+    by_arm = {name: runs for name, runs in by_arm.items() if runs}
+    found = {
+        how: summarise({name: {seed: r["right"][how] for seed, r in runs.items()} for name, runs in by_arm.items()})
+        for how in WAYS
     }
-    found = {how: summarise(values) for how, values in right.items()}
     result = {
         "version": STUDY_VERSION,
         "plan": asdict(plan),
         "tuning": tuning,
         "tuned": {name: best(scores) for name, scores in tuning.items()},
         "arms": {
-            name: {how: found[how][name] for how in found}
+            name: {how: found[how][name] for how in WAYS}
             | {
                 "right": {
-                    str(seed): {how: "".join(str(int(each)) for each in right[how][name][seed]) for how in right}
-                    for seed in right["greedy"][name]
+                    str(seed): {how: "".join(str(int(each)) for each in r["right"][how]) for how in WAYS}
+                    for seed, r in runs.items()
                 },
-                "curve": {str(seed): r["curve"] for (arm, seed), r in by_run.items() if arm == name},
-                "metrics": {str(seed): r.get("metrics", {}) for (arm, seed), r in by_run.items() if arm == name},
-                "seconds_training": {str(s): r["seconds_training"] for (arm, s), r in by_run.items() if arm == name},
-                "steps": {str(s): r["settings"]["arm_steps"] for (arm, s), r in by_run.items() if arm == name},
+                "curve": {str(seed): r["curve"] for seed, r in runs.items()},
+                "metrics": {str(seed): r.get("metrics", {}) for seed, r in runs.items()},
+                "seconds_training": {str(seed): r["seconds_training"] for seed, r in runs.items()},
+                "steps": {str(seed): r["settings"]["arm_steps"] for seed, r in runs.items()},
             }
-            for name in names
+            for name, runs in by_arm.items()
         },
         "versions": versions(("torch", "transformers", "trl")),
     }

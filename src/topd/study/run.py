@@ -56,8 +56,7 @@ def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
 def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Everything that a run depends on."""
     own = {"arm": job.arm, "seed": job.seed, "arm_options": job.options, "arm_steps": job.steps}
-    found: dict[str, Any] = json.loads(json.dumps(plan.settings() | own | {"on_held_out": job.held_out}))
-    return found
+    return json.loads(json.dumps(plan.settings() | own | {"on_held_out": job.held_out}))
 
 
 def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
@@ -133,11 +132,7 @@ def scratch_folder(job: Job) -> Path:
 
 
 def pair_tokenizer(plan: StudyPlan) -> Any:
-    """The tokenizer that student and teacher share.
-
-    Raises:
-        TOPDError: one of them cannot be loaded, or their tokenizers differ.
-    """
+    """The tokenizer of both models. Raises `TOPDError` if one cannot be loaded or their tokenizers differ."""
     from topd.loading.models import model_to_train
     from topd.loading.tokenizers import check_tokenizers, tokenizer_of
 

@@ -20,11 +20,7 @@ WAYS = ("greedy", "sampled")
 
 
 def read_study(file: Path) -> dict[str, Any]:
-    """Read a `study.json`.
-
-    Raises:
-        TOPDError: it cannot be read, or has another format.
-    """
+    """Read a `study.json`. Raises `TOPDError` if it cannot be read or has another format."""
     result = read_json(file, "Name a study.json that `topd study` wrote.")
     if not isinstance(result, dict) or result.get("version") != STUDY_VERSION or "arms" not in result:
         raise TOPDError(
@@ -34,11 +30,7 @@ def read_study(file: Path) -> dict[str, Any]:
 
 
 def print_tables(result: dict[str, Any], against: str = REFERENCE) -> None:
-    """Print both tables, greedy and sampled.
-
-    Raises:
-        TOPDError: there is no such arm.
-    """
+    """Print both tables, greedy and sampled. Raises `TOPDError` if there is no such arm."""
     if against not in result["arms"]:
         raise TOPDError(f"There is no arm {against!r} in this study; there are: {', '.join(result['arms'])}.")
     for how in WAYS:

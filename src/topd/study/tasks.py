@@ -123,9 +123,5 @@ Task = EmbeddedTask | OwnTask
 
 
 def task_of(plan: StudyPlan) -> Task:
-    """The task that the plan names.
-
-    Raises:
-        TOPDError: data cannot be read, or training prompts are among the problems.
-    """
+    """The plan's task. Raises `TOPDError` if data cannot be read, or training prompts are among the problems."""
     return EmbeddedTask(plan) if plan.data is None else OwnTask(plan)
