@@ -297,13 +297,7 @@ def resume_from(config: Any) -> str | bool | None:
         ResumeError: there is no checkpoint; or the folder holds checkpoints and the option is not given, since the new
             run's checkpoints would be mixed with them; or a trained model, which a new run would replace.
     """
-    from topd.runs.checkpoints import (
-        AUTO,
-        checkpoint_to_resume,
-        newest_whole,
-        refuse_second_run,
-        refuse_to_overwrite,
-    )
+    from topd.runs.checkpoints import AUTO, checkpoint_to_resume, newest_whole, refuse_second_run, refuse_to_overwrite
 
     wanted, folder = str(config.resume_from_checkpoint or "false"), Path(config.output_dir)
     if wanted.lower() == "false":

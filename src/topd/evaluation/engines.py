@@ -17,7 +17,7 @@ from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
 from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
 from topd.near_future.padded_prompts import batching_of
-from topd.near_future.padding import grouped
+from topd.near_future.padding import grouped, left_padded
 from topd.near_future.ways import Batching
 
 SEED_STRIDE = 1_000_003
@@ -139,11 +139,10 @@ class LocalEngine:
     @torch.no_grad()  # not inference_mode: training may continue with what the model caches here
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
         """[response, token] new tokens."""
-        prompts = [ids_of(request, self.tokenizer, sampling) for request in batch]
+        prompts = [torch.tensor(ids_of(request, self.tokenizer, sampling), dtype=torch.long) for request in batch]
         pad = padding_id(self.tokenizer)
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids, mask = (each.to(self.model.device) for each in left_padded(prompts, pad))
+        longest = ids.shape[1]
         config = GenerationConfig(
             do_sample=False, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.eos or None,
             bos_token_id=None, disable_compile=True,
@@ -151,7 +150,7 @@ class LocalEngine:
         chooser = [] if sampling.temperature == 0 else [OwnRandomNumbers(batch, sampling, longest)]
         with own_settings_only(self.model):
             output: Tensor = self.model.generate(
-                input_ids=ids, attention_mask=mask.to(ids.device), generation_config=config,
+                input_ids=ids, attention_mask=mask, generation_config=config,
                 logits_processor=LogitsProcessorList(chooser),
             )  # fmt: skip
         return output[:, longest:].cpu()

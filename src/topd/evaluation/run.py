@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,20 +136,12 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     if run.problem_set.rule == "math":
         check_installed()
     engine.check(missing, run.sampling)
-    for batch in _with_progress(run, engine, missing, len(requests), console):
-        append_records(batch, file)
-
-
-def _with_progress(
-    run: EvalRun, engine: Engine, missing: list[Request], total: int, console: Console
-) -> Iterator[list[dict[str, Any]]]:
-    """Records as they are ready, with a progress bar that shows the accuracy of the new ones."""
-    with progress(console, run.problem_set.name, total, total - len(missing)) as advance:
+    with progress(console, name, len(requests), len(requests) - len(missing)) as advance:
         new: list[dict[str, Any]] = []
         for batch in engine.respond(missing, run.sampling):
-            records = [record_of(run.problem_set, number, response) for number, response in batch]
-            yield records
-            new += records
+            fresh = [record_of(run.problem_set, number, response) for number, response in batch]
+            append_records(fresh, file)
+            new += fresh
             right, tokens = (sum(record[key] for record in new) for key in ("right", "tokens"))
             advance(len(batch), f"{right / len(new):.1%} right, {tokens} tokens")
 

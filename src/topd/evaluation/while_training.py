@@ -147,28 +147,25 @@ class HeldOutAccuracy(Trainer):
             mine = self._records(held_out)
         finally:
             put_back()
-        records = [record for _, record in sorted(gather_object(mine), key=lambda numbered: numbered[0])]
+        by_problem = sorted(gather_object(mine), key=lambda numbered: divmod(numbered[0], SAMPLE_STRIDE)[::-1])
+        records = [record for _, record in by_problem]
         if self.accelerator.is_main_process:
             kept = kept_responses(records, held_out.problem_set, held_out.samples, self.state.global_step)
             append_records(kept, self._folder / EVAL_FILE)
         return figures(records, held_out.samples)
 
-    def _records(self, held_out: HeldOut) -> list[tuple[tuple[int, int], dict[str, Any]]]:
-        """(problem, sample) and the record of each response of this process, which has its share of the problems."""
+    def _records(self, held_out: HeldOut) -> list[tuple[int, dict[str, Any]]]:
+        """The number and the record of each response of this process, which has its share of the problems."""
         count, each, here = len(held_out), self.accelerator.num_processes, self.accelerator.process_index
-        places = list(range(here, count, each))
+        places = range(here, count, each)
         even = [place % count for place in range(here, -(-count // each) * each, each)]
         with self._answering(held_out) as engine:
-            found = {
-                number: response
-                for batch in engine.respond(held_out.requests(even if self.use_vllm else places), held_out.sampling)
-                for number, response in batch
-            }
+            batches = list(engine.respond(held_out.requests(even if self.use_vllm else places), held_out.sampling))
         return [
-            ((place, sample), record_of(held_out.problem_set, number, found[number]))
-            for place in places
-            for sample in range(held_out.samples)
-            for number in [sample * SAMPLE_STRIDE + place]
+            (number, record_of(held_out.problem_set, number, response))
+            for batch in batches
+            for number, response in batch
+            if number % SAMPLE_STRIDE in places
         ]
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from topd.errors import TOPDError
-from topd.evaluation.compare import comparison, labels
+from topd.evaluation.compare import labels
 from topd.evaluation.results import SETTINGS, Results, benchmarks_in, read_results, summary
 from topd.paper import MEAN, PROBE, TABLE_1
 from topd.report.elements import (
@@ -185,13 +185,8 @@ def load_evaluations(folders: Sequence[Path], notes: list[str]) -> list[Evaluate
     return found
 
 
-def compared(models: Sequence[Evaluated]) -> dict[str, Any]:
-    """What `topd eval` writes as `comparison.json`. Raises `TOPDError` for other problems under the same name."""
-    return comparison({model.label: model.results for model in models}) if models else {}
-
-
 def evaluation_section(models: Sequence[Evaluated], found: Mapping[str, Any]) -> Section:
-    """`found`: what `compared` returned for these models."""
+    """`found`: what `comparison` returned for these models."""
     columns = [*found["columns"], *([MEAN] if len(found["columns"]) > 1 else [])]
     names, comparisons, first = [clean(name) for name in columns], found["comparisons"], found["first"]
     section = Section("Evaluation", _lede(models, found["columns"]))

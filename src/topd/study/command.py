@@ -107,14 +107,8 @@ def _accuracy(record: dict[str, Any]) -> float:
 
 
 def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out: Path, steps: int = 0) -> Job:
-    return job_of(
-        plan,
-        arm,
-        seed,
-        _applying(tuned.get(arm.tuned_as or arm.name, {}), arm),
-        out / "runs" / slug(arm.name) / f"{seed}.json",
-        steps,
-    )
+    choice = _applying(tuned.get(arm.tuned_as or arm.name, {}), arm)
+    return job_of(plan, arm, seed, choice, out / "runs" / slug(arm.name) / f"{seed}.json", steps)
 
 
 def _applying(choice: dict[str, Any], arm: ArmPlan) -> dict[str, Any]:
@@ -148,11 +142,8 @@ def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, e
             continue
         records[job.file] = outcome
         done = f"[{len(records)}/{len(jobs)}]"
-        console.print(
-            f"{done} {job.arm}, seed {job.seed}: {_accuracy(outcome):.1%} sampled, {outcome['seconds']:.0f} s",
-            markup=False,
-            highlight=False,
-        )
+        found = f"{_accuracy(outcome):.1%} sampled, {outcome['seconds']:.0f} s"
+        console.print(f"{done} {job.arm}, seed {job.seed}: {found}", markup=False, highlight=False)
         each(records)
     if failed:
         lines = "\n".join(f"  {line}" for line in failed[:5])
