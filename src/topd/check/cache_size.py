@@ -1,7 +1,5 @@
 """What a model keeps of the tokens that it has read, found by a forward pass on a model without storage."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """All checks, in the order of the table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

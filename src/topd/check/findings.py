@@ -1,7 +1,5 @@
 """What a check found and how to fix it; as a table, as one line, and as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -20,8 +20,6 @@ Qwen3 and Llama blocks (within 20 %); fragmentation, the libraries themselves an
 choice.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

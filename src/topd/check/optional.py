@@ -1,7 +1,5 @@
 """Checks of what only some runs use: libraries, adapters, evaluation, the Hub, the teacher's prompt and server."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

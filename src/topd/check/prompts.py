@@ -1,7 +1,5 @@
 """The data as the models read it: prompts, number of steps, context lengths."""
 
-from __future__ import annotations
-
 import statistics
 
 from topd.check.findings import Finding, fails, ok, warns

@@ -1,7 +1,5 @@
 """Checks with both models loaded: does the teacher know more, and are the metrics of a few rollouts plausible?"""
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What is known about a run before any weights are loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Do both models have the same tokens, end tokens, output heads and chat templates?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

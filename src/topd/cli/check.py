@@ -1,7 +1,5 @@
 """`topd check`: from options to the checks in `check/`, without and with the models' weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

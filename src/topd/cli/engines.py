@@ -1,7 +1,5 @@
 """What responds in `topd eval` and `topd generate`: its options, and from them to an engine."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ An option of a command's own classes is listed without being named here: add it 
 first clause says what it is.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import textwrap

@@ -5,8 +5,6 @@ the command or in its YAML file. `--accelerate_config` takes a file or the name 
 zero3, ...). Without it, `--num_processes` alone is DDP.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.resources
 import json

@@ -1,7 +1,5 @@
 """The `topd` command: the table of commands, and how each ends. Imports are lazy, so that help is quick."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

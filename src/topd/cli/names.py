@@ -1,7 +1,5 @@
 """Option names from other tools and earlier versions: what they are called here, or what to write instead."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 

@@ -1,7 +1,5 @@
 """`topd probe`: from names to loaded models and token ids, also for `topd correct`. The analysis is in `analysis/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

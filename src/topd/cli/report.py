@@ -1,7 +1,5 @@
 """`topd report`: the command. The page is in `report/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

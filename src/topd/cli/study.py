@@ -1,7 +1,5 @@
 """`topd study`: the command. The study is in `study/`."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from pathlib import Path

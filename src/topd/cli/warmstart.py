@@ -1,7 +1,5 @@
 """`topd warmstart`: models, solutions and options from a YAML file and the command line, then `WarmStartTrainer`."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ and the easy student, from which the standard student continues too, with a stro
 a `build.json` with its recipe and its accuracy on held-out problems.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 Both arms have the same student, teacher, prompts, seed and optimizer steps, and differ only in `method`.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 This project contains no benchmark problems: they come from the Hub or from your own file (`--benchmark aime24=FILE`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """What responds to prompts: the protocol, and engines that run a model in this process (transformers, vLLM)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Figures of an evaluation during training, from the records of its responses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

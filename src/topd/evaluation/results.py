@@ -1,7 +1,5 @@
 """From the samples in a folder to `eval.json`. Everything is computed from records, without a model."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One model on one benchmark: every sample is saved as soon as it is ready. And the names of models."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The tables that `topd eval` prints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What `topd correct` left behind: its section, and the case study (Fig. 3 of the paper) as text and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher

@@ -1,7 +1,5 @@
 """Figures about D_OT: audited candidates, a probe (the paper's Figs. 2 and 6), a local correction (its Fig. 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

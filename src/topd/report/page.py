@@ -1,7 +1,5 @@
 """The page: everything a run recorded, in one HTML file that loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections import Counter

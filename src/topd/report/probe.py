@@ -1,7 +1,5 @@
 """What `topd probe` left behind, and its section: D_OT by group of tokens compared with the paper's pair."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tolerant reading of records: the missing is empty, the broken is counted in `notes`, the newer is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

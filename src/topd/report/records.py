@@ -6,8 +6,6 @@ Every file and every key may be missing. What cannot be read is counted in `note
 version are refused.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 The figures of evaluations are those of `topd eval`, by the same functions, from the same records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

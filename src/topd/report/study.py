@@ -1,7 +1,5 @@
 """A study on the page: accuracy by arm, differences from OPD over paired seeds, learning curves, tuning, seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The top of the page: verdicts, what was compared, and which records each count comes from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Matplotlib figures as SVG inside the page: text, fonts and colours follow the page, light or dark."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ A checkpoint is written into `unfinished/`, flushed to the disk and then renamed
 `checkpoint-N` is whole, unless something else wrote or damaged it; resuming compares the checksums in it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

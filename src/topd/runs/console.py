@@ -1,7 +1,5 @@
 """What `topd train`, `topd warmstart` and the other commands print: log lines and progress."""
 
-from __future__ import annotations
-
 import logging
 import math
 import sys

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: the run finishes its step, saves a checkpoint, and prints how to resume."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

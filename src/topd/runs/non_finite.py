@@ -1,7 +1,5 @@
 """A NaN or infinity stops the run before the optimizer steps, with a message that says where it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ The file holds every option, as `topd train --config run.yaml` takes it, and und
 command, versions, precision, digests of models and data, and what changed on resuming. Secrets are left out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

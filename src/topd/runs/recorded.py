@@ -1,7 +1,5 @@
 """A trainer that records what its run is made of, compares it on resuming, and completes the model card."""
 
-from __future__ import annotations
-
 import os
 import sys
 import textwrap

@@ -1,7 +1,5 @@
 """Records written one by one, so that an interrupted analysis resumes where it stopped."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -5,8 +5,6 @@ weights. Updates after the first take it from the buffer. A checkpoint between t
 resumed run equals the uninterrupted one.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ server. By then the step has drawn random numbers and counted tokens. Weights an
 is called between optimizer steps.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What `topd train` and `topd warmstart` print at the end of a run."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

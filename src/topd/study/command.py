@@ -1,7 +1,5 @@
 """`topd study`: tune each arm with the same budget, run arms x seeds, compare. An interrupted study resumes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

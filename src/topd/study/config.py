@@ -1,7 +1,5 @@
 """What a study compares: read from YAML and checked before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product

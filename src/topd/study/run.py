@@ -1,7 +1,5 @@
 """One run of a study: one arm, one seed. Its answers are recorded problem by problem."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

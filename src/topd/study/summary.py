@@ -1,7 +1,5 @@
 """Summary of a study's records: accuracy of each arm, and its difference from OPD over paired seeds and problems."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

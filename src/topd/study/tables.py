@@ -1,7 +1,5 @@
 """A study's tables: each arm compared with OPD, or with any other arm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

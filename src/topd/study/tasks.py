@@ -1,7 +1,5 @@
 """What a study trains on and evaluates: the embedded task, or your own data and benchmark."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from topd.embedded.task import make_problems
