@@ -192,7 +192,8 @@ def load(data: DataArguments, config: Any) -> Any:
         return prompts(data.data, data.data_split, data.data_limit, also=also, form=form_of(data))
     from topd.loading.data import stream_prompts
 
-    return stream_prompts(data.data, split=data.data_split, limit=data.data_limit, also=also, form=form_of(data))
+    source: Any = data.data
+    return stream_prompts(source, split=data.data_split, limit=data.data_limit, also=also, form=form_of(data))
 
 
 def evaluation_prompts(data: DataArguments) -> Any:

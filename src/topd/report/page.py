@@ -14,7 +14,6 @@ from topd.report.case import correct_section
 from topd.report.distances import distance_figures
 from topd.report.elements import Section, listed, plural, signed
 from topd.report.figures import curve_figures
-from topd.report.held_out import responses_tables
 from topd.report.probe import probe_section
 from topd.report.records import MAX_CANDIDATES, Arm, Run, load_runs
 from topd.report.results import evaluation_section, load_evaluations, results_section
@@ -91,11 +90,17 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     sections += [probe_section(run.probe, i, of(run)) for i, run in enumerate(runs) if run.probe]
     sections += [correct_section(run.correct, i, of(run)) for i, run in enumerate(runs) if run.correct]
     points = [point for arm in arms for point in arm.points]
+    responses = [
+        (f"{arm.name}, {title}" if len(arms) > 1 else title, rows)
+        for arm in arms
+        for title, rows in [arm.responses]
+        if rows
+    ]
     options, provenance = option_rows(arms), provenance_rows(arms)
     names = [arm.name for arm in arms]
     first = ", those that differ between the arms first" if len(arms) > 1 else ""
     sections += [
-        Section("Training").add("figures", curve_figures(arms)).add("responses", responses_tables(arms)),
+        Section("Training").add("figures", curve_figures(arms)).add("responses", responses),
         Section("Distances").add("figures", distance_figures(points)),
         Section("Provenance").add(
             "by_arm", provenance and ("What", "Models, data, command and versions", names, provenance)

@@ -14,7 +14,7 @@ from typing import Any
 
 from topd.evaluation.compare import COMPARISON, evaluations_in
 from topd.report.case import CorrectRecords, load_correct
-from topd.report.held_out import HeldOutResponse, load_responses
+from topd.report.held_out import Row, load_responses
 from topd.report.probe import ProbeRecords, load_probe
 from topd.report.reading import (
     ReportError,
@@ -47,7 +47,7 @@ class Arm:
         rollouts: the newest audited rollouts, newest first.
         points: all audited candidates, also those of rollouts that are not kept.
         audited: number of audited rollouts.
-        responses: kept of the newest evaluation during training.
+        responses: title and rows of those kept of the newest evaluation during training.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Arm:
     rollouts: list[Rollout] = field(default_factory=list)
     points: list[Candidate] = field(default_factory=list)
     audited: int = 0
-    responses: list[HeldOutResponse] = field(default_factory=list)
+    responses: tuple[str, list[Row]] = ("", [])
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and is finite."""

@@ -47,7 +47,7 @@ PAPER_NOTE = Markup(
     "AIME24, AIME25 and HMMT25-Feb in percent; its share of false alarms is that of high-loss tokens below the upper "
     "quartile of distances at low-loss tokens. Compare the direction of the effects, not the numbers."
 )
-SHARED = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "max_new_tokens", "engine": "engine"}
+SHARED = ("temperature", "top_p", "max_new_tokens", "engine")
 """Settings that the page names, where all samples share them."""
 
 
@@ -228,10 +228,10 @@ def shared_settings(models: Sequence[Evaluated]) -> list[str]:
     """The sampling settings that all models share, in words."""
     summaries = [each for model in models for each in model.summaries.values()]
     shared = []
-    for name, words in SHARED.items():
+    for name in SHARED:
         values = {str(each["settings"].get(name)) for each in summaries}
         if len(values) == 1 and (value := values.pop()) != "None":
-            shared.append(f"{words} {clean(value)}")
+            shared.append(f"{name} {clean(value)}")
     return shared
 
 

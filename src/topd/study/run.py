@@ -163,7 +163,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, plan: StudyPlan, task: Task, tokenizer: Any, asks: bool = True) -> None:
         self.points: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = self.resumed = 0.0
         self.task, self.tokenizer, self.every = task, tokenizer, plan.curve_every
         self.problems = task.curve() if asks else []
         self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
