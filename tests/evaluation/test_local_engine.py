@@ -11,6 +11,7 @@ from tiny_architectures import tiny
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
 from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
+from topd.near_future.padded_prompts import batching_of
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
@@ -31,6 +32,21 @@ def test_a_response_does_not_depend_on_what_it_is_batched_with(engine: LocalEngi
     alone = responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS[::-1], SAMPLING)
     assert together == alone
     assert len({response.text for response in together.values()}) > 6
+
+
+@pytest.mark.parametrize(("leaving", "most"), [(True, 0.8), (False, 1.0)])
+def test_rows_that_have_ended_leave_where_the_model_allows_it(monkeypatch, leaving: bool, most: float) -> None:
+    engine = LocalEngine(tiny_model(0, scale=1.5).eval(), TOKENIZER, together=12)
+    sampling, widths = Sampling(1.0, 1.0, 60), list[int]()
+    longest = max(len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS) + 60
+    engine._tried[longest] = batching_of(engine.model, longest)
+    assert engine._tried[longest].leaving
+    engine._tried[longest] = engine._tried[longest]._replace(leaving=leaving)
+    watched = engine.model.model.register_forward_hook(lambda *each: widths.append(len(each[2].last_hidden_state)))
+    with watched:
+        found = responses(engine, REQUESTS, sampling)
+    assert sum(widths) <= most * 12 * max(response.tokens for response in found.values())
+    assert found == responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS, sampling)
 
 
 def test_seed_and_number_each_make_another_response(engine: LocalEngine) -> None:

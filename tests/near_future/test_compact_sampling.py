@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from topd.near_future import DistilledModel, LocalModel, Rollouts
 from topd.near_future.compact_sampling import compact_sampling
+from topd.near_future.padded_prompts import batching_of
 from topd.near_future.sampling_states import SamplingStates
 
 START, LONGEST = 5, 24
@@ -81,3 +82,8 @@ def test_training_takes_it(tmp_path, monkeypatch, method, kind, calls):
     assert len(losses) == 3
     assert all(loss > 0 for loss in losses)
     assert len(called) == calls
+
+
+@pytest.mark.parametrize(("kind", "leaving"), [("gemma3", True), ("qwen3.5", False)])
+def test_whether_rows_may_leave_is_tried(kind, leaving):
+    assert batching_of(special_model(kind), 60).leaving == leaving

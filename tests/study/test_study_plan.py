@@ -47,6 +47,11 @@ def test_the_study_of_a_real_pair_is_whole():
     assert (found.benchmark, found.sampling["max_new_tokens"]) == ("math500", 2048)
 
 
+def test_the_study_of_the_language_model_pair_is_whole():
+    found = read_plan(STUDIES / "lm.yaml")
+    assert (found.benchmark, found.rule, len(found.seeds), found.lora["r"]) == ("lm-held-out", "gsm8k", 5, 16)
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [

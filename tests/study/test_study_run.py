@@ -10,7 +10,7 @@ from check.bad_pairs import other_tokenizer
 from small_studies import files_of, plan
 
 from topd.embedded.pair import resolve_model
-from topd.errors import TokenizerMismatchError
+from topd.errors import TokenizerMismatchError, TOPDError
 from topd.study import command
 from topd.study.run import Curve, Job, known_record, run_job, scratch_folder
 from topd.study.tasks import task_of
@@ -84,6 +84,22 @@ def test_a_study_on_own_data_answers_as_on_the_embedded_task(tmp_path):
     answers = [task.right(model, tokenizer, task.held_out(), sampled=False) for task in tasks]
     assert answers[0] == answers[1]
     assert 0 < sum(answers[0]) < 40
+
+
+def test_with_lora_runs_train_an_adapter(tmp_path, monkeypatch):
+    lora = plan(steps=1, lora={"r": 2, "target_modules": "all-linear"})
+    job, trained = command._final(lora, lora.arms[0], 0, {}, tmp_path), []
+    add_point = Curve.add_point
+    monkeypatch.setattr(Curve, "add_point", lambda *given: [add_point(*given), trained.append(given[2])])
+    assert known_record(lora, job) is None
+    assert run_job(lora, job)["settings"]["lora"] == lora.lora
+    assert {name.split(".")[-3] for name, each in trained[0].named_parameters() if each.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert "lora" not in plan().settings()
+    with pytest.raises(TOPDError, match=r"lora: .*'rank'"):
+        command.run_study(plan(lora={"rank": 2}), tmp_path)
 
 
 def test_learning_curves_are_judged_by_the_task(tmp_path):

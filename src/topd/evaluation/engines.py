@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from topd.errors import TOPDError, install
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
+from topd.near_future.compact_sampling import generate_compactly
 from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
 from topd.near_future.padded_prompts import batching_of
 from topd.near_future.padding import grouped, left_padded
@@ -101,6 +103,7 @@ class LocalEngine:
         self.model, self.tokenizer, self.together, self.limited_by = model, tokenizer, together, limited_by
         self.eos = end_token_ids(model.generation_config, tokenizer)
         self._tried: dict[int, Batching] = {}
+        self._leaving = False
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Check that the longest prompt and its response fit the context."""
@@ -121,6 +124,7 @@ class LocalEngine:
             if longest not in self._tried:
                 self._tried[longest] = batching_of(self.model, longest)
             batching = self._tried[longest]
+            self._leaving = batching.leaving
             if not batching.padded:
                 groups = grouped(lengths)
                 size = size if batching.equal else 1
@@ -146,8 +150,10 @@ class LocalEngine:
             bos_token_id=None, disable_compile=True,
         )  # fmt: skip
         chooser = [] if sampling.temperature == 0 else [OwnRandomNumbers(batch, sampling, longest)]
+        compactly = self._leaving and len(batch) > 1 and bool(self.eos)
+        generate = partial(generate_compactly, self.model.generate, chooser) if compactly else self.model.generate
         with own_settings_only(self.model):
-            output: Tensor = self.model.generate(
+            output: Tensor = generate(
                 input_ids=ids, attention_mask=mask, generation_config=config,
                 logits_processor=LogitsProcessorList(chooser),
             )  # fmt: skip
@@ -172,6 +178,7 @@ class OwnRandomNumbers(LogitsProcessor):
             for request in batch
         ]
         self.uniform = torch.tensor(numpy.stack(draws, axis=1))  # [step, row]
+        self.rows = torch.arange(len(batch))  # of the batch that are left in it
         self.temperature, self.prompt_length = sampling.temperature, prompt_length
         self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
 
@@ -181,7 +188,7 @@ class OwnRandomNumbers(LogitsProcessor):
         if self.top_p is not None:
             logits = self.top_p(input_ids, logits)
         below = logits.softmax(-1).double().cumsum(-1)
-        uniform = self.uniform[input_ids.shape[1] - self.prompt_length].to(below.device)
+        uniform = self.uniform[input_ids.shape[1] - self.prompt_length, self.rows.cpu()].to(below.device)
         chosen = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.clamp(max=scores.shape[1] - 1), 0.0)
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
+from topd.near_future.compact_sampling import rows_may_leave
 from topd.near_future.generation import own_settings_only
 from topd.near_future.limits import lengths_of
 from topd.near_future.model_parts import evaluating, without_autocast
+from topd.near_future.padding import left_padded
 from topd.near_future.self_check import Check
+from topd.near_future.true_states import padding_id
 from topd.near_future.ways import Batching
 
 
@@ -27,7 +30,12 @@ def batching_of(model: Any, longest: int) -> Batching:
     plainly = evaluating(model), own_settings_only(inner), without_autocast(inner, device_type)
     with plainly[0], plainly[1], plainly[2], lengths.out_of_reach():
         try:
-            found = Check(inner).batching()
+            check = Check(inner)
+            found = check.batching()
+            if found.padded:
+                pad, rollouts = padding_id(inner), check.sample.rollouts
+                prompts = left_padded([rollouts.prefix(row, 0) for row in range(len(rollouts))], pad)
+                found = found._replace(leaving=rows_may_leave(inner, *prompts, pad))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # alone, its responses are right all the same

@@ -35,11 +35,13 @@ class Batching(NamedTuple):
     Attributes:
         padded: of different lengths, padded on the left.
         equal: of equal length.
+        leaving: rows that have ended may leave the batch.
     """
 
     padded: bool = True
     equal: bool = True
     reason: str = ""
+    leaving: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from topd.errors import TOPDError
 from topd.runs.files import PART, write_json
 from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
-from topd.study.run import SCRATCH, Job, job_of, known_record, pair_tokenizer, run_job
+from topd.study.run import SCRATCH, Job, adapter_of, job_of, known_record, pair_tokenizer, run_job
 from topd.study.summary import summarise
 from topd.study.tables import WAYS, print_tables
 from topd.study.tasks import task_of
@@ -40,8 +40,9 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     console = Console()
     for remains in [*out.rglob(f"*{SCRATCH}"), *out.rglob(f"*{PART}")]:  # of a killed study
         shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
-    task_of(plan)  # these two check data and models before anything runs
+    task_of(plan)  # these three check data, models and adapter before anything runs
     pair_tokenizer(plan)
+    adapter_of(plan)
     tuning = _tune(plan, out, workers, console)
     tuned = {name: best(scores) for name, scores in tuning.items()}
     plain = [arm for arm in plan.arms if arm.time_of is None]

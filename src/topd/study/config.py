@@ -55,6 +55,7 @@ class StudyPlan:
         data: prompts to train on, as for `topd train`; without it, the embedded task is used.
         benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as for `topd eval`.
         rule: how answers to a benchmark of your own are compared.
+        lora: options of `peft.LoraConfig`; each run then trains an adapter. Without it, all weights.
         sampling: with `data`: options of the one sample per problem (`topd.evaluation.engines.Sampling`).
     """
 
@@ -76,10 +77,12 @@ class StudyPlan:
     tune_benchmark: str | None = None
     rule: Literal["math", "integer", "gsm8k"] = "math"
     sampling: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What two records must share to be comparable: everything but the seeds and arms."""
         left_out = {"seeds", "arms"} | (set(OWN_DATA) if self.data is None else set())
+        left_out |= set() if self.lora else {"lora"}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
@@ -166,7 +169,7 @@ def _check(plan: StudyPlan) -> None:
             isinstance(seed, int) for seed in seeds
         ):  # fmt: skip
             raise ValueError(f"{name} must be a list of different whole numbers.")
-    for name in ("options", "sampling"):
+    for name in ("options", "sampling", "lora"):
         if not isinstance(getattr(plan, name), dict):
             raise ValueError(f"{name} must be `name: value` lines; got {getattr(plan, name)!r}.")
     known = {each.name for each in fields(TOPDConfig)}

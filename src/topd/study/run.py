@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from topd.errors import TOPDError, install
 from topd.runs.files import write_json
 from topd.study.config import ArmPlan, StudyPlan
 from topd.study.tasks import Task, task_of
@@ -80,7 +81,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         trainer = load_by_name(
             "models", f"{plan.student} and {plan.teacher}", TOPDTrainer, plan.student,
             teacher_model=plan.teacher, args=config, processing_class=tokenizer,
-            train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)),
+            train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)), peft_config=adapter_of(plan),
         )  # fmt: skip
         curve = Curve(plan, task, tokenizer, asks=job.held_out)
         trainer.remove_callback(PrinterCallback)
@@ -103,6 +104,24 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     }
     write_json(record, job.file, indent=None)
     return record
+
+
+def adapter_of(plan: StudyPlan) -> Any:
+    """The adapter that runs train, or None.
+
+    Raises:
+        TOPDError: peft is not installed, or an option is not one of `LoraConfig`.
+    """
+    if not plan.lora:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise TOPDError(f"lora needs peft: {install('peft')}") from error
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **plan.lora)
+    except TypeError as error:
+        raise TOPDError(f"lora: {error}") from error
 
 
 KEPT_METRICS = (
