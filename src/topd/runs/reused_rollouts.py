@@ -33,6 +33,7 @@ class ReusedRollouts(Trainer):
     args: Any
     model: Any
     shuffle_dataset: Any
+    train_dataset: Any
     _buffered_inputs: Any
     _generate_and_score_completions: Any
     _step: int
