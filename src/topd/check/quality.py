@@ -14,8 +14,7 @@ from topd.check.setup import Setup
 from topd.embedded.task import read_problem
 from topd.errors import install
 from topd.evaluation.answers import Rule, verdict
-from topd.evaluation.benchmarks import text_of
-from topd.evaluation.held_out import spread
+from topd.evaluation.benchmarks import spread, text_of
 from topd.near_future import Rollouts
 from topd.near_future.generation import padding_id
 from topd.near_future.padding import left_padded

@@ -65,6 +65,15 @@ SHORT = {
 }
 """One line for options whose help, of TRL and transformers or ours, does not begin with one."""
 
+RUN = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "gradient_checkpointing", "use_cpu",
+    "seed", "logging_steps", "report_to", "audit_steps", "eval_strategy", "eval_steps", "eval_benchmark",
+    "eval_benchmark_limit", "eval_samples", "eval_temperature", "save_strategy", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "push_to_hub",
+)  # fmt: skip
+"""The last group of both commands, as far as a command has these options."""
+
 FIRST = {
     "config": "YAML file with options, or recipe:NAME; recipe: alone lists the recipes. `topd {name} FILE.yaml` is the "
     "same. The command line overrides the file",
@@ -160,9 +169,6 @@ def _text(kind: Any, option: Field[Any], short: str | None) -> str:
     if choices and not all(re.search(rf"\b{re.escape(value)}\b", told) for value in choices):
         told = f"{told.rstrip('.')}: {', '.join(choices)}"
     default = option.default if option.default_factory is MISSING else option.default_factory()
-    shown = "" if default is None or default is MISSING or default == [] else f" ({_plain(default)})"
+    plain = str(default).lower() if isinstance(default, bool) else str(getattr(default, "value", default))
+    shown = "" if default is None or default is MISSING or default == [] else f" ({plain})"
     return f"{' '.join(told.split())}{shown}"
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))

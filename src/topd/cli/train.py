@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topd.cli.data_options import FormArguments, form_of
-from topd.cli.help import Page
+from topd.cli.help import RUN, Page
 from topd.cli.options import data_source, parse_options, prompts, resume_from, run_training, start_record
 from topd.embedded.task import DATA
 from topd.errors import DataError, TOPDError
@@ -65,14 +65,7 @@ def page() -> Page:
             "load_in_4bit", "use_vllm", "vllm_mode", "teacher_model_server_url", "teacher_server_model",
             "teacher_server_key_env", "teacher_server_kwargs", "loss_top_k",
         ),
-        "Run": (
-            "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
-            "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "audit_steps",
-            "eval_strategy", "eval_steps", "eval_benchmark", "eval_benchmark_limit", "eval_samples", "eval_temperature",
-            "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
-            "push_to_hub",
-        ),
+        "Run": RUN,
     }  # fmt: skip
     about = (
         "Distil a student from a teacher, by plain on-policy distillation (OPD) or with near-future guidance (TOPD)."

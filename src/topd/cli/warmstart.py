@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.cli.data_options import FormArguments, form_of
-from topd.cli.help import Page
+from topd.cli.help import RUN, Page
 from topd.cli.options import parse_options, resume_from, run_training, start_record
 from topd.errors import TOPDError
 
@@ -50,12 +50,7 @@ def page() -> Page:
             "dtype", "attn_implementation", "trust_remote_code", "use_peft", "lora_r", "lora_alpha",
             "lora_target_modules", "load_in_4bit",
         ),
-        "Run": (
-            "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
-            "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "eval_strategy",
-            "eval_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub",
-        ),
+        "Run": RUN,
     }  # fmt: skip
     about = "Stage 1: train the student on a teacher's solutions, with forward KL and cross-entropy."
     own = {WarmStartConfig: "Method", SolutionArguments: "Data"}

@@ -8,12 +8,13 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from topd.errors import DataError, TOPDError
 from topd.evaluation.answers import LM_EVAL_PROMPT, Rule
 from topd.loading.data import load_prompts
 
+T = TypeVar("T")
 PromptStyle = Literal["boxed", "lm-eval"]
 """boxed: ours. lm-eval: prompt and answer extraction of lm-evaluation-harness, which the paper used."""
 LM_EVAL_BENCHMARKS = ("aime24", "aime25", "hmmt25")
@@ -178,6 +179,11 @@ def text_of(prompt: Any) -> str:
 def question(prompt: Any) -> str:
     """A prompt's text without the instruction that asks for a box."""
     return text_of(prompt).removesuffix(INSTRUCTION).strip()
+
+
+def spread(items: list[T], count: int) -> list[T]:
+    """`count` of the items at equal distances, or all if there are fewer."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
 
 
 def _without_zeros(answer: str) -> str:

@@ -53,7 +53,7 @@ def study_section(result: Mapping[str, Any], index: int = 0, of: str = "") -> Se
         section.add("table", _accuracies(words, {name: mapping(arm.get(how)) for name, arm in arms.items()}))
     section.add("table", _costs(arms, tuned, tuning))
     section.add("tried", [(name, _tried(tuning[name], tuned.get(name, {}))) for name in arms if tuning.get(name)])
-    return section.add("figures", learning_curves(arms, index))
+    return section.add("figures", [figure for axis in AXES if (figure := _curves(arms, *axis, index))])
 
 
 def _ways(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -149,11 +149,6 @@ def _differences(arms: Arms, index: int) -> Figure | None:
     caption = "Same seeds, prompts and problems; 95 % intervals over seeds and problems, not corrected for the number "
     caption += "of comparisons. Filled: the interval excludes 0."
     return Figure("Difference from OPD", svg, caption, wide=True)
-
-
-def learning_curves(arms: Arms, index: int = 0) -> list[Figure]:
-    """Accuracy by steps, tokens and seconds. `index`: of the run on the page."""
-    return [figure for axis in AXES if (figure := _curves(arms, *axis, index))]
 
 
 def _curves(arms: Arms, key: str, name: str, unit: str, index: int) -> Figure | None:

@@ -132,9 +132,13 @@ class RecordedTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with the student's name and a section with the run's record."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
             started, made_of = self._run_record()
-            complete_card(Path(str(self.args.output_dir)), started.options, started.changed, made_of)
+            text = card.read_text(encoding="utf-8").replace(_NOBODY, f"`{_name(made_of['student'])}`")
+            before, framework, after = text.partition("### Framework versions")
+            section = run_section(started.options, started.changed, made_of)
+            card.write_text(f"{before}{section}\n{framework}{after}", encoding="utf-8")
 
     # Resuming
 
@@ -209,19 +213,7 @@ PAPER = {
 }
 """The method's paper, in the form that TRL's card cites it."""
 
-HEADING = "## The run"
 _NOBODY = "[None](https://huggingface.co/None)"
-
-
-def complete_card(folder: Path, options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> None:
-    """Complete the `README.md` that TRL wrote into a run's folder, if there is one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    text = text.replace(_NOBODY, f"`{_name(provenance['student'])}`")
-    before, framework, after = text.partition("### Framework versions")
-    card.write_text(f"{before}{run_section(options, changed, provenance)}\n{framework}{after}", encoding="utf-8")
 
 
 def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> str:
@@ -235,7 +227,7 @@ def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapp
     given = {name: options[name] for name in options if name in set(changed)}
     dumped = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
     return (
-        f"{HEADING}\n\n| | |\n|---|---|\n{table}\n\nOptions (all of them are in `run.yaml`):\n\n```yaml\n{dumped}```\n"
+        f"## The run\n\n| | |\n|---|---|\n{table}\n\nOptions (all of them are in `run.yaml`):\n\n```yaml\n{dumped}```\n"
     )
 
 

@@ -61,18 +61,13 @@ def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) ->
             [
                 name,
                 f"{accuracy['mean']:.1%} ({_range(accuracy)})",
-                in_points(difference) if difference else "",
+                f"{100 * difference['mean']:+.1f} ({_range(difference, '+')})" if difference else "",
                 f"{difference['p_holm']:.2g}" if difference else "",
                 f"{difference['ahead']}/{len(difference['seeds'])}" if difference else f"{len(arm['seeds'])} seeds",
                 f"{sum(seconds) / len(seconds):.0f}",
             ]
         )
     return rows
-
-
-def in_points(difference: Mapping[str, float]) -> str:
-    """A difference of accuracies with its interval, in percentage points."""
-    return f"{100 * difference['mean']:+.1f} ({_range(difference, '+')})"
 
 
 def _range(value: Mapping[str, float], sign: str = "") -> str:
