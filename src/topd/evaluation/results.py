@@ -92,7 +92,7 @@ def write_result(folder: Path) -> dict[str, Any]:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """Accuracies from 0 to 1 with 95 % intervals, and per problem; counts of samples: truncated, without answer, wrong."""
+    """Accuracies from 0 to 1 with 95 % intervals, also per problem; counts of samples: truncated, unparsed, wrong."""
     right, truncated, unparsed = results.right, results.table("truncated"), 1 - results.table("parsed")
     k = right.shape[1]
     majority = [
