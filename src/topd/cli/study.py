@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Read the plan, choose arms and seeds, run."""
     from topd.study.config import REFERENCE, read_plan
-    from topd.study.tables import print_tables, read_study
+    from topd.study.summary import print_tables, read_study
 
     if options.show:
         print_tables(read_study(options.show), options.against)

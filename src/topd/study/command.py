@@ -19,8 +19,7 @@ from topd.runs.files import PART, write_json
 from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import SCRATCH, Job, adapter_of, job_of, known_record, pair_tokenizer, run_job
-from topd.study.summary import summarise
-from topd.study.tables import WAYS, print_tables
+from topd.study.summary import WAYS, print_tables, summarise
 from topd.study.tasks import task_of
 from topd.version import STUDY_VERSION
 from topd.visible import slug
