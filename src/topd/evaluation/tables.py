@@ -44,7 +44,7 @@ def result_table(result: dict[str, Any]) -> Group:
 def comparison_tables(comparison: dict[str, Any]) -> Group:
     """The models with intervals, the paper's Table 1, and each model's difference from the first."""
     columns = [*comparison["columns"], *([MEAN] if len(comparison["columns"]) > 1 else [])]
-    table = _table("", *columns)
+    table = _labelled(columns)
     for label, row in comparison["models"].items():
         cells = (f"{100 * row[name]['mean']:.1f}\n{_interval(row[name])}" if name in row else "" for name in columns)
         table.add_row(label, *cells)
@@ -59,7 +59,7 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
 
 
 def _paper_table(columns: list[str]) -> Table:
-    table = _table("", *(name for name in columns if name in TABLE_1["+ OPD"]))
+    table = _labelled([name for name in columns if name in TABLE_1["+ OPD"]])
     for label, row in TABLE_1.items():
         table.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
     return table
@@ -89,6 +89,13 @@ def _difference_table(comparison: dict[str, Any]) -> Table:
 
 def _table(*columns: str) -> Table:
     return open_table(columns, padding=0, show_edge=False)
+
+
+def _labelled(columns: Sequence[str]) -> Table:
+    """A table whose first column holds models, whose names are wrapped where they are too long."""
+    table = _table("", *columns)
+    table.columns[0].no_wrap = False
+    return table
 
 
 def open_table(columns: Sequence[str], **style: Any) -> Table:

@@ -14,20 +14,7 @@ from topd.errors import TOPDError
 from topd.evaluation.compare import labels
 from topd.evaluation.results import SETTINGS, Results, benchmarks_in, read_results, summary
 from topd.paper import MEAN, PROBE, TABLE_1
-from topd.report.elements import (
-    Figure,
-    Group,
-    Row,
-    Score,
-    Section,
-    Table,
-    decimals,
-    percent,
-    plain,
-    share,
-    signed,
-    span,
-)
+from topd.report.elements import Figure, Group, Row, Score, Section, Table, percent, plain, share, signed, span
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
 from topd.report.svg import Estimate, forest
 
@@ -190,7 +177,7 @@ def evaluation_section(models: Sequence[Evaluated], found: Mapping[str, Any]) ->
     section = Section("Evaluation", _lede(models, found["columns"]))
     groups = [Group([(label, *(score(row.get(name)) for name in columns)) for label, row in found["models"].items()])]
     paper = [
-        (label, *(decimals(row.get(name), 1) for name in columns))
+        (label, *(plain(row.get(name)) for name in columns))
         for label, row in TABLE_1.items()
         if set(found["columns"]) & row.keys()
     ]
