@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from topd.study.tables import read_study, study_rows
+from topd.study.summary import read_study, study_rows
 
 PAGE = Path(__file__).with_name("results.md")
 STUDIES = Path(__file__).parents[1] / "studies" / "results"

@@ -1,7 +1,5 @@
 """User-fixable errors: what is wrong and what to do. The command line prints them without a traceback."""
 
-from __future__ import annotations
-
 
 class TOPDError(Exception):
     """Base of all user-fixable errors."""

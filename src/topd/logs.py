@@ -1,7 +1,5 @@
 """Loggers of this package: of several processes the main one logs, and lines name their process only then."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the paper reports for its own pair (Qwen3-30B-A3B to Qwen3-4B): shown beside a run's figures, never a target."""
 
-from __future__ import annotations
-
 GROUPS = {"high": "high-loss", "random": "random", "low": "low-loss"}
 """Groups of positions in section 2.1, in words."""
 PROBE = {

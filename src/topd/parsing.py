@@ -4,8 +4,6 @@ Rejected are names that appear twice (the last one would win), aliases that expa
 whole numbers too large for any option, and values that do not fit their tag.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -17,6 +17,7 @@ from topd.check.setup import Setup
 from topd.cli.check import parsed
 from topd.cli.train import setups_of
 from topd.embedded.task import make_problems
+from topd.errors import ContextError
 from topd.loading.precision import HALF_A_STEP, WEIGHT
 
 RECIPE = ["--config", "recipe:embedded"]
@@ -217,9 +218,8 @@ def test_the_longest_prompt_counts_wherever_it_stands(tmp_path):
     texts = ["what is 1+1?"] * 999 + ["what is " + "+".join("1" * 80) + "?"]
     texts.insert(501, texts.pop())
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    finding = prompts.context(setup_for("embedded:student-standard", "embedded:teacher", "--data", data))
-    assert finding.verdict == "error"
-    assert "162 tokens" in finding.found
+    with pytest.raises(ContextError, match="162 tokens"):
+        prompts.context(setup_for("embedded:student-standard", "embedded:teacher", "--data", data))
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ import json
 import pytest
 
 from topd.errors import TOPDError
-from topd.runs.records import earlier_records, write_options
+from topd.runs.files import write_json
+from topd.runs.records import earlier_records
 
 
 def test_a_text_with_characters_that_end_lines_is_one_record(tmp_path):
     file, options = tmp_path / "records.jsonl", tmp_path / "options.json"
     records = [{"n": n, "text": f"a{end}b"} for n, end in enumerate("\u2028\u2029\x85\x0b\x0c\x1c\r\n")]
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    write_options(options, {"seed": 0})
+    write_json({"seed": 0}, options)
     before = file.read_bytes()
     assert earlier_records(file, options, {"seed": 0}) == records
     assert file.read_bytes() == before
@@ -26,7 +27,7 @@ def test_wherever_an_interruption_cuts_the_last_record_the_next_one_is_whole(tmp
     file, options = tmp_path / "records.jsonl", tmp_path / "options.json"
     whole = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
     file.write_bytes(whole[:-cut])
-    write_options(options, {"seed": 0})
+    write_json({"seed": 0}, options)
     kept = earlier_records(file, options, {"seed": 0})
     assert kept == RECORDS[: len(kept)]
     assert len(kept) == (2 if cut == 1 else 1)
@@ -43,7 +44,7 @@ def test_a_broken_line_in_the_middle_costs_its_own_record_only(tmp_path, capsys,
     lines = [json.dumps({"n": n}) for n in range(4)]
     file.write_bytes("\n".join([lines[0], broken, *lines[2:], ""]).encode("utf-8", "surrogateescape"))
     before = file.read_bytes()
-    write_options(options, {"seed": 0})
+    write_json({"seed": 0}, options)
     assert earlier_records(file, options, {"seed": 0}, needs=["n"]) == [{"n": n} for n in (0, 2, 3)]
     assert file.read_text() == "\n".join([lines[0], *lines[2:], ""])
     assert (tmp_path / "records.jsonl.damaged").read_bytes() == before

@@ -19,8 +19,7 @@ from topd.cli.main import main
 from topd.errors import TOPDError
 from topd.study import command
 from topd.study.run import settings_of
-from topd.study.summary import answers
-from topd.study.tables import study_rows
+from topd.study.summary import answers, study_rows
 
 
 def test_every_worker_takes_a_gpu_of_its_own(monkeypatch):

@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.evaluation.statistics import sign_flip_p
-from topd.study.summary import crossed_interval, summarise
-from topd.study.tables import study_rows
+from topd.study.summary import crossed_interval, study_rows, summarise
 
 
 def test_a_summary_by_hand():

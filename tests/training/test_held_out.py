@@ -18,8 +18,8 @@ from topd.embedded.pair import pair_folder
 from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import ContextError, TOPDError
 from topd.evaluation import while_training
-from topd.evaluation.held_out import KEPT_RESPONSES, ends_in_a_loop
 from topd.evaluation.results import RESULT
+from topd.evaluation.while_training import KEPT_RESPONSES, ends_in_a_loop
 from topd.training.several_teachers import MOPDTrainer
 
 EVERY_STEP: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 32}

@@ -17,7 +17,7 @@ from topd.evaluation.statistics import bootstrap_mean, paired_difference
 from topd.paper import LOCAL_CORRECTION
 from topd.runs.console import progress
 from topd.runs.files import append_records, write_json
-from topd.runs.records import earlier_records, write_options
+from topd.runs.records import earlier_records
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
 MEASURES = {
@@ -56,7 +56,7 @@ def run_correct(
         keep=lambda found: [record for record in found if place(record) >= 0], may_change="",
     )  # fmt: skip
     done = {place(record) for record in records}
-    write_options(out / OPTIONS, asdict(run))
+    write_json(asdict(run), out / OPTIONS)
     steps = (len(forks) - len(records)) * len(run.options.arms) * run.options.steps
     console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps remain.")
     with progress(console, "correcting", len(forks), len(records)) as advance:

@@ -21,7 +21,7 @@ from topd.near_future.sampling import local_pair, sample_rollouts, written_rollo
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.runs.console import progress
 from topd.runs.files import append_records, write_json
-from topd.runs.records import Records, earlier_records, write_options
+from topd.runs.records import Records, earlier_records
 
 RECORDS, OPTIONS, RESULT = "probe_records.jsonl", "probe_options.json", "probe.json"
 
@@ -59,7 +59,7 @@ def run_probe(
         keep=lambda found: whole_batches(found, run.batch, run.rollouts),
     )  # fmt: skip
     done = {record["rollout"] for record in records}
-    write_options(out / OPTIONS, asdict(run))
+    write_json(asdict(run), out / OPTIONS)
     console.print(cost_message(run, len(records)))
     pair = local_pair(student, teacher, tokenizer, micro_batch=run.batch)
     with progress(console, "probing", run.rollouts, len(records)) as advance:

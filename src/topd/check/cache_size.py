@@ -1,7 +1,5 @@
 """What a model keeps of the tokens that it has read, found by a forward pass on a model without storage."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +60,14 @@ def tried_cache(model: Any) -> CacheSize | None:
         parts: list[dict[int, torch.Tensor | None]] = [
             getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")
         ]
-        states += sum(_bytes(state) for part in parts for state in part.values() if state is not None)
+        states += sum(state.nbytes for part in parts for state in part.values() if state is not None)
         if getattr(layer, "keys", None) is not None:
-            kept = sum(_bytes(getattr(layer, name)) for name in ("keys", "values"))
+            kept = sum(getattr(layer, name).nbytes for name in ("keys", "values"))
             most = getattr(layer, "sliding_window", None)  # its cache holds the tokens that the next one attends to
             layers.append((kept / layer.keys.shape[-2], math.inf if most is None else most - 1))
     if not layers and not states:
         return None
-    prefix = sum(_bytes(tensor) for pair in recording.kept for tensor in pair) / TOKENS
+    prefix = sum(tensor.nbytes for pair in recording.kept for tensor in pair) / TOKENS
     return CacheSize(tuple(layers), states, prefix)
 
 
@@ -79,7 +77,3 @@ def _filled_cache(backbone: Any) -> DynamicCache:
     cache = empty_cache(backbone)
     backbone(**{"input_ids": ids, "use_cache": True, cache_argument(backbone): cache})
     return cache
-
-
-def _bytes(tensor: torch.Tensor) -> float:
-    return tensor.numel() * tensor.element_size()

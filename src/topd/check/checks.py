@@ -1,13 +1,12 @@
 """All checks, in the order of the table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from topd.check import machine, optional, prompts, quality, tokens
-from topd.check.findings import Finding
+from topd.check.findings import Finding, failure
 from topd.check.setup import Setup
 from topd.errors import TOPDError
 
@@ -32,7 +31,7 @@ QUICK: dict[str, Callable[[Setup], Finding | None]] = {
     "precision": machine.precision,
     "memory": machine.memory,
     "disk": machine.disk,
-    optional.SERVER: optional.server,
+    "teacher's server": optional.server,
 }
 """Checks without weights, which `topd train` runs first. They return None if a run does not use what they check."""
 
@@ -60,8 +59,9 @@ def _findings(checks: dict[str, Callable[[], Finding | None]]) -> list[Finding]:
     found = []
     for name, check in checks.items():
         try:
-            found.append(check())
+            finding = check()
         except TOPDError as error:
-            what, _, remedy = str(error).partition(". ")
-            found.append(Finding(name, "error", what, remedy))
-    return [finding for finding in found if finding]
+            finding = failure(error)
+        if finding is not None:
+            found.append(replace(finding, check=name))
+    return found

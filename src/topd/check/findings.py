@@ -1,7 +1,5 @@
 """What a check found and how to fix it; as a table, as one line, and as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,8 +31,25 @@ class Finding:
     remedy: str = ""
 
 
-def ok(check: str, found: str) -> Finding:
-    return Finding(check, "ok", found)
+# What a check returns; the table of checks adds its name.
+
+
+def ok(found: str) -> Finding:
+    return Finding("", "ok", found)
+
+
+def warns(found: str, remedy: str) -> Finding:
+    return Finding("", "warning", found, remedy)
+
+
+def fails(found: str, remedy: str) -> Finding:
+    return Finding("", "error", found, remedy)
+
+
+def failure(message: object) -> Finding:
+    """An error from a message: its first sentence is what was found, the rest the remedy."""
+    found, _, remedy = str(message).partition(". ")
+    return fails(found, remedy)
 
 
 def worst(findings: Sequence[Finding]) -> Verdict:

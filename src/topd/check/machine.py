@@ -20,8 +20,6 @@ Qwen3 and Llama blocks (within 20 %); fragmentation, the libraries themselves an
 choice.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -37,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from topd.algorithm.tiles import tile_rows
 from topd.check.cache_size import CacheSize, tried_cache
-from topd.check.findings import Finding, ok
+from topd.check.findings import Finding, fails, ok, warns
 from topd.check.setup import ModelInfo, Setup
 from topd.loading.precision import REMEDY, lost_in_rounding
 from topd.loading.sharding import sharded
@@ -185,9 +183,7 @@ def memory(setup: Setup) -> Finding:
     try:
         shapes = [shape(model, setup.dtypes[model.role]) for model in setup.pair]
     except (ValueError, AttributeError, KeyError) as error:
-        return Finding(
-            "memory", "warning", f"cannot be estimated for this architecture ({error})", "Watch the first step."
-        )
+        return warns(f"cannot be estimated for this architecture ({error})", "Watch the first step.")
     phases = needs(setup, *shapes)
     always = phases.pop("always")
     name, largest = max(phases.items(), key=lambda phase: sum(phase[1].values()))
@@ -199,13 +195,11 @@ def memory(setup: Setup) -> Finding:
         f"{shapes[0].parameters / 1e6:,.1f} M (student), {shapes[1].parameters / 1e6:,.1f} M (teacher)"
     )
     if sharded():
-        return Finding(
-            "memory", "ok", f"{found}. Sharding, which divides weights, gradients and optimizer, is not counted"
-        )
+        return ok(f"{found}. Sharding, which divides weights, gradients and optimizer, is not counted")
     remedy = _remedy(setup, max((always | largest).items(), key=lambda part: part[1])[0])
     if total > 1.5 * free:
-        return Finding("memory", "error", found, remedy)
-    return Finding("memory", "warning" if total > 0.9 * free else "ok", found, remedy if total > 0.9 * free else "")
+        return fails(found, remedy)
+    return warns(found, remedy) if total > 0.9 * free else ok(found)
 
 
 def _remedy(setup: Setup, part: str) -> str:
@@ -239,11 +233,11 @@ def precision(setup: Setup) -> Finding:
         computed = "as stored" + (" (TRL's loss does not autocast; opd_loss=one_pass does)" if config.bf16 else "")
     found = f"weights {stored['student']} (student), {stored['teacher']} (teacher); computed {computed}"
     if config.bf16 and sharded() and stored["student"] != "float32":
-        return ok("precision", f"{found}; sharded training keeps float32 weights of the student")
+        return ok(f"{found}; sharded training keeps float32 weights of the student")
     lost = lost_in_rounding(stored["student"], config.learning_rate)
     if lost is not None and not setup.adapters:
-        return Finding("precision", "warning", f"{found}. {lost}", REMEDY)
-    return ok("precision", found)
+        return warns(f"{found}. {lost}", REMEDY)
+    return ok(found)
 
 
 def disk(setup: Setup) -> Finding:
@@ -259,10 +253,10 @@ def disk(setup: Setup) -> Finding:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Finding(
-            "disk", "error", f"cannot write to {config.output_dir}: {folder} is no folder, or is not writable",
+        return fails(
+            f"cannot write to {config.output_dir}: {folder} is no folder, or is not writable",
             "Name another --output_dir, or change its permissions.",
-        )  # fmt: skip
+        )
     free = shutil.disk_usage(folder).free
     needed = one * (kept + 1)  # a new one is written before an old one is deleted
     found = (
@@ -270,8 +264,6 @@ def disk(setup: Setup) -> Finding:
         f"{human_size(free)} free"
     )
     if needed > free:
-        return Finding(
-            "disk", "error" if 2 * one > free else "warning", found,
-            "--save_total_limit 2, a larger --save_steps, or another --output_dir.",
-        )  # fmt: skip
-    return ok("disk", found)
+        report = fails if 2 * one > free else warns
+        return report(found, "--save_total_limit 2, a larger --save_steps, or another --output_dir.")
+    return ok(found)

@@ -1,7 +1,5 @@
 """Checks of what only some runs use: libraries, adapters, evaluation, the Hub, the teacher's prompt and server."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 
@@ -10,10 +8,10 @@ from huggingface_hub import constants, get_token
 from transformers import AutoModelForCausalLM
 from transformers.integrations import get_available_reporting_integrations
 
-from topd.check.findings import Finding, ok
+from topd.check.findings import Finding, fails, failure, ok, warns
 from topd.check.prompts import shown
 from topd.check.setup import Setup
-from topd.evaluation.benchmarks import INSTRUCTION
+from topd.evaluation.benchmarks import question
 from topd.evaluation.while_training import HeldOut, check_best_metric, problems_of
 from topd.loading.adapters import base_of, is_adapter
 from topd.loading.shared_base import ONE_MODEL, two_adapters
@@ -35,12 +33,11 @@ def one_model(setup: Setup) -> Finding | None:
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
     if setup.config.teacher_model_name_or_path == SELF:
         start = "the student's base, without the adapter" if setup.adapters else "the student as it is before training"
-        return ok("pair", f"the teacher is {start}, behind its own prompt")
+        return ok(f"the teacher is {start}, behind its own prompt")
     new_adapter = setup.adapters and not is_adapter(ours.folder)
     if ours.folder != theirs.folder or len(revisions) > 1 or new_adapter or not setup.teacher_here:
         return None
-    found, _, remedy = ONE_MODEL.format(what=f"model, {ours.name}").partition(". ")
-    return Finding("pair", "error", found, remedy)
+    return failure(ONE_MODEL.format(what=f"model, {ours.name}"))
 
 
 def teacher_prompt(setup: Setup) -> Finding | None:
@@ -49,24 +46,23 @@ def teacher_prompt(setup: Setup) -> Finding | None:
     Raises:
         TOPDError: options do not fit, a row has no prompt for the teacher, or the chat template fails.
     """
-    name, itself = "teacher prompt", setup.config.teacher_model_name_or_path == SELF
+    itself = setup.config.teacher_model_name_or_path == SELF
     if not setup.prompted:
-        found, _, remedy = SAME_PROMPT.partition(". ")
-        return Finding(name, "error", found, remedy) if itself else None
+        return failure(SAME_PROMPT) if itself else None
     check_options(setup.config)
     lengths = [len(ids) for ids in setup.teacher_sample.values()]
     if not min(lengths):
-        return Finding(name, "error", f"{lengths.count(0):,} of {len(lengths):,} have no tokens", "Fix these rows.")
+        return fails(f"{lengths.count(0):,} of {len(lengths):,} have no tokens", "Fix these rows.")
     first = str(setup.student.tokenizer.decode(next(iter(setup.teacher_sample.values()))))
     same = sum(ids == setup.teacher_sample[row] for row, ids in setup.sample.items())
     found = f"{min(lengths)} to {max(lengths)} tokens; the first reads {shown(first)}"
     if same:
-        return Finding(
-            name, "error" if itself and same == len(setup.sample) else "warning",
+        report = fails if itself and same == len(setup.sample) else warns
+        return report(
             f"{same:,} of {len(setup.sample):,} are those of the student; {found}",
             "Both models then read the same: check the column teacher_prompt, or the options that change it.",
-        )  # fmt: skip
-    return ok(name, found)
+        )
+    return ok(found)
 
 
 def libraries(setup: Setup) -> Finding | None:
@@ -76,12 +72,12 @@ def libraries(setup: Setup) -> Finding | None:
     trackers = [name for name in setup.config.report_to or [] if name not in get_available_reporting_integrations()]
     found = [f"{package} ({option})" for package, option in missing.items()] + [f"{t} (report_to)" for t in trackers]
     if found:
-        return Finding(
-            "libraries", "error", f"not installed: {', '.join(found)}",
+        return fails(
+            f"not installed: {', '.join(found)}",
             f"pip install {' '.join([*(package.replace('_', '-') for package in missing), *trackers])}, or leave these "
             "options out.",
-        )  # fmt: skip
-    return ok("libraries", f"installed: {', '.join(needed)}") if needed else None
+        )
+    return ok(f"installed: {', '.join(needed)}") if needed else None
 
 
 def packages(setup: Setup) -> dict[str, str]:
@@ -113,70 +109,59 @@ def sampling(setup: Setup) -> Finding | None:
     """Whether rollouts can be sampled; there are no greedy rollouts."""
     config = setup.config
     if not config.temperature > 0:
-        return Finding(
-            "sampling", "error", f"temperature is {config.temperature}: rollouts are sampled",
+        return fails(
+            f"temperature is {config.temperature}: rollouts are sampled",
             "The paper uses --temperature 1.0. For greedy windows use --window_temperature 0.",
-        )  # fmt: skip
+        )
     if not 0 < config.top_p <= 1 or (config.max_completion_length or 0) < 1:
-        return Finding(
-            "sampling", "error",
+        return fails(
             f"top_p is {config.top_p}, max_completion_length {config.max_completion_length}: nothing can be sampled",
             "--top_p in (0, 1], --max_completion_length at least 1.",
-        )  # fmt: skip
+        )
     return None
 
 
 def evaluation(setup: Setup) -> Finding | None:
     """Whether there is data for the evaluation loss, and an evaluation to use it."""
-    name, strategy = "evaluation", str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
+    strategy = str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
     if isinstance(setup.evaluation, Exception):
-        return Finding(name, "error", str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
+        return fails(str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
     if setup.evaluation is None:
         if strategy == "no" or setup.config.eval_benchmark is not None:
             return None
-        return Finding(
-            name, "error", f"eval_strategy is {strategy}, and there are no prompts for it",
+        return fails(
+            f"eval_strategy is {strategy}, and there are no prompts for it",
             "--eval_data FILE.jsonl, or leave --eval_strategy out.",
-        )  # fmt: skip
+        )
     if strategy == "no":
-        return Finding(
-            name, "warning", "eval_data is given, but eval_strategy is no",
+        return warns(
+            "eval_data is given, but eval_strategy is no",
             "--eval_strategy steps --eval_steps 100, or leave --eval_data out.",
-        )  # fmt: skip
-    return ok(name, f"{setup.evaluation:,} prompts, eval_strategy {strategy}")
+        )
+    return ok(f"{setup.evaluation:,} prompts, eval_strategy {strategy}")
 
 
 def benchmark(setup: Setup) -> Finding | None:
-    """Whether the held-out problems can be read and answered, and are not trained on.
-
-    Raises:
-        TOPDError: they cannot.
-    """
-    config, name = setup.config, "benchmark"
+    """Whether the held-out problems are not trained on. Raises `TOPDError` if they cannot be read and answered."""
+    config = setup.config
     problem_set = problems_of(config)
     if problem_set is None:
         return None
     check_best_metric(config, setup.evaluation)
     held_out = HeldOut.of(problem_set, config, setup.student.tokenizer, setup.student.config)
-    trained_on = {_bare(prompt) for prompt in setup.prompts}
-    seen = sum(_bare(problem.prompt) in trained_on for problem in problem_set.problems)
+    trained_on = set(map(question, setup.prompts))
+    seen = sum(question(problem.prompt) in trained_on for problem in problem_set.problems)
     how = "greedy" if config.eval_temperature == 0 else f"temperature {config.eval_temperature}"
     found = (
         f"{problem_set.name}: {len(held_out):,} problems x {config.eval_samples}, {how}, up to "
         f"{held_out.sampling.max_new_tokens:,} tokens, {config.eval_batch_size} at once"
     )
     if seen:
-        return Finding(
-            name, "warning", f"{seen:,} of the problems are among the training prompts; {found}",
+        return warns(
+            f"{seen:,} of the problems are among the training prompts; {found}",
             "Remove them from --data: accuracy on them says nothing about other problems.",
-        )  # fmt: skip
-    return ok(name, found)
-
-
-def _bare(prompt: Any) -> str:
-    """A problem's text, without the instruction that asks for a box."""
-    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    return text.removesuffix(INSTRUCTION).strip()
+        )
+    return ok(found)
 
 
 def adapters(setup: Setup) -> Finding | None:
@@ -185,16 +170,12 @@ def adapters(setup: Setup) -> Finding | None:
         return None
     if is_adapter(setup.student.folder):
         if setup.model.use_peft:
-            found, _, remedy = two_adapters(setup.student.folder).partition(". ")
-            return Finding("adapters", "error", found, remedy)
-        return ok(
-            "adapters", f"the one in {setup.student.name}, on {base_of(setup.student.folder)}, is trained further"
-        )
+            return failure(two_adapters(setup.student.folder))
+        return ok(f"the one in {setup.student.name}, on {base_of(setup.student.folder)}, is trained further")
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from trl import get_peft_config
 
-    name = "adapters"
     config: Any = get_peft_config(setup.model)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(setup.student.config, trust_remote_code=False)
@@ -202,15 +183,15 @@ def adapters(setup: Setup) -> Finding | None:
             adapted: Any = get_peft_model(student, config)
         except (ValueError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
-            return Finding(name, "error", reason, "--lora_target_modules: names of the student's linear layers.")
+            return fails(reason, "--lora_target_modules: names of the student's linear layers.")
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
-        return Finding(
-            name, "error", "the output head is among the targets; its adapter would not be trained",
+        return fails(
+            "the output head is among the targets; its adapter would not be trained",
             "Leave lm_head out of --lora_target_modules.",
-        )  # fmt: skip
+        )
     trained, whole = adapted.get_nb_trainable_parameters()
     count = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
-    return ok(name, f"on {count} layers, {trained:,} of {whole:,} parameters are trained")
+    return ok(f"on {count} layers, {trained:,} of {whole:,} parameters are trained")
 
 
 def hub(setup: Setup) -> Finding | None:
@@ -218,32 +199,27 @@ def hub(setup: Setup) -> Finding | None:
     if not setup.config.push_to_hub:
         return None
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", "error", "push_to_hub with HF_HUB_OFFLINE set", "Unset it, or leave --push_to_hub out.")
+        return fails("push_to_hub with HF_HUB_OFFLINE set", "Unset it, or leave --push_to_hub out.")
     if not (setup.config.hub_token or get_token()):
-        return Finding("hub", "error", "push_to_hub without a token", "Log in (hf auth login), or set HF_TOKEN.")
-    return ok("hub", f"pushed to {setup.config.hub_model_id or 'a repository named like the output folder'}")
+        return fails("push_to_hub without a token", "Log in (hf auth login), or set HF_TOKEN.")
+    return ok(f"pushed to {setup.config.hub_model_id or 'a repository named like the output folder'}")
 
 
-SERVER = "teacher's server"
 PATIENCE = 10.0
 """Seconds for which the server may fail here; training waits longer."""
 
 
 def server(setup: Setup) -> Finding | None:
-    """Whether the server serves the teacher, tokenizes text as the student does, and returns token ids.
-
-    Raises:
-        TOPDError: it does not.
-    """
+    """Raises `TOPDError` unless the server serves the teacher, tokenizes as the student does, and returns token ids."""
     if setup.config.teacher_model_server_url is None:
         return None
     if not setup.teacher_here:
         check_without_weights(setup.config)
     found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
     if found is None:
-        return ok(SERVER, f"method={setup.config.method} does not use it")
+        return ok(f"method={setup.config.method} does not use it")
     rows = setup.student.text_config.vocab_size
     served_as = setup.config.teacher_server_model
     windows = connect(found, setup.student.tokenizer, setup.student.end_tokens, served_as, vocabulary=rows)
     context = f"a context of {windows.context:,}" if windows.context else "an unknown context"
-    return ok(SERVER, f"{found.url} serves {windows.model!r} with {context}, token ids in and out")
+    return ok(f"{found.url} serves {windows.model!r} with {context}, token ids in and out")

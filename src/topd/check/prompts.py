@@ -1,12 +1,9 @@
 """The data as the models read it: prompts, number of steps, context lengths."""
 
-from __future__ import annotations
-
 import statistics
 
-from topd.check.findings import Finding, ok
+from topd.check.findings import Finding, fails, ok, warns
 from topd.check.setup import Setup
-from topd.errors import ContextError
 from topd.loading.dataset_checks import step_size
 from topd.loading.prompts import prompt_text
 from topd.loading.tokenizers import check_context
@@ -20,25 +17,24 @@ def sample(setup: Setup) -> Finding:
     answers = sum(answer is not None for answer in setup.answers)
     first = str(tokenizer.decode(rows[0]))
     if not min(lengths):
-        return Finding(
-            "data", "error", f"{lengths.count(0):,} of {len(rows):,} prompts that were tokenized have no tokens",
+        return fails(
+            f"{lengths.count(0):,} of {len(rows):,} prompts that were tokenized have no tokens",
             "The chat template renders them to nothing: fix it (chat_template.jinja), or give prompts as text.",
-        )  # fmt: skip
+        )
     found = (
         f"{len(setup.prompts):,} prompts ({'messages' if setup.conversational else 'text'}), {answers:,} with answers; "
         f"{min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; the first reads "
         f"{shown(first)}"
     )
     if beginning := _beginning(setup):
-        return Finding("data", "warning", f"{beginning[0]}; {found}", beginning[1])
+        return warns(f"{beginning[0]}; {found}", beginning[1])
     unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows) if tokenizer.unk_token_id is not None else 0
     if unknown:
-        return Finding(
-            "data", "warning",
+        return warns(
             f"{unknown / sum(lengths):.1%} of the prompts' tokens are {tokenizer.unk_token!r}; {found}",
             "The tokenizer does not know what the data is written in: choose another pair, or clean the data.",
-        )  # fmt: skip
-    return ok("data", found)
+        )
+    return ok(found)
 
 
 def _beginning(setup: Setup) -> tuple[str, str] | None:
@@ -70,35 +66,29 @@ def batch(setup: Setup) -> Finding:
     config = setup.config
     (step, found), prompts = step_size(config), len(setup.prompts)
     if prompts < step:
-        return Finding(
-            "batch", "error", f"{found}, the data has {prompts:,}: there would be no step",
+        return fails(
+            f"{found}, the data has {prompts:,}: there would be no step",
             "Add prompts, or lower --per_device_train_batch_size or --gradient_accumulation_steps.",
-        )  # fmt: skip
+        )
     updates = config.updates_per_generation
     steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * (prompts // step) * updates)
-    return ok("batch", f"{found}; {steps:,} steps, {steps / updates * step / prompts:.2g} epochs")
+    return ok(f"{found}; {steps:,} steps, {steps / updates * step / prompts:.2g} epochs")
 
 
 def context(setup: Setup) -> Finding:
-    """Whether prompt + response + window fit both models' contexts."""
+    """Raises `ContextError` unless prompt + response + window fit both models' contexts."""
     config, tokenizer = setup.config, setup.student.tokenizer
     longest = max(setup.sample.values(), key=len)
     response, window = config.max_completion_length or 0, config.window_length if config.looks_ahead else 0
     row, theirs = max(setup.teacher_sample.items(), key=lambda item: len(item[1]))
     what = f"The teacher's prompt (row {row}) of" if setup.prompted else "A prompt of"
-    try:
-        for model, ids, whose in zip(setup.pair, (longest, theirs), ("A prompt of", what), strict=True):
-            configs = {model.role: model.config}
-            check_context(len(ids), str(tokenizer.decode(ids)), response, window, configs, what=whose)
-    except ContextError as error:
-        found, _, remedy = str(error).partition(". ")
-        return Finding("context", "error", found, remedy)
+    for model, ids, whose in zip(setup.pair, (longest, theirs), ("A prompt of", what), strict=True):
+        configs = {model.role: model.config}
+        check_context(len(ids), str(tokenizer.decode(ids)), response, window, configs, what=whose)
     limits = " and ".join(
         f"{getattr(model.text_config, 'max_position_embeddings', None) or 'no limit'} ({model.role})"
         for model in setup.pair
     )
     needed = len(longest) + response + window
     own = f"; the teacher's own prompt has {len(theirs)}" if setup.prompted else ""
-    return ok(
-        "context", f"{len(longest)} prompt + {response} response + {window} window = {needed} tokens of {limits}{own}"
-    )
+    return ok(f"{len(longest)} prompt + {response} response + {window} window = {needed} tokens of {limits}{own}")

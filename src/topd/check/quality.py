@@ -1,7 +1,5 @@
 """Checks with both models loaded: does the teacher know more, and are the metrics of a few rollouts plausible?"""
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Mapping
@@ -11,11 +9,12 @@ from typing import Any
 import torch
 
 from topd.algorithm import score_tokens
-from topd.check.findings import Finding, ok
+from topd.check.findings import Finding, fails, ok, warns
 from topd.check.setup import Setup
 from topd.embedded.task import read_problem
 from topd.errors import install
 from topd.evaluation.answers import Rule, verdict
+from topd.evaluation.benchmarks import spread, text_of
 from topd.near_future import Rollouts
 from topd.near_future.generation import padding_id
 from topd.near_future.padding import left_padded
@@ -34,21 +33,15 @@ JUDGED: dict[Rule, str] = {
 
 def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
     """The student's responses to prompts spread over the data, with what the teacher reads before them."""
-    rows = spread(setup, count)
+    rows = spread(list(setup.sample), count)
+    prompts, temperature = _prompts(setup.sample, rows, student), setup.config.temperature
     rollouts = sample_rollouts(
-        student, setup.student.tokenizer, _prompts(setup.sample, rows, student),
-        max_new_tokens=max_new_tokens, temperature=setup.config.temperature,
-    )  # fmt: skip
+        student, setup.student.tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
+    )
     if not setup.prompted:
         return rollouts
     ids, mask = left_padded(_prompts(setup.teacher_sample, rows, student), padding_id(setup.student.tokenizer))
     return replace(rollouts, teacher_prompt_ids=ids, teacher_prompt_mask=mask)
-
-
-def spread(setup: Setup, count: int) -> list[int]:
-    """Rows spread over the tokenized ones."""
-    rows = list(setup.sample)
-    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
 
 
 def _prompts(sample: Mapping[int, list[int]], rows: list[int], model: Any) -> list[torch.Tensor]:
@@ -66,8 +59,8 @@ def ways(student: Any, teacher: Any) -> Finding:
         found.append(f"{role}: {'windows over one prefix, guided windows in one row' if notice is None else notice}")
         notices += [notice] if notice else []
     if not notices:
-        return ok("ways", "; ".join(found))
-    return Finding("ways", "warning", "; ".join(found), "Results do not change; steps take longer.")
+        return ok("; ".join(found))
+    return warns("; ".join(found), "Results do not change; steps take longer.")
 
 
 def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:
@@ -86,9 +79,7 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
         f"teacher's log-likelihood {-nll:.2f} nats/token, {unfinished} not ended after {mask.shape[1]} tokens"
     )
     if not bool(scores.kl.isfinite().all()):
-        return Finding(
-            "rollouts", "error", found, "A model gives NaN or infinite logits: load it in float32 or bfloat16."
-        )
+        return fails(found, "A model gives NaN or infinite logits: load it in float32 or bfloat16.")
     remedies = []
     if kl > LARGE_KL:
         remedies.append(
@@ -102,21 +93,18 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
             else f"--max-new-tokens {longest} shows whether they end within the run's max_completion_length."
         )
     if remedies:
-        return Finding("rollouts", "warning", found, " ".join(remedies))
-    return ok("rollouts", found)
+        return warns(found, " ".join(remedies))
+    return ok(found)
 
 
 def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> Finding:
     """Greedy answers of both models, judged, to prompts that have an answer."""
-    rows = [row for row in spread(setup, count) if setup.answers[row] is not None]
+    rows = [row for row in spread(list(setup.sample), count) if setup.answers[row] is not None]
     if not rows:
-        return ok("teacher", "not compared: the prompts have no answers")
+        return ok("not compared: the prompts have no answers")
     rule = rule_of(setup)
     if rule == "math" and importlib.util.find_spec("math_verify") is None:
-        return Finding(
-            "teacher", "warning", "answers are not judged: the package math-verify is missing",
-            f"{install('eval')}.",
-        )  # fmt: skip
+        return warns("answers are not judged: the package math-verify is missing", f"{install('eval')}.")
     tokenizer, right = setup.student.tokenizer, {}
     for role, model, sample in (("student", student, setup.sample), ("teacher", teacher, setup.teacher_sample)):
         prompts = _prompts(sample, rows, model)
@@ -128,15 +116,13 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
     scores = f"teacher {right['teacher']}, student {right['student']}"
     found = f"correct greedy answers, of {len(rows)}: {scores} ({JUDGED[rule]})"
     if right["teacher"] < right["student"]:
-        return Finding(
-            "teacher", "warning", found, "The student may have little to learn here: check with more samples."
-        )
+        return warns(found, "The student may have little to learn here: check with more samples.")
     if right["teacher"] == 0:
-        return Finding(
-            "teacher", "warning", found,
+        return warns(
+            found,
             f"No answer is correct within {max_new_tokens} tokens: check their format, or raise --max-new-tokens.",
-        )  # fmt: skip
-    return ok("teacher", found)
+        )
+    return ok(found)
 
 
 def rule_of(setup: Setup) -> Rule:
@@ -144,7 +130,7 @@ def rule_of(setup: Setup) -> Rule:
     if setup.data == "lm":
         return "gsm8k"
     for prompt, answer in zip(setup.prompts, setup.answers, strict=True):
-        problem = read_problem(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        problem = read_problem(text_of(prompt))
         if answer is not None and (problem is None or problem.answer != str(answer)):
             return "math"
     return "embedded"

@@ -1,7 +1,5 @@
 """What is known about a run before any weights are loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,11 +96,7 @@ class Setup:
 
     @cached_property
     def sample(self) -> dict[int, list[int]]:
-        """Row and token ids of prompts spread over the data, and of the longest prompt last.
-
-        Raises:
-            TOPDError: the chat template fails.
-        """
+        """Row and token ids of prompts spread over the data, and of the longest prompt last. May raise `TOPDError`."""
         chosen = [*range(0, len(self.prompts), max(1, len(self.prompts) // SAMPLE))][:SAMPLE]
         longest = max(range(len(self.prompts)), key=lambda i: _characters(self.prompts[i]))
         rows = {i: self.prompts[i] for i in [*chosen, longest]}
@@ -134,11 +128,7 @@ class Setup:
 
 
 def describe(role: str, name: str, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
-    """A model's tokenizer and configs.
-
-    Raises:
-        TOPDError: they cannot be read.
-    """
+    """A model's tokenizer and configs. Raises `TOPDError` if they cannot be read."""
     folder = resolve_model(name)
     tokenizer = tokenizer_of(folder, trust_remote_code, revision)
     if tokenizer is None:

@@ -1,13 +1,12 @@
 """Do both models have the same tokens, end tokens, output heads and chat templates?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from topd.check.findings import Finding, ok
+from topd.check.findings import Finding, fails, ok, warns
 from topd.check.setup import ModelInfo, Setup
-from topd.errors import TokenizerMismatchError
+from topd.evaluation.benchmarks import text_of
 from topd.loading.pair import heads_message
 from topd.loading.prompts import prompt_ids
 from topd.loading.tokenizers import check_rows, check_tokenizers
@@ -22,79 +21,67 @@ TEXTS = (
 
 
 def vocabulary(setup: Setup) -> Finding:
-    """Whether every token, including added ones, has the same id in both tokenizers."""
-    try:
-        check_tokenizers(setup.student.tokenizer, setup.teacher.tokenizer)
-    except TokenizerMismatchError as error:
-        found, _, remedy = str(error).partition(". ")
-        return Finding("vocabulary", "error", found, remedy)
-    return ok("vocabulary", f"the same {len(setup.student.tokenizer.get_vocab()):,} tokens with the same ids")
+    """Raises `TokenizerMismatchError` unless every token, also an added one, has the same id in both tokenizers."""
+    check_tokenizers(setup.student.tokenizer, setup.teacher.tokenizer)
+    return ok(f"the same {len(setup.student.tokenizer.get_vocab()):,} tokens with the same ids")
 
 
 def texts(setup: Setup) -> Finding:
     """Whether both tokenizers split text alike: merges, normalizers and pre-tokenizers."""
-    samples = [*TEXTS, *(p if isinstance(p, str) else p[-1]["content"] for p in setup.prompts[:8])]
+    samples = [*TEXTS, *map(text_of, setup.prompts[:8])]
     for text in samples:
         ours, theirs = (
             model.tokenizer.convert_ids_to_tokens(model.tokenizer(text)["input_ids"]) for model in setup.pair
         )
         if ours != theirs:
             where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-            return Finding(
-                "tokenization", "error",
+            return fails(
                 f"{text[:40]!r} becomes {len(ours)} and {len(theirs)} tokens; they differ from token {where} on: "
                 f"{ours[where : where + 4]} (student), {theirs[where : where + 4]} (teacher)",
                 "Give both models one tokenizer: save the teacher's into the student's folder, if the student was "
                 "trained with it; else choose a pair of one family.",
-            )  # fmt: skip
-    return ok("tokenization", f"{len(samples)} texts (code, numbers, other scripts, the data's) become the same tokens")
+            )
+    return ok(f"{len(samples)} texts (code, numbers, other scripts, the data's) become the same tokens")
 
 
 def heads(setup: Setup) -> Finding:
-    """Whether each output head has a row for every token. Heads padded to different sizes are cut.
-
-    Raises:
-        TokenizerMismatchError: tokens have no row.
-    """
+    """How heads that are padded to different sizes are cut. Raises `TokenizerMismatchError` if a token has no row."""
     needed = 1 + max(setup.student.tokenizer.get_vocab().values())
     rows = [int(model.text_config.vocab_size) for model in setup.pair]
     note = check_rows(setup.student.tokenizer, *rows)
     if note:
-        return Finding("output heads", "warning", *note.split(". ", 1))
+        return warns(*note.split(". ", 1))
     if rows[0] == rows[1]:
-        return ok("output heads", f"{rows[0]:,} rows in both, {rows[0] - needed:,} of them padding")
+        return ok(f"{rows[0]:,} rows in both, {rows[0] - needed:,} of them padding")
     if not setup.teacher_here:
-        return ok("output heads", f"{rows[0]:,} rows (student), {rows[1]:,} (teacher, on the server); none is cut")
+        return ok(f"{rows[0]:,} rows (student), {rows[1]:,} (teacher, on the server); none is cut")
     if rows[0] > rows[1] and setup.config.use_vllm:
-        return Finding(
-            "output heads", "warning", heads_message(*rows),
+        return warns(
+            heads_message(*rows),
             "vLLM loads the student with its larger head. Save the student once with the smaller one "
             f"(resize_token_embeddings({rows[1]})) and name that folder.",
-        )  # fmt: skip
-    return ok("output heads", heads_message(*rows))
+        )
+    return ok(heads_message(*rows))
 
 
 def end_tokens(setup: Setup) -> Finding:
     """Whether every token that ends the teacher's responses ends the student's; else rollouts continue past the end."""
     ours, theirs = (model.end_tokens for model in setup.pair)
-    name = "end tokens"
     if not ours:
-        return Finding(name, "error", "the student has none", f"Set eos_token_id: {theirs} in its generation config.")
+        return fails("the student has none", f"Set eos_token_id: {theirs} in its generation config.")
     only_theirs, only_ours = sorted({*theirs} - {*ours}), sorted({*ours} - {*theirs})
     if only_theirs:
-        return Finding(
-            name, "error",
+        return fails(
             f"the teacher ends at {_named(setup.teacher, theirs)}, the student at {_named(setup.student, ours)}: it "
             f"would continue after {_named(setup.teacher, only_theirs)}",
             f'Set "eos_token_id": {sorted({*ours, *theirs})} in the student\'s generation_config.json.',
-        )  # fmt: skip
+        )
     if only_ours:
-        return Finding(
-            name, "warning",
+        return warns(
             f"the student also ends at {_named(setup.student, only_ours)}, the teacher does not",
             f'Set "eos_token_id": {theirs} in the student\'s generation_config.json, unless this is intended.',
-        )  # fmt: skip
-    return ok(name, f"both end at {_named(setup.student, ours)}")
+        )
+    return ok(f"both end at {_named(setup.student, ours)}")
 
 
 def special_tokens(setup: Setup) -> Finding:
@@ -110,18 +97,19 @@ def special_tokens(setup: Setup) -> Finding:
             differ.append(f"{model.role}'s pad token: {own} (tokenizer), {declared} (generation config)")
     pad = setup.student.tokenizer.pad_token
     note = (
-        "no pad token: the end token is used" if pad is None
+        "no pad token: the end token is used"
+        if pad is None
         else f"pad and end are both {pad!r}: masks do not depend on the ids"
         if pad == setup.student.tokenizer.eos_token
         else f"pad {pad!r}, end {setup.student.tokenizer.eos_token!r}"
-    )  # fmt: skip
+    )
     if differ:
-        return Finding(
-            "special tokens", "warning", "; ".join(differ),
+        return warns(
+            "; ".join(differ),
             "The student's are used for both. If the teacher's are correct, save its tokenizer into the "
             "student's folder.",
-        )  # fmt: skip
-    return ok("special tokens", f"the same in both; {note}")
+        )
+    return ok(f"the same in both; {note}")
 
 
 def _named(model: ModelInfo, ids: Sequence[int]) -> str:
@@ -142,54 +130,51 @@ _COPY = "As the tokenizers are the same, the teacher's chat_template.jinja can b
 
 def templates(setup: Setup) -> Finding:
     """Whether both templates render sample conversations and the data's prompts to the same ids."""
-    name = "chat templates"
     ours, theirs = (bool(model.tokenizer.chat_template) for model in setup.pair)
     if not setup.conversational:
         return _for_text(setup, theirs)
     if not ours:
-        return Finding(
-            name, "error", "the prompts are messages, and the student's tokenizer has no chat template",
+        return fails(
+            "the prompts are messages, and the student's tokenizer has no chat template",
             "Give prompts as text, or give the student a template. " + (_COPY if theirs else ""),
-        )  # fmt: skip
+        )
     if not theirs:
-        return Finding(
-            name, "warning",
+        return warns(
             "the teacher has no chat template: it gets prompts in the student's format, which it was not trained on",
             "Use an instruction-tuned teacher, or give prompts as text.",
-        )  # fmt: skip
+        )
     options = setup.template_options
     alike: dict[tuple[int, ...], Any] = {}
     for i, prompt in enumerate([*setup.prompts[:8]], 1):
         rendered = [_render(model, prompt, True, options) for model in setup.pair]
         if isinstance(rendered[0], str):
-            return Finding(name, "error", f"prompt {i}: the student's {rendered[0]}", "Change the prompt or template.")
+            return fails(f"prompt {i}: the student's {rendered[0]}", "Change the prompt or template.")
         if alike.setdefault(tuple(rendered[0]), prompt) != prompt:
-            return Finding(
-                name, "error", f"different prompts become the same ids (prompt {i} and one before it): the student's "
+            return fails(
+                f"different prompts become the same ids (prompt {i} and one before it): the student's "
                 "template drops part of the prompts",
                 "Give the student the template that it was trained with.",
-            )  # fmt: skip
+            )
         if rendered[0] != rendered[1]:
             return _differ(setup, f"prompt {i} of the data", rendered)
     for what, messages, generates in CONVERSATIONS:
         rendered = [_render(model, messages, generates, options) for model in setup.pair]
         if rendered[0] != rendered[1] and not all(isinstance(ids, str) for ids in rendered):
-            found = _differ(setup, what, rendered)
-            return Finding(name, "warning", found.found, found.remedy)
-    return ok(name, f"{len(CONVERSATIONS)} conversations and the data's prompts have the same ids in both")
+            return replace(_differ(setup, what, rendered), verdict="warning")
+    return ok(f"{len(CONVERSATIONS)} conversations and the data's prompts have the same ids in both")
 
 
 def _for_text(setup: Setup, teacher_has_one: bool) -> Finding:
-    text, name = setup.prompts[0], "chat templates"
     if not teacher_has_one:
-        return ok(name, "the prompts are text; no template is used")
+        return ok("the prompts are text; no template is used")
+    text = setup.prompts[0]
     rendered = _render(setup.teacher, [{"role": "user", "content": text}], True, {})
     if rendered == setup.teacher.tokenizer(text)["input_ids"]:
-        return ok(name, "the prompts are text, and the template adds nothing to them")
-    return Finding(
-        name, "warning", "the prompts are text: no template is applied, though the teacher has one",
+        return ok("the prompts are text, and the template adds nothing to them")
+    return warns(
+        "the prompts are text: no template is applied, though the teacher has one",
         'If the models were trained on conversations, give prompts as [{"role": "user", "content": ...}].',
-    )  # fmt: skip
+    )
 
 
 def _differ(setup: Setup, what: str, rendered: list[list[int] | str]) -> Finding:
@@ -197,10 +182,10 @@ def _differ(setup: Setup, what: str, rendered: list[list[int] | str]) -> Finding
         ids if isinstance(ids, str) else repr(model.tokenizer.decode(ids))[:160]
         for model, ids in zip(setup.pair, rendered, strict=True)
     ]
-    return Finding(
-        "chat templates", "error", f"{what} is {shown[0]} to the student, {shown[1]} to the teacher",
+    return fails(
+        f"{what} is {shown[0]} to the student, {shown[1]} to the teacher",
         f"The teacher would score responses in another format than its own. {_COPY}",
-    )  # fmt: skip
+    )
 
 
 def _render(model: ModelInfo, messages: Any, generates: bool, options: dict[str, Any]) -> list[int] | str:

@@ -1,7 +1,5 @@
 """`topd case`: the command. The case study is in `report/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,17 +1,11 @@
 """`topd check`: from options to the checks in `check/`, without and with the models' weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from topd.cli.options import Parser, check_at_least_one
 from topd.errors import TOPDError
-
-if TYPE_CHECKING:
-    from topd.check.findings import Finding
-    from topd.check.setup import Setup
 
 EMBEDDED_RUN = {
     "model_name_or_path": "embedded:long-student", "teacher_model_name_or_path": "embedded:long-teacher",
@@ -50,8 +44,10 @@ def main(argv: Sequence[str]) -> int:
     if not others:
         others = [f"--{option}={value}" for option, value in EMBEDDED_RUN.items()]
 
+    from rich.console import Console
+
     from topd.check.checks import findings_on_models, quick_findings
-    from topd.check.findings import worst
+    from topd.check.findings import findings_json, findings_table, verdict_line, worst
     from topd.cli.train import setups_of
     from topd.loading.pair import load_pair
     from topd.runs.console import silence_libraries
@@ -73,28 +69,20 @@ def main(argv: Sequence[str]) -> int:
             limit = min(own.max_new_tokens, setup.config.max_completion_length or own.max_new_tokens)
             found += findings_on_models(setup, student, teacher, own.samples, limit)
         findings += [replace(finding, check=f"{finding.check}{name and f' ({name})'}") for finding in found]
-    show(findings, list(setups.values()), as_json=own.json)
+    if own.json:
+        print(findings_json(findings))
+    else:
+        console, first = Console(), next(iter(setups.values()))
+        teachers = ", ".join(setup.teacher.name for setup in setups.values())
+        console.print(findings_table(findings, f"{first.student.name} from {teachers}, {first.data}"))
+        console.print(verdict_line(findings), markup=False, highlight=False)
     return {"ok": 0, "warning": 1 if own.strict else 0, "error": 2}[worst(findings)]
 
 
-def parsed(argv: list[str]) -> tuple[Any, Any, Any]:
+def parsed(argv: Sequence[str]) -> tuple[Any, Any, Any]:
     """The options of `topd train`, on the CPU where there is no CUDA device."""
     import torch
 
     from topd.cli.train import parse
 
     return parse(argv if torch.cuda.is_available() else ["--use_cpu", "true", *argv])
-
-
-def show(findings: list[Finding], setups: list[Setup], *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from topd.check.findings import findings_json, findings_table, verdict_line
-
-    if as_json:
-        print(findings_json(findings))
-        return
-    console = Console()
-    teachers = ", ".join(setup.teacher.name for setup in setups)
-    console.print(findings_table(findings, f"{setups[0].student.name} from {teachers}, {setups[0].data}"))
-    console.print(verdict_line(findings), markup=False, highlight=False)

@@ -1,7 +1,5 @@
 """Options of all commands that read data: in which form people have it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """`topd demo` and `topd demo build`: the commands. The demo is in `demo/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What responds in `topd eval` and `topd generate`: its options, and from them to an engine."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from typing import Any
@@ -53,11 +51,7 @@ def check_sampling(options: argparse.Namespace) -> None:
 def load_engine(
     source: str, options: argparse.Namespace, with_reasoning: bool = False
 ) -> tuple[Any, dict[str, Any], bool]:
-    """The engine, the record of its model, and whether the model has a chat template.
-
-    Args:
-        with_reasoning: see `ServerEngine`.
-    """
+    """The engine, the record of its model, and whether it has a chat template. `with_reasoning`: see `ServerEngine`."""
     from topd.evaluation.run import fingerprint
 
     model: dict[str, Any] = {"model": source, "engine": options.engine, "dtype": options.dtype}

@@ -1,7 +1,5 @@
 """`topd env`: what an issue needs to be reproduced."""
 
-from __future__ import annotations
-
 import argparse
 import platform
 from typing import Any

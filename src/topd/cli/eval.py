@@ -1,7 +1,5 @@
 """`topd eval`: from names to engines, benchmarks and tables. The evaluation is in `evaluation/`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`topd generate`: from names to a teacher and prompts. The generation is in `warmstart/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

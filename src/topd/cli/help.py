@@ -4,8 +4,6 @@ An option of a command's own classes is listed without being named here: add it 
 first clause says what it is.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import textwrap
@@ -14,7 +12,6 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SHORT = {
-    "adam_beta2": "Second beta of AdamW",
     "attn_implementation": "Attention: sdpa, flash_attention_2, ...",
     "bf16": "Compute in bfloat16",
     "chat_template_kwargs": 'Arguments of the chat template, such as {"enable_thinking": false}',
@@ -42,7 +39,6 @@ SHORT = {
     "num_train_epochs": "Passes over the data",
     "output_dir": "Folder of the run (also --out)",
     "packing": "Pack several solutions into a row",
-    "per_device_eval_batch_size": "Rows per process in an evaluation",
     "per_device_train_batch_size": "Rows per process and batch",
     "prefix_weight_max": "Limit of a stored prefix's weight, with several updates per batch of rollouts",
     "push_to_hub": "Upload the trained model to the Hub",
@@ -66,9 +62,17 @@ SHORT = {
     "use_vllm": "Sample with vLLM",
     "vllm_mode": "colocate: in this process; server: as started by trl vllm-serve",
     "warmup_steps": "Warm-up of the learning rate: steps, or a share below 1",
-    "weight_decay": "Weight decay",
 }
 """One line for options whose help, of TRL and transformers or ours, does not begin with one."""
+
+RUN = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "gradient_checkpointing", "use_cpu",
+    "seed", "logging_steps", "report_to", "audit_steps", "eval_strategy", "eval_steps", "eval_benchmark",
+    "eval_benchmark_limit", "eval_samples", "eval_temperature", "save_strategy", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "push_to_hub",
+)  # fmt: skip
+"""The last group of both commands, as far as a command has these options."""
 
 FIRST = {
     "config": "YAML file with options, or recipe:NAME; recipe: alone lists the recipes. `topd {name} FILE.yaml` is the "
@@ -156,11 +160,7 @@ def _entry(name: str, text: str) -> list[str]:
 
 
 def _text(kind: Any, option: Field[Any], short: str | None) -> str:
-    """What an option is, and its default.
-
-    Args:
-        short: one line for it; "": the first clause of its help; None: its whole help.
-    """
+    """What an option is, and its default. `short`: one line; "": the first clause of its help; None: all of it."""
     told = str(option.metadata.get("help", "")).replace("%%", "%")
     hint = get_type_hints(kind)[option.name]
     if short is not None:
@@ -169,9 +169,6 @@ def _text(kind: Any, option: Field[Any], short: str | None) -> str:
     if choices and not all(re.search(rf"\b{re.escape(value)}\b", told) for value in choices):
         told = f"{told.rstrip('.')}: {', '.join(choices)}"
     default = option.default if option.default_factory is MISSING else option.default_factory()
-    shown = "" if default is None or default is MISSING or default == [] else f" ({_plain(default)})"
+    plain = str(default).lower() if isinstance(default, bool) else str(getattr(default, "value", default))
+    shown = "" if default is None or default is MISSING or default == [] else f" ({plain})"
     return f"{' '.join(told.split())}{shown}"
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))

@@ -5,8 +5,6 @@ the command or in its YAML file. `--accelerate_config` takes a file or the name 
 zero3, ...). Without it, `--num_processes` alone is DDP.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.resources
 import json
@@ -30,9 +28,7 @@ def launch(command: str, argv: Sequence[str], in_file: Mapping[str, Any], known:
     """Start the processes that the options ask for, wait, and return their exit status; None: run in this one.
 
     Args:
-        command: "train" or "warmstart".
-        argv: words after the command.
-        in_file: options of its YAML file.
+        in_file: options of the command's YAML file.
         known: names of the command's own options.
 
     Raises:

@@ -1,7 +1,5 @@
 """The `topd` command: the table of commands, and how each ends. Imports are lazy, so that help is quick."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -101,7 +99,3 @@ def parser() -> Parser:
             command.set_defaults(run=module.run)
             module.add_options(command)
     return top
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

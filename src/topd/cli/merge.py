@@ -1,7 +1,5 @@
 """`topd merge`: a LoRA adapter and its base as one whole model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

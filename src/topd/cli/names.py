@@ -1,7 +1,5 @@
 """Option names from other tools and earlier versions: what they are called here, or what to write instead."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 
@@ -72,12 +70,7 @@ INSTEAD = {
 
 
 def known_name(name: str, known: Collection[str], program: str) -> str:
-    """The known spelling of an option.
-
-    Args:
-        name: as typed, without its dashes.
-        known: names with underscores.
-        program: its name, for the message.
+    """The known spelling of an option that is typed as `--name`. `known`: names with underscores.
 
     Raises:
         TOPDError: the option is unknown; the message says what to write, or suggests close names.

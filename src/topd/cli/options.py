@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from topd.errors import TOPDError
 from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
 from topd.parsing import read_json, read_yaml
+from topd.runs.guard import guarded
+from topd.runs.sole_writer import sole_writer
 
 if TYPE_CHECKING:
     from topd.runs.recorded import StartRecord
@@ -66,14 +69,31 @@ def option_names(kinds: Any) -> set[str]:
     return {option.name for option in options} | {f"no_{option.name}" for option in options if option.default is True}
 
 
-def begin(page: Page, argv: Sequence[str], kinds: Any) -> int | None:
-    """What comes before a run: the help, if it is asked for; other processes, if there are to be several.
+def run_training(argv: Sequence[str], page: Callable[[], Page], kinds: Callable[[], Any], train: Any) -> int:
+    """Print the help, if it is asked for; start the processes, if there are to be several; else train in this one.
+
+    Args:
+        page, kinds: the command's help and the classes of its options; functions, since they import TRL.
+        train: called with the words of the command and an instance of each class, the output folder locked.
 
     Returns:
-        The exit status of the processes; None: the run is to be in this one.
+        The exit status.
     """
-    show_help(argv, page, kinds)
-    return launch(page.name, argv, read_config(argv)[1], option_names(kinds) | {"config"})
+    from topd.runs.checkpoints import check_writable
+    from topd.runs.console import hide_progress_bars
+
+    hide_progress_bars()
+    shown, classes = page(), kinds()
+    show_help(argv, shown, classes)
+    status = launch(shown.name, argv, read_config(argv)[1], option_names(classes) | {"config"})
+    if status is not None:
+        return status
+    data, config, model = parse_options(argv, classes, f"topd {shown.name}")
+    check_writable(config)
+    folder = Path(config.output_dir)
+    with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
+        train((shown.name, *argv), data, config, model)
+    return 0
 
 
 def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
@@ -277,13 +297,7 @@ def resume_from(config: Any) -> str | bool | None:
         ResumeError: there is no checkpoint; or the folder holds checkpoints and the option is not given, since the new
             run's checkpoints would be mixed with them; or a trained model, which a new run would replace.
     """
-    from topd.runs.checkpoints import (
-        AUTO,
-        checkpoint_to_resume,
-        newest_whole,
-        refuse_second_run,
-        refuse_to_overwrite,
-    )
+    from topd.runs.checkpoints import AUTO, checkpoint_to_resume, newest_whole, refuse_second_run, refuse_to_overwrite
 
     wanted, folder = str(config.resume_from_checkpoint or "false"), Path(config.output_dir)
     if wanted.lower() == "false":

@@ -1,11 +1,10 @@
 """`topd probe`: from names to loaded models and token ids, also for `topd correct`. The analysis is in `analysis/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
 
+from topd.cli.check import parsed
 from topd.cli.data_options import add_form_options, form_of, source_of
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
@@ -168,16 +167,8 @@ class FromRecipe(argparse.Action):
 
 
 def recipe_options(file: str) -> dict[str, Any]:
-    """Options of the analyses by their names, from a YAML file of `topd train`.
-
-    Raises:
-        TOPDError: it cannot be read, or holds what `topd train` would refuse.
-    """
-    import torch
-
-    from topd.cli.train import parse
-
-    data, config, model = parse(["--config", file, *([] if torch.cuda.is_available() else ["--use_cpu", "true"])])
+    """Options of the analyses by their names, from a YAML file that `topd train` takes."""
+    data, config, model = parsed(["--config", file])
     return {
         "student": model.model_name_or_path,
         "teacher": config.teacher_model_name_or_path,

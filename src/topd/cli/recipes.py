@@ -1,7 +1,5 @@
 """`--config FILE` and `--config recipe:NAME`: the file with a run's options."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from topd.errors import TOPDError

@@ -1,11 +1,7 @@
 """`topd report`: the command. The page is in `report/`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-
-from topd.errors import TOPDError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +17,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page."""
-    for folder in (options.run_folder, *options.compare):
-        if not folder.is_dir():
-            raise TOPDError(
-                f"{folder}: there is no such folder. Give one that topd demo, train, eval, study, probe or "
-                "correct wrote."
-            )
     from topd.report.page import write_report
 
     print(f"Wrote {write_report(options.run_folder, options.out, options.compare)}")

@@ -1,7 +1,5 @@
 """`topd study`: the command. The study is in `study/`."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +26,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read the plan, choose arms and seeds, run."""
-    from topd.study.command import run_study
     from topd.study.config import REFERENCE, read_plan
-    from topd.study.tables import print_tables, read_study
+    from topd.study.summary import print_tables, read_study
 
     if options.show:
         print_tables(read_study(options.show), options.against)
         return
+    from topd.study.command import run_study
+
     check_at_least_one(options, "seeds", "workers")
     given = {name: getattr(options, name) for name in ("student", "teacher", "data") if getattr(options, name)}
     plan = read_plan(options.config, given)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topd.cli.data_options import FormArguments, form_of
-from topd.cli.help import Page
-from topd.cli.options import begin, data_source, parse_options, prompts, resume_from, start_record
+from topd.cli.help import RUN, Page
+from topd.cli.options import data_source, parse_options, prompts, resume_from, run_training, start_record
 from topd.embedded.task import DATA
 from topd.errors import DataError, TOPDError
-from topd.runs.guard import guarded
-from topd.runs.sole_writer import sole_writer
 from topd.visible import visible
 
 if TYPE_CHECKING:
@@ -68,14 +65,7 @@ def page() -> Page:
             "load_in_4bit", "use_vllm", "vllm_mode", "teacher_model_server_url", "teacher_server_model",
             "teacher_server_key_env", "teacher_server_kwargs", "loss_top_k",
         ),
-        "Run": (
-            "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
-            "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "audit_steps",
-            "eval_strategy", "eval_steps", "eval_benchmark", "eval_benchmark_limit", "eval_samples", "eval_temperature",
-            "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
-            "push_to_hub",
-        ),
+        "Run": RUN,
     }  # fmt: skip
     about = (
         "Distil a student from a teacher, by plain on-policy distillation (OPD) or with near-future guidance (TOPD)."
@@ -87,19 +77,7 @@ def page() -> Page:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    from topd.runs.checkpoints import check_writable
-    from topd.runs.console import hide_progress_bars
-
-    hide_progress_bars()
-    status = begin(page(), argv, kinds())
-    if status is not None:
-        return status
-    data, config, model = parse(argv)
-    check_writable(config)
-    folder = Path(config.output_dir)
-    with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
-        _train(("train", *argv), data, config, model)
-    return 0
+    return run_training(argv, page, kinds, _train)
 
 
 def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -> None:
@@ -181,8 +159,7 @@ def kinds() -> tuple[Any, Any, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     """The options of `topd train`."""
-    parsed: tuple[DataArguments, Any, Any] = parse_options(argv, kinds(), "topd train")
-    return parsed
+    return parse_options(argv, kinds(), "topd train")
 
 
 # The data
@@ -228,9 +205,7 @@ def setups_of(
     """What is known about a run without weights: by the teacher's name in the data, "" for a single teacher.
 
     Args:
-        data, config, model: as `parse` returns them.
         dataset, evaluation: the prompts, and those of the evaluation loss, if they are loaded already.
-        teacher_here: see `Setup`.
 
     Raises:
         TOPDError: something cannot be read.
@@ -299,11 +274,7 @@ def _evaluation(data: Any) -> int | DataError | None:
 
 
 def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation: Any = None) -> None:
-    """The quick checks with which `topd train` begins: warnings are printed, errors stop it.
-
-    Raises:
-        TOPDError: at least one error.
-    """
+    """The quick checks with which `topd train` begins: warnings are printed, errors raise `TOPDError`."""
     from topd.check.checks import quick_findings
     from topd.check.findings import errors_message, worst
 

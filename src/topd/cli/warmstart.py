@@ -1,20 +1,15 @@
 """`topd warmstart`: models, solutions and options from a YAML file and the command line, then `WarmStartTrainer`."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from topd.cli.data_options import FormArguments, form_of
-from topd.cli.help import Page
-from topd.cli.options import begin, parse_options, resume_from, start_record
+from topd.cli.help import RUN, Page
+from topd.cli.options import parse_options, resume_from, run_training, start_record
 from topd.errors import TOPDError
-from topd.runs.guard import guarded
-from topd.runs.sole_writer import sole_writer
 
 
 @dataclass
@@ -55,12 +50,7 @@ def page() -> Page:
             "dtype", "attn_implementation", "trust_remote_code", "use_peft", "lora_r", "lora_alpha",
             "lora_target_modules", "load_in_4bit",
         ),
-        "Run": (
-            "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
-            "bf16", "gradient_checkpointing", "use_cpu", "seed", "logging_steps", "report_to", "eval_strategy",
-            "eval_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub",
-        ),
+        "Run": RUN,
     }  # fmt: skip
     about = "Stage 1: train the student on a teacher's solutions, with forward KL and cross-entropy."
     own = {WarmStartConfig: "Method", SolutionArguments: "Data"}
@@ -70,22 +60,10 @@ def page() -> Page:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    from topd.runs.checkpoints import check_writable
-    from topd.runs.console import hide_progress_bars
-
-    hide_progress_bars()
-    status = begin(page(), argv, kinds())
-    if status is not None:
-        return status
-    data, config, model = parse(argv)
-    check_writable(config)
-    record, folder = start_record(("warmstart", *argv), data, config, model), Path(config.output_dir)
-    with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
-        _train(record, data, config, model)
-    return 0
+    return run_training(argv, page, kinds, _train)
 
 
-def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> None:
+def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: Any) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from topd.embedded.pair import resolve_model
@@ -97,6 +75,7 @@ def _train(record: Any, data: SolutionArguments, config: Any, model: Any) -> Non
     from topd.runs.summary import print_summary, where_weights_are
     from topd.warmstart.trainer import WarmStartTrainer
 
+    record = start_record(words, data, config, model)
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
         raise TOPDError(
             "Name the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
@@ -142,8 +121,7 @@ def kinds() -> tuple[Any, Any, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
     """The options of `topd warmstart`."""
-    data, config, model = parse_options(argv, kinds(), "topd warmstart")
-    return data, config, model
+    return parse_options(argv, kinds(), "topd warmstart")
 
 
 def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:

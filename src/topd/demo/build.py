@@ -5,8 +5,6 @@ and the easy student, from which the standard student continues too, with a stro
 a `build.json` with its recipe and its accuracy on held-out problems.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -105,9 +103,7 @@ def solution_batch(
     return ids, labels
 
 
-def train_on_solutions(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log_every: int = 100
-) -> float:
+def train_on_solutions(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
     """Train in place; return the last loss (nats/token)."""
     rng = random.Random(f"topd-build-{recipe.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -124,7 +120,7 @@ def train_on_solutions(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % log_every == 0:
+        if step % 100 == 0:
             seconds = (time.perf_counter() - started) / step
             left = seconds * (recipe.steps - step) / 60
             print(f"step {step}/{recipe.steps}  loss {loss.item():.4f}  {left:.1f} min left", flush=True)

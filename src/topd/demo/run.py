@@ -3,8 +3,6 @@
 Both arms have the same student, teacher, prompts, seed and optimizer steps, and differ only in `method`.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -15,12 +13,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console, Group
 from rich.table import Table
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from topd.analysis.probe import ProbeOptions
 from topd.analysis.probe_command import ProbeRun, run_probe
@@ -121,27 +114,16 @@ def _before(
 
 
 def _train(
-    name: MethodName,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    size: Size,
-    steps: int,
-    seed: int,
-    console: Console,
+    name: MethodName, tokenizer: PreTrainedTokenizerBase, out: Path, size: Size, steps: int, seed: int, console: Console
 ) -> tuple[Any, dict[str, Any]]:
     """Distil one arm; return the student and its row of the results."""
     (out / "audit.jsonl").unlink(missing_ok=True)
-    prompts = Dataset.from_list(
-        [
-            {"prompt": problem.prompt}
-            for problem in make_problems(steps * size.batch, seed=seed, held_out=False, level="long")
-        ]
-    )
+    problems = make_problems(steps * size.batch, seed=seed, held_out=False, level="long")
     trainer = TOPDTrainer(
         model=_load(STUDENT),
         teacher_model=_load(TEACHER),
         args=arm_config(name, out, steps=steps, batch=size.batch, seed=seed),
-        train_dataset=prompts,
+        train_dataset=Dataset.from_list([{"prompt": problem.prompt} for problem in problems]),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

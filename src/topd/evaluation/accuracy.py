@@ -8,8 +8,6 @@ k samples varies with the problem and with its samples. Resampling the samples i
 the second source twice (97.5 % coverage for a nominal 95 %, tests/evaluation/test_accuracy.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ EleutherAI/lm-evaluation-harness as of 2026-08-21): where the answer is extracte
 with its oddities. It was written from their behavior and contains no code of the harness.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction

@@ -3,19 +3,18 @@
 This project contains no benchmark problems: they come from the Hub or from your own file (`--benchmark aime24=FILE`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from topd.errors import DataError, TOPDError
 from topd.evaluation.answers import LM_EVAL_PROMPT, Rule
 from topd.loading.data import load_prompts
 
+T = TypeVar("T")
 PromptStyle = Literal["boxed", "lm-eval"]
 """boxed: ours. lm-eval: prompt and answer extraction of lm-evaluation-harness, which the paper used."""
 LM_EVAL_BENCHMARKS = ("aime24", "aime25", "hmmt25")
@@ -170,6 +169,21 @@ def _bare(prompt: Any, name: str) -> str:
             f"own. Remove the instruction from the problem that begins {str(prompt)[:60]!r}."
         )
     return text
+
+
+def text_of(prompt: Any) -> str:
+    """A prompt's text; of messages the last one's."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def question(prompt: Any) -> str:
+    """A prompt's text without the instruction that asks for a box."""
+    return text_of(prompt).removesuffix(INSTRUCTION).strip()
+
+
+def spread(items: list[T], count: int) -> list[T]:
+    """`count` of the items at equal distances, or all if there are fewer."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
 
 
 def _without_zeros(answer: str) -> str:

@@ -1,7 +1,5 @@
 """Models compared on the same problems: the paper's Table 1 with intervals, and each model against the first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Accuracy of a model on the embedded task."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

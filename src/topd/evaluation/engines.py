@@ -1,7 +1,5 @@
 """What responds to prompts: the protocol, and engines that run a model in this process (transformers, vLLM)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from topd.loading.prompts import prompt_ids
 from topd.near_future.compact_sampling import generate_compactly
 from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
 from topd.near_future.padded_prompts import batching_of
-from topd.near_future.padding import grouped
+from topd.near_future.padding import grouped, left_padded
 from topd.near_future.ways import Batching
 
 SEED_STRIDE = 1_000_003
@@ -143,11 +141,10 @@ class LocalEngine:
     @torch.no_grad()  # not inference_mode: training may continue with what the model caches here
     def _generate(self, batch: Sequence[Request], sampling: Sampling) -> Tensor:
         """[response, token] new tokens."""
-        prompts = [ids_of(request, self.tokenizer, sampling) for request in batch]
+        prompts = [torch.tensor(ids_of(request, self.tokenizer, sampling), dtype=torch.long) for request in batch]
         pad = padding_id(self.tokenizer)
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids, mask = (each.to(self.model.device) for each in left_padded(prompts, pad))
+        longest = ids.shape[1]
         config = GenerationConfig(
             do_sample=False, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.eos or None,
             bos_token_id=None, disable_compile=True,
@@ -157,7 +154,7 @@ class LocalEngine:
         generate = partial(generate_compactly, self.model.generate, chooser) if compactly else self.model.generate
         with own_settings_only(self.model):
             output: Tensor = generate(
-                input_ids=ids, attention_mask=mask.to(ids.device), generation_config=config,
+                input_ids=ids, attention_mask=mask, generation_config=config,
                 logits_processor=LogitsProcessorList(chooser),
             )  # fmt: skip
         return output[:, longest:].cpu()

@@ -1,7 +1,5 @@
 """From the samples in a folder to `eval.json`. Everything is computed from records, without a model."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +92,8 @@ def write_result(folder: Path) -> dict[str, Any]:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """Accuracies from 0 to 1 with 95 % intervals, counts of samples, and the accuracy per problem."""
-    right = results.right
+    """Accuracies from 0 to 1 with 95 % intervals, also per problem; counts of samples: truncated, unparsed, wrong."""
+    right, truncated, unparsed = results.right, results.table("truncated"), 1 - results.table("parsed")
     k = right.shape[1]
     majority = [
         majority_value([r["extracted"] if r["parsed"] else None for r in row], [r["right"] for r in row])
@@ -109,22 +107,14 @@ def summary(results: Results) -> dict[str, Any]:
         "sampling_error": sampling_error(right),
         "pass_at": {str(n): asdict(accuracy_interval([pass_at_k(right, n)])) for n in sorted({1, min(2, k), k})},
         "majority": asdict(accuracy_interval([majority])),
-        **_counts(results),
+        "truncated": int(truncated.sum()),
+        "unparsed": int(unparsed.sum()),
+        "truncated_and_unparsed": int((truncated * unparsed).sum()),
+        "wrong": int((1 - right - unparsed).sum()),
+        "tokens_mean": float(results.table("tokens").mean()),
         "settings": settings,
         "by_problem": [
             problem | {"right": int(row.sum()), "accuracy": float(row.mean()), "majority": value}
             for problem, row, value in zip(results.settings["problems"], right, majority, strict=True)
         ],
-    }
-
-
-def _counts(results: Results) -> dict[str, Any]:
-    """Counts of all samples: truncated by the length limit, without a parsed answer, wrong."""
-    truncated, unparsed = results.table("truncated"), 1 - results.table("parsed")
-    return {
-        "truncated": int(truncated.sum()),
-        "unparsed": int(unparsed.sum()),
-        "truncated_and_unparsed": int((truncated * unparsed).sum()),
-        "wrong": int((1 - results.right - unparsed).sum()),
-        "tokens_mean": float(results.table("tokens").mean()),
     }

@@ -1,11 +1,9 @@
 """One model on one benchmark: every sample is saved as soon as it is ready. And the names of models."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from topd.evaluation.engines import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
 from topd.runs.console import progress
-from topd.runs.files import append_records
+from topd.runs.files import append_records, write_json
 from topd.runs.provenance import versions
-from topd.runs.records import earlier_records, write_options
+from topd.runs.records import earlier_records
 
 _WEIGHTS = (
     "*.safetensors",
@@ -59,9 +57,6 @@ def labelled_models(names: list[str]) -> dict[str, str]:
     """
     pairs = [label_and_source(name) for name in names]
     models = dict(pairs)
-    for label, source in pairs:
-        if label in ("", ".", ".."):
-            raise TOPDError(f"--model {source}: its results need a name other than {label!r}. Write NAME={source}.")
     if len(models) < len(pairs):
         raise TOPDError(
             f"Two models have the same label ({', '.join(label for label, _ in pairs)}). Name them: "
@@ -115,14 +110,6 @@ class EvalRun:
         return {"version": 1, **named, **self.model, **asdict(self.sampling), "problems": problems}
 
 
-def samples_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}{SAMPLES}"
-
-
-def settings_file(folder: Path, benchmark: str) -> Path:
-    return folder / f"{benchmark}{SETTINGS}"
-
-
 def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, console: Console) -> None:
     """Sample and judge the missing ones of `samples` responses per problem.
 
@@ -130,11 +117,11 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
         TOPDError: the folder holds samples with other settings, or the engine cannot respond.
     """
     name, problems = run.problem_set.name, run.problem_set.problems
-    file = samples_file(folder, name)
+    file, settings_file = folder / f"{name}{SAMPLES}", folder / f"{name}{SETTINGS}"
     requests = requests_of(run.problem_set, range(len(problems)), samples, run.chat)
     settings = run.settings()
-    records = earlier_records(file, settings_file(folder, name), settings, needs=RECORD_KEYS, may_change="")
-    write_options(settings_file(folder, name), settings | {"versions": versions(DECISIVE)})
+    records = earlier_records(file, settings_file, settings, needs=RECORD_KEYS, may_change="")
+    write_json(settings | {"versions": versions(DECISIVE)}, settings_file)
     places = {problem.id: place for place, problem in enumerate(problems)}
     done = {r["sample"] * SAMPLE_STRIDE + places[r["problem"]] for r in records if r["problem"] in places}
     missing = [request for request in requests if request.number not in done]
@@ -147,20 +134,12 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     if run.problem_set.rule == "math":
         check_installed()
     engine.check(missing, run.sampling)
-    for batch in _with_progress(run, engine, missing, len(requests), console):
-        append_records(batch, file)
-
-
-def _with_progress(
-    run: EvalRun, engine: Engine, missing: list[Request], total: int, console: Console
-) -> Iterator[list[dict[str, Any]]]:
-    """Records as they are ready, with a progress bar that shows the accuracy of the new ones."""
-    with progress(console, run.problem_set.name, total, total - len(missing)) as advance:
+    with progress(console, name, len(requests), len(requests) - len(missing)) as advance:
         new: list[dict[str, Any]] = []
         for batch in engine.respond(missing, run.sampling):
-            records = [record_of(run.problem_set, number, response) for number, response in batch]
-            yield records
-            new += records
+            fresh = [record_of(run.problem_set, number, response) for number, response in batch]
+            append_records(fresh, file)
+            new += fresh
             right, tokens = (sum(record[key] for record in new) for key in ("right", "tokens"))
             advance(len(batch), f"{right / len(new):.1%} right, {tokens} tokens")
 

@@ -1,7 +1,5 @@
 """Responses from an OpenAI-compatible server (vLLM, SGLang)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

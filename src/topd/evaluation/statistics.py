@@ -6,8 +6,6 @@ here values that occur often (right or wrong) are drawn as multinomial counts, w
 resamples of 2,000 problems take milliseconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

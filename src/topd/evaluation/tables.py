@@ -1,7 +1,6 @@
 """The tables that `topd eval` prints."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -24,9 +23,7 @@ POWER_LEGEND = (
 
 def result_table(result: dict[str, Any]) -> Group:
     """One model, one row per benchmark."""
-    table = _table()
-    for name in ("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "truncated", "unparsed", "tokens"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table = _table("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "truncated", "unparsed", "tokens")
     for name, row in result["benchmarks"].items():
         error = row["sampling_error"]
         table.add_row(
@@ -47,8 +44,7 @@ def result_table(result: dict[str, Any]) -> Group:
 def comparison_tables(comparison: dict[str, Any]) -> Group:
     """The models with intervals, the paper's Table 1, and each model's difference from the first."""
     columns = [*comparison["columns"], *([MEAN] if len(comparison["columns"]) > 1 else [])]
-    table = _table()
-    _add_columns(table, columns)
+    table = _labelled(columns)
     for label, row in comparison["models"].items():
         cells = (f"{100 * row[name]['mean']:.1f}\n{_interval(row[name])}" if name in row else "" for name in columns)
         table.add_row(label, *cells)
@@ -63,26 +59,15 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
 
 
 def _paper_table(columns: list[str]) -> Table:
-    table = _table()
-    _add_columns(table, [name for name in columns if name in TABLE_1["+ OPD"]])
+    table = _labelled([name for name in columns if name in TABLE_1["+ OPD"]])
     for label, row in TABLE_1.items():
         table.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
     return table
 
 
 def _difference_table(comparison: dict[str, Any]) -> Table:
-    table = _table()
-    for name in (
-        "",
-        "points",
-        "95 % interval",
-        "p",
-        "Holm",
-        "min.\ndetectable",
-        "problems\nneeded",
-        "unlimited\nsamples",
-    ):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    needed = ("min.\ndetectable", "problems\nneeded", "unlimited\nsamples")
+    table = _table("", "points", "95 % interval", "p", "Holm", *needed)
     model = ""
     for row in comparison["comparisons"]:
         if row["model"] != model:
@@ -102,14 +87,23 @@ def _difference_table(comparison: dict[str, Any]) -> Table:
     return table
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+def _table(*columns: str) -> Table:
+    return open_table(columns, padding=0, show_edge=False)
 
 
-def _add_columns(table: Table, names: list[str]) -> None:
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+def _labelled(columns: Sequence[str]) -> Table:
+    """A table whose first column holds models, whose names are wrapped where they are too long."""
+    table = _table("", *columns)
+    table.columns[0].no_wrap = False
+    return table
+
+
+def open_table(columns: Sequence[str], **style: Any) -> Table:
+    """A table without a frame: the column without a name is on the left, the others are right-aligned."""
+    table = Table(box=box.SIMPLE_HEAD, **style)
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    return table
 
 
 def _interval(value: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Part of `TOPDTrainer`: accuracy on held-out problems, at every evaluation."""
+"""Part of `TOPDTrainer`: accuracy on held-out problems, at every evaluation, from the records of the responses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import Trainer
 
 from topd.errors import TOPDError
-from topd.evaluation.benchmarks import ProblemSet, load_benchmark
+from topd.evaluation.accuracy import accuracy_interval
+from topd.evaluation.benchmarks import ProblemSet, load_benchmark, spread, text_of
 from topd.evaluation.engines import Engine, LocalEngine, Request, Response, Sampling, check_context, ids_of
 from topd.evaluation.equivalence import check_installed
-from topd.evaluation.held_out import figures, kept_responses
 from topd.evaluation.run import SAMPLE_STRIDE, record_of, requests_of
 from topd.loading.sharding import held_whole
 from topd.near_future.generation import NEUTRAL
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
 
 LIMITED_BY = "max_completion_length"
+RECORD_VERSION = 1
+"""Of the responses that are kept."""
+KEPT_RESPONSES = 8
+"""Responses kept of each evaluation."""
+
+TIMES, AT_LEAST, TAIL = 4, 100, 4000
+"""A loop: the end of a response is one passage at least four times in a row, over at least 100 characters. A passage of
+up to 1,000 characters is found. Our choice."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,7 @@ class HeldOut:
 
 
 def problems_of(args: TOPDConfig) -> ProblemSet | None:
-    """The problems that the options name; None without `eval_benchmark`.
-
-    Raises:
-        TOPDError: they cannot be read, one has no answer, or math-verify is missing.
-    """
+    """The problems that the options name, or None. Raises `TOPDError` where they cannot be read or judged."""
     if args.eval_benchmark is None:
         return None
     problem_set = load_benchmark(args.eval_benchmark, limit=args.eval_benchmark_limit, option="eval_benchmark")
@@ -147,28 +152,25 @@ class HeldOutAccuracy(Trainer):
             mine = self._records(held_out)
         finally:
             put_back()
-        records = [record for _, record in sorted(gather_object(mine), key=lambda numbered: numbered[0])]
+        by_problem = sorted(gather_object(mine), key=lambda numbered: divmod(numbered[0], SAMPLE_STRIDE)[::-1])
+        records = [record for _, record in by_problem]
         if self.accelerator.is_main_process:
             kept = kept_responses(records, held_out.problem_set, held_out.samples, self.state.global_step)
             append_records(kept, self._folder / EVAL_FILE)
         return figures(records, held_out.samples)
 
-    def _records(self, held_out: HeldOut) -> list[tuple[tuple[int, int], dict[str, Any]]]:
-        """(problem, sample) and the record of each response of this process, which has its share of the problems."""
+    def _records(self, held_out: HeldOut) -> list[tuple[int, dict[str, Any]]]:
+        """The number and the record of each response of this process, which has its share of the problems."""
         count, each, here = len(held_out), self.accelerator.num_processes, self.accelerator.process_index
-        places = list(range(here, count, each))
+        places = range(here, count, each)
         even = [place % count for place in range(here, -(-count // each) * each, each)]
         with self._answering(held_out) as engine:
-            found = {
-                number: response
-                for batch in engine.respond(held_out.requests(even if self.use_vllm else places), held_out.sampling)
-                for number, response in batch
-            }
+            batches = list(engine.respond(held_out.requests(even if self.use_vllm else places), held_out.sampling))
         return [
-            ((place, sample), record_of(held_out.problem_set, number, found[number]))
-            for place in places
-            for sample in range(held_out.samples)
-            for number in [sample * SAMPLE_STRIDE + place]
+            (number, record_of(held_out.problem_set, number, response))
+            for batch in batches
+            for number, response in batch
+            if number % SAMPLE_STRIDE in places
         ]
 
     @contextmanager
@@ -228,3 +230,58 @@ def _settings(vllm: Any, sampling: Sampling) -> Iterator[None]:
         yield
     finally:
         vars(vllm).update(before)
+
+
+def figures(records: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
+    """Accuracy with its 95 % interval over problems, and what the responses look like. Shares are from 0 to 1.
+
+    Args:
+        records: as `record_of` makes them, [problem x sample], the samples of a problem next to each other.
+        samples: of each problem.
+    """
+    right = np.array([record["right"] for record in records], dtype=float).reshape(-1, samples)
+    found = accuracy_interval([right])
+    return {
+        "accuracy": found.mean,
+        "accuracy_low": found.low,
+        "accuracy_high": found.high,
+        "ended": float(np.mean([not record["truncated"] for record in records])),
+        "mean_length": float(np.mean([record["tokens"] for record in records])),
+        "repeated": float(np.mean([ends_in_a_loop(record["text"]) for record in records])),
+    }
+
+
+def ends_in_a_loop(text: str) -> bool:
+    """Whether a response ends in one passage over and over; see `TIMES`."""
+    tail = text.rstrip()[-TAIL:]
+    for period in range(1, len(tail) // TIMES + 1):
+        span = max(TIMES * period, AT_LEAST)
+        if span > len(tail):
+            return False
+        if tail[-span:-period] == tail[period - span :]:
+            return True
+    return False
+
+
+def kept_responses(
+    records: Sequence[dict[str, Any]], problem_set: ProblemSet, samples: int, step: int
+) -> list[dict[str, Any]]:
+    """The first response to each of a few problems, spread over the set and the same at each evaluation.
+
+    Args:
+        records: as in `figures`.
+        step: optimizer steps so far.
+    """
+    first = list(zip(problem_set.problems, records[::samples], strict=True))
+    return [
+        {
+            "version": RECORD_VERSION,
+            "step": step,
+            "problem": text_of(problem.prompt),
+            "response": record["text"],
+            "answer": problem.answer,
+            "right": record["right"],
+            "ended": not record["truncated"],
+        }
+        for problem, record in spread(first, KEPT_RESPONSES)
+    ]

@@ -1,7 +1,5 @@
 """What `topd correct` left behind: its section, and the case study (Fig. 3 of the paper) as text and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -218,11 +216,7 @@ def print_case(case: Case, console: Console) -> None:
 
 
 def draw_case(case: Case, path: Path) -> Path:
-    """The same as a picture; the ending of `path` says of which kind (svg, png, pdf).
-
-    Raises:
-        ReportError: it is of a kind that cannot be drawn.
-    """
+    """The same as a picture: .svg, .png or .pdf. Raises `ReportError` for a kind that cannot be drawn."""
     shown = case_text(case)
     widths = [[_LETTER * max(2, len(token)) + 0.14 for token, _ in strip.tokens] for strip in shown.strips]
     width = _LEFT + max(sum(row) + 0.06 * len(row) for row in widths) + 0.2

@@ -1,7 +1,5 @@
 """Figures about D_OT: audited candidates, a probe (the paper's Figs. 2 and 6), a local correction (its Fig. 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,10 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from topd.paper import GROUPS, LOCAL_CORRECTION, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.report.elements import Figure, decimals
-from topd.report.rollouts import Point
+from topd.report.rollouts import Candidate
 from topd.report.svg import BLUE, GREEN, INK, ORANGE, VERMILION, drawing, legend
 
 Floats = NDArray[np.float64]
@@ -25,12 +24,12 @@ BINS, BIN_PLACES = 8, 5
 """Bins of the mean's line, as many as Fig. 6 has, and the fewest candidates that one is drawn for (our choice)."""
 
 
-def distance_figures(points: Sequence[Point]) -> list[Figure]:
+def distance_figures(points: Sequence[Candidate]) -> list[Figure]:
     """D_OT of the candidates in audited rollouts."""
     return [figure for figure in (_histogram(points), scatter(points)) if figure]
 
 
-def _histogram(points: Sequence[Point]) -> Figure | None:
+def _histogram(points: Sequence[Candidate]) -> Figure | None:
     forks, alarms = (
         [point.distance for point in points if point.kind == kind and point.distance is not None]
         for kind in ("fork", "alarm")
@@ -64,7 +63,7 @@ def _histogram(points: Sequence[Point]) -> Figure | None:
     )
 
 
-def scatter(points: Sequence[Point], axis: str = "Token loss", name: str = "loss-distance") -> Figure | None:
+def scatter(points: Sequence[Candidate], axis: str = "Token loss", name: str = "loss-distance") -> Figure | None:
     """Each candidate's D_OT by token loss or, as in the paper's Fig. 6, by the teacher's NLL of the sampled token.
 
     Dots or, where there are many, their density; the linear trend; means of bins with their standard errors. `name`:
@@ -75,7 +74,8 @@ def scatter(points: Sequence[Point], axis: str = "Token loss", name: str = "loss
     if len(known) < 2:
         return None
     loss, distance = np.array([row[0] for row in known]), np.array([row[1] for row in known])
-    related = f"Pearson r = {correlation(loss, distance)}, Spearman ρ = {correlation(_ranks(loss), _ranks(distance))}"
+    spearman = correlation(rankdata(loss), rankdata(distance))
+    related = f"Pearson r = {correlation(loss, distance)}, Spearman ρ = {spearman}"
     alt = f"{axis} against transport distance of {len(known)} candidates: {related}."
     with drawing(name, alt) as figure:
         axes = figure.axes[0]
@@ -135,12 +135,6 @@ def correlation(a: Floats, b: Floats) -> str:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return "–"
     return decimals(float(np.corrcoef(a, b)[0, 1]))
-
-
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 1, equal values sharing their mean rank."""
-    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[inverse]
 
 
 def groups_figure(main: Mapping[str, Sequence[float]], name: str) -> Figure | None:

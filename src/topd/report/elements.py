@@ -95,9 +95,14 @@ def decimals(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
-def plain(value: float) -> str:
+def plain(value: float | None) -> str:
     """One decimal."""
     return decimals(value, 1)
+
+
+def share(value: float | None) -> str:
+    """In percent, with one decimal."""
+    return plain(None if value is None else 100 * value)
 
 
 def signed(value: float) -> str:

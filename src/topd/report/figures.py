@@ -1,7 +1,5 @@
 """The figures of training: curves by step, and seconds by stage. What has no data is left out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The page: everything a run recorded, in one HTML file that loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections import Counter
@@ -11,14 +9,14 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from topd.evaluation.compare import comparison
 from topd.report.case import correct_section
 from topd.report.distances import distance_figures
 from topd.report.elements import Section, listed, plural, signed
 from topd.report.figures import curve_figures
-from topd.report.held_out import responses_tables
 from topd.report.probe import probe_section
 from topd.report.records import MAX_CANDIDATES, Arm, Run, load_runs
-from topd.report.results import compared, evaluation_section, load_evaluations, results_section
+from topd.report.results import evaluation_section, load_evaluations, results_section
 from topd.report.rollouts import LEVELS, Shown, choose_rollouts
 from topd.report.study import study_section
 from topd.report.summary import counts, evaluation_verdicts, lede, option_rows, provenance_rows, setup, verdicts
@@ -57,16 +55,16 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
     script = (_HERE / "script.js").read_text(encoding="utf-8")
     notes = [note for run in runs for note in run.notes]
     models = load_evaluations([folder for run in runs for folder in run.evaluations], notes)
-    comparison = compared(models)
+    compared = comparison({model.label: model.results for model in models}) if models else {}
     sections = _sections(runs)
     if models:
         sections.insert(
-            sum(section.title.startswith("Results") for section in sections), evaluation_section(models, comparison)
+            sum(section.title.startswith("Results") for section in sections), evaluation_section(models, compared)
         )
     return environment.get_template("template.html").render(
         title=listed([run.name for run in runs]),
         lede=lede([arm for run in runs for arm in run.arms]),
-        verdicts=[text for run in runs for text in verdicts(run)] + evaluation_verdicts(models, comparison),
+        verdicts=[text for run in runs for text in verdicts(run)] + evaluation_verdicts(models, compared),
         setup=setup(runs),
         notes=notes,
         sections=sections,
@@ -92,11 +90,17 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     sections += [probe_section(run.probe, i, of(run)) for i, run in enumerate(runs) if run.probe]
     sections += [correct_section(run.correct, i, of(run)) for i, run in enumerate(runs) if run.correct]
     points = [point for arm in arms for point in arm.points]
+    responses = [
+        (f"{arm.name}, {title}" if len(arms) > 1 else title, rows)
+        for arm in arms
+        for title, rows in [arm.responses]
+        if rows
+    ]
     options, provenance = option_rows(arms), provenance_rows(arms)
     names = [arm.name for arm in arms]
     first = ", those that differ between the arms first" if len(arms) > 1 else ""
     sections += [
-        Section("Training").add("figures", curve_figures(arms)).add("responses", responses_tables(arms)),
+        Section("Training").add("figures", curve_figures(arms)).add("responses", responses),
         Section("Distances").add("figures", distance_figures(points)),
         Section("Provenance").add(
             "by_arm", provenance and ("What", "Models, data, command and versions", names, provenance)

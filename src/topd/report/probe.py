@@ -1,7 +1,5 @@
 """What `topd probe` left behind, and its section: D_OT by group of tokens compared with the paper's pair."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +7,9 @@ from typing import Any
 
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.report.distances import groups_figure, readings_figure, scatter
-from topd.report.elements import Group, Section, Table, decimals, numbers, percent, value_with_interval
+from topd.report.elements import Group, Section, Table, decimals, numbers, percent, share, value_with_interval
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_lines, read_object
-from topd.report.rollouts import Point, Rollout, candidate_of, point_of, rollout_of, visible
+from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of, visible
 
 MOST_TOKENS = 24
 
@@ -29,7 +27,7 @@ class ProbeRecords:
 
     result: Mapping[str, Any]
     distances: dict[str, dict[str, list[float]]]
-    points: list[Point] = field(default_factory=list)
+    points: list[Candidate] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
 
 
@@ -142,9 +140,9 @@ def _quantities(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def _variant(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     groups = mapping(found.get("groups"))
     medians = [decimals(number(mapping(groups.get(group)).get("median"))) for group in GROUPS]
-    share = number(mapping(found.get("false_alarm_share")).get("value"))
+    alarms = number(mapping(found.get("false_alarm_share")).get("value"))
     values = [decimals(number(mapping(found.get(key)).get("value"))) for key in ("pearson", "spearman")]
-    return (name, *medians, decimals(None if share is None else 100 * share, 1), *values)
+    return (name, *medians, share(alarms), *values)
 
 
 def _tokens(result: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:

@@ -1,7 +1,5 @@
 """Tolerant reading of records: the missing is empty, the broken is counted in `notes`, the newer is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, TypeVar
 
 from topd.errors import TOPDError
 from topd.parsing import read_yaml
-from topd.visible import visible
+from topd.visible import visible as clean
 
 RECORD_VERSION = 1
 """The newest version of the records that is understood here."""
@@ -39,11 +37,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, shown_as: str, notes: list[str], convert: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """The records of a JSON-lines file; broken lines are counted.
-
-    Raises:
-        ReportError: a record is newer than `RECORD_VERSION`.
-    """
+    """The records of a JSON-lines file; broken lines are counted. Raises `ReportError` as `check_version` does."""
     if not path.is_file():
         return
     broken = 0
@@ -76,11 +70,7 @@ def read_run_file(folder: Path, notes: list[str]) -> tuple[Mapping[str, Any], Ma
 
 
 def check_version(record: Mapping[str, Any], path: Path, newest: int = RECORD_VERSION) -> None:
-    """Refuse what a newer version wrote: it would be misread. `newest`: that is understood, with all before it.
-
-    Raises:
-        ReportError: with what to install.
-    """
+    """Raise `ReportError` for what a version after `newest` wrote: it would be misread."""
     version = record.get("version", RECORD_VERSION)
     if version not in range(RECORD_VERSION, newest + 1):
         raise ReportError(
@@ -114,8 +104,3 @@ def strings(values: Any) -> tuple[str, ...]:
 def plan(values: Any) -> tuple[tuple[int, int, float], ...]:
     """(student position, teacher position, mass) of a transport plan's entries."""
     return tuple((int(i), int(j), mass) for i, j, value in values or () if (mass := number(value)))
-
-
-def clean(value: Any) -> str:
-    """Text that any page can hold."""
-    return visible(value)

@@ -6,8 +6,6 @@ Every file and every key may be missing. What cannot be read is counted in `note
 version are refused.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import Any
 
 from topd.evaluation.compare import COMPARISON, evaluations_in
 from topd.report.case import CorrectRecords, load_correct
-from topd.report.held_out import HeldOutResponse, load_responses
+from topd.report.held_out import Row, load_responses
 from topd.report.probe import ProbeRecords, load_probe
 from topd.report.reading import (
     ReportError,
@@ -29,7 +27,7 @@ from topd.report.reading import (
     read_object,
     read_run_file,
 )
-from topd.report.rollouts import Point, Rollout, candidate_of, point_of, rollout_of
+from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of
 from topd.report.study import load_study
 from topd.teachers.server_address import without_secrets
 
@@ -49,7 +47,7 @@ class Arm:
         rollouts: the newest audited rollouts, newest first.
         points: all audited candidates, also those of rollouts that are not kept.
         audited: number of audited rollouts.
-        responses: kept of the newest evaluation during training.
+        responses: title and rows of those kept of the newest evaluation during training.
     """
 
     name: str
@@ -58,9 +56,9 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
-    points: list[Point] = field(default_factory=list)
+    points: list[Candidate] = field(default_factory=list)
     audited: int = 0
-    responses: list[HeldOutResponse] = field(default_factory=list)
+    responses: tuple[str, list[Row]] = ("", [])
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and is finite."""
@@ -155,18 +153,15 @@ class Run:
 
 
 def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: see the module.
-        keep: at least so many candidates of each arm stay with their windows, newest steps first.
+    """Read a run folder. At least `keep` candidates of each arm stay with their windows, newest steps first.
 
     Raises:
         ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.
     """
-    folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder. Give the output folder of a run.")
+        raise ReportError(
+            f"{folder}: there is no such folder. Give one that topd demo, train, eval, study, probe or correct wrote."
+        )
     notes: list[str] = []
     results = read_object(folder / "results.json", notes)
     check_version(results, folder / "results.json")

@@ -3,9 +3,7 @@
 The figures of evaluations are those of `topd eval`, by the same functions, from the same records.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from topd.errors import TOPDError
-from topd.evaluation.compare import comparison, labels
+from topd.evaluation.compare import labels
 from topd.evaluation.results import SETTINGS, Results, benchmarks_in, read_results, summary
 from topd.paper import MEAN, PROBE, TABLE_1
-from topd.report.elements import Figure, Group, Row, Score, Section, Table, decimals, interval_of, percent, signed, span
+from topd.report.elements import Figure, Group, Row, Score, Section, Table, percent, plain, share, signed, span
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
 from topd.report.svg import Estimate, forest
 
@@ -36,7 +34,7 @@ PAPER_NOTE = Markup(
     "AIME24, AIME25 and HMMT25-Feb in percent; its share of false alarms is that of high-loss tokens below the upper "
     "quartile of distances at low-loss tokens. Compare the direction of the effects, not the numbers."
 )
-SHARED = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "max_new_tokens", "engine": "engine"}
+SHARED = ("temperature", "top_p", "max_new_tokens", "engine")
 """Settings that the page names, where all samples share them."""
 
 
@@ -74,21 +72,14 @@ def _headlines(results: Mapping[str, Any]) -> list[Headline]:
     count = problems(results)
     if (mean := number(difference.get("mean"))) is not None:
         p = number(difference.get("p"))
-        detail = _interval(difference, True) + ("" if p is None else f", p = {p:.2g}")
-        on = (
-            f"{count:,} held-out problems after training, greedy"
-            if count
-            else "held-out problems after training, greedy"
-        )
+        detail = _interval(difference, signed) + ("" if p is None else f", p = {p:.2g}")
+        on = f"{count:,} held-out problems" if count else "held-out problems"
         found.append(
             Headline(
-                "TOPD minus OPD",
-                f"{signed(100 * mean)} points",
-                detail.lstrip(", "),
-                on,
-                f"{signed(_TOPD - _OPD)} points",
+                "TOPD minus OPD", f"{signed(100 * mean)} points", detail.lstrip(", "),
+                f"{on} after training, greedy", f"{signed(_TOPD - _OPD)} points",
             )
-        )
+        )  # fmt: skip
     alarms = mapping(results.get("false_alarm_share"))
     if (value := number(alarms.get("value"))) is not None:
         found.append(
@@ -141,13 +132,9 @@ def score(value: Any, signed: bool = False) -> Score | None:
     return Score(found["mean"], found["low"] if both else None, found["high"] if both else None, p, signed)
 
 
-def _interval(entry: Mapping[str, Any], difference: bool = False) -> str:
+def _interval(entry: Mapping[str, Any], form: Callable[[float], str] = plain) -> str:
     low, high = number(entry.get("low")), number(entry.get("high"))
-    if low is None or high is None:
-        return ""
-    if difference:
-        return f"95 % interval {signed(100 * low)} to {signed(100 * high)}"
-    return f"95 % interval {interval_of(percent(entry), 1)}"
+    return "" if low is None or high is None else f"95 % interval {form(100 * low)} to {form(100 * high)}"
 
 
 # Evaluations
@@ -183,23 +170,14 @@ def load_evaluations(folders: Sequence[Path], notes: list[str]) -> list[Evaluate
     return found
 
 
-def compared(models: Sequence[Evaluated]) -> dict[str, Any]:
-    """What `topd eval` writes as `comparison.json`, from the samples.
-
-    Raises:
-        TOPDError: models were asked other problems under the same name.
-    """
-    return comparison({model.label: model.results for model in models}) if models else {}
-
-
 def evaluation_section(models: Sequence[Evaluated], found: Mapping[str, Any]) -> Section:
-    """`found`: what `compared` returned for these models."""
+    """`found`: what `comparison` returned for these models."""
     columns = [*found["columns"], *([MEAN] if len(found["columns"]) > 1 else [])]
     names, comparisons, first = [clean(name) for name in columns], found["comparisons"], found["first"]
     section = Section("Evaluation", _lede(models, found["columns"]))
     groups = [Group([(label, *(score(row.get(name)) for name in columns)) for label, row in found["models"].items()])]
     paper = [
-        (label, *(decimals(row.get(name), 1) for name in columns))
+        (label, *(plain(row.get(name)) for name in columns))
         for label, row in TABLE_1.items()
         if set(found["columns"]) & row.keys()
     ]
@@ -237,10 +215,10 @@ def shared_settings(models: Sequence[Evaluated]) -> list[str]:
     """The sampling settings that all models share, in words."""
     summaries = [each for model in models for each in model.summaries.values()]
     shared = []
-    for name, words in SHARED.items():
+    for name in SHARED:
         values = {str(each["settings"].get(name)) for each in summaries}
         if len(values) == 1 and (value := values.pop()) != "None":
-            shared.append(f"{words} {clean(value)}")
+            shared.append(f"{name} {clean(value)}")
     return shared
 
 
@@ -254,7 +232,7 @@ def _differences(models: Sequence[Evaluated], comparisons: Sequence[Mapping[str,
                 rows.append((
                     clean(row["column"]), signed(100 * row["mean"]),
                     f"{signed(100 * row['low'])} to {signed(100 * row['high'])}", f"{row['p']:.2g}",
-                    f"{row['p_holm']:.2g}", _points(power["detectable"]), _count(power["problems"]), _count(unlimited),
+                    f"{row['p_holm']:.2g}", share(power["detectable"]), _count(power["problems"]), _count(unlimited),
                 ))  # fmt: skip
         groups += [Group(rows, model.label)] if rows else []
     gain = 100 * comparisons[0]["power"]["gain"]
@@ -268,10 +246,6 @@ def _differences(models: Sequence[Evaluated], comparisons: Sequence[Mapping[str,
     return Table("Table of differences", head, groups, caption)
 
 
-def _points(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
-
-
 def _count(problems: int | None) -> str:
     return "–" if problems is None else f"{problems:,}"
 
@@ -282,7 +256,7 @@ def _samples(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         clean(name),
         f"{row['problems']:,} × {row['samples']}",
         f"{100 * row['accuracy']['mean']:.1f}",
-        "–" if error is None else f"{100 * error:.1f}",
+        share(error),
         span(row["pass_at"][str(row["samples"])]),
         span(row["majority"]),
         *(f"{row[key]:,}" for key in ("truncated", "unparsed", "truncated_and_unparsed")),

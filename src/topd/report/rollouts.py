@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from topd.report.reading import clean, number, plan, strings
@@ -70,16 +70,6 @@ class Rollout:
         return self.title or f"Step {self.step:,}"
 
 
-@dataclass(frozen=True)
-class Point:
-    """A candidate as a dot: nats, D_OT, its `kind`, and the teacher's NLL of the token (nats) where it is recorded."""
-
-    token_loss: float | None
-    distance: float | None
-    kind: str
-    teacher_nll: float | None = None
-
-
 def candidate_of(record: Mapping[str, Any], decision: str = "none") -> Candidate:
     """A candidate from its record; `decision`: where none is recorded."""
     weight = number(record.get("weight"))
@@ -98,9 +88,9 @@ def candidate_of(record: Mapping[str, Any], decision: str = "none") -> Candidate
     )
 
 
-def point_of(candidate: Candidate) -> Point:
-    """Only its numbers."""
-    return Point(candidate.token_loss, candidate.distance, candidate.kind, candidate.teacher_nll)
+def point_of(candidate: Candidate) -> Candidate:
+    """A candidate without its windows, which take most of the memory."""
+    return replace(candidate, student_window=(), teacher_window=(), plan=())
 
 
 def rollout_of(

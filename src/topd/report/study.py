@@ -1,7 +1,5 @@
 """A study on the page: accuracy by arm, differences from OPD over paired seeds, learning curves, tuning, seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from topd.report.elements import Figure, Group, Section, Table, decimals, joined, p_value, signed, span
+from topd.report.elements import Figure, Group, Section, Table, joined, p_value, share, signed, span
 from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
 from topd.report.svg import BLUE, INK, Drawing, Estimate, drawing, forest
 from topd.version import STUDY_VERSION
@@ -55,7 +53,7 @@ def study_section(result: Mapping[str, Any], index: int = 0, of: str = "") -> Se
         section.add("table", _accuracies(words, {name: mapping(arm.get(how)) for name, arm in arms.items()}))
     section.add("table", _costs(arms, tuned, tuning))
     section.add("tried", [(name, _tried(tuning[name], tuned.get(name, {}))) for name in arms if tuning.get(name)])
-    return section.add("figures", learning_curves(arms, index))
+    return section.add("figures", [figure for axis in AXES if (figure := _curves(arms, *axis, index))])
 
 
 def _ways(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -114,7 +112,7 @@ def _tried(scores: Sequence[Mapping[str, Any]], tuned: Mapping[str, Any]) -> lis
     for each in scores:
         accuracy, choice = number(each.get("accuracy")), mapping(each.get("choice"))
         words = joined({clean(key): clean(value) for key, value in choice.items()})
-        found.append((words, decimals(None if accuracy is None else 100 * accuracy, 1), choice == tuned))
+        found.append((words, share(accuracy), choice == tuned))
     return found
 
 
@@ -151,11 +149,6 @@ def _differences(arms: Arms, index: int) -> Figure | None:
     caption = "Same seeds, prompts and problems; 95 % intervals over seeds and problems, not corrected for the number "
     caption += "of comparisons. Filled: the interval excludes 0."
     return Figure("Difference from OPD", svg, caption, wide=True)
-
-
-def learning_curves(arms: Arms, index: int = 0) -> list[Figure]:
-    """Accuracy by steps, tokens and seconds. `index`: of the run on the page."""
-    return [figure for axis in AXES if (figure := _curves(arms, *axis, index))]
 
 
 def _curves(arms: Arms, key: str, name: str, unit: str, index: int) -> Figure | None:

@@ -1,7 +1,5 @@
 """The top of the page: verdicts, what was compared, and which records each count comes from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -239,10 +237,12 @@ def _kinds(kinds: Sequence[str]) -> tuple[str, str, str, str]:
 
 def option_rows(arms: Sequence[Arm]) -> ByArm:
     """Option, its value in each arm, and whether they differ; those that differ first."""
-    found = [
-        {key: _cut(json.dumps(value, ensure_ascii=False, default=str), 160) for key, value in arm.options.items()}
-        for arm in arms
-    ]
+
+    def shown(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        return text if len(text) <= 160 else f"{text[:160]}…"
+
+    found = [{key: shown(value) for key, value in arm.options.items()} for arm in arms]
     return sorted(_by_arm(found, sorted({key for each in found for key in each})), key=lambda row: not row[2])
 
 
@@ -275,7 +275,3 @@ def _resumed(entry: Mapping[str, Any]) -> str:
 def _count(value: Any) -> str:
     found = number(value)
     return "an unknown number of" if found is None else f"{found:,.0f}"
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]}…"

@@ -1,7 +1,5 @@
 """Matplotlib figures as SVG inside the page: text, fonts and colours follow the page, light or dark."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,32 +32,24 @@ _REFERENCE = re.compile(r"#([\w.-]+)")
 _FONT_FAMILY = re.compile(r" ?font-family: [^;]*;?")
 _FONT = re.compile(r"font: [^;]*?([\d.]+px)[^;]*")
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+_THIN = ("axes.linewidth", "xtick.major.width", "ytick.major.width", "grid.linewidth")
+_LEFT_OUT = ("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.frameon")
 _SETTINGS: dict[Any, Any] = {
+    **dict.fromkeys(_INKED, INK),
+    **dict.fromkeys(_THIN, 0.6),
+    **dict.fromkeys(_LEFT_OUT, False),
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
     "xtick.major.size": 3,
     "ytick.major.size": 0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "grid.color": INK,
     "grid.alpha": 0.22,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
     "legend.fontsize": 8.5,
     "legend.handlelength": 1.6,
     "lines.linewidth": 1.6,

@@ -4,8 +4,6 @@ A checkpoint is written into `unfinished/`, flushed to the disk and then renamed
 `checkpoint-N` is whole, unless something else wrote or damaged it; resuming compares the checksums in it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -151,11 +149,7 @@ def checkpoint_to_resume(
 ) -> tuple[Path, list[str]]:
     """The checkpoint to resume from: the newest whole one (True) or a named one; and a line about each skipped one.
 
-    Args:
-        thorough: see `damage`.
-
-    Raises:
-        ResumeError: there is no whole checkpoint, or the named one is not whole.
+    `thorough`: see `damage`. Raises `ResumeError` if there is no whole checkpoint, or the named one is not whole.
     """
     if wanted is True:
         newest, skipped = newest_whole(run_folder, thorough)

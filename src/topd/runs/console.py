@@ -1,7 +1,5 @@
 """What `topd train`, `topd warmstart` and the other commands print: log lines and progress."""
 
-from __future__ import annotations
-
 import logging
 import math
 import sys
@@ -93,22 +91,14 @@ def give_header(trainer: Any, header: Callable[[], Sequence[str]]) -> None:
 
 
 def header_lines(options: Mapping[str, Any], made_of: Mapping[str, Any], args: Any) -> list[str]:
-    """What a run trains, before its first step: pair, data, batch, precision.
-
-    Args:
-        options: every option of the run.
-        made_of: its record, as in `run.yaml`.
-        args: the trainer's configuration.
-    """
-    models = {role: model for role, model in made_of.items() if isinstance(model, Mapping) and "weights" in model}
+    """What a run trains, before its first step: pair, data, batch, precision. `made_of`: its record in `run.yaml`."""
     lines = {}
-    for role, model in models.items():
+    for role, model in models_in(made_of).items():
         partly = f" ({model['trained']:,} trained)" if 0 < model["trained"] < model["parameters"] else ""
         lines[role] = f"{model['name']}, {model['parameters']:,} parameters{partly}, {model['dtype']}"
     if "teacher" not in made_of and getattr(args, "teacher_model_server_url", None):
         lines["teacher"] = args.teacher_model_server_url
-    rows = made_of["data"]["rows"]
-    lines["data"] = f"{options.get('data') or 'a dataset'}, {'a stream' if rows is None else f'{rows:,} rows'}"
+    lines["data"] = data_in_words(options, made_of)
     if method := getattr(args, "method", None):
         windows = f", windows of {args.window_length} tokens" if args.looks_ahead else ""
         lines["method"] = f"{method}{windows}"
@@ -120,13 +110,19 @@ def header_lines(options: Mapping[str, Any], made_of: Mapping[str, Any], args: A
     return [f"{name:{width}}  {line}" for name, line in lines.items()]
 
 
+def models_in(made_of: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The models of a run's record, by role."""
+    return {role: part for role, part in made_of.items() if isinstance(part, Mapping) and "weights" in part}
+
+
+def data_in_words(options: Mapping[str, Any], made_of: Mapping[str, Any]) -> str:
+    rows = made_of["data"]["rows"]
+    return f"{options.get('data') or 'a dataset'}, {'a stream' if rows is None else f'{rows:,} rows'}"
+
+
 @contextmanager
 def loading(what: str, show: bool) -> Iterator[None]:
-    """Say that models are loaded, and how long it took; on a terminal with the libraries' bars.
-
-    Args:
-        show: whether this process prints.
-    """
+    """Say that models are loaded, and how long it took; on a terminal with the libraries' bars. Only with `show`."""
     import transformers
 
     started = time.monotonic()

@@ -1,7 +1,5 @@
 """Files of a run: they appear whole or not at all, and broken ones end in a message instead of a traceback."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator

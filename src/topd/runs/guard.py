@@ -1,7 +1,5 @@
 """Around every command: a closed output is no error, and an unforeseen error ends in a message."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: the run finishes its step, saves a checkpoint, and prints how to resume."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -75,13 +73,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 def run_interrupted(state: TrainerState, folder: Path, received: int | None) -> RunInterrupted:
-    """The message after Ctrl-C or SIGTERM.
-
-    Args:
-        state: of the run, whose checkpoint is saved.
-        folder: of the run.
-        received: the signal; None if another process got it.
-    """
+    """The message after Ctrl-C or SIGTERM and a saved checkpoint; `received` is None if another process got it."""
     number = received or signal.SIGTERM
     if state.global_step == 0:
         return RunInterrupted("Stopped in the first step: nothing to save yet. Start the run again.", number)

@@ -1,7 +1,5 @@
 """A NaN or infinity stops the run before the optimizer steps, with a message that says where it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,22 +76,14 @@ class StopOnNonFiniteGradient(TrainerCallback):
     ) -> None:
         if args.fp16:
             return
-        gradients = {n: p.grad for n, p in kwargs["model"].named_parameters() if p.grad is not None}
-        sums = [gradient.sum() for gradient in gradients.values()]  # not finite where any entry is not
-        if not sums or _all_finite(sums):
-            return
-        for name, gradient in gradients.items():
-            if not bool(gradient.isfinite().all()):  # a sum of finite entries may overflow
-                self.raise_error(f"gradient of {name}")
+        name = _first({n: p.grad for n, p in kwargs["model"].named_parameters() if p.grad is not None})
+        if name is not None:
+            self.raise_error(f"gradient of {name}")
 
 
 def first_non_finite(model: nn.Module) -> str | None:
     """The first trained weight in this process that is NaN or infinite; None if all are finite."""
-    weights = {name: _held_here(each) for name, each in model.named_parameters() if each.requires_grad}
-    sums = [weight.sum() for weight in weights.values() if weight.numel()]
-    if not sums or _all_finite(sums):
-        return None
-    return next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
+    return _first({name: _held_here(each) for name, each in model.named_parameters() if each.requires_grad})
 
 
 def _held_here(weight: Any) -> torch.Tensor:
@@ -114,6 +104,10 @@ def non_finite_weights(name: str, step: int, what: str, output_dir: Path) -> Non
     )
 
 
-def _all_finite(values: list[torch.Tensor]) -> bool:
-    """Whether all are finite, with one transfer from the device."""
-    return bool(torch.stack([value.double().to(values[0].device) for value in values]).isfinite().all())
+def _first(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that is not finite. Where all are, that takes one transfer from the device."""
+    sums = [tensor.sum() for tensor in tensors.values() if tensor.numel()]  # not finite where any entry is not
+    if not sums or bool(torch.stack([each.double().to(sums[0].device) for each in sums]).isfinite().all()):
+        return None
+    # a sum of finite entries may overflow
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)

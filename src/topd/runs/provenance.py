@@ -4,8 +4,6 @@ The file holds every option, as `topd train --config run.yaml` takes it, and und
 command, versions, precision, digests of models and data, and what changed on resuming. Secrets are left out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -135,16 +133,13 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
     return hashlib.sha256(torch.cat(samples).numpy().tobytes()).hexdigest()[:16] if samples else None
 
 
-def data_record(
-    dataset: Any, columns: Iterable[str] = ("prompt", "completion", "teacher", "teacher_prompt")
-) -> dict[str, Any]:
-    """Number of rows, column names, and a digest of the texts in `columns`; only the names for a stream."""
+def data_record(dataset: Any) -> dict[str, Any]:
+    """Number of rows, column names, and a digest of the texts that are trained on; only the names for a stream."""
     names = list(getattr(dataset, "column_names", None) or [])
     if not hasattr(dataset, "__len__"):
         return {"rows": None, "columns": names, "digest": None}
-    values = (
-        json.dumps(value, sort_keys=True, default=str) for name in columns if name in names for value in dataset[name]
-    )
+    read = [name for name in ("prompt", "completion", "teacher", "teacher_prompt") if name in names]
+    values = (json.dumps(value, sort_keys=True, default=str) for name in read for value in dataset[name])
     return {"rows": len(dataset), "columns": names, "digest": _digest(values)}
 
 

@@ -1,7 +1,5 @@
 """A trainer that records what its run is made of, compares it on resuming, and completes the model card."""
 
-from __future__ import annotations
-
 import os
 import sys
 import textwrap
@@ -19,7 +17,7 @@ from topd.errors import ResumeError
 from topd.logs import get_logger
 from topd.runs import provenance
 from topd.runs.checkpoints import AUTO, newest_whole, refuse_second_run, saving
-from topd.runs.console import give_header, header_lines
+from topd.runs.console import data_in_words, give_header, header_lines, models_in
 from topd.runs.provenance import compared
 
 logger = get_logger(__name__)
@@ -134,9 +132,13 @@ class RecordedTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with the student's name and a section with the run's record."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
             started, made_of = self._run_record()
-            complete_card(Path(str(self.args.output_dir)), started.options, started.changed, made_of)
+            text = card.read_text(encoding="utf-8").replace(_NOBODY, f"`{_name(made_of['student'])}`")
+            before, framework, after = text.partition("### Framework versions")
+            section = run_section(started.options, started.changed, made_of)
+            card.write_text(f"{before}{section}\n{framework}{after}", encoding="utf-8")
 
     # Resuming
 
@@ -176,13 +178,9 @@ class RecordedTrainer(Trainer):
 
 
 def apply_given(optimizer: Any, scheduler: Any, given: list[dict[str, Any]]) -> None:
-    """Restore an optimizer's own settings after a checkpoint has replaced them.
+    """Restore an optimizer's own settings, `given`, after a checkpoint has replaced its groups.
 
-    The learning rate follows from the schedule at the restored step.
-
-    Args:
-        scheduler: the optimizer's, at the checkpoint's step.
-        given: the optimizer's groups before the checkpoint was loaded.
+    The learning rate follows from the scheduler, which is at the checkpoint's step.
     """
     for group, settings in zip(optimizer.param_groups, given, strict=True):
         before = group.get("initial_lr")
@@ -215,47 +213,27 @@ PAPER = {
 }
 """The method's paper, in the form that TRL's card cites it."""
 
-HEADING = "## The run"
 _NOBODY = "[None](https://huggingface.co/None)"
-
-
-def complete_card(folder: Path, options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> None:
-    """Complete the `README.md` that TRL wrote into a run's folder, if there is one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    text = text.replace(_NOBODY, f"`{_name(provenance['student'])}`")
-    before, framework, after = text.partition("### Framework versions")
-    card.write_text(f"{before}{run_section(options, changed, provenance)}\n{framework}{after}", encoding="utf-8")
 
 
 def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> str:
     """The run as Markdown: models, data, precision, versions, and the options that were set."""
-    data, models = provenance["data"], {role: part for role, part in provenance.items() if _is_model(part)}
+    models = models_in(provenance)
     rows = {role: f"`{_name(model)}`, {model['parameters']:,} parameters" for role, model in models.items()}
-    rows["data"] = f"{_cell(options.get('data') or 'a dataset')}, {_count(data['rows'])}, digest `{data['digest']}`"
+    rows["data"] = f"{data_in_words(options, provenance)}, digest `{provenance['data']['digest']}`"
     rows["precision"] = ", ".join(f"{name}: {value}" for name, value in provenance["precision"].items())
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     given = {name: options[name] for name in options if name in set(changed)}
     dumped = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
     return (
-        f"{HEADING}\n\n| | |\n|---|---|\n{table}\n\nOptions (all of them are in `run.yaml`):\n\n```yaml\n{dumped}```\n"
+        f"## The run\n\n| | |\n|---|---|\n{table}\n\nOptions (all of them are in `run.yaml`):\n\n```yaml\n{dumped}```\n"
     )
-
-
-def _is_model(part: Any) -> bool:
-    return isinstance(part, Mapping) and "weights" in part
 
 
 def _name(model: Mapping[str, Any]) -> str:
     revision = f" at {model['revision']}" if model["revision"] else ""
     return f"{model['name']}{revision}".replace("`", "")
-
-
-def _count(rows: int | None) -> str:
-    return "a stream" if rows is None else f"{rows:,} rows"
 
 
 def _cell(text: Any) -> str:

@@ -1,7 +1,5 @@
 """Records written one by one, so that an interrupted analysis resumes where it stopped."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.errors import TOPDError
-from topd.runs.files import read_object, read_records, write_json, write_records, write_text
+from topd.runs.files import read_object, read_records, write_records
 
 Records = list[dict[str, Any]]
 
@@ -30,6 +28,7 @@ def earlier_records(
     and the original file is kept as `FILE.damaged`.
 
     Args:
+        options_file: the options of the records, which the caller writes.
         needs: keys that every record has.
         keep: selects the records to keep; the others are made again.
         may_change: an option that may differ, because it only sets the number of records.
@@ -74,11 +73,6 @@ def _refuse_other(file: Path, options_file: Path, options: dict[str, Any], may_c
         )
 
 
-def write_options(file: Path, options: dict[str, Any]) -> None:
-    """Write the options that the next `earlier_records` compares."""
-    write_json(options, file)
-
-
 AUDIT_FILE = "audit.jsonl"
 """Audit records of a training run, in its folder."""
 EVAL_FILE = "eval_responses.jsonl"
@@ -94,15 +88,5 @@ def cut_records(path: Path, step: int) -> None:
         return
     if step == 0:
         path.replace(path.with_suffix(".earlier.jsonl"))
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would split at U+2028
-    kept = [line for line in lines if _up_to(line, step)]
-    write_text("".join(line + "\n" for line in kept), path)
-
-
-def _up_to(line: str, step: int) -> bool:
-    """Whether a line is a whole record of a step up to this one; the last line may be cut off."""
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+    else:
+        write_records([record for record in read_records(path, ["step"])[0] if record["step"] <= step], path)

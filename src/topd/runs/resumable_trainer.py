@@ -6,8 +6,6 @@ finished run takes no further step; records of repeated steps are cut; Ctrl-C an
 ends in a message.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil

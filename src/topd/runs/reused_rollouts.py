@@ -5,14 +5,13 @@ weights. Updates after the first take it from the buffer. A checkpoint between t
 resumed run equals the uninterrupted one.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import IterableDataset
+from transformers import Trainer
 from trl.trainer.utils import (
     RepeatSampler,
     repeat_iterable_dataset,
@@ -27,19 +26,16 @@ from topd.logs import get_logger
 logger = get_logger(__name__)
 
 
-class ReusedRollouts:
+class ReusedRollouts(Trainer):
     """Part of `TOPDTrainer`, before TRL's trainer: when rollouts are sampled, and how often they are used."""
 
     accelerator: Any
     args: Any
     model: Any
     shuffle_dataset: Any
-    state: Any
     train_dataset: Any
     _buffered_inputs: Any
     _generate_and_score_completions: Any
-    _get_dataloader: Any
-    _train_batch_size: int
     _step: int
     """Micro-batches so far. It starts at 0 again in a resumed run, so `_load_rng_state` sets it within the buffer."""
 
@@ -86,8 +82,7 @@ class ReusedRollouts:
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self.model.training:
-            trl: Any = super()
-            return trl._prepare_inputs(generation_batch)
+            return super()._prepare_inputs(generation_batch)
         pieces = self.args.generation_steps
         if self._step % self._micro_batches == 0 or self._buffered_inputs is None:
             batch: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
@@ -115,15 +110,13 @@ class ReusedRollouts:
         return [*sizes, args.num_iterations, args.world_size]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        trainer: Any = super()
-        trainer._save_rng_state(output_dir)
+        super()._save_rng_state(output_dir)
         if self._step % self._micro_batches and self._buffered_inputs is not None:
             content = {"sizes": self._buffer_sizes(), "batches": self._buffered_inputs}
             torch.save(content, self._buffer_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        trainer: Any = super()
-        trainer._load_rng_state(checkpoint)
+        super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps % self._micro_batches

@@ -5,8 +5,6 @@ server. By then the step has drawn random numbers and counted tokens. Weights an
 is called between optimizer steps.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,11 +128,7 @@ class RollbackTrainer(ResumableTrainer):
 
 
 def random_states(device: torch.device) -> Callable[[], None]:
-    """Save the random states of this process: Python, NumPy, PyTorch on the CPU and on `device`.
-
-    Returns:
-        A function that restores them.
-    """
+    """A function that restores the random states of now: Python, NumPy, PyTorch on the CPU and on `device`."""
     python, numbers, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     own: Any = None if device.type == "cpu" else torch.get_device_module(device)
     on_device = None if own is None else own.get_rng_state()

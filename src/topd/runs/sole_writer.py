@@ -1,7 +1,5 @@
 """One process at a time writes into a folder: two would count records twice and replace each other's checkpoints."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What `topd train` and `topd warmstart` print at the end of a run."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +33,6 @@ def print_summary(log: Log, where: Sequence[str], steps: int, resumed: int = 0, 
     """Print how a run went, where the time went, and where its files are.
 
     Args:
-        log: the trainer's log history.
         where: lines that name the files.
         resumed: the step after which this start resumed.
     """

@@ -1,7 +1,5 @@
 """`topd study`: tune each arm with the same budget, run arms x seeds, compare. An interrupted study resumes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil
@@ -21,8 +19,7 @@ from topd.runs.files import PART, write_json
 from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
 from topd.study.run import SCRATCH, Job, adapter_of, job_of, known_record, pair_tokenizer, run_job
-from topd.study.summary import summarise
-from topd.study.tables import print_tables
+from topd.study.summary import WAYS, print_tables, summarise
 from topd.study.tasks import task_of
 from topd.version import STUDY_VERSION
 from topd.visible import slug
@@ -99,8 +96,7 @@ def unequal(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def best(scores: list[dict[str, Any]]) -> dict[str, Any]:
     """The choice with the highest accuracy; the first of equal ones."""
-    found: dict[str, Any] = max(scores, key=lambda each: each["accuracy"])["choice"]
-    return found
+    return max(scores, key=lambda each: each["accuracy"])["choice"]
 
 
 def _accuracy(record: dict[str, Any]) -> float:
@@ -109,14 +105,8 @@ def _accuracy(record: dict[str, Any]) -> float:
 
 
 def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out: Path, steps: int = 0) -> Job:
-    return job_of(
-        plan,
-        arm,
-        seed,
-        _applying(tuned.get(arm.tuned_as or arm.name, {}), arm),
-        out / "runs" / slug(arm.name) / f"{seed}.json",
-        steps,
-    )
+    choice = _applying(tuned.get(arm.tuned_as or arm.name, {}), arm)
+    return job_of(plan, arm, seed, choice, out / "runs" / slug(arm.name) / f"{seed}.json", steps)
 
 
 def _applying(choice: dict[str, Any], arm: ArmPlan) -> dict[str, Any]:
@@ -150,11 +140,8 @@ def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, e
             continue
         records[job.file] = outcome
         done = f"[{len(records)}/{len(jobs)}]"
-        console.print(
-            f"{done} {job.arm}, seed {job.seed}: {_accuracy(outcome):.1%} sampled, {outcome['seconds']:.0f} s",
-            markup=False,
-            highlight=False,
-        )
+        found = f"{_accuracy(outcome):.1%} sampled, {outcome['seconds']:.0f} s"
+        console.print(f"{done} {job.arm}, seed {job.seed}: {found}", markup=False, highlight=False)
         each(records)
     if failed:
         lines = "\n".join(f"  {line}" for line in failed[:5])
@@ -188,7 +175,7 @@ def _gpus() -> list[str]:
 
 
 def _begin_worker(free: Any) -> None:
-    """Start a worker, before it imports torch: it ends with the study, and gets one GPU if there are any."""
+    """Start a worker, before it uses a GPU: it ends with the study, and gets one GPU if there are any."""
     Thread(target=_end_with_study, daemon=True).start()
     if not free.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
@@ -212,31 +199,32 @@ def _guarded(plan: StudyPlan, job: Job) -> Any:
 
 def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write `study.json` from the records so far. The answers of a seed are a string such as "0110"."""
-    by_run = {(r["settings"]["arm"], r["settings"]["seed"]): r for r in records.values()}
-    names = [arm.name for arm in plan.arms if any(name == arm.name for name, _ in by_run)]
-    right = {
-        how: {name: {seed: r["right"][how] for (arm, seed), r in by_run.items() if arm == name} for name in names}
-        for how in ("greedy", "sampled")
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in plan.arms}
+    for record in records.values():
+        by_arm[record["settings"]["arm"]][record["settings"]["seed"]] = record
+    by_arm = {name: runs for name, runs in by_arm.items() if runs}
+    found = {
+        how: summarise({name: {seed: r["right"][how] for seed, r in runs.items()} for name, runs in by_arm.items()})
+        for how in WAYS
     }
-    found = {how: summarise(values) for how, values in right.items()}
     result = {
         "version": STUDY_VERSION,
         "plan": asdict(plan),
         "tuning": tuning,
         "tuned": {name: best(scores) for name, scores in tuning.items()},
         "arms": {
-            name: {how: found[how][name] for how in found}
+            name: {how: found[how][name] for how in WAYS}
             | {
                 "right": {
-                    str(seed): {how: "".join(str(int(each)) for each in right[how][name][seed]) for how in right}
-                    for seed in right["greedy"][name]
+                    str(seed): {how: "".join(str(int(each)) for each in r["right"][how]) for how in WAYS}
+                    for seed, r in runs.items()
                 },
-                "curve": {str(seed): r["curve"] for (arm, seed), r in by_run.items() if arm == name},
-                "metrics": {str(seed): r.get("metrics", {}) for (arm, seed), r in by_run.items() if arm == name},
-                "seconds_training": {str(s): r["seconds_training"] for (arm, s), r in by_run.items() if arm == name},
-                "steps": {str(s): r["settings"]["arm_steps"] for (arm, s), r in by_run.items() if arm == name},
+                "curve": {str(seed): r["curve"] for seed, r in runs.items()},
+                "metrics": {str(seed): r.get("metrics", {}) for seed, r in runs.items()},
+                "seconds_training": {str(seed): r["seconds_training"] for seed, r in runs.items()},
+                "steps": {str(seed): r["settings"]["arm_steps"] for seed, r in runs.items()},
             }
-            for name in names
+            for name, runs in by_arm.items()
         },
         "versions": versions(("torch", "transformers", "trl")),
     }

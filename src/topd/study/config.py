@@ -1,7 +1,5 @@
 """What a study compares: read from YAML and checked before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -10,6 +8,7 @@ from typing import Any, Literal
 
 from topd.errors import TOPDError
 from topd.loading.options import renamed, spelling
+from topd.parsing import read_yaml
 from topd.teachers.server_address import without_secrets
 
 REFERENCE = "opd"
@@ -93,8 +92,6 @@ def read_plan(path: Path, given: Mapping[str, Any] | None = None) -> StudyPlan:
     Raises:
         TOPDError: it cannot be read, an option is unknown, or the arms cannot be compared.
     """
-    from topd.parsing import read_yaml
-
     try:
         found = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,13 +1,14 @@
 """One run of a study: one arm, one seed. Its answers are recorded problem by problem."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
 
 from topd.errors import TOPDError, install
 from topd.runs.files import write_json
@@ -54,15 +55,12 @@ def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
 def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Everything that a run depends on."""
     own = {"arm": job.arm, "seed": job.seed, "arm_options": job.options, "arm_steps": job.steps}
-    found: dict[str, Any] = json.loads(json.dumps(plan.settings() | own | {"on_held_out": job.held_out}))
-    return found
+    return json.loads(json.dumps(plan.settings() | own | {"on_held_out": job.held_out}))
 
 
 def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Train, answer, write and return the record."""
-    import torch
     from datasets import Dataset
-    from transformers import PrinterCallback
 
     from topd.loading.by_name import load_by_name
     from topd.runs.console import silence_libraries
@@ -87,7 +85,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
         )  # fmt: skip
         curve = Curve(plan, task, tokenizer, asks=job.held_out)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(curve.callback)
+        trainer.add_callback(curve)
         trainer.train()
         asked = task.held_out() if job.held_out else task.tuning()
         right = {"sampled": task.right(trainer.model, tokenizer, asked, sampled=True)}
@@ -151,11 +149,7 @@ def scratch_folder(job: Job) -> Path:
 
 
 def pair_tokenizer(plan: StudyPlan) -> Any:
-    """The tokenizer that student and teacher share.
-
-    Raises:
-        TOPDError: one of them cannot be loaded, or their tokenizers differ.
-    """
+    """The tokenizer of both models. Raises `TOPDError` if one cannot be loaded or their tokenizers differ."""
     from topd.loading.models import model_to_train
     from topd.loading.tokenizers import check_tokenizers, tokenizer_of
 
@@ -169,8 +163,6 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
 
 def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
     """The run's `TOPDConfig`."""
-    import torch
-
     from topd.training import TOPDConfig
 
     quiet: dict[str, Any] = {
@@ -182,34 +174,27 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
     return TOPDConfig(str(folder), **quiet | plan.options | job.options | {"max_steps": job.steps, "seed": job.seed})
 
 
-class Curve:
+class Curve(TrainerCallback):
     """Greedy accuracy by steps, generated tokens and seconds of training, without the time for answering.
 
     Without a GPU, seconds are CPU time of one thread, so that other load on the machine does not count.
     """
 
     def __init__(self, plan: StudyPlan, task: Task, tokenizer: Any, asks: bool = True) -> None:
-        import torch
-        from transformers import TrainerCallback
-
         self.points: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = self.resumed = 0.0
         self.task, self.tokenizer, self.every = task, tokenizer, plan.curve_every
         self.problems = task.curve() if asks else []
         self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-        outer = self
 
-        class Callback(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                outer.add_point(state, kwargs["model"])
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.add_point(state, kwargs["model"])
 
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                outer.seconds += outer.clock() - outer.resumed
-                if state.global_step % outer.every == 0:
-                    outer.add_point(state, kwargs["model"])
-                outer.resumed = outer.clock()
-
-        self.callback = Callback()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += self.clock() - self.resumed
+        if state.global_step % self.every == 0:
+            self.add_point(state, kwargs["model"])
+        self.resumed = self.clock()
 
     def add_point(self, state: Any, model: Any) -> None:
         """Add a point, if the curve has problems."""

@@ -1,53 +1,20 @@
 """What a study trains on and evaluates: the embedded task, or your own data and benchmark."""
 
-from __future__ import annotations
-
-from typing import Any, Protocol
+from typing import Any
 
 from topd.embedded.task import make_problems
 from topd.errors import TOPDError
 from topd.study.config import StudyPlan
 
 
-class Task(Protocol):
-    """Prompts for training, problems for the end of a run, and whether a model's answers are right."""
-
-    def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """Rows with `prompt`, drawn by seed; disjoint from the other three lists."""
-        ...
-
-    def held_out(self) -> list[Any]: ...
-
-    def tuning(self) -> list[Any]:
-        """Problems for tuning, disjoint from the held-out ones."""
-        ...
-
-    def curve(self) -> list[Any]: ...
-
-    def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
-        """Whether each problem is answered correctly, greedily or by one reproducible sample.
-
-        Greedy decoding does not touch torch's random state, because learning curves run during training.
-        """
-        ...
-
-
-def task_of(plan: StudyPlan) -> Task:
-    """The task that the plan names.
-
-    Raises:
-        TOPDError: data cannot be read, or training prompts are among the problems.
-    """
-    return EmbeddedTask(plan) if plan.data is None else OwnTask(plan)
-
-
 class EmbeddedTask:
-    """Arithmetic in words. No model was trained on any of the problems."""
+    """Arithmetic in words: prompts for training, and problems that no model was trained on."""
 
     def __init__(self, plan: StudyPlan) -> None:
         self.plan = plan
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """Rows with `prompt`, drawn by seed; disjoint from the problems."""
         return [
             {"prompt": problem.prompt}
             for problem in make_problems(count, seed=seed, held_out=False, level=self.plan.level)
@@ -57,6 +24,7 @@ class EmbeddedTask:
         return make_problems(self.plan.held_out, seed=1_000_000, held_out=True, level=self.plan.level)
 
     def tuning(self) -> list[Any]:
+        """Problems for tuning, disjoint from the held-out ones."""
         asked = {problem.prompt for problem in self.held_out()}
         count = self.plan.held_out + self.plan.tune_problems
         others = make_problems(count, seed=2_000_000, held_out=True, level=self.plan.level)
@@ -66,6 +34,10 @@ class EmbeddedTask:
         return make_problems(self.plan.curve_problems, seed=3_000_000, held_out=True, level=self.plan.level)
 
     def right(self, model: Any, tokenizer: Any, problems: list[Any], *, sampled: bool) -> list[bool]:
+        """Whether each problem is answered correctly, greedily or by one reproducible sample.
+
+        Greedy decoding does not touch torch's random state, because learning curves run during training.
+        """
         import torch
 
         from topd.evaluation.embedded import correct_answers
@@ -76,13 +48,13 @@ class EmbeddedTask:
 
 
 class OwnTask:
-    """Prompts of a file or the Hub; problems of any benchmark of `topd eval`, answered and judged in the same way.
+    """The same with prompts of a file or the Hub, and problems of any benchmark of `topd eval`, judged as there.
 
     The learning curve uses the first held-out problems.
     """
 
     def __init__(self, plan: StudyPlan) -> None:
-        from topd.evaluation.benchmarks import load_benchmark
+        from topd.evaluation.benchmarks import load_benchmark, question
         from topd.loading.data import load_prompts
 
         self.plan = plan
@@ -145,9 +117,9 @@ class OwnTask:
         ]
 
 
-def question(prompt: Any) -> str:
-    """The question of a prompt (text or messages), without the instruction that a benchmark adds."""
-    from topd.evaluation.benchmarks import BOXED
+Task = EmbeddedTask | OwnTask
 
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return str(text).removesuffix(BOXED.format(problem="")).strip()
+
+def task_of(plan: StudyPlan) -> Task:
+    """The plan's task. Raises `TOPDError` if data cannot be read, or training prompts are among the problems."""
+    return EmbeddedTask(plan) if plan.data is None else OwnTask(plan)

@@ -13,8 +13,8 @@ from rich.console import Console
 from topd.errors import TOPDError
 from topd.evaluation.engines import Engine, Request, Sampling
 from topd.runs.console import progress
-from topd.runs.files import append_records
-from topd.runs.records import earlier_records, write_options
+from topd.runs.files import append_records, write_json
+from topd.runs.records import earlier_records
 from topd.warmstart.solutions import clean, write_solutions
 
 
@@ -49,7 +49,7 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     needs = ("number", "prompt", "text", "truncated")
     records = earlier_records(records_file, settings_file, settings, needs=needs, may_change="responses")
     check_prompts(records, requests, out)
-    write_options(settings_file, settings)
+    write_json(settings, settings_file)
     done = {record["number"] for record in records}
     missing = [request for request in requests if request.number not in done]
     console.print(
@@ -66,7 +66,7 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     answers = [rows[record["number"] // run.samples].get("answer") for record in wanted]
     solutions, counts = clean(wanted, answers, run.filter)
     write_solutions(solutions, out)
-    write_options(settings_file, settings | {"filter": run.filter, "counts": counts})
+    write_json(settings | {"filter": run.filter, "counts": counts}, settings_file)
     console.print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
 
 
