@@ -117,7 +117,8 @@ def solved(problem: Problem, name: str, tokenizer: Any, rng: random.Random) -> R
 
 def drilled(tokenizer: Any, rng: random.Random, equations: int = 16) -> Row:
     """Equations of which the results are learned. The base model adds two-digit numbers rightly in one case of ten."""
-    ids, learned = [], []
+    ids: list[int] = []
+    learned: list[bool] = []
     for _ in range(equations):
         for text, result in zip(equation(rng), (False, True), strict=True):
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
