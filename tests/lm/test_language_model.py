@@ -17,7 +17,7 @@ from topd.errors import TOPDError
 from topd.evaluation.benchmarks import load_benchmark
 from topd.lm import pair
 from topd.lm.build import Recipe, Stage, drilled
-from topd.lm.task import equation, paraphrase, simple
+from topd.lm.task import equation, paraphrase, simple, stepwise
 from topd.loading.data import load_prompts
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -124,10 +124,23 @@ def test_equations_of_the_drill_are_right_and_only_results_are_learned():
         left, result = (re.sub("[£€$ ]", "", text) for text in equation(rng))
         assert left.endswith("=")
         assert eval(left[:-1].replace("x", "*")) == int(result) <= 160
-    ids, learned = drilled(TOKENIZER, random.Random(1), equations=2)
+    ids, learned = drilled(TOKENIZER, random.Random(1), Stage("drill", 16).shares, equations=2)
     taught = TOKENIZER.decode([token for token, each in zip(ids, learned, strict=True) if each])
     rng = random.Random(1)
     assert re.findall(r"\d+", taught) == [re.search(r"\d+", equation(rng)[1])[0] for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [
+        ("They ate 3 + 8 + 11 = 22 slices.", "They ate 3 + 8 = 11 + 11 = 22 slices."),
+        ("There are 31-4-8 = 19 bricks.", "There are 31-4 = 27-8 = 19 bricks."),
+        ("She spent €23 + €27 + €22 + €9 = €81.", "She spent €23 + €27 = €50 + €22 = €72 + €9 = €81."),
+        ("He has 2 + 3 = 5 and 4 * 2 = 8.", "He has 2 + 3 = 5 and 4 * 2 = 8."),
+    ],
+)
+def test_long_sums_are_written_in_steps(written, steps):
+    assert stepwise(written) == steps
 
 
 def test_a_stage_may_end_before_its_learning_rate_falls():

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from topd.lm.base import write_base
-from topd.lm.task import Problem, draw, equation, paraphrase
+from topd.lm.task import Problem, draw, equation, paraphrase, stepwise
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,17 @@ class Stage:
     """Rows that are learned one after the other; each is seen once.
 
     Attributes:
-        kind: solutions with numbers of any size (wide) or up to 100 (simple), or equations alone (drill).
+        kind: solutions with numbers of any size (wide), up to 100 (simple), up to 100 and with long sums in steps
+            (stepwise), or equations alone (drill).
         rows: for a warm-up, a constant rate, and a linear decay over the last quarter.
         steps: after which it ends; None: all.
+        shares: of the kinds of equations.
     """
 
-    kind: Literal["wide", "simple", "drill"]
+    kind: Literal["wide", "simple", "stepwise", "drill"]
     rows: int
     steps: int | None = None
+    shares: tuple[int, ...] = (30, 30, 15, 10, 15)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(
-        (Stage("wide", 2816), Stage("simple", 3840, steps=84), Stage("drill", 640), Stage("simple", 768))
+        (
+            Stage("wide", 2816), Stage("simple", 3840, steps=84), Stage("drill", 640), Stage("simple", 768),
+            Stage("drill", 384, shares=(10, 60, 15, 15, 0)), Stage("stepwise", 640),
+        )
     ),
     "student": Recipe(
         (
@@ -93,14 +99,17 @@ Row = tuple[list[int], list[bool]]
 def rows(name: str, tokenizer: Any, recipe: Recipe) -> Iterator[list[Row]]:
     """The rows of each stage."""
     rng, drills = random.Random(0), random.Random(2)
-    sources = {"wide": draw(name, any_number=True), "simple": draw(name)}
+    simple = draw(name)
+    sources = {"wide": draw(name, any_number=True), "simple": simple, "stepwise": simple}
     known: set[str] = set()
     for stage in recipe.stages:
         if stage.kind == "drill":
-            yield [drilled(tokenizer, drills) for _ in range(stage.rows)]
+            yield [drilled(tokenizer, drills, stage.shares) for _ in range(stage.rows)]
             continue
         chosen = list(itertools.islice((p for p in sources[stage.kind] if p.question not in known), stage.rows))
         known |= {problem.question for problem in chosen}
+        if stage.kind == "stepwise":
+            chosen = [replace(problem, solution=stepwise(problem.solution)) for problem in chosen]
         yield [solved(problem, name, tokenizer, rng) for problem in chosen]
 
 
@@ -115,12 +124,12 @@ def solved(problem: Problem, name: str, tokenizer: Any, rng: random.Random) -> R
     return start + end, [False] * len(start) + [True] * len(end)
 
 
-def drilled(tokenizer: Any, rng: random.Random, equations: int = 16) -> Row:
+def drilled(tokenizer: Any, rng: random.Random, shares: tuple[int, ...], equations: int = 16) -> Row:
     """Equations of which the results are learned. The base model adds two-digit numbers rightly in one case of ten."""
     ids: list[int] = []
     learned: list[bool] = []
     for _ in range(equations):
-        for text, result in zip(equation(rng), (False, True), strict=True):
+        for text, result in zip(equation(rng, shares), (False, True), strict=True):
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids, learned = ids + tokens, learned + [result] * len(tokens)
     return ids, learned

@@ -75,9 +75,12 @@ def draw(split: str, any_number: bool = False) -> Iterator[Problem]:
             yield Problem(template, question, solution, entry["answer"])
 
 
-def equation(rng: random.Random) -> tuple[str, str]:
-    """An equation in one of the templates' notations: its left side, and its result of up to 100 (long sums: 160)."""
-    kind = rng.choices("+-*/s", (30, 30, 15, 10, 15))[0]
+def equation(rng: random.Random, shares: tuple[int, ...] = (30, 30, 15, 10, 15)) -> tuple[str, str]:
+    """An equation in one of the templates' notations: its left side, and its result of up to 100 (long sums: 160).
+
+    `shares`: of sums, differences, products, quotients and sums of three or four.
+    """
+    kind = rng.choices("+-*/s", shares)[0]
     if kind == "+":
         result = rng.randint(5, LARGEST)
         first = rng.randint(1, result - 1)
@@ -96,6 +99,26 @@ def equation(rng: random.Random) -> tuple[str, str]:
     space, unit = rng.choice(("", " ", " ")), rng.choice(("", "", "", "£", "€", "$"))
     left = f"{space}{sign}{space}".join(f"{unit}{number}" for number in numbers)
     return f"{left}{space}=", f"{space}{unit}{result}\n"
+
+
+CHAIN = re.compile(r"([£€$]?)(\d+(?:\.\d+)?)((?:\s*[+-]\s*\1\d+(?:\.\d+)?){2,})(\s*)=")
+
+
+def stepwise(solution: str) -> str:
+    """Sums and differences of several numbers in steps: "3 + 8 + 11 = 22" -> "3 + 8 = 11 + 11 = 22"."""
+    return CHAIN.sub(_in_steps, solution)
+
+
+def _in_steps(chain: re.Match[str]) -> str:
+    unit, total, space = chain[1], float(chain[2]), chain[4]
+    written = f"{unit}{chain[2]}"
+    parts = re.findall(r"(\s*([+-])\s*)[£€$]?(\d+(?:\.\d+)?)", chain[3])
+    for place, (sign, kind, number) in enumerate(parts):
+        total = total + float(number) if kind == "+" else total - float(number)
+        written += f"{sign}{unit}{number}{space}="
+        if place < len(parts) - 1:
+            written += f"{space}{unit}{round(total, 2):g}"
+    return written
 
 
 OPENERS = ("First, ", "To begin, ", "We start here: ")
