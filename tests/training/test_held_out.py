@@ -211,7 +211,8 @@ def test_every_process_has_its_share_and_a_server_gets_equally_many_prompts_from
         if use_vllm:
             assert len(set(asked)) == 1
         problems = {problem.id for problem in problem_set.problems}
-        assert sorted(key for key, _ in together) == [(place, sample) for place in range(10) for sample in range(2)]
+        numbers = sorted(number for number, _ in together)
+        assert numbers == [sample * while_training.SAMPLE_STRIDE + place for sample in range(2) for place in range(10)]
         assert {record["problem"] for _, record in together} == problems
 
 
