@@ -39,6 +39,11 @@ def test_every_worker_takes_a_gpu_of_its_own(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing can be killed so here")
+def test_a_worker_imports_nothing_that_asks_for_gpus_before_it_has_its_own():
+    code = "import sys, topd.study.command; print(any(m in sys.modules for m in ('transformers', 'accelerate')))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
 def test_workers_end_with_a_study_that_is_killed(tmp_path):
     script = tmp_path / "study.py"
     script.write_text(

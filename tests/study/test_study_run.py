@@ -12,7 +12,8 @@ from small_studies import files_of, plan
 from topd.embedded.pair import resolve_model
 from topd.errors import TokenizerMismatchError, TOPDError
 from topd.study import command
-from topd.study.run import Curve, Job, known_record, run_job, scratch_folder
+from topd.study.curve import Curve
+from topd.study.run import Job, known_record, run_job, scratch_folder
 from topd.study.tasks import task_of
 
 

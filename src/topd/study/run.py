@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PrinterCallback, TrainerCallback
-
 from topd.errors import TOPDError, install
 from topd.runs.files import write_json
 from topd.study.config import ArmPlan, StudyPlan
-from topd.study.tasks import Task, task_of
+from topd.study.tasks import task_of
 
 SCRATCH = ".scratch"
 """Suffix of the folder in which a run trains, next to its record."""
@@ -60,10 +57,13 @@ def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
 
 def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     """Train, answer, write and return the record."""
+    import torch
     from datasets import Dataset
+    from transformers import PrinterCallback
 
     from topd.loading.by_name import load_by_name
     from topd.runs.console import silence_libraries
+    from topd.study.curve import Curve
     from topd.training import TOPDTrainer
 
     silence_libraries()
@@ -163,6 +163,8 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
 
 def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
     """The run's `TOPDConfig`."""
+    import torch
+
     from topd.training import TOPDConfig
 
     quiet: dict[str, Any] = {
@@ -172,39 +174,3 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
         "warmup_steps": max(1, job.steps // 20),
     }  # fmt: skip
     return TOPDConfig(str(folder), **quiet | plan.options | job.options | {"max_steps": job.steps, "seed": job.seed})
-
-
-class Curve(TrainerCallback):
-    """Greedy accuracy by steps, generated tokens and seconds of training, without the time for answering.
-
-    Without a GPU, seconds are CPU time of one thread, so that other load on the machine does not count.
-    """
-
-    def __init__(self, plan: StudyPlan, task: Task, tokenizer: Any, asks: bool = True) -> None:
-        self.points: list[dict[str, float]] = []
-        self.seconds = self.resumed = 0.0
-        self.task, self.tokenizer, self.every = task, tokenizer, plan.curve_every
-        self.problems = task.curve() if asks else []
-        self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.add_point(state, kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += self.clock() - self.resumed
-        if state.global_step % self.every == 0:
-            self.add_point(state, kwargs["model"])
-        self.resumed = self.clock()
-
-    def add_point(self, state: Any, model: Any) -> None:
-        """Add a point, if the curve has problems."""
-        if self.problems:
-            right = self.task.right(model, self.tokenizer, self.problems, sampled=False)
-            accuracy = sum(right) / len(right)
-            self.points.append({"step": state.global_step, "seconds": self.seconds, "accuracy": accuracy})
-        self.resumed = self.clock()
-
-    def with_tokens(self, log: list[dict[str, Any]]) -> list[dict[str, float]]:
-        """The points, each with the tokens processed up to its step (0 before the first)."""
-        tokens = {entry["step"]: float(entry["num_tokens"]) for entry in log if "num_tokens" in entry}
-        return [point | {"tokens": tokens.get(int(point["step"]), 0.0)} for point in self.points]
