@@ -15,7 +15,7 @@ from topd.cli.options import data_source
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 from topd.evaluation.benchmarks import load_benchmark
-from topd.lm import pair
+from topd.lm import build, pair
 from topd.lm.build import Recipe, Stage, drilled
 from topd.lm.task import equation, paraphrase, simple, stepwise
 from topd.loading.data import load_prompts
@@ -162,3 +162,27 @@ def test_problems_have_numbers_up_to_a_hundred():
 
 def answers_of(name):
     return [problem.answer for problem in load_benchmark(name).problems]
+
+
+@pytest.mark.slow
+def test_the_files_are_what_the_build_writes_and_hold_no_problem_that_was_drawn_for_training(tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    build.write_data(tmp_path)
+    for name, split in pair.DATA.items():
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == Path(pair.data_file(name)).read_bytes()
+    asked = {
+        json.loads(line)["prompt"][0]["content"]
+        for file in tmp_path.iterdir()
+        for line in file.read_text().splitlines()
+    }
+    monkeypatch.setattr(build, "solved", lambda problem, *others: problem.question)
+    monkeypatch.setattr(build, "drilled", lambda *given: None)
+    drawn = [
+        question
+        for name, recipe in build.RECIPES.items()
+        for stage in build.rows(name, None, recipe)
+        for question in stage
+        if question is not None
+    ]
+    assert len(drawn) == 2816 + 3840 + 768 + 640 + 640 + 640 + 640 + 320
+    assert not asked & set(drawn)

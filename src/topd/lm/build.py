@@ -1,4 +1,4 @@
-"""Train an adapter of the pair on worked solutions: `python -m topd.lm.build teacher --out runs/lm`, resumable."""
+"""Train an adapter of the pair on worked solutions: `python -m topd.lm.build teacher --out runs/lm-pair`, resumable."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from topd.lm.base import write_base
-from topd.lm.task import Problem, draw, equation, paraphrase, stepwise
+from topd.lm.task import SHARES, Problem, draw, equation, paraphrase, stepwise
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Rows that are learned one after the other; each is seen once.
+    """Rows that are trained on in order, each once.
 
     Attributes:
         kind: solutions with numbers of any size (wide), up to 100 (simple), up to 100 and with long sums in steps
@@ -34,7 +34,7 @@ class Stage:
     kind: Literal["wide", "simple", "stepwise", "drill"]
     rows: int
     steps: int | None = None
-    shares: tuple[int, ...] = (30, 30, 15, 10, 15)
+    shares: tuple[int, ...] = SHARES
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def solved(problem: Problem, name: str, tokenizer: Any, rng: random.Random) -> R
 
 
 def drilled(tokenizer: Any, rng: random.Random, shares: tuple[int, ...], equations: int = 16) -> Row:
-    """Equations of which the results are learned. The base model adds two-digit numbers rightly in one case of ten."""
+    """Equations, of which the results are learned: the base model gets most sums of two-digit numbers wrong."""
     ids: list[int] = []
     learned: list[bool] = []
     for _ in range(equations):
@@ -236,6 +236,6 @@ def ship(folder: Path, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[*RECIPES, "data"])
-    parser.add_argument("--out", type=Path, default=Path("runs/lm"))
+    parser.add_argument("--out", type=Path, default=Path("runs/lm-pair"))
     given = parser.parse_args()
     write_data(given.out) if given.name == "data" else train(given.name, given.out)

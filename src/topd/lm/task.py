@@ -75,10 +75,14 @@ def draw(split: str, any_number: bool = False) -> Iterator[Problem]:
             yield Problem(template, question, solution, entry["answer"])
 
 
-def equation(rng: random.Random, shares: tuple[int, ...] = (30, 30, 15, 10, 15)) -> tuple[str, str]:
+SHARES = (30, 30, 15, 10, 15)
+"""Of sums, differences, products, quotients, and sums of three or four, among equations."""
+
+
+def equation(rng: random.Random, shares: tuple[int, ...] = SHARES) -> tuple[str, str]:
     """An equation in one of the templates' notations: its left side, and its result of up to 100 (long sums: 160).
 
-    `shares`: of sums, differences, products, quotients and sums of three or four.
+    `shares`: see `SHARES`.
     """
     kind = rng.choices("+-*/s", shares)[0]
     if kind == "+":
