@@ -173,12 +173,15 @@ def marginal_error(plan: Tensor, rows: int, columns: int) -> float:
 
 
 def entropic_plan(cost: Tensor, epsilon: float, iterations: int = 5000) -> Tensor:
-    """Sinkhorn as first written down: scale the rows of exp(-C / epsilon), then its columns, and again."""
+    """Sinkhorn as first written down: scale the rows of exp(-C / epsilon), then its columns, until nothing changes."""
     rows, columns = cost.shape
     plan = (-cost.double() / epsilon).exp()
     for _ in range(iterations):
+        before = plan
         plan = plan / plan.sum(1, keepdim=True) / rows
         plan = plan / plan.sum(0, keepdim=True) / columns
+        if (plan - before).abs().max() < 1e-15:
+            break
     return plan
 
 
