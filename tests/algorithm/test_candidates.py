@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topd.algorithm import highest_loss
-from topd.algorithm.candidates import PAPER_SHARE
+from topd.algorithm.forks import PAPER_CANDIDATE_SHARE
 
 RULES = [{}, {"share": 0.4}, {"share": None, "count": 3}]
 rules = st.sampled_from(RULES)
@@ -49,12 +49,12 @@ def test_equal_losses_are_taken_from_the_left_however_long_the_rollout() -> None
 def test_the_papers_share_marks_218_of_9688_positions() -> None:
     loss = torch.rand(1, 9688)
     assert int(highest_loss(loss, torch.ones(1, 9688, dtype=torch.bool)).sum()) == 218
-    assert PAPER_SHARE == 0.0225
+    assert PAPER_CANDIDATE_SHARE == 0.0225
 
 
 @given(case=rollouts(), rule=rules)
 def test_the_candidates_are_those_of_the_oracle(case: tuple[Tensor, Tensor], rule: dict) -> None:
-    expected = oracles.highest_loss(*case, **{"share": PAPER_SHARE} | rule)
+    expected = oracles.highest_loss(*case, **{"share": PAPER_CANDIDATE_SHARE} | rule)
     assert marked(highest_loss(*case, **rule)) == marked(expected)
 
 

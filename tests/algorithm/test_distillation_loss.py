@@ -179,7 +179,7 @@ def test_what_is_frozen_gets_no_gradient() -> None:
 def test_without_gradients_only_values_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     (hidden, head), given = student(), (*teacher(), WEIGHTS, TERMS)
     expected = distillation_loss(hidden, head, *given)
-    monkeypatch.setattr("topd.algorithm.tiles.Tiles.collect", None)
+    monkeypatch.setattr("topd.algorithm.vocabulary.Tiles.collect", None)
     with torch.no_grad():
         values = distillation_loss(hidden, head, *given)
     frozen = distillation_loss(hidden.detach(), Head(head.weight.detach(), head.bias.detach()), *given)

@@ -105,7 +105,7 @@ def test_a_softcap_costs_one_more_tile() -> None:
 
 
 def test_bf16_heads_are_cast_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("topd.algorithm.head.SLICE_ELEMENTS", 256)
+    monkeypatch.setattr("topd.algorithm.vocabulary.SLICE_ELEMENTS", 256)
     hidden, weight = torch.randn(8, 64).bfloat16().requires_grad_(), torch.randn(VOCABULARY, 64).bfloat16()
     with LiveElements(hidden, weight) as live:
         distillation_loss(hidden, Head(weight), hidden.detach(), Head(weight), torch.ones(8), None, "reverse", TILE)

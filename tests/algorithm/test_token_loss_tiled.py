@@ -251,7 +251,7 @@ def test_states_and_head_of_different_dtypes_meet_in_that_of_the_states(
 
 
 def test_many_weights_are_cast_a_slice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("topd.algorithm.head.SLICE_ELEMENTS", 7)  # two rows of three
+    monkeypatch.setattr("topd.algorithm.vocabulary.SLICE_ELEMENTS", 7)  # two rows of three
     hidden, weight, _, _, _ = models(torch.bfloat16)
     out = torch.empty(POSITIONS, VOCABULARY)
     hidden, weight = hidden.detach(), weight.detach()

@@ -1,9 +1,14 @@
-"""The paper's algorithm as pure functions on tensors, one idea per file. Imports torch and a solver only."""
+"""The paper's algorithm as pure functions on tensors. Imports torch and a solver only."""
 
-from topd.algorithm.candidates import highest_loss
-from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss
-from topd.algorithm.downweighting import cap_weights, select_for_capping
-from topd.algorithm.forks import false_alarm_threshold, is_fork, low_loss_threshold
+from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss, known_token_loss, prefix_weights
+from topd.algorithm.forks import (
+    cap_weights,
+    false_alarm_threshold,
+    highest_loss,
+    is_fork,
+    low_loss_threshold,
+    select_for_capping,
+)
 from topd.algorithm.guidance import (
     Targets,
     likelihood_terms,
@@ -14,13 +19,18 @@ from topd.algorithm.guidance import (
     rescale_rows,
     trajectory_loss,
 )
-from topd.algorithm.head import Head
-from topd.algorithm.known_tokens import KnownTokens, known_token_kl, known_token_loss, score_known_tokens
-from topd.algorithm.overlap import top_k_overlap
-from topd.algorithm.stale_prefixes import prefix_weights
-from topd.algorithm.tiles import LikelihoodTerms
-from topd.algorithm.token_loss import TokenScores, gathered_log_probs, score_tokens, token_kl
+from topd.algorithm.token_loss import (
+    KnownTokens,
+    TokenScores,
+    gathered_log_probs,
+    known_token_kl,
+    score_known_tokens,
+    score_tokens,
+    token_kl,
+    top_k_overlap,
+)
 from topd.algorithm.transport import Transport, entropic_transport, exact_transport, ground_cost, token_cost
+from topd.algorithm.vocabulary import Head, LikelihoodTerms
 
 __all__ = [
     "DistillationLoss",

@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topd.algorithm.head import Head, at_least_float32
-from topd.algorithm.tiles import Direction, LikelihoodTerms, Tiles, add_likelihood_, check_vocabularies
+from topd.algorithm.token_loss import KnownTokens, gathered_log_probs, known_token_kl
+from topd.algorithm.vocabulary import (
+    Direction,
+    Head,
+    LikelihoodTerms,
+    Tiles,
+    add_likelihood_,
+    at_least_float32,
+    check_vocabularies,
+)
 
 
 class DistillationLoss(NamedTuple):
@@ -154,3 +162,48 @@ def _plan(
         for rows, k in zip(tiles, of_group.tensor_split(bounds), strict=True):
             if len(rows):
                 yield rows, k, needs_teacher, needs_gradient and gradient
+
+
+def known_token_loss(
+    hidden: Float[Tensor, "positions width"],
+    head: Head,
+    teacher: KnownTokens,
+    weights: Float[Tensor, "teacher_positions"],
+    terms: LikelihoodTerms | None = None,
+    direction: Direction = "reverse",
+) -> DistillationLoss:
+    """`distillation_loss` against the teacher's top-k tokens; `direction` as in `known_token_kl`.
+
+    The KL covers the first rows of `hidden`, one per weight; the others have likelihood terms only. Weights and teacher
+    are constant.
+    """
+    log_probs = gathered_log_probs(hidden[: len(weights)], head, teacher.tokens)
+    token_loss, outside_top_k = known_token_kl(log_probs, teacher, direction)
+    loss, nll = (weights * token_loss).sum(), token_loss.new_zeros(0)
+    if terms is not None:
+        nll = -gathered_log_probs(hidden[terms.position], head, terms.token[:, None]).squeeze(-1)
+        loss = loss + (terms.weight * nll).sum()
+    return DistillationLoss(loss, token_loss.detach(), nll.detach(), outside_top_k)
+
+
+def prefix_weights(
+    now: Float[Tensor, "rollout position"],
+    then: Float[Tensor, "rollout position"],
+    mask: Bool[Tensor, "rollout position"],
+    most: float,
+) -> Float[Tensor, "rollout position"]:
+    """min(exp(mean over i < t of log p_now(i) - log p_then(i)), most) at each position t; no gradient.
+
+    With a full-vocabulary KL the loss at a stored prefix is exact for the current student; only the prefix itself is
+    stale. This is the geometric mean of its tokens' likelihood ratios (REVO, 2609.37500). It is 1 at a rollout's first
+    token, whose prefix is the prompt, and everywhere while the student has not changed.
+
+    Args:
+        now: log-probabilities (nats) of the sampled tokens under the current student.
+        then: the same under the student that sampled them.
+        mask: the response tokens, the only ones that count.
+        most: upper bound of the weights; 4 in that paper.
+    """
+    drift = torch.where(mask, now - then, 0.0)
+    before = mask.cumsum(-1) - mask.long()
+    return ((drift.cumsum(-1) - drift) / before.clamp(min=1)).exp().clamp(max=most)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topd.algorithm.tiles import LikelihoodTerms
+from topd.algorithm.vocabulary import LikelihoodTerms
 
 TargetKind = Literal["transport", "same_index", "own"]
 """transport: the paper. Controls: same_index, the teacher's token at the same index (no alignment); own, the student's

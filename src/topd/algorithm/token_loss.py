@@ -5,7 +5,8 @@ On-policy distillation uses the full-vocabulary reverse KL at the student's own 
     KL(student || teacher) = sum_v p_S(v) (log p_S(v) - log p_T(v))
 
 `token_kl` is the definition, from logits. `score_tokens` (values) and `distillation_loss` (values and gradients) do the
-same from hidden states and output heads, tile by tile, so that tokens x vocabulary never exists at once.
+same from hidden states and output heads, tile by tile, so that tokens x vocabulary never exists at once. The functions
+of `KnownTokens` are for a teacher whose top-k log-probabilities are all that is known, as from a server.
 """
 
 from dataclasses import replace
@@ -15,17 +16,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topd.algorithm.head import Head, at_least_float32
-from topd.algorithm.tiles import (
+from topd.algorithm.vocabulary import (
     Direction,
+    Head,
     LikelihoodTerms,
     Tiles,
     add_likelihood_,
+    at_least_float32,
     check_vocabularies,
     divergence_,
     log_softmax_,
     may_mask,
 )
+
+SMALLEST = 1e-9
+"""Minimum probability of the bucket, so that its logarithm is finite."""
+
+# ---------------------------------------------------------------------------------------------------- whole vocabulary
 
 
 def token_kl(
@@ -106,6 +113,33 @@ def score_tokens(
     return TokenScores(kl, teacher_nll, student_nll, entropy, student_greedy, teacher_greedy)
 
 
+@torch.no_grad()
+def top_k_overlap(
+    student_hidden: Float[Tensor, "positions student_width"],
+    student_head: Head,
+    teacher_hidden: Float[Tensor, "positions teacher_width"],
+    teacher_head: Head,
+    k: int,
+    tile_elements: int | None = None,
+) -> Float[Tensor, "positions"]:
+    """Share (0..1) of the student's `k` most likely tokens that are among the teacher's `k`, tile by tile.
+
+    The states stand in the same contexts, the heads over the same vocabulary. `tile_elements`: as in `score_tokens`.
+
+    Raises:
+        RuntimeError: the heads' vocabularies differ in size.
+    """
+    check_vocabularies(student_head, teacher_head)
+    tiles = Tiles(student_hidden, student_head, tile_elements)
+    overlap = tiles.student.new_empty(len(student_hidden))
+    k = min(k, student_head.weight.shape[0])
+    for rows in tiles.split(len(student_hidden)):
+        ours = student_head.write_logits(student_hidden[rows], tiles.student[: len(rows)]).topk(k).indices
+        theirs = teacher_head.write_logits(teacher_hidden[rows], tiles.other[: len(rows)]).topk(k).indices
+        overlap[rows] = (ours[:, :, None] == theirs[:, None, :]).any(-1).to(overlap.dtype).mean(-1)
+    return overlap
+
+
 def gathered_log_probs(
     hidden: Float[Tensor, "positions width"],
     head: Head,
@@ -154,3 +188,78 @@ class _TiledLogProbs(torch.autograd.Function):
             add_likelihood_(grad, probs, LikelihoodTerms(position, tokens[rows].flatten(), -grads[0][rows].flatten()))
             tiles.collect(rows)
         return (*tiles.gradients(), None, None, None)
+
+
+# ------------------------------------------------------------------------------------------------------- top-k teacher
+
+
+class KnownTokens(NamedTuple):
+    """The teacher's top-k tokens and the sampled token at each position.
+
+    Attributes:
+        tokens: [position, known] token ids, the sampled token first; padding is arbitrary.
+        log_probs: [position, known] the teacher's log-probabilities (nats); -inf at padding.
+    """
+
+    tokens: Int[Tensor, "positions known"]
+    log_probs: Float[Tensor, "positions known"]
+
+
+class KnownKL(NamedTuple):
+    """The result of `known_token_kl`.
+
+    Attributes:
+        kl: [position] nats.
+        outside_top_k: [position] the student's probability of all other tokens, detached.
+    """
+
+    kl: Float[Tensor, "positions"]
+    outside_top_k: Float[Tensor, "positions"]
+
+
+def known_token_kl(
+    student_log_probs: Float[Tensor, "positions known"], teacher: KnownTokens, direction: Direction = "reverse"
+) -> KnownKL:
+    """KL between student and teacher on the known tokens and one bucket for all others, in nats:
+
+        sum over known v of p_S(v) (log p_S(v) - log p_T(v)) + r_S (log r_S - log r_T), r = 1 - sum over known v of p(v)
+
+    This is the KL after merging the other tokens. It is a lower bound: the full KL is larger by r_S times the KL
+    between student and teacher within the other tokens. The bias grows with the student's probability outside the top
+    k (r_S). The paper uses the full vocabulary; merging is our choice (and TRL's, for a teacher on a server).
+
+    Args:
+        student_log_probs: of the known tokens, from the full softmax; differentiable.
+        teacher: the same tokens' log-probabilities under the teacher; constant.
+        direction: reverse, KL(student || teacher): the token loss. forward, KL(teacher || student).
+    """
+    present = teacher.log_probs > -torch.inf
+    ours = _with_rest(student_log_probs, present)
+    theirs = _with_rest(teacher.log_probs.to(student_log_probs), present)
+    first, second = (ours, theirs) if direction == "reverse" else (theirs, ours)
+    counted = torch.nn.functional.pad(present, (0, 1), value=True)
+    kl = (first.exp() * (first - second) * counted).sum(-1)
+    return KnownKL(kl, ours[:, -1].exp().detach())
+
+
+def _with_rest(log_probs: Tensor, present: Tensor) -> Tensor:
+    """Append the log-probability of the bucket, 1 - sum of the present tokens; replace the others by 0."""
+    log_probs = log_probs.masked_fill(~present, 0.0)
+    rest = 1 - (log_probs.double().exp() * present).sum(-1, keepdim=True)
+    return torch.cat([log_probs, rest.clamp(min=SMALLEST).log().to(log_probs)], -1)
+
+
+@torch.no_grad()
+def score_known_tokens(
+    hidden: Float[Tensor, "positions width"],
+    head: Head,
+    teacher: KnownTokens,
+    tokens: Int[Tensor, "positions"],
+    direction: Direction = "reverse",
+) -> TokenScores:
+    """`score_tokens` against the teacher's top-k tokens."""
+    ours = score_tokens(hidden, head, hidden, head, tokens)  # for the fields that depend on the student alone
+    token_loss, _ = known_token_kl(gathered_log_probs(hidden, head, teacher.tokens), teacher, direction)
+    most_likely = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    teacher_nll = -teacher.log_probs[:, 0].to(token_loss)
+    return TokenScores(token_loss, teacher_nll, ours.student_nll, ours.entropy, ours.student_greedy, most_likely)

@@ -33,7 +33,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from topd.algorithm.tiles import tile_rows
+from topd.algorithm.vocabulary import tile_rows
 from topd.check.cache_size import CacheSize, tried_cache
 from topd.check.findings import Finding, fails, ok, warns
 from topd.check.setup import ModelInfo, Setup

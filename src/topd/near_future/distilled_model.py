@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, TokenScores, ground_cost, score_tokens, token_cost
-from topd.algorithm.tiles import Direction
 from topd.algorithm.transport import GroundCost
+from topd.algorithm.vocabulary import Direction
 from topd.near_future.branches import Branches, ends_of, hidden_with_branches, rollout_hidden
 from topd.near_future.kernels import loss_on_device
 from topd.near_future.local_model import LocalModel

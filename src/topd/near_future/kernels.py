@@ -5,8 +5,7 @@ from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, distillation_loss
-from topd.algorithm.head import at_least_float32
-from topd.algorithm.tiles import Direction
+from topd.algorithm.vocabulary import Direction, at_least_float32
 
 
 def loss_on_device(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from topd.algorithm.head import at_least_float32
+from topd.algorithm.vocabulary import at_least_float32
 from topd.near_future.generation import own_settings_only
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.padding import left_padded

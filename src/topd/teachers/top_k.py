@@ -18,8 +18,8 @@ from topd.algorithm import (
     known_token_loss,
     score_known_tokens,
 )
-from topd.algorithm.tiles import Direction
 from topd.algorithm.transport import GroundCost
+from topd.algorithm.vocabulary import Direction
 from topd.errors import ServerError, TOPDError
 from topd.near_future.branches import Branches
 from topd.near_future.shared_prefix import Prefill

@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from trl import DistillationConfig
 
-from topd.algorithm.downweighting import Selection
-from topd.algorithm.forks import ForkRule
+from topd.algorithm.forks import ForkRule, Selection
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.loading.options import check_kinds

@@ -20,7 +20,7 @@ from topd.algorithm import (
     position_weights,
     prefix_weights,
 )
-from topd.algorithm.tiles import Direction
+from topd.algorithm.vocabulary import Direction
 from topd.near_future import DistilledModel, Rollouts
 from topd.teachers.protocol import Teacher
 from topd.training.guidance import Guided

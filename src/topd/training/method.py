@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from topd.algorithm.candidates import PAPER_SHARE
-from topd.algorithm.downweighting import Selection
-from topd.algorithm.forks import PAPER_FALSE_ALARM_SHARE, ForkRule
+from topd.algorithm.forks import PAPER_CANDIDATE_SHARE, PAPER_FALSE_ALARM_SHARE, ForkRule, Selection
 from topd.algorithm.guidance import TargetKind
-from topd.algorithm.tiles import Direction
 from topd.algorithm.transport import GroundCost
+from topd.algorithm.vocabulary import Direction
 from topd.near_future.matching import Embedding, Solver
 from topd.near_future.shared_prefix import Prefill
 
@@ -42,7 +40,7 @@ class Method:
     window_length: int = 50
     student_window: StudentWindow = "rollout"
     candidate_ranking: Ranking = "reverse_kl"
-    candidate_share: float = PAPER_SHARE
+    candidate_share: float = PAPER_CANDIDATE_SHARE
     embedding: Embedding = "student"
     ground_cost: GroundCost = "cosine"
     transport_solver: Solver = "exact"
