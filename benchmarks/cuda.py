@@ -31,8 +31,8 @@ from benchmarks.row import Row, missing_row, time_row
 from topd.algorithm import Head, distillation_loss, token_kl
 from topd.near_future import Branches, LocalModel, Places, Rollouts
 from topd.near_future.branches import packed, rollout_hidden
+from topd.near_future.continuations import prefill
 from topd.near_future.model_parts import backbone_of
-from topd.near_future.shared_prefix import prefill
 
 PEAK = 790e12
 """bf16 FLOP/s of an H200, measured."""

@@ -27,8 +27,8 @@ from benchmarks.environment import say
 from benchmarks.measure import interleave, process_clock, require
 from benchmarks.row import Row, time_row
 from topd.near_future import LocalModel, Places, Rollouts, ways_of
+from topd.near_future.continuations import prefill
 from topd.near_future.model_parts import backbone_of
-from topd.near_future.shared_prefix import prefill
 
 FULL, FRESH = "full attention", "generate, one batch"
 GATES = {FULL: 1.5, FRESH: 0.2}

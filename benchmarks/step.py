@@ -37,7 +37,7 @@ from benchmarks.row import Row, time_row
 from topd.algorithm import Transport
 from topd.near_future import DistilledModel, LocalModel, Prefill, Rollouts, branches, matching
 from topd.near_future.branches import separate
-from topd.near_future.sampling_states import SamplingStates
+from topd.near_future.sampling import SamplingStates
 from topd.training import TOPDConfig
 from topd.training.guidance import guided_windows
 from topd.training.losses import LossInputs

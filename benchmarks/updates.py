@@ -23,7 +23,7 @@ from benchmarks.measure import Timing, process_clock, require
 from benchmarks.row import Row, time_row
 from benchmarks.step import Pair, Plan
 from topd.near_future import Rollouts
-from topd.near_future.sampling_states import SamplingStates
+from topd.near_future.sampling import SamplingStates
 from topd.training.guidance import guided_windows
 from topd.training.losses import sampled_log_probs
 from topd.training.method import Method, StepContext

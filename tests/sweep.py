@@ -24,8 +24,8 @@ from torch import Tensor
 
 from topd.errors import ContextError
 from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts
-from topd.near_future.generation import own_settings_only
-from topd.near_future.sampling_states import SamplingStates
+from topd.near_future.model_parts import own_settings_only
+from topd.near_future.sampling import SamplingStates
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.training import TOPDTrainer
 

@@ -11,7 +11,7 @@ from tiny_architectures import tiny
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
 from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
-from topd.near_future.padded_prompts import batching_of
+from topd.near_future.self_check import batching_of
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]

@@ -27,7 +27,7 @@ from topd.near_future import (
 )
 from topd.near_future.attention_interface import Rule
 from topd.near_future.branches import packed, separate, tree
-from topd.near_future.shared_prefix import until_eos
+from topd.near_future.continuations import until_eos
 
 SIZES = {
     "vocab_size": 47, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -8,9 +8,8 @@ from tiny import tiny_trainer
 from transformers import GenerationConfig
 
 from topd.near_future import DistilledModel, LocalModel, Rollouts
-from topd.near_future.compact_sampling import compact_sampling
-from topd.near_future.padded_prompts import batching_of
-from topd.near_future.sampling_states import SamplingStates
+from topd.near_future.sampling import SamplingStates, compact_sampling
+from topd.near_future.self_check import batching_of
 
 START, LONGEST = 5, 24
 

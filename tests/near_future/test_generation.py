@@ -14,7 +14,7 @@ from topd.embedded.task import make_problems
 from topd.evaluation.embedded import answer_problems
 from topd.evaluation.engines import LocalEngine, Request, Sampling
 from topd.near_future import DistilledModel, LocalModel, Places
-from topd.near_future.generation import end_token_ids, own_settings_only, padding_id
+from topd.near_future.model_parts import end_token_ids, own_settings_only, padding_id
 from topd.near_future.sampling import sample_rollouts
 
 LEAKING = {

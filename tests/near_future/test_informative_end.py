@@ -9,9 +9,7 @@ from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from topd.algorithm import Head, top_k_overlap
 from topd.embedded.pair import pair_folder
 from topd.errors import TOPDError
-from topd.near_future import informative_end
-from topd.near_future.informative_end import InformativeEnd
-from topd.near_future.sampling import local_pair
+from topd.near_future.sampling import OVERLAP, TOP_K, InformativeEnd, local_pair
 from topd.training import TOPDTrainer
 
 PROMPTS = [TOKENIZER(row["prompt"])["input_ids"] for row in prompts(6)]
@@ -22,8 +20,8 @@ def informative(student, teacher, prompt, response):
     ids = torch.tensor([[*prompt, *response]])
     with torch.no_grad():
         logits = [model.eval()(ids).logits[0, len(prompt) - 1 : -1] for model in (student, teacher)]
-    overlaps = oracles.top_k_overlap(*logits, informative_end.TOP_K)
-    return [overlap < informative_end.OVERLAP for overlap in overlaps]
+    overlaps = oracles.top_k_overlap(*logits, TOP_K)
+    return [overlap < OVERLAP for overlap in overlaps]
 
 
 @pytest.mark.parametrize("tile", [None, 7])

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from trl.kernels import chunked_divergence
 
 from topd.algorithm import Head, LikelihoodTerms, distillation_loss
-from topd.near_future import kernels
+from topd.near_future import distilled_model
 
 POSITIONS, VOCABULARY, WIDTH, TEACHER_WIDTH = 5, 13, 3, 4
 HEADS = {
@@ -63,8 +63,8 @@ def test_trl_s_values_and_gradients_are_ours(shapes, direction):
     hidden, theirs = random(POSITIONS, WIDTH, seed=1).requires_grad_(), random(POSITIONS, TEACHER_WIDTH, seed=2)
     head, teacher = head_of(WIDTH, 3, **shapes[0]), head_of(TEACHER_WIDTH, 5, **shapes[1])
     inputs = [each for each in (hidden, head.weight, head.bias) if each is not None]
-    arguments = kernels.trl_arguments(head, teacher)
-    values = kernels.trl_token_kl(hidden, head, theirs, teacher, direction, arguments)
+    arguments = distilled_model.trl_arguments(head, teacher)
+    values = distilled_model.trl_token_kl(hidden, head, theirs, teacher, direction, arguments)
     upstream = random(POSITIONS, seed=7)
     ours = distillation_loss(hidden, head, theirs, teacher, upstream, None, direction)
     assert_close(values.detach(), ours.token_loss)
@@ -76,10 +76,10 @@ def test_trl_s_values_and_gradients_are_ours(shapes, direction):
 
 def test_heads_that_trl_cannot_express_are_known():
     capped = head_of(WIDTH, 1, softcap=2.0, temperature=0.5)
-    assert kernels.trl_arguments(capped, head_of(WIDTH, 2, softcap=2.0)) is None
+    assert distilled_model.trl_arguments(capped, head_of(WIDTH, 2, softcap=2.0)) is None
     hole = torch.zeros(VOCABULARY)
     hole[0] = -math.inf
-    assert kernels.trl_arguments(Head(capped.weight, hole), capped) is None
+    assert distilled_model.trl_arguments(Head(capped.weight, hole), capped) is None
 
 
 @pytest.mark.parametrize("with_terms", [False, True])
@@ -89,10 +89,10 @@ def test_with_weights_and_terms_too(with_terms):
     weights = torch.tensor([0.5, 0.0, 2.0])
     terms = LikelihoodTerms(torch.tensor([0, 4, 4]), torch.tensor([3, 12, 3]), torch.tensor([0.5, 1.5, 0.1]))
     terms = terms if with_terms else None
-    trl = kernels.trl_loss(
-        hidden, head, theirs, teacher, weights, terms, "reverse", kernels.trl_arguments(head, teacher)
+    trl = distilled_model.trl_loss(
+        hidden, head, theirs, teacher, weights, terms, "reverse", distilled_model.trl_arguments(head, teacher)
     )
-    ours = kernels.loss_on_device(hidden, head, theirs, teacher, weights, terms)
+    ours = distilled_model.loss_on_device(hidden, head, theirs, teacher, weights, terms)
     for one, other in zip(trl, ours, strict=True):
         assert_close(one, other)
     inputs = [hidden, head.weight]
@@ -101,6 +101,6 @@ def test_with_weights_and_terms_too(with_terms):
 
 
 def test_elsewhere_than_on_cuda_our_tiles_do_it(monkeypatch):
-    monkeypatch.setattr(kernels, "trl_token_kl", None)
+    monkeypatch.setattr(distilled_model, "trl_token_kl", None)
     hidden, head = random(POSITIONS, WIDTH, seed=1), head_of(WIDTH, 3)
-    assert kernels.loss_on_device(hidden, head, hidden, head, torch.ones(POSITIONS)).loss == 0
+    assert distilled_model.loss_on_device(hidden, head, hidden, head, torch.ones(POSITIONS)).loss == 0

@@ -7,7 +7,7 @@ from test_shared_prefix import EOS, known, model_of
 from torch import nn
 
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts
-from topd.near_future.sampling_states import SamplingStates, has_dropout
+from topd.near_future.sampling import SamplingStates, has_dropout
 
 
 def sampled(model, length=12, seed=0, eos=EOS):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from topd.near_future import DistilledModel, LocalModel, Places, Prefill, Rollouts, recurrent_states, ways_of
-from topd.near_future.shared_prefix import follow_rollout, prefill
+from topd.near_future.continuations import follow_rollout, prefill
 
 EOS = 1
 SIZES = {

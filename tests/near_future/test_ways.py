@@ -20,10 +20,9 @@ from transformers import (
 
 from topd.errors import ContextError
 from topd.near_future import LocalModel
-from topd.near_future.limits import LOWERED, lengths_of
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.self_check import Check
-from topd.near_future.ways import ArchitectureError, Ways, in_step_of, notice_of, ways_of
+from topd.near_future.ways import LOWERED, ArchitectureError, Ways, in_step_of, lengths_of, notice_of, ways_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes slower ways")
 FAMILIES = {  # class: what is exact, of (windows over one prefix, guided windows in one row, left padding)

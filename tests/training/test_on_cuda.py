@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from topd.algorithm import Head, distillation_loss
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts
-from topd.near_future.kernels import loss_on_device
+from topd.near_future.distilled_model import loss_on_device
 
 DEVICE = "cuda"
 pytestmark = [

@@ -13,7 +13,7 @@ from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, DataError, TOPDError
 from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts, near_future_transport
-from topd.near_future.padding import left_padded
+from topd.near_future.model_parts import left_padded
 from topd.near_future.sampling import sample_rollouts
 from topd.teachers.openai_server import OpenAIServer
 from topd.teachers.routed import RoutedTeacher

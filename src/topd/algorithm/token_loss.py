@@ -32,7 +32,7 @@ from topd.algorithm.vocabulary import (
 SMALLEST = 1e-9
 """Minimum probability of the bucket, so that its logarithm is finite."""
 
-# ---------------------------------------------------------------------------------------------------- whole vocabulary
+# ----------------------------------------------------------------------------------------------------- whole vocabulary
 
 
 def token_kl(
@@ -190,7 +190,7 @@ class _TiledLogProbs(torch.autograd.Function):
         return (*tiles.gradients(), None, None, None)
 
 
-# ------------------------------------------------------------------------------------------------------- top-k teacher
+# -------------------------------------------------------------------------------------------------------- top-k teacher
 
 
 class KnownTokens(NamedTuple):

@@ -22,7 +22,7 @@ from topd.algorithm import low_loss_threshold
 from topd.analysis.probe import ProbeOptions, measure
 from topd.analysis.probe_summary import ROUNDING
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
-from topd.near_future.generation import end_token_ids, padding_id
+from topd.near_future.model_parts import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
 from topd.training.futures import Futures
 from topd.training.guidance import Guided, guided_windows

@@ -20,7 +20,7 @@ from torch import Tensor
 from topd.algorithm import TokenScores, highest_loss
 from topd.algorithm.transport import GroundCost
 from topd.near_future import DistilledModel, Places, Rollouts, Windows
-from topd.near_future.matching import Embedding
+from topd.near_future.windows import Embedding
 from topd.paper import GROUPS
 from topd.training.choices import ranking
 from topd.training.method import Method, Ranking, StudentWindow

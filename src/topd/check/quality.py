@@ -16,8 +16,7 @@ from topd.errors import install
 from topd.evaluation.answers import Rule, verdict
 from topd.evaluation.benchmarks import spread, text_of
 from topd.near_future import Rollouts
-from topd.near_future.generation import padding_id
-from topd.near_future.padding import left_padded
+from topd.near_future.model_parts import left_padded, padding_id
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.near_future.ways import notice_of, ways_of
 

@@ -15,7 +15,7 @@ from topd.loading.models import load_config
 from topd.loading.prompts import prompt_ids
 from topd.loading.teacher_prompts import by_options, teacher_prompt_ids
 from topd.loading.tokenizers import tokenizer_of
-from topd.near_future.generation import end_token_ids
+from topd.near_future.model_parts import end_token_ids
 from topd.training.config import TOPDConfig
 
 SAMPLE = 256

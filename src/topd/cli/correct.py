@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from topd.analysis.correct import ARMS, CorrectOptions, Corrector, find_forks
     from topd.analysis.correct_command import CorrectRun, run_correct
     from topd.loading.pair import load_pair
-    from topd.near_future.generation import end_token_ids
+    from topd.near_future.model_parts import end_token_ids
     from topd.near_future.sampling import local_pair, sample_rollouts
 
     names = checked(options)

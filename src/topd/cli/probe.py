@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from topd.analysis.probe import ProbeOptions
     from topd.analysis.probe_command import ProbeRun, run_probe
     from topd.loading.pair import load_pair
-    from topd.near_future.generation import end_token_ids
+    from topd.near_future.model_parts import end_token_ids
 
     names = checked(options)
     student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from topd.embedded.task import Level, Problem, is_correct
-from topd.near_future.generation import end_token_ids, own_settings_only, padding_id
+from topd.near_future.model_parts import end_token_ids, own_settings_only, padding_id
 
 MAX_NEW_TOKENS: dict[Level, int] = {"short": 96, "long": 224}
 """Longer than any worked solution of the level."""

@@ -14,10 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from topd.errors import TOPDError, install
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
-from topd.near_future.compact_sampling import generate_compactly
-from topd.near_future.generation import NEUTRAL, end_token_ids, own_settings_only, padding_id
-from topd.near_future.padded_prompts import batching_of
-from topd.near_future.padding import grouped, left_padded
+from topd.near_future.model_parts import NEUTRAL, end_token_ids, grouped, left_padded, own_settings_only, padding_id
+from topd.near_future.sampling import generate_compactly
+from topd.near_future.self_check import batching_of
 from topd.near_future.ways import Batching
 
 SEED_STRIDE = 1_000_003

@@ -5,7 +5,7 @@ from typing import Any
 
 from topd.errors import ServerError
 from topd.evaluation.engines import SEED_STRIDE, Request, Response, Sampling
-from topd.near_future.generation import NEUTRAL
+from topd.near_future.model_parts import NEUTRAL
 from topd.teachers.openai_server import Limits, OpenAIServer, UnusableAnswer, refuse_unfinished
 
 LIMITS = Limits(timeout=3600.0, concurrency=64)

@@ -20,7 +20,7 @@ from topd.evaluation.engines import Engine, LocalEngine, Request, Response, Samp
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.run import SAMPLE_STRIDE, record_of, requests_of
 from topd.loading.sharding import held_whole
-from topd.near_future.generation import NEUTRAL
+from topd.near_future.model_parts import NEUTRAL
 from topd.runs.files import append_records
 from topd.runs.records import EVAL_FILE
 from topd.runs.rollback import random_states

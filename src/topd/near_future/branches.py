@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from topd.near_future.attention_interface import laid_out
-from topd.near_future.padding import last_states, left_padded, positions_in
+from topd.near_future.model_parts import last_states, left_padded, positions_in
 from topd.near_future.tree_attention import PackedRow
 from topd.near_future.ways import EXACT, Ways, ways_of
 from topd.near_future.windows import Rollouts

@@ -1,17 +1,27 @@
-"""The parts of a transformers model that the step uses (backbone, output head), and the state that it runs them in."""
+"""How a transformers model is used: its backbone and head, the state that it runs in, padded batches, generation."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from topd.algorithm import Head
 from topd.errors import TOPDError
+
+UNREAD_BY_TRL = ("logits_mup_width_multiplier", "output_logit_soft_cap", "logits_soft_cap")
+"""Entries of a config that change the logits and that the loss of TRL 1.16 does not look at."""
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Settings of vLLM and SGLang that change nothing, for `SamplingParams` and for requests. A server takes what a request
+leaves out from the model's generation config."""
+
+# ---------------------------------------------------------------------------------------------------------------- parts
 
 
 def backbone_of(model: Any) -> nn.Module:
@@ -21,10 +31,6 @@ def backbone_of(model: Any) -> nn.Module:
     if inner.base_model is inner:  # its base_model_prefix names no attribute (Llama 4's text model)
         backbone = getattr(inner, "model", None) or inner.get_decoder()
     return backbone
-
-
-UNREAD_BY_TRL = ("logits_mup_width_multiplier", "output_logit_soft_cap", "logits_soft_cap")
-"""Entries of a config that change the logits and that the loss of TRL 1.16 does not look at."""
 
 
 def output_head(model: Any, temperature: float = 1.0) -> Head:
@@ -81,6 +87,9 @@ def cache_of(output: Any) -> Any:
     return output.cache if "cache" in output else output.get("past_key_values")
 
 
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and back."""
@@ -119,3 +128,77 @@ def without_autocast(model: Any, device_type: str) -> Iterator[None]:
     finally:
         for module, forward in zip(wrapped, forwards, strict=True):
             vars(module)["forward"] = forward
+
+
+# ------------------------------------------------------------------------------------------------------- padded batches
+
+
+def left_padded(sequences: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    """[sequence, longest] token ids padded on the left with `value`, and the mask that is 1 at tokens."""
+    ones = [torch.ones_like(sequence) for sequence in sequences]
+    ids = pad_sequence(list(sequences), batch_first=True, padding_value=value, padding_side="left")
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
+
+
+def positions_in(mask: Tensor) -> Tensor:
+    """[row, index] position ids that count tokens only: 0 in left padding, the last token's in right padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether the backbone's forward takes `position_ids`."""
+    return "position_ids" in inspect.signature(type(backbone).forward).parameters
+
+
+def last_states(backbone: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[row, index, width] the last hidden states that rows of token ids [row, index] have without padding.
+
+    `mask`: [row, index], 1 at tokens; None: no row is padded on the left.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if mask is not None and takes_positions(backbone):
+        inputs["position_ids"] = positions_in(mask)
+    states: Tensor = backbone(**inputs).last_hidden_state
+    return states
+
+
+def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of equal keys, group by group, in the order in which the keys first come."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+@contextmanager
+def own_settings_only(model: Any) -> Iterator[None]:
+    """Within it, `model.generate` fills in transformers' defaults, not the model's own generation config.
+
+    Otherwise results would depend on settings that are neither printed nor recorded.
+    Both a PEFT model and its base hold the config, so every module that has one gets a neutral one for the time.
+    """
+    neutral = GenerationConfig()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(vars(module).get("generation_config"), GenerationConfig):
+                stack.enter_context(patch.object(module, "generation_config", neutral))
+        yield
+
+
+def end_token_ids(generation_config: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """Ids that end a response: the tokenizer's end of sequence, then all that the generation config has (TRL's rule).
+
+    Instruction-tuned models often have two, such as the end of a turn and the end of a text.
+    """
+    declared = None if generation_config is None else generation_config.eos_token_id
+    more = declared if isinstance(declared, list | tuple) else [declared]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The tokenizer's padding token; without one its end of sequence, else 0 (padding is always masked)."""
+    known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+    return next(known, 0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from topd.near_future.padding import takes_positions
+from topd.near_future.model_parts import takes_positions
 from topd.near_future.windows import Rollouts
 
 BRANCHES_AT_ONCE = 128

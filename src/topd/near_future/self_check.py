@@ -7,7 +7,8 @@ unpadded and without a cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,25 +17,34 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from topd.near_future.branches import Branches, packed, rollout_hidden, separate
-from topd.near_future.generation import own_settings_only
-from topd.near_future.limits import FAR, READ_EACH_TIME, Lengths, lengths_of
-from topd.near_future.model_parts import UNREAD_BY_TRL, backbone_of, evaluating, output_head, training, without_autocast
-from topd.near_future.padding import left_padded
-from topd.near_future.recurrent_states import empty_cache, is_recurrent
-from topd.near_future.sampling_states import SamplingStates
-from topd.near_future.shared_prefix import Prefill, Start, continue_over_prefix, prefill
-from topd.near_future.true_states import (
+from topd.near_future.continuations import Prefill, Start, continue_over_prefix, prefill
+from topd.near_future.model_parts import (
+    UNREAD_BY_TRL,
+    backbone_of,
+    evaluating,
+    left_padded,
+    own_settings_only,
+    training,
+    without_autocast,
+)
+from topd.near_future.plain_way import (
     PROMPTS,
     RESPONSE,
-    STARTS,
-    TOLERANCE,
     alone,
+    generated,
+    gradient_error,
     gradients_of,
-    padding_id,
+    in_words,
+    padding_of,
     sample_of,
     small_parameters,
+    stop_unless_causal,
+    stop_unless_generates,
+    stop_unless_head,
 )
-from topd.near_future.ways import ArchitectureError, Batching, Ways
+from topd.near_future.recurrent_states import empty_cache, is_recurrent
+from topd.near_future.sampling import rows_may_leave
+from topd.near_future.ways import FAR, READ_EACH_TIME, ArchitectureError, Batching, Lengths, Ways, lengths_of
 from topd.near_future.windows import Places, Rollouts
 
 FAST = ("shared_prefix", "packed_rows", "sampling_states")
@@ -47,11 +57,7 @@ def check_model(model: Any) -> Ways:
     Raises:
         ArchitectureError: the plain way is not that of a causal language model, or the head is not the model's.
     """
-    inner = model.base_model.model if is_peft_model(model) else model
-    lengths = lengths_of(inner)
-    device_type = next(inner.parameters()).device.type
-    plainly = evaluating(model), own_settings_only(inner), without_autocast(inner, device_type)
-    with plainly[0], plainly[1], plainly[2], lengths.out_of_reach():
+    with plainly(model) as (inner, lengths):
         check = Check(inner)
         ways = check.ways()
         if lengths.limits:
@@ -61,6 +67,38 @@ def check_model(model: Any) -> Ways:
     bounded = {name: min(getattr(ways, name), longest) for name in FAST}
     kept = ways.cache_bytes if bounded["shared_prefix"] else 0.0
     return replace(ways, **bounded, switch=lengths.switch, end=min(ends, default=None), cache_bytes=kept)
+
+
+@torch.no_grad()
+def batching_of(model: Any, longest: int) -> Batching:
+    """For code that only generates: which prompts may share a batch and get the responses that they get alone.
+
+    Tried with two short random ones, as `check_model` does.
+
+    Args:
+        model: any causal language model of transformers; a PEFT model is fine.
+        longest: tokens of the longest prompt and its response.
+    """
+    with plainly(model) as (inner, lengths):
+        try:
+            found = Check(inner).batching()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # alone, its responses are right all the same
+            return Batching(False, False, f"it could not be tried: {str(error).partition(chr(10))[0]}")
+    for limit in (lengths.switch, lengths.end):
+        if found.padded and limit is not None and longest > limit:
+            return Batching(False, True, f"rotary embeddings depend on the longest row beyond {limit:,} tokens")
+    return found
+
+
+@contextmanager
+def plainly(model: Any) -> Iterator[tuple[Any, Lengths]]:
+    """The model without a PEFT wrapper, run by its weights and the given settings alone; and its lengths."""
+    inner = model.base_model.model if is_peft_model(model) else model
+    lengths, device_type = lengths_of(inner), next(inner.parameters()).device.type
+    with evaluating(model), own_settings_only(inner), without_autocast(inner, device_type), lengths.out_of_reach():
+        yield inner, lengths
 
 
 def beyond_limits(check: Check, lengths: Lengths, ways: Ways) -> Ways:
@@ -105,18 +143,18 @@ class Check:
             self.sample = sample_of(model, self.backbone)
         except Exception as error:
             raise ArchitectureError(
-                f"{type(model).__name__} does not run on text alone ({_in_words(error)}). TOPD distils causal language "
+                f"{type(model).__name__} does not run on text alone ({in_words(error)}). TOPD distils causal language "
                 "models."
             ) from error
 
     def ways(self) -> Ways:
-        self._stop_unless_causal()
-        self._stop_unless_head()
+        stop_unless_causal(self.model, self.sample)
+        stop_unless_head(self.model, self.sample)
         self.trains = self._try("trains", self._trains)
         padded = self._try("left_padding", self._padded)
         sampled = self._try("sampling_states", self._sampled)
         if not sampled:
-            self._stop_unless_generates()
+            stop_unless_generates(self.model, self.backbone, self.sample)
         if padded and not sampled:
             padded = self._try("left_padding", self._padded_tokens)
         return Ways(
@@ -138,57 +176,17 @@ class Check:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = _in_words(error)
+            reason = in_words(error)
         if reason is not None:
             self.reasons[name] = reason
         return reason is None
 
-    def _stop_unless_causal(self) -> None:
-        """The state before a window must not depend on what follows in the rollout."""
-        ends = [
-            states[[p + start - 1 for start in starts]]
-            for states, p, starts in zip(self.sample.row_states, PROMPTS, STARTS, strict=True)
-        ]
-        error = self.sample.error(torch.stack(ends), self.sample.window_states[:, :, 0])
-        if error is not None:
-            raise ArchitectureError(
-                f"{type(self.model).__name__} is not causal: its states change with the tokens that follow ({error}). "
-                "If the architecture can decode, say so in its config (is_decoder=True)."
-            )
-
-    def _stop_unless_head(self) -> None:
-        row = self.sample.rollouts.input_ids[1:]
-        try:
-            logits = self.model(input_ids=row, use_cache=False).logits[0]
-            found = output_head(self.model).logits(self.sample.row_states[1])
-            error = self.sample.error(found, logits)
-        except Exception as failure:
-            error = _in_words(failure)
-        if error is not None:
-            raise ArchitectureError(
-                f"{type(self.model).__name__}: the output head on the last hidden states does not give the model's "
-                f"logits ({error.replace('states', 'logits')}). TOPD reads a linear head with a bias, a scale and a "
-                "soft cap; please report the model."
-            )
-
-    def _stop_unless_generates(self) -> None:
-        name = type(self.model).__name__
-        try:
-            ids, _, response, _ = self._generated([self.sample.rollouts.prefix(1, 0)])
-        except Exception as error:
-            raise ArchitectureError(f"{name} cannot generate text: {_in_words(error)}.") from error
-        states = alone(self.backbone, torch.cat([ids[0], response[0]]))[ids.shape[1] - 1 : -1]
-        below = self.sample.below_best(output_head(self.model).logits(states), response[0])
-        if below is not None:
-            raise ArchitectureError(
-                f"{name} does not generate what it computes without a cache: `generate` chooses tokens {below}. "
-                "Please report the model to transformers."
-            )
-
     def batching(self) -> Batching:
         """Which prompts `generate` may continue together."""
         if self._try("left_padding", self._padded) and self._try("left_padding", self._padded_tokens):
-            return Batching()
+            pad, rollouts = padding_of(self.model), self.sample.rollouts
+            prompts = left_padded([rollouts.prefix(row, 0) for row in range(len(rollouts))], pad)
+            return Batching(leaving=rows_may_leave(self.model, *prompts, pad))
         equal = self._try("batches", self._batched_tokens)
         return Batching(False, equal, self.reasons["left_padding" if equal else "batches"])
 
@@ -246,17 +244,7 @@ class Check:
         return None
 
     def _gradient_error(self, way: Callable[[], Tensor], truth: Callable[[], Tensor]) -> str | None:
-        """Of small parameters: states can agree where gradients do not (a bias is left out, and zero so far)."""
-        if not (self.trains and self.small):
-            return None
-        found, expected = gradients_of(way, self.small), gradients_of(truth, self.small)
-        largest = max((float(gradient.norm()) for gradient in expected), default=0.0)
-        tolerance = 0.3 if next(self.backbone.parameters()).dtype in TOLERANCE else 1e-2
-        for ours, theirs in zip(found, expected, strict=True):
-            difference = float((ours - theirs).norm() / (theirs.norm() + 1e-3 * largest + 1e-30))
-            if not difference <= tolerance:
-                return f"gradients differ by {difference:.2g}"
-        return None
+        return gradient_error(self.backbone, way, truth, self.small) if self.trains and self.small else None
 
     def _shared_prefix(self) -> str | None:
         rollouts = self.sample.rollouts
@@ -286,7 +274,7 @@ class Check:
 
     def _sampled(self) -> str | None:
         """States, and windows over the prefix, that are kept from sampling."""
-        ids, mask, response, states = self._generated([self.sample.rollouts.prefix(row, 0) for row in range(2)])
+        ids, mask, response, states = generated(self.model, [self.sample.rollouts.prefix(row, 0) for row in range(2)])
         ones = torch.ones_like(response)
         rollouts = Rollouts(ids, mask, response, ones, ones)
         sampled = states.prefill(rollouts, keep_prefix=False)
@@ -307,23 +295,7 @@ class Check:
 
     def _same_tokens_alone(self, positions: list[int]) -> str | None:
         prompts = [self.sample.rollouts.prefix(row, position) for row, position in enumerate(positions)]
-        together = self._generated(prompts)[2]
-        separately = torch.cat([self._generated([prompt])[2] for prompt in prompts])
+        together = generated(self.model, prompts)[2]
+        separately = torch.cat([generated(self.model, [prompt])[2] for prompt in prompts])
         kind = "padded prompts" if positions == [0, 0] else "prompts in a batch"
         return None if torch.equal(together, separately) else f"generate continues {kind} otherwise than alone"
-
-    def _generated(self, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, SamplingStates]:
-        """Greedy responses: prompt ids and mask, responses, and what was kept."""
-        ids, mask = left_padded(prompts, padding_id(self.model))
-        states = SamplingStates()
-        with states.keeping(self.model):
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=RESPONSE, do_sample=False, disable_compile=True,
-                pad_token_id=padding_id(self.model),
-            )  # fmt: skip
-        return ids, mask, output[:, ids.shape[1] :], states
-
-
-def _in_words(error: Exception) -> str:
-    first = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {first if len(first) < 100 else first[:97] + '...'}"

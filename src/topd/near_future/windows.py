@@ -1,12 +1,25 @@
-"""The data of the near future: rollouts, places in them, and the windows that start there."""
+"""The data of the near future: rollouts, places in them, the windows that start there, and their transport."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from topd.algorithm import Transport, entropic_transport, exact_transport
+from topd.algorithm.transport import GroundCost
+
+if TYPE_CHECKING:
+    from topd.near_future.distilled_model import DistilledModel
+    from topd.teachers.protocol import Teacher
+
+Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
+"""Static input embeddings of a model, or its last hidden states over the windows."""
+Solver = Literal["exact", "entropic"]
+"""`exact_transport` or `entropic_transport`."""
 
 
 @dataclass(frozen=True)
@@ -220,3 +233,34 @@ def rollout_windows(places: Places, length: int) -> Windows:
     inside = index.clamp(max=last)
     mask = (index <= last) & rollouts.response_mask[rows, inside].bool()
     return Windows(rollouts.response_ids[rows, inside] * mask, mask)
+
+
+def near_future_transport(
+    ours: Windows,
+    theirs: Windows,
+    places: Places,
+    student: DistilledModel,
+    teacher: DistilledModel | Teacher,
+    *,
+    embedding: Embedding = "student",
+    cost: GroundCost = "cosine",
+    solver: Solver = "exact",
+    epsilon: float = 0.05,
+) -> Transport:
+    """Transport between the student's windows (rows) and the teacher's (columns) at the same places.
+
+    Windows that EOS ended are compared as if EOS were repeated up to K, see `comparable`. Embedding (the student's
+    static ones by default), cost and solver are our choice, see `TOPDConfig`. `epsilon`: of the entropic solver, in
+    units of the window's mean cost.
+    """
+    model: DistilledModel | Teacher = student
+    if embedding.startswith("teacher"):
+        model, places = teacher, places.as_teacher_reads
+    hidden = embedding.endswith("_hidden")
+    a, b = comparable(ours, theirs, student.eos_token_ids)
+    costs = model.window_costs(ours, theirs, places, hidden=True, cost=cost) if hidden else (
+        model.window_costs(a, b, places, cost=cost)
+    )  # fmt: skip
+    if solver == "entropic":
+        return entropic_transport(costs, a.mask, b.mask, epsilon=epsilon)
+    return exact_transport(costs, a.mask, b.mask)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import ServerError, TokenizerMismatchError
-from topd.near_future.generation import NEUTRAL
-from topd.near_future.shared_prefix import until_eos
+from topd.near_future.continuations import until_eos
+from topd.near_future.model_parts import NEUTRAL
 from topd.near_future.windows import Windows
 from topd.teachers.openai_server import OpenAIServer, UnusableAnswer, refuse_unfinished
 

@@ -13,8 +13,8 @@ from topd.algorithm.forks import PAPER_CANDIDATE_SHARE, PAPER_FALSE_ALARM_SHARE,
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.algorithm.vocabulary import Direction
-from topd.near_future.matching import Embedding, Solver
-from topd.near_future.shared_prefix import Prefill
+from topd.near_future.continuations import Prefill
+from topd.near_future.windows import Embedding, Solver
 
 if TYPE_CHECKING:
     from topd.training.choices import LowLossQuartile

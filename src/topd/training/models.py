@@ -22,11 +22,8 @@ from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
-from topd.near_future.compact_sampling import compact_sampling
-from topd.near_future.generation import own_settings_only
-from topd.near_future.informative_end import InformativeEnd, stopping_by
-from topd.near_future.padding import left_padded
-from topd.near_future.sampling_states import SamplingStates, has_dropout
+from topd.near_future.model_parts import left_padded, own_settings_only
+from topd.near_future.sampling import InformativeEnd, SamplingStates, compact_sampling, has_dropout, stopping_by
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher

@@ -20,9 +20,8 @@ from topd.loading.pair import load, loaded_teacher
 from topd.loading.precision import watch_rounding
 from topd.loading.shared_base import refuse_two_adapters
 from topd.logs import get_logger
-from topd.near_future.generation import end_token_ids
-from topd.near_future.kernels import loss_on_device
-from topd.near_future.model_parts import backbone_of, output_head
+from topd.near_future.distilled_model import loss_on_device
+from topd.near_future.model_parts import backbone_of, end_token_ids, output_head
 from topd.runs.checkpoints import check_writable
 from topd.runs.non_finite import StopOnNonFiniteGradient
 from topd.runs.recorded import RecordedTrainer

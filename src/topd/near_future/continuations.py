@@ -1,4 +1,4 @@
-"""Windows decoded over one prefix: what a model computed when it read a rollout serves all of its branches.
+"""How a model continues prefixes: with `generate`, or all windows over what it kept when it read the rollouts.
 
 A greedy window costs nothing as long as it follows the rollout: there the model's own choice at every position is known
 from scoring. Only from its first disagreement with the rollout on is it decoded, and windows that leave the rollout
@@ -7,17 +7,27 @@ at the same place share one branch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from topd.algorithm.vocabulary import at_least_float32
 from topd.near_future.attention_interface import attending_in
-from topd.near_future.padding import last_states, takes_positions
+from topd.near_future.model_parts import (
+    backbone_of,
+    last_states,
+    left_padded,
+    output_head,
+    own_settings_only,
+    takes_positions,
+)
 from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
 from topd.near_future.tree_attention import OpenBranches, Recording
+from topd.near_future.ways import ways_of
 from topd.near_future.windows import Places, Rollouts, Windows
 
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -71,6 +81,117 @@ def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
     with attending_in(recording, backbone.config):
         states = last_states(backbone, rollouts.input_ids, rollouts.causal_mask)
     return Prefill({"hidden": states[:, rollouts.prompt_ids.shape[1] - 1 : -1]}, recording.kept)
+
+
+# --------------------------------------------------------------------------------------------------- sources of windows
+
+
+class ContinuesPrefixes(Protocol):
+    """A source of windows: a model in this process, or one behind a server. `eos_token_ids` end a window."""
+
+    eos_token_ids: list[int]
+
+    def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
+        """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
+        ...
+
+
+class LocalModel:
+    """Continues prefixes: with `generate`, batched by length, or over what the model kept from reading the rollouts.
+
+    Args:
+        model: any causal language model of transformers.
+        pad_token_id: id for padding.
+        eos_token_ids: ids that end a window; the one that was generated is part of it.
+        temperature: 0 decodes greedily (our choice, for both models); else samples from the full distribution.
+        batch_size: prefixes that are decoded together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pad_token_id: int,
+        eos_token_ids: Sequence[int],
+        temperature: float = 0.0,
+        batch_size: int = 128,
+    ) -> None:
+        self.model = model
+        self.pad_token_id = pad_token_id
+        self.eos_token_ids = list(eos_token_ids)
+        self.batch_size = batch_size
+        self.temperature = temperature
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        self._decoding = sampling if temperature > 0 else {"do_sample": False}
+
+    @torch.no_grad()
+    def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
+        """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
+        device = next(self.model.parameters()).device
+        tokens = torch.full((len(prefixes), length), self.pad_token_id, device=device)
+        for chosen in self._batches([len(prefix) for prefix in prefixes], length):
+            new = self._generate([prefixes[index] for index in chosen], length)
+            tokens[chosen, : new.shape[1]] = new
+        return Windows(tokens, until_eos(tokens, torch.tensor(self.eos_token_ids, device=device)))
+
+    def _batches(self, lengths: list[int], growth: int) -> Iterator[list[int]]:
+        """Numbers of the prefixes that are decoded together."""
+        if not lengths:
+            return
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        in_order = [lengths[index] for index in by_length]
+        ways = ways_of(self.model)
+        size = self.batch_size if ways.batches else 1
+        for group in ways.together(in_order, [-n for n in in_order], growth):
+            for start in range(0, len(group), size):
+                yield [by_length[place] for place in group[start : start + size]]
+
+    @torch.no_grad()
+    def continue_over_prefix(
+        self, places: Places, length: int, prefill: Prefill, from_candidate: bool = False
+    ) -> Windows:
+        """The greedy windows that `continue_` gives for the prefixes at the places, all branches decoded together.
+
+        `prefill`: of the rollouts, with `prefix` and `greedy`. `from_candidate`: the windows begin with the rollout's
+        own token.
+        """
+        if len(places) == 0:
+            nothing = places.rows.new_zeros(0, length)
+            return Windows(nothing, nothing.bool())
+        assert prefill.greedy is not None
+        head = output_head(self.model)
+
+        def next_token(hidden: Tensor) -> Tensor:
+            states = hidden.flatten(0, -2)
+            logits = states.new_empty(len(states), len(head.weight), dtype=at_least_float32(states))
+            return head.write_logits(states, logits).argmax(-1).view(hidden.shape[:-1])
+
+        start = (candidate_start if from_candidate else follow_rollout)(places, prefill.greedy, length)
+        ends = torch.tensor(self.eos_token_ids, device=places.rows.device)
+        return continue_over_prefix(backbone_of(self.model), prefill, start, next_token, places, ends)
+
+    def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        ids, mask = (part.to(device) for part in left_padded(prefixes, self.pad_token_id))
+        config = GenerationConfig(
+            max_new_tokens=length,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_ids,
+            bos_token_id=None,
+            disable_compile=True,
+            **self._decoding,
+        )
+        with own_settings_only(self.model):
+            output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        return output[:, ids.shape[1] :]
+
+
+def until_eos(tokens: Tensor, eos: Tensor) -> Tensor:
+    """True up to and with the first EOS: what comes before was generated, whatever its id (pad may equal EOS)."""
+    is_eos = torch.isin(tokens, eos)
+    return is_eos.cumsum(-1) - is_eos.long() == 0
+
+
+# ------------------------------------------------------------------------------------------------------ over one prefix
 
 
 @dataclass(frozen=True)
@@ -147,12 +268,6 @@ def continue_over_prefix(
         tokens[open_] = torch.where(column >= 0, more, tokens[open_])
     mask = until_eos(tokens, eos)
     return Windows(tokens * mask, mask)
-
-
-def until_eos(tokens: Tensor, eos: Tensor) -> Tensor:
-    """True up to and with the first EOS: what comes before was generated, whatever its id (pad may equal EOS)."""
-    is_eos = torch.isin(tokens, eos)
-    return is_eos.cumsum(-1) - is_eos.long() == 0
 
 
 def _grow(

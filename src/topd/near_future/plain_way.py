@@ -1,5 +1,5 @@
-"""Random rollouts and windows for `self_check`, the true states (every sequence alone, without padding or cache), and
-gradients.
+"""What `self_check` compares with: random rollouts and windows, and their true states, every sequence alone, without
+padding or cache. And what must hold of a model run that way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from topd.near_future.branches import Branches
-from topd.near_future.padding import last_states, left_padded
+from topd.near_future.model_parts import last_states, left_padded, output_head
+from topd.near_future.sampling import SamplingStates
+from topd.near_future.ways import ArchitectureError
 from topd.near_future.windows import Rollouts
 
 PROMPTS, RESPONSE, WINDOW = (4, 7), 10, 4
@@ -85,7 +87,7 @@ def sample_of(model: Any, backbone: nn.Module) -> Sample:
     def tokens(*shape: int) -> Tensor:
         return ordinary[torch.randint(len(ordinary), shape, generator=generator)].to(device)
 
-    ids, mask = left_padded([tokens(length) for length in PROMPTS], padding_id(model))
+    ids, mask = left_padded([tokens(length) for length in PROMPTS], padding_of(model))
     response, window = tokens(2, RESPONSE), tokens(2, 2, WINDOW)
     ones = torch.ones_like(response)
     rollouts = Rollouts(ids, mask, response, ones, ones)
@@ -109,14 +111,14 @@ def alone(backbone: nn.Module, ids: Tensor) -> Tensor:
 def ordinary_tokens(model: Any) -> Tensor:
     """Ids that have no special meaning to the model."""
     config = model.config.get_text_config()
-    special: set[int | None] = {padding_id(model)}
+    special: set[int | None] = {padding_of(model)}
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
         value = getattr(config, name, None)
         special |= set(value) if isinstance(value, list) else {value}
     return torch.tensor([token for token in range(min(config.vocab_size, 2**16)) if token not in special])
 
 
-def padding_id(model: Any) -> int:
+def padding_of(model: Any) -> int:
     value = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 0 if value is None or value < 0 else int(value)
 
@@ -147,3 +149,84 @@ def gradients_of(states: Callable[[], Tensor], parameters: list[nn.Parameter]) -
     return [
         torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, gradients, strict=True)
     ]
+
+
+def stop_unless_causal(model: Any, sample: Sample) -> None:
+    """The state before a window must not depend on what follows in the rollout."""
+    ends = [
+        states[[p + start - 1 for start in starts]]
+        for states, p, starts in zip(sample.row_states, PROMPTS, STARTS, strict=True)
+    ]
+    error = sample.error(torch.stack(ends), sample.window_states[:, :, 0])
+    if error is not None:
+        raise ArchitectureError(
+            f"{type(model).__name__} is not causal: its states change with the tokens that follow ({error}). "
+            "If the architecture can decode, say so in its config (is_decoder=True)."
+        )
+
+
+def stop_unless_head(model: Any, sample: Sample) -> None:
+    """The output head on the true states must give the model's logits."""
+    row = sample.rollouts.input_ids[1:]
+    try:
+        logits = model(input_ids=row, use_cache=False).logits[0]
+        found = output_head(model).logits(sample.row_states[1])
+        error = sample.error(found, logits)
+    except Exception as failure:
+        error = in_words(failure)
+    if error is not None:
+        raise ArchitectureError(
+            f"{type(model).__name__}: the output head on the last hidden states does not give the model's "
+            f"logits ({error.replace('states', 'logits')}). TOPD reads a linear head with a bias, a scale and a "
+            "soft cap; please report the model."
+        )
+
+
+def stop_unless_generates(model: Any, backbone: nn.Module, sample: Sample) -> None:
+    """`generate` must choose the tokens that the true states make most likely."""
+    name = type(model).__name__
+    try:
+        ids, _, response, _ = generated(model, [sample.rollouts.prefix(1, 0)])
+    except Exception as error:
+        raise ArchitectureError(f"{name} cannot generate text: {in_words(error)}.") from error
+    states = alone(backbone, torch.cat([ids[0], response[0]]))[ids.shape[1] - 1 : -1]
+    below = sample.below_best(output_head(model).logits(states), response[0])
+    if below is not None:
+        raise ArchitectureError(
+            f"{name} does not generate what it computes without a cache: `generate` chooses tokens {below}. "
+            "Please report the model to transformers."
+        )
+
+
+def generated(model: Any, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, SamplingStates]:
+    """Greedy responses: prompt ids and mask, responses, and what was kept."""
+    ids, mask = left_padded(prompts, padding_of(model))
+    states = SamplingStates()
+    with states.keeping(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=RESPONSE, do_sample=False, disable_compile=True,
+            pad_token_id=padding_of(model),
+        )  # fmt: skip
+    return ids, mask, output[:, ids.shape[1] :], states
+
+
+def gradient_error(
+    backbone: nn.Module, way: Callable[[], Tensor], truth: Callable[[], Tensor], parameters: list[nn.Parameter]
+) -> str | None:
+    """How far a way's gradients of small parameters are from the truth, in words; None if that is rounding.
+
+    States can agree where gradients do not (a bias is left out, and zero so far).
+    """
+    found, expected = gradients_of(way, parameters), gradients_of(truth, parameters)
+    largest = max((float(gradient.norm()) for gradient in expected), default=0.0)
+    tolerance = 0.3 if next(backbone.parameters()).dtype in TOLERANCE else 1e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = float((ours - theirs).norm() / (theirs.norm() + 1e-3 * largest + 1e-30))
+        if not difference <= tolerance:
+            return f"gradients differ by {difference:.2g}"
+    return None
+
+
+def in_words(error: Exception) -> str:
+    first = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {first if len(first) < 100 else first[:97] + '...'}"
