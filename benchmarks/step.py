@@ -39,8 +39,7 @@ from topd.near_future import DistilledModel, LocalModel, Prefill, Rollouts, bran
 from topd.near_future.branches import separate
 from topd.near_future.sampling import SamplingStates
 from topd.training import TOPDConfig
-from topd.training.guidance import guided_windows
-from topd.training.losses import LossInputs
+from topd.training.losses import LossInputs, guided_windows
 from topd.training.method import Method, StepContext
 from topd.training.step import look_ahead, topd_loss
 

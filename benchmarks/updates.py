@@ -24,8 +24,7 @@ from benchmarks.row import Row, time_row
 from benchmarks.step import Pair, Plan
 from topd.near_future import Rollouts
 from topd.near_future.sampling import SamplingStates
-from topd.training.guidance import guided_windows
-from topd.training.losses import sampled_log_probs
+from topd.training.losses import guided_windows, sampled_log_probs
 from topd.training.method import Method, StepContext
 from topd.training.step import look_ahead
 

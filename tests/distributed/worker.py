@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from topd.errors import TOPDError
 from topd.near_future import Places
 from topd.training import TOPDTrainer, step
-from topd.training.choices import choose_candidates
+from topd.training.method import choose_candidates
 from topd.training.several_teachers import MOPDTrainer
 
 GREEDY = {"do_sample": False, "temperature": 1.0}  # the same rollouts, however prompts are dealt out

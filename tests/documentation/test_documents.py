@@ -266,6 +266,12 @@ def test_a_step_is_thirty_statements_in_functions_of_five_parameters():
     assert {"topd.algorithm.vocabulary", "topd.near_future.windows", "topd.training.losses"} <= script.modules_behind()
 
 
+def test_the_step_rests_on_21_modules_and_no_module_is_longer_than_330_lines():
+    assert len(script_of("step_size").modules_behind()) <= 21
+    lines = {str(file): len(file.read_text().splitlines()) for file in (ROOT / "src").rglob("*.py")}
+    assert {file: count for file, count in lines.items() if count > 330} == {}
+
+
 def test_statements_are_counted_nested_ones_too_and_docstrings_not():
     source = 'def f(x):\n    """Text."""\n    if x:\n        y = 1\n\n    def g():\n        return 2\n'
     assert script_of("step_size").statements(ast.parse(source).body[0]) == 4  # if, y = 1, def g, return 2

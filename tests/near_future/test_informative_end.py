@@ -9,7 +9,7 @@ from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from topd.algorithm import Head, top_k_overlap
 from topd.embedded.pair import pair_folder
 from topd.errors import TOPDError
-from topd.near_future.sampling import OVERLAP, TOP_K, InformativeEnd, local_pair
+from topd.near_future.sampling import GROWTH, OVERLAP, TOP_K, InformativeEnd, local_pair
 from topd.training import TOPDTrainer
 
 PROMPTS = [TOKENIZER(row["prompt"])["input_ids"] for row in prompts(6)]
@@ -76,7 +76,7 @@ def test_training_samples_no_further_than_a_check_and_cuts_exactly(tmp_path, con
     assert all(count == 4 or ended for count, ended in zip(counts, ends, strict=True))
     assert any(count == 4 for count in counts)
     longest = max(len(response) for _, response in trainer.found)
-    assert longest <= trainer.sampled <= informative_end.GROWTH * longest + 4 < 60
+    assert longest <= trainer.sampled <= GROWTH * longest + 4 < 60
     assert trainer.state.log_history[0]["completions/max_length"] == longest
     assert "generate" not in vars(trainer.model)
 

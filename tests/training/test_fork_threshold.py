@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_trainer
 
 import topd.training.step
-from topd.training.choices import MOST_STEPS, WANTED, LowLossQuartile
+from topd.training.method import MOST_STEPS, WANTED, LowLossQuartile
 
 
 def test_the_first_estimate_is_used_from_its_first_step_on_and_grows():

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from topd.embedded.pair import pair_folder
 from topd.runs.reused_rollouts import logger
 from topd.training import TOPDTrainer
-from topd.training.guidance import rollouts_of
+from topd.training.batch import rollouts_of
 from topd.training.method import Method
 from topd.training.step import score
 

@@ -7,7 +7,7 @@ from tiny import tiny_model, tiny_trainer
 import topd.training.step
 from topd.algorithm import Transport
 from topd.near_future import Places, Rollouts, Windows
-from topd.training.futures import Futures, Look
+from topd.training.method import Futures, Look
 
 METHODS = [
     {"method": "topd"},

@@ -24,10 +24,8 @@ from topd.analysis.probe_summary import ROUNDING
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
 from topd.near_future.model_parts import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
-from topd.training.futures import Futures
-from topd.training.guidance import Guided, guided_windows
-from topd.training.losses import LossInputs, StepLoss, last_parameters
-from topd.training.method import Method
+from topd.training.losses import Guided, LossInputs, StepLoss, guided_windows, last_parameters
+from topd.training.method import Futures, Method
 from topd.training.step import Pair, futures, topd_loss
 
 TOPD = Method(student_window="regenerated")

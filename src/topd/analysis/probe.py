@@ -22,8 +22,7 @@ from topd.algorithm.transport import GroundCost
 from topd.near_future import DistilledModel, Places, Rollouts, Windows
 from topd.near_future.windows import Embedding
 from topd.paper import GROUPS
-from topd.training.choices import ranking
-from topd.training.method import Method, Ranking, StudentWindow
+from topd.training.method import Method, Ranking, StudentWindow, ranking
 from topd.training.step import Pair, futures, look_from, score, student_windows
 
 RECORD_VERSION = 1

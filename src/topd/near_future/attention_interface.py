@@ -7,8 +7,6 @@ list of model types is needed. A model that reads or replaces its masks raises a
 `abilities` finds out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

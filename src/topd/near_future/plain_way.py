@@ -2,8 +2,6 @@
 padding or cache. And what must hold of a model run that way.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ rollout is read once more, and its recurrent layers run in segments that end whe
 copied there. That is one forward pass per rollout in the place of one per window.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Sampling rollouts: outside a trainer; and in one, with states that are kept, rows that leave, and an early end."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ over what was kept: one copy of the prefix serves them all; and `PackedRow`, one
 ...] with gradients, for training on windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,10 +1,10 @@
-"""L_OPD and lambda L_traj of a micro-batch, as functions of the student's states; and the ratio of their gradients."""
+"""The guided windows; L_OPD and lambda L_traj of a micro-batch; and the ratio of their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,77 @@ from topd.algorithm import (
     DistillationLoss,
     Head,
     LikelihoodTerms,
+    Targets,
     gathered_log_probs,
     likelihood_terms,
+    make_targets,
     negative_entropy,
+    own_token_share,
     position_weights,
     prefix_weights,
 )
 from topd.algorithm.vocabulary import Direction
-from topd.near_future import DistilledModel, Rollouts
+from topd.near_future import Branches, DistilledModel, Rollouts
 from topd.teachers.protocol import Teacher
-from topd.training.guidance import Guided
-from topd.training.method import Method
+from topd.training.method import Futures, Method
 
 RATIO_EVERY = 10
 """Optimizer steps from one estimate of the gradient ratio to the next."""
 RATIO_PARAMETERS = 8
 """Trainable parameters, the last ones of the backbone, over which the norms are taken."""
+
+
+# ------------------------------------------------------------------------------------------------------- guided windows
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The windows that the student is trained on, laid out by rollout so that they travel with the batch."""
+
+    branches: Branches  # the windows whose contexts the student is put in: its own, or the teacher's
+    weight: Tensor  # [rollout, branch, window_position, target_position]; rows sum to 1, or to 0 where not guided
+    tokens: Tensor  # [rollout, branch, target_position] that the columns of `weight` stand for
+    # [rollout, branch, window_position, width] the teacher's states, where a KL needs them
+    teacher_hidden: Tensor | None = None
+    context: Literal["student", "teacher"] = "student"  # whose window the branches are
+
+    @property
+    def targets(self) -> Targets:
+        """The same, with [rollout, branch] as one axis."""
+        return Targets(self.weight.flatten(0, 1), self.tokens.flatten(0, 1))
+
+
+def guided_windows(chosen: Futures, method: Method) -> Guided:
+    """Lay the guided futures out as [rollout, branch, ...]; at least one slot, empty if need be."""
+    places, ours, theirs, plan = chosen.places, chosen.ours, chosen.theirs, chosen.transport.plan
+    rows, count = places.rows, len(places.rollouts)
+    slots = int(torch.bincount(rows, minlength=count).max().clamp(min=1))
+    slot = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)  # rows are sorted
+
+    def spread(values: Tensor) -> Tensor:
+        out = values.new_zeros(count, slots, *values.shape[1:])
+        out[rows, slot] = values
+        return out
+
+    kind = method.guidance_target
+    if method.guidance_context == "teacher":  # the teacher's window is both context and target
+        ours, kind = theirs, "same_index"
+    targets = make_targets(kind, plan, ours.tokens, ours.mask, theirs.tokens, theirs.mask)
+    return Guided(
+        Branches(spread(places.positions), spread(ours.tokens), spread(ours.mask)),
+        weight=spread(targets.weight),
+        tokens=spread(targets.tokens),
+        context=method.guidance_context,
+    )
+
+
+def own_share(guided: Guided) -> Tensor:
+    """[guided position] how much of each target is the student's own token; in the student's contexts."""
+    targets = guided.targets
+    return own_token_share(targets, guided.branches.tokens.flatten(0, 1))[targets.guided]
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Parts of `TOPDTrainer`: its two models as the step sees them, what each reads, and the rollouts that are sampled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -29,8 +27,8 @@ from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher
 from topd.teachers.server_windows import ServerWindows
 from topd.teachers.top_k import TopKTeacher
+from topd.training.batch import TEACHER_PROMPT_ENTRIES
 from topd.training.config import TOPDConfig
-from topd.training.guidance import TEACHER_PROMPT_ENTRIES
 
 logger = get_logger(__name__)
 

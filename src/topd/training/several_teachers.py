@@ -1,7 +1,5 @@
 """`MOPDTrainer`: several teachers, each for its own rows of the dataset (multi-teacher on-policy distillation)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,8 +18,8 @@ from topd.loading.teacher_prompts import SELF
 from topd.teachers.from_options import contexts
 from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
+from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig
-from topd.training.guidance import TEACHER
 from topd.training.trainer import TOPDTrainer
 
 COLUMN, COLUMN_OF_TRL = "teacher", "teacher_id"

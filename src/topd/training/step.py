@@ -21,10 +21,21 @@ from torch import Tensor
 from topd.algorithm import LikelihoodTerms, TokenScores, cap_weights, is_fork
 from topd.near_future import DistilledModel, Places, Prefill, Rollouts, Windows, near_future_transport, rollout_windows
 from topd.teachers.protocol import Teacher
-from topd.training.choices import choose_candidates, choose_capped, choose_guided, choose_low_loss, fork_threshold
-from topd.training.futures import Futures, Look, NearFuture
 from topd.training.losses import GuidanceLoss, LossInputs, OPDLoss, StepLoss, states_and_rows
-from topd.training.method import Method, Stage, StepContext, StudentWindow
+from topd.training.method import (
+    Futures,
+    Look,
+    Method,
+    NearFuture,
+    Stage,
+    StepContext,
+    StudentWindow,
+    choose_candidates,
+    choose_capped,
+    choose_guided,
+    choose_low_loss,
+    fork_threshold,
+)
 
 ALONE = StepContext()
 """A single step in one process."""

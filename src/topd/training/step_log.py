@@ -1,7 +1,5 @@
 """Part of `TOPDTrainer`: what a step took and found, for the log, the audit records and the budget."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,9 +19,8 @@ from topd.runs.files import append_records, write_json
 from topd.runs.records import AUDIT_FILE
 from topd.training.budget import CandidateBudget, budget_message
 from topd.training.config import TOPDConfig
-from topd.training.futures import NearFuture
-from topd.training.guidance import Guided, own_share
-from topd.training.method import Method
+from topd.training.losses import Guided, own_share
+from topd.training.method import Method, NearFuture
 
 logger = get_logger(__name__)
 

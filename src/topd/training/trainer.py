@@ -1,7 +1,5 @@
 """`TOPDTrainer`: the step on TRL's `DistillationTrainer`. Plumbing only: the method is in `step.py`."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,20 +29,11 @@ from topd.runs.reused_rollouts import ReusedRollouts
 from topd.runs.rollback import RollbackTrainer
 from topd.teachers.from_options import check_without_weights, teacher_server
 from topd.teachers.server_windows import connect
+from topd.training.batch import TEACHER_PROMPT_ENTRIES, pack, pack_states, rollouts_of, unpack, unpack_states
 from topd.training.budget import CandidateBudget
-from topd.training.choices import LowLossQuartile
 from topd.training.config import TOPDConfig
-from topd.training.guidance import (
-    TEACHER_PROMPT_ENTRIES,
-    guided_windows,
-    pack,
-    pack_states,
-    rollouts_of,
-    unpack,
-    unpack_states,
-)
-from topd.training.losses import RATIO_EVERY, LossInputs, last_parameters, sampled_log_probs
-from topd.training.method import Method, StepContext
+from topd.training.losses import RATIO_EVERY, LossInputs, guided_windows, last_parameters, sampled_log_probs
+from topd.training.method import LowLossQuartile, Method, StepContext
 from topd.training.models import OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
