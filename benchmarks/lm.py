@@ -1,12 +1,12 @@
-"""An optimizer step on the language-model pair: 32 rollouts of word problems, sampling and teacher included.
+"""An optimizer step on the language-model pair: 16 rollouts of word problems, sampling and teacher included.
 
-LoRA students of rank 16 on `lm:student`, float32, 16 rows x 2 accumulated, responses of up to 224 tokens at
-temperature 1, the same prompts for every trainer. Timed between `on_step_begin` and `on_step_end`. The loss is the
-same to rounding and the rollouts have one distribution, so the ratio of the steps is the ratio of the times to one
+LoRA students of rank 16 on `lm:student`, float32, 4 rows x 4 accumulated, responses of up to 160 tokens at temperature
+1, the same prompts for every trainer, as in `recipe:lm`. Timed between `on_step_begin` and `on_step_end`. The loss is
+the same to rounding and the rollouts have one distribution, so the ratio of the steps is the ratio of the times to one
 accuracy. Sides:
 
-- ours: `TOPDTrainer`, "opd", "opd, compact" (rollouts that have ended leave the batch), "topd" (rollout windows),
-  "topd, regenerated"; all but the first with `compact_sampling`.
+- ours: `TOPDTrainer` with `compact_sampling` (rollouts that have ended leave the batch): "opd", "topd" (rollout
+  windows), "topd, regenerated".
 - TRL DistillationTrainer: the same options.
 
 Tiny: the embedded pair.
@@ -36,15 +36,14 @@ from topd.loading.models import load_weights
 from topd.loading.tokenizers import tokenizer_of
 
 OURS: dict[str, dict[str, Any]] = {
-    "opd": {"method": "opd"},
-    "opd, compact": {"method": "opd", "compact_sampling": True},
+    "opd": {"method": "opd", "compact_sampling": True},
     "topd": {"compact_sampling": True},
     "topd, regenerated": {"compact_sampling": True, "student_window": "regenerated"},
 }
 GATES = {
-    ("opd, compact", DISTILLATION): 0.6,
-    ("topd", "opd, compact"): 1.15,
-    ("topd, regenerated", "opd, compact"): 1.5,
+    ("opd", DISTILLATION): 0.6,
+    ("topd", "opd"): 1.15,
+    ("topd, regenerated", "opd"): 1.5,
 }
 WHAT = "one optimizer step on the language-model pair, sampling and teacher included"
 
@@ -63,8 +62,8 @@ class Plan(NamedTuple):
 LANGUAGE = ("lm:student", "lm:teacher")
 SIZES: dict[Size, Plan] = {
     "tiny": Plan("embedded:student-standard", "embedded:teacher", 4, 1, 24, 8, 1, 1),
-    "quick": Plan(*LANGUAGE, 8, 1, 224, 16, 1, 1),
-    "full": Plan(*LANGUAGE, 16, 2, 224, 16, 1, 3),
+    "quick": Plan(*LANGUAGE, 4, 1, 160, 16, 1, 1),
+    "full": Plan(*LANGUAGE, 4, 4, 160, 16, 1, 2),
 }
 
 

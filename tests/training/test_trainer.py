@@ -189,6 +189,17 @@ def test_lora_trains_its_adapters_only(tmp_path):
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("dropout", "method", "warns"), [(0.05, "topd", True), (0.0, "topd", False), (0.05, "opd", False)]
+)
+def test_dropout_in_a_student_that_looks_ahead_is_a_warning(dropout, method, warns, tmp_path, caplog):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=dropout, task_type="CAUSAL_LM")
+    tiny_trainer(tmp_path, method=method, trainer_options={"peft_config": config})
+    assert ("Set lora_dropout: 0.0" in caplog.text) == warns
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     gradients = []
     for checkpointing in (False, True):

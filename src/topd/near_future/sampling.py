@@ -125,10 +125,10 @@ class SamplingStates:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether dropout is at work, so that states from sampling are not those of a scoring pass."""
+    """Whether the model has dropout in training mode, so that states from sampling are not those of a scoring pass."""
     attention = getattr(getattr(model, "config", None), "attention_dropout", 0.0) or 0.0
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return model.training and (layers or attention > 0)
+    return layers or attention > 0
 
 
 # ------------------------------------------------------------------------------------------------- rows that have ended

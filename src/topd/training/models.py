@@ -268,7 +268,15 @@ class OwnRollouts(BothModels):
         return patch.object(self.generation_config, "max_new_tokens", limit)
 
     def _check_rollouts(self) -> None:
-        """Raise `TOPDError` where teacher prompts or `max_informative_tokens` (both models whole here) do not work."""
+        """Raise `TOPDError` where teacher prompts or `max_informative_tokens` (both models whole here) do not work.
+
+        Warn of dropout, which TRL leaves on while the student samples.
+        """
+        if self.args.looks_ahead and has_dropout(self.model):
+            logger.warning(
+                "The student has dropout (lora_dropout, attention_dropout), which is active while it samples. So the "
+                "rollouts come from a perturbed student, and TOPD has to read them once more. Set lora_dropout: 0.0."
+            )
         if self._prompted and (self._is_vlm or self.tools):
             raise TOPDError("A teacher prompt works on text without tools so far; leave out images and tools, or it.")
         if self.args.max_informative_tokens is None:
