@@ -1,4 +1,8 @@
-"""The paper's algorithm as pure functions on tensors. Imports torch and a solver only."""
+"""The paper's algorithm as pure functions on tensors. Imports torch and a solver only.
+
+In the paper's order: `token_loss`, `forks` (candidates, forks and capping), `transport`, `guidance`. The loss of a
+training step is `distillation_loss`; it and the token loss work on the tiles of `vocabulary`.
+"""
 
 from topd.algorithm.distillation_loss import DistillationLoss, distillation_loss, known_token_loss, prefix_weights
 from topd.algorithm.forks import (

@@ -1,4 +1,10 @@
-"""Where windows come from, and how they are run through a model."""
+"""Where windows come from, and how they are run through a model.
+
+Read first: `windows`, the data and the transport between windows; `distilled_model`, a student or teacher;
+`continuations`, how it continues prefixes. Below them, how a transformers model is run: `model_parts`, `branches`,
+`tree_attention`, `attention_interface`, `recurrent_states`. Which of these ways are exact for a model: `ways`,
+`self_check`, `plain_way`. Rollouts are sampled in `sampling`.
+"""
 
 from topd.near_future.branches import Branches, hidden_with_branches
 from topd.near_future.continuations import LocalModel, Prefill

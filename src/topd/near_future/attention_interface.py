@@ -4,7 +4,7 @@ In every forward pass a model asks a mask function for one mask per kind of laye
 sliding, chunked. It hands the answer to the attention function, layer by layer, without reading it. Both functions can
 be registered. Ours answers with an object that knows the layout of the tokens and the rule of the layer, so that no
 list of model types is needed. A model that reads or replaces its masks raises an error or bypasses the object:
-`abilities` finds out.
+`self_check` finds out.
 """
 
 from collections.abc import Callable, Iterator

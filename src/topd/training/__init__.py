@@ -1,4 +1,4 @@
-"""TOPD on TRL."""
+"""TOPD on TRL: `step` is the method, with its choices in `method` and its losses in `losses`; the rest is training."""
 
 from topd.training.config import TOPDConfig
 from topd.training.trainer import TOPDTrainer

@@ -229,8 +229,12 @@ def sampled_log_probs(states: Tensor, head: Head, rollouts: Rollouts) -> Tensor:
     """[rollout, position] log p (nats) of the sampled tokens, 0 at padding; `states` [row, width] begin with theirs."""
     mask = rollouts.loss_mask.bool()
     tokens = rollouts.response_ids[mask][:, None]
-    found = gathered_log_probs(states[: len(tokens)], head, tokens).squeeze(-1)
-    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
+    return scatter(gathered_log_probs(states[: len(tokens)], head, tokens).squeeze(-1), mask)
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Put the values of the marked positions back in place; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def last_parameters(backbone: nn.Module) -> list[nn.Parameter]:

@@ -16,12 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from topd.algorithm import LikelihoodTerms, TokenScores, cap_weights, is_fork
 from topd.near_future import DistilledModel, Places, Prefill, Rollouts, Windows, near_future_transport, rollout_windows
 from topd.teachers.protocol import Teacher
-from topd.training.losses import GuidanceLoss, LossInputs, OPDLoss, StepLoss, states_and_rows
+from topd.training.losses import GuidanceLoss, LossInputs, OPDLoss, StepLoss, scatter, states_and_rows
 from topd.training.method import (
     Futures,
     Look,
@@ -143,11 +142,6 @@ def waves(
     longest = context.gather(length).max().item()
     size = max(1, int(context.window_memory * 2**30 // (per_token * longest))) if per_token else 1
     return [slice(start, start + size) for start in range(0, len(rollouts), size)]
-
-
-def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Put the values of the marked positions back in place; 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 # ------------------------------------------------------------------------- trajectory-level teacher signal injection
