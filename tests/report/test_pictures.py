@@ -20,7 +20,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "photograph", lambda run, out: False)
+    monkeypatch.setattr(module, "photograph", lambda run, compare, out: False)
     return module
 
 

@@ -30,12 +30,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Check the options, load, find forks, correct them."""
     import torch
+    from rich.console import Console
 
     from topd.analysis.correct import ARMS, CorrectOptions, Corrector, find_forks
     from topd.analysis.correct_command import CorrectRun, run_correct
     from topd.loading.pair import load_pair
     from topd.near_future.model_parts import end_token_ids
     from topd.near_future.sampling import local_pair, sample_rollouts
+    from topd.runs.console import progress
 
     names = checked(options)
     arms = tuple(options.arms or ARMS)
@@ -52,15 +54,17 @@ def run(options: argparse.Namespace) -> None:
     check_length(rows, tokenizer, options, student, teacher)
     pair = local_pair(student, teacher, tokenizer, micro_batch=options.batch)
 
-    def batches() -> Iterator[Rollouts]:
+    def batches(advance: Callable[[int], None]) -> Iterator[Rollouts]:
         for first in range(0, len(rows), options.batch):
             torch.manual_seed(options.seed * 1_000_003 + first)
             prompts = [torch.tensor(row["prompt_ids"]) for row in rows[first : first + options.batch]]
             yield sample_rollouts(
                 student, tokenizer, prompts, max_new_tokens=options.max_new_tokens, temperature=options.temperature
             )
+            advance(len(prompts))
 
-    forks = find_forks(*pair, batches(), settings)
+    with progress(Console(), "finding forks", len(rows)) as advance:
+        forks = find_forks(*pair, batches(advance), settings)
     if not forks:
         raise TOPDError(
             f"None of the {len(rows)} rollouts has a fork: no high-loss token's D_OT is above the upper quartile of "
