@@ -171,7 +171,9 @@ def photograph(run: Path, compare: Sequence[Path], out: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of topd demo or of a training with audit_steps")
-    parser.add_argument("--compare", type=Path, nargs="+", default=[], help="more folders for the report, as topd report")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], help="more folders for the report, as topd report"
+    )
     parser.add_argument("--fork", type=int, help="which fork, 1 = largest distance (default: the median)")
     parser.add_argument("--out", type=Path, default=IMAGES)
     options = parser.parse_args(arguments)
