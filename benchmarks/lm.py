@@ -63,7 +63,7 @@ LANGUAGE = ("lm:student", "lm:teacher")
 SIZES: dict[Size, Plan] = {
     "tiny": Plan("embedded:student-standard", "embedded:teacher", 4, 1, 24, 8, 1, 1),
     "quick": Plan(*LANGUAGE, 4, 1, 160, 16, 1, 1),
-    "full": Plan(*LANGUAGE, 4, 4, 160, 16, 1, 2),
+    "full": Plan(*LANGUAGE, 4, 4, 160, 16, 2, 1),
 }
 
 
