@@ -4,10 +4,11 @@
     python studies/forks_and_numbers.py runs/probe
 
 At each high-loss position the next number of the student's window is compared with the next number of the teacher's. If
-they differ, the two models compute something else (content); if they agree, they differ in wording at most. Windows in
-which a number is missing, or may be cut at the window's end, are left out. Printed: the probability that a place with
-different numbers has a larger D_OT than one with equal numbers (AUC; 0.5: D_OT does not separate them), with 95 %
-bootstrap intervals over rollouts; and the share of places with different numbers among forks and false alarms.
+they differ, the two models compute something else (content). If they agree, this is a sign, no proof, that only the
+wording differs. The numbers are looked for in the longest windows that were measured; where one is missing, or may be
+cut at the window's end, the place is left out. Printed: the probability that a place with different numbers has a
+larger D_OT than one with equal numbers (AUC; 0.5: D_OT does not separate them), with 95 % bootstrap intervals over
+rollouts; and the share of places with different numbers among forks and false alarms.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
-NUMBER = re.compile(r"\d+(?:\.\d+)?(?=\D)")
-"""A number that does not end where the window does."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?=[^\d.]|\.\D)")
+"""A number that does not end where the window does; the dot behind it may be that of the sentence."""
 DRAWS = 2000
 
 
@@ -44,10 +45,9 @@ def compared(records: list[dict[str, Any]]) -> Iterator[tuple[int, bool, dict[st
 
 def area(values: numpy.ndarray, differs: numpy.ndarray) -> float:
     """P(value of a place that differs > value of one that does not), ties counted half."""
-    positive, negative = int(differs.sum()), int((~differs).sum())
-    if not positive or not negative:
+    if differs.all() or not differs.any():
         return float("nan")
-    return float((rankdata(values)[differs].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    return float(mannwhitneyu(values[differs], values[~differs]).statistic / (differs.sum() * (~differs).sum()))
 
 
 def with_interval(values: numpy.ndarray, differs: numpy.ndarray, rollouts: numpy.ndarray) -> str:
@@ -70,14 +70,14 @@ def main(folder: Path) -> None:
     high = sum(place["group"] == "high" for record in records for place in record["places"])
     print(f"{len(records)} rollouts, {high} high-loss places, {len(found)} with a number in both windows;")
     print(f"the next numbers differ at {differs.mean():.1%} of them\n")
-    print(f"{'area under the curve':28} AUC (95 % interval)")
+    print(f"{'ranked by':32} AUC (95 % interval)")
     for name in summary["variants"]:
         if name.split("/")[0] not in ("candidate", "regenerated"):  # whose student windows are others
             values = numpy.array([place["distance"][name] for _, _, place in found], dtype=float)
             known = numpy.isfinite(values)
-            print(f"{'D_OT, ' + name:28} {with_interval(values[known], differs[known], rollouts[known])}")
+            print(f"{'D_OT, ' + name:32} {with_interval(values[known], differs[known], rollouts[known])}")
     losses = numpy.array([place["token_loss"] for _, _, place in found])
-    print(f"{'token loss':28} {with_interval(losses, differs, rollouts)}\n")
+    print(f"{'token loss':32} {with_interval(losses, differs, rollouts)}\n")
     fork = numpy.array([place["distance"][summary["variant"]] for _, _, place in found]) > summary["threshold"]
     for name, chosen in (("forks", fork), ("false alarms", ~fork)):
         print(f"{name:13} {chosen.sum():4} places, the next numbers differ at {differs[chosen].mean():.1%}")
