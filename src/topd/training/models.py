@@ -272,10 +272,10 @@ class OwnRollouts(BothModels):
 
         Warn of dropout, which TRL leaves on while the student samples.
         """
-        if self.args.looks_ahead and has_dropout(self.model):
+        if self.args.looks_ahead and not self.use_vllm and has_dropout(self.model):
             logger.warning(
-                "The student has dropout (lora_dropout, attention_dropout), which is active while it samples. So the "
-                "rollouts come from a perturbed student, and TOPD has to read them once more. Set lora_dropout: 0.0."
+                "The student has dropout, which is active while it samples. So the rollouts come from a perturbed "
+                "student, and TOPD has to read them once more. Set lora_dropout: 0.0, or the model's dropout to 0."
             )
         if self._prompted and (self._is_vlm or self.tools):
             raise TOPDError("A teacher prompt works on text without tools so far; leave out images and tools, or it.")
