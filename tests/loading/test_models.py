@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.errors import TOPDError
+from topd.evaluation.run import fingerprint
 from topd.loading.models import loaded_model
 
 peft = pytest.importorskip("peft")
@@ -164,6 +165,17 @@ def test_a_study_of_adapters(adapter, tmp_path):
     assert main(["study", "--config", str(file), "--out", str(out)]) == 0
     record = json.loads((out / "runs" / "opd" / "0.json").read_text())
     assert record["metrics"]["loss"]["1"] > 0.01
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_in_which_peft_saves_a_set(adapter):
+    folder, _ = adapter
+    file, before = folder / "adapter_config.json", fingerprint(str(folder))
+    config = json.loads(file.read_text())
+    assert len(config["target_modules"]) > 1
+    file.write_text(json.dumps(config | {"target_modules": config["target_modules"][::-1]}, indent=2))
+    assert fingerprint(str(folder)) == before
+    file.write_text(json.dumps(config | {"lora_alpha": 99}, indent=2))
+    assert fingerprint(str(folder)) != before
 
 
 def test_the_commands_take_adapters(adapter, tmp_path, capsys):

@@ -17,6 +17,7 @@ from topd.evaluation.benchmarks import ProblemSet
 from topd.evaluation.engines import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
+from topd.loading.adapters import ADAPTER_CONFIG
 from topd.runs.console import progress
 from topd.runs.files import append_records, write_json
 from topd.runs.provenance import versions
@@ -72,6 +73,10 @@ def fingerprint(source: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}):
+        if file.name == ADAPTER_CONFIG:  # PEFT saves the set of target modules in an order that changes
+            lines = (line.strip(" ,") for line in file.read_text(encoding="utf-8").splitlines())
+            digest.update("\n".join([file.name, *sorted(lines)]).encode())
+            continue
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
