@@ -59,9 +59,8 @@ def test_what_cannot_be_sampled_is_an_error(options):
 
 
 def test_evaluation_without_data_and_data_without_evaluation(tmp_path):
-    missing = found(optional.evaluation, "--eval_data", str(tmp_path / "nope.jsonl"), "--eval_strategy", "steps")
-    assert missing.verdict == "error"
-    assert_says(missing, "nope.jsonl.*no such file", "--eval_data")
+    with pytest.raises(TOPDError, match=r"nope\.jsonl.*no such file"):
+        found(optional.evaluation, "--eval_data", str(tmp_path / "nope.jsonl"), "--eval_strategy", "steps")
     assert_says(found(optional.evaluation, "--eval_strategy", "steps"), "no prompts for it", "--eval_data")
     unused = found(optional.evaluation, "--eval_data", "embedded")
     assert unused.verdict == "warning"

@@ -124,8 +124,6 @@ def sampling(setup: Setup) -> Finding | None:
 def evaluation(setup: Setup) -> Finding | None:
     """Whether there is data for the evaluation loss, and an evaluation to use it."""
     strategy = str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
-    if isinstance(setup.evaluation, Exception):
-        return fails(str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
     if setup.evaluation is None:
         if strategy == "no" or setup.config.eval_benchmark is not None:
             return None

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.embedded.pair import resolve_model
-from topd.errors import DataError, TOPDError
+from topd.errors import TOPDError
 from topd.loading.adapters import weights_of
 from topd.loading.dataset_checks import check_teacher_prompts
 from topd.loading.models import load_config
@@ -64,7 +64,7 @@ class Setup:
         teacher_here: whether the teacher's weights are available; else `teacher` describes what the server serves.
         model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
         teacher_prompts: the column of that name; None: there is none.
-        evaluation: number of prompts for the evaluation loss, or why they cannot be read; None if there are none.
+        evaluation: number of prompts for the evaluation loss; None if there are none.
     """
 
     student: ModelInfo
@@ -78,7 +78,7 @@ class Setup:
     one_base: bool = False
     teacher_here: bool = True
     model: Any = None
-    evaluation: int | DataError | None = None
+    evaluation: int | None = None
     teacher_prompts: Sequence[Any] | None = None
 
     @property

@@ -122,17 +122,12 @@ def _complete(words: list[str]) -> list[str]:
         if not given & set(_KINDS):
             words = ["--multi_gpu", *words]  # processes, also on CPUs
     elif "--num_processes" not in given:
-        defaults["--num_processes"] = str(_devices())
+        import torch
+
+        if not torch.accelerator.is_available():
+            raise TOPDError("There is no accelerator here: add --num_processes N.")
+        defaults["--num_processes"] = str(torch.accelerator.device_count())
     return [*words, *(word for name, value in defaults.items() if name not in given for word in (name, value))]
-
-
-def _devices() -> int:
-    import torch
-
-    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if not found:
-        raise TOPDError("There is no accelerator here: add --num_processes N.")
-    return found
 
 
 def _started(arguments: list[str], environment: Mapping[str, str]) -> int:

@@ -21,7 +21,7 @@ from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
 from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
-from topd.parsing import read_json, read_yaml
+from topd.parsing import read_yaml
 from topd.runs.guard import guarded
 from topd.runs.sole_writer import sole_writer
 
@@ -69,11 +69,11 @@ def option_names(kinds: Any) -> set[str]:
     return {option.name for option in options} | {f"no_{option.name}" for option in options if option.default is True}
 
 
-def run_training(argv: Sequence[str], page: Callable[[], Page], kinds: Callable[[], Any], train: Any) -> int:
+def run_training(argv: Sequence[str], page: Callable[[], Page], train: Any) -> int:
     """Print the help, if it is asked for; start the processes, if there are to be several; else train in this one.
 
     Args:
-        page, kinds: the command's help and the classes of its options; functions, since they import TRL.
+        page: the command's help and options; a function, since it imports TRL.
         train: called with the words of the command and an instance of each class, the output folder locked.
 
     Returns:
@@ -83,12 +83,12 @@ def run_training(argv: Sequence[str], page: Callable[[], Page], kinds: Callable[
     from topd.runs.console import hide_progress_bars
 
     hide_progress_bars()
-    shown, classes = page(), kinds()
-    show_help(argv, shown, classes)
-    status = launch(shown.name, argv, read_config(argv)[1], option_names(classes) | {"config"})
+    shown = page()
+    show_help(argv, shown)
+    status = launch(shown.name, argv, read_config(argv)[1], option_names(shown.kinds) | {"config"})
     if status is not None:
         return status
-    data, config, model = parse_options(argv, classes, f"topd {shown.name}")
+    data, config, model = parse_options(argv, shown)
     check_writable(config)
     folder = Path(config.output_dir)
     with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
@@ -96,20 +96,17 @@ def run_training(argv: Sequence[str], page: Callable[[], Page], kinds: Callable[
     return 0
 
 
-def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
-    """Options from `--config FILE.yaml` and the command line, which wins, by TRL's parser.
+def parse_options(argv: Sequence[str], page: Page) -> Any:
+    """Options from `--config FILE.yaml` and the command line, which wins, by TRL's parser: one instance of each class.
 
     Options of accelerate's launcher are left out: see `topd.cli.launch`.
-
-    Args:
-        kinds: dataclasses; one instance of each is returned.
-        program: its name, for messages.
 
     Raises:
         TOPDError: an option is unknown (the message suggests close names), of the wrong kind, or conflicts with others.
     """
     from trl import TrlParser
 
+    kinds, program = page.kinds, f"topd {page.name}"
     parser: Any = TrlParser(kinds, prog=program, add_help=False)
 
     def refuse(message: str) -> None:
@@ -125,21 +122,19 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
         return known_name(name, known, program)
 
     words, in_file = read_config(argv)
-    words, in_file = (
-        split(words, known)[0],
-        {name: value for name, value in in_file.items() if not is_launch_option(str(name).replace("-", "_"), known)},
-    )
-    words, in_file = respelled(words, spell), renamed(in_file, spell)
+    words = respelled(split(words, known)[0], spell)
+    ours = [name for name in in_file if not is_launch_option(str(name).replace("-", "_"), known)]
+    in_file = renamed({name: in_file[name] for name in ours}, spell)
     for name, value in in_file.items():
         check_value(name, value, kinds)
-    for name, text in [*_given(words), *in_file.items()]:
-        _check_json(name, text, kinds)
     os.environ.update({name: str(value) for name, value in in_file.pop("env", {}).items()})
     try:
         parser.set_defaults_with_config(**in_file)
         return parser.parse_args_into_dataclasses(args=words)
     except TOPDError:
         raise
+    except json.JSONDecodeError as error:
+        raise TOPDError(f"{error.doc:.60} is not JSON: {error}.") from error
     except (ValueError, TypeError) as error:
         if left := re.search(r"not used by the HfArgumentParser: (.*)", str(error)):
             raise TOPDError(
@@ -164,19 +159,11 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     Raises:
         TOPDError: the file cannot be read, or several are named.
     """
-    words: list[str] = []
-    names: list[str] = []
-    waiting = list(argv)
-    if waiting and not waiting[0].startswith("-"):
-        names.append(waiting.pop(0))
-    while waiting:
-        word = waiting.pop(0)
-        if word == "--config":
-            names.append(waiting.pop(0) if waiting else "(nothing)")
-        elif word.startswith("--config="):
-            names.append(word.partition("=")[2])
-        else:
-            words.append(word)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    first = [] if not argv or argv[0].startswith("-") else ["--config"]
+    given, words = parser.parse_known_args([*first, *argv])
+    names = given.config
     if not names:
         return words, {}
     if len(names) > 1:
@@ -193,26 +180,6 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if isinstance(resume, bool):
         config["resume_from_checkpoint"] = str(resume).lower()  # the option is text: true, auto or a folder
     return words, config
-
-
-def _given(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The options of a command line whose value is one word, with it."""
-    pairs = [(word[2:].partition("="), after) for word, after in zip(words, [*words[1:], ""], strict=False)
-             if word.startswith("--")]  # fmt: skip
-    return [(name, value if equals else after) for (name, equals, value), after in pairs]
-
-
-def _check_json(name: str, text: Any, kinds: Any) -> None:
-    """Raise `TOPDError` where an option's JSON object is broken or has a name twice."""
-    if not isinstance(text, str) or not text.lstrip().startswith("{"):
-        return
-    try:
-        read_json(text)
-    except json.JSONDecodeError as error:
-        if any(name in getattr(kind, "_VALID_DICT_FIELDS", ()) for kind in kinds):
-            raise TOPDError(f"--{name} is {text:.60}, which is not JSON: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise TOPDError(f"--{name}: {text[:60]}: {error}.") from error
 
 
 def json_object(text: str) -> dict[str, Any]:

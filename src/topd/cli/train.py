@@ -12,7 +12,7 @@ from topd.cli.data_options import FormArguments, form_of
 from topd.cli.help import RUN, Page
 from topd.cli.options import data_source, parse_options, prompts, resume_from, run_training, start_record
 from topd.embedded.task import DATA
-from topd.errors import DataError, TOPDError
+from topd.errors import TOPDError
 from topd.visible import visible
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ class DataArguments(FormArguments):
     data: dict[str, float] | str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Training prompts: JSONL, JSON, CSV or Parquet files (names or patterns such as 'part-*.jsonl'), a "
-            "folder, or a Hub dataset, with prompts as text or messages and optionally a column `answer`; several; or "
-            "a mixture, {source: weight}; or `embedded` or `embedded-long`, the embedded task. Default for embedded "
-            "models: their task; required for others."
+            "help": "Training prompts from JSONL, JSON, CSV or Parquet files (names or patterns such as "
+            "'part-*.jsonl'), a folder, or a Hub dataset: text or messages, optionally with a column `answer`. Also "
+            "several of them; or a mixture, {source: weight}; or `embedded` or `embedded-long`, the embedded task. "
+            "Default for embedded models: their task; required for others."
         },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or a folder."})
@@ -67,17 +67,14 @@ def page() -> Page:
         ),
         "Run": RUN,
     }  # fmt: skip
-    about = (
-        "Distil a student from a teacher, by plain on-policy distillation (OPD) or with near-future guidance (TOPD)."
-    )
-    own = {TOPDConfig: "Method", DataArguments: "Data"}
-    short = {"data": "Prompts: a JSONL, JSON, CSV or Parquet file, a Hub dataset, or embedded (the embedded task)"}
-    return Page("train", about, groups, own, (*CONTROLS, "cap_selection"), short)
+    about = "Distil a student from a teacher, by on-policy distillation (OPD) or with near-future guidance (TOPD)."
+    own = {DataArguments: "Data", TOPDConfig: "Method"}
+    return Page("train", about, groups, own, hidden=(*CONTROLS, "cap_selection"))
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    return run_training(argv, page, kinds, _train)
+    return run_training(argv, page, _train)
 
 
 def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -> None:
@@ -148,18 +145,9 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     return model.model_name_or_path, teachers
 
 
-def kinds() -> tuple[Any, Any, Any]:
-    """The classes of the options of `topd train`."""
-    from trl import ModelConfig
-
-    from topd.training.config import TOPDConfig
-
-    return DataArguments, TOPDConfig, ModelConfig
-
-
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
     """The options of `topd train`."""
-    return parse_options(argv, kinds(), "topd train")
+    return parse_options(argv, page())
 
 
 # The data
@@ -190,6 +178,7 @@ def load(data: DataArguments, config: Any) -> Any:
 
 
 def evaluation_prompts(data: DataArguments) -> Any:
+    """The prompts for the evaluation loss."""
     from topd.loading.rows import TEACHER_PROMPT, read_teacher_prompt
 
     also = {TEACHER_PROMPT: read_teacher_prompt}
@@ -204,11 +193,8 @@ def setups_of(
 ) -> dict[str, Setup]:
     """What is known about a run without weights: by the teacher's name in the data, "" for a single teacher.
 
-    Args:
-        dataset, evaluation: the prompts, and those of the evaluation loss, if they are loaded already.
-
-    Raises:
-        TOPDError: something cannot be read.
+    `dataset`, `evaluation`: the prompts, and those of the evaluation loss, if they are loaded already. Raises
+    `TOPDError` if something cannot be read.
     """
     from datasets import Dataset
     from trl import get_peft_config, get_quantization_config
@@ -233,6 +219,8 @@ def setups_of(
     data.data = data_source(data.data, name, *teachers.values())
     check_streaming(data, config)
     dataset = dataset if dataset is not None else load(data, config)
+    if evaluation is None and data.eval_data:
+        evaluation = evaluation_prompts(data)
     if data.data_streaming:  # enough rows for the checks
         dataset = Dataset.from_list(list(dataset.take(max(1024, step_size(config)[0]))))
     student = describe("student", name, trust, model.model_revision)
@@ -258,19 +246,11 @@ def setups_of(
             ),
             teacher_here=teacher_here,
             model=model,
-            evaluation=_evaluation(data) if evaluation is None else len(evaluation),
+            evaluation=None if evaluation is None else len(evaluation),
             teacher_prompts=dataset[TEACHER_PROMPT][:] if TEACHER_PROMPT in dataset.column_names else None,
         )
         for key, teacher in teachers.items()
     }
-
-
-def _evaluation(data: Any) -> int | DataError | None:
-    """Number of prompts for the evaluation loss, or why they cannot be read; None where none are named."""
-    try:
-        return len(evaluation_prompts(data)) if data.eval_data else None
-    except DataError as error:
-        return error
 
 
 def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation: Any = None) -> None:

@@ -19,7 +19,7 @@ class SolutionArguments(FormArguments):
     data: dict[str, float] | str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Solutions: what `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
+            "help": "Solutions that `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
             "dataset with the columns `prompt` (text or messages) and `completion` (text), or with conversations that "
             "end with the answer; several, or a mixture, {source: weight}."
         },
@@ -53,14 +53,13 @@ def page() -> Page:
         "Run": RUN,
     }  # fmt: skip
     about = "Stage 1: train the student on a teacher's solutions, with forward KL and cross-entropy."
-    own = {WarmStartConfig: "Method", SolutionArguments: "Data"}
-    short = {"data": "Solutions: the file that topd generate wrote, or one with columns prompt and completion"}
-    return Page("warmstart", about, groups, own, ("prediction_loss_only",), short)
+    own = {SolutionArguments: "Data", WarmStartConfig: "Method"}
+    return Page("warmstart", about, groups, own, hidden=("prediction_loss_only",))
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    return run_training(argv, page, kinds, _train)
+    return run_training(argv, page, _train)
 
 
 def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: Any) -> None:
@@ -110,18 +109,9 @@ def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: An
         print_summary(trainer.state.log_history, at_end, trainer.state.global_step, lines.first)
 
 
-def kinds() -> tuple[Any, Any, Any]:
-    """The classes of the options of `topd warmstart`."""
-    from trl import ModelConfig
-
-    from topd.warmstart.config import WarmStartConfig
-
-    return SolutionArguments, WarmStartConfig, ModelConfig
-
-
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
     """The options of `topd warmstart`."""
-    return parse_options(argv, kinds(), "topd warmstart")
+    return parse_options(argv, page())
 
 
 def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:
