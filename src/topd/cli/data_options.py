@@ -7,21 +7,26 @@ from typing import Any
 from topd.loading.rows import DataForm
 
 
-def _option(text: str) -> Any:
-    return field(default=None, metadata={"help": text})
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options; `text`: its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class FormArguments:
     """How rows become prompts."""
 
-    prompt_column: str | None = _option(
-        "Name of the column with the prompt. Default: the first of prompt, problem, question, messages, conversations."
+    prompt_column: str | None = option(
+        None,
+        "Name of the column with the prompt. Default: the first of prompt, problem, question, messages, conversations.",
     )
-    system_prompt: str | None = _option(
-        "A system prompt for conversations that have none. A prompt that is text becomes the user's message after it."
+    system_prompt: str | None = option(
+        None,
+        "A system prompt for conversations that have none. A prompt that is text becomes the user's message after it.",
     )
-    data_config: str | None = _option("Configuration of a dataset on the Hub, or of a folder that load_dataset reads.")
+    data_config: str | None = option(
+        None, "Configuration of a dataset on the Hub, or of a folder that load_dataset reads."
+    )
 
     def __post_init__(self) -> None:
         for name in ("data", "eval_data"):
@@ -30,21 +35,19 @@ class FormArguments:
 
 def add_form_options(parser: Any) -> None:
     """The same options for a parser of argparse."""
-    for option in fields(FormArguments):
-        text = option.metadata["help"].removesuffix(".")
-        parser.add_argument(f"--{option.name.replace('_', '-')}", help=f"{text[0].lower()}{text[1:]}")
+    for each in fields(FormArguments):
+        text = each.metadata["help"].removesuffix(".")
+        parser.add_argument(f"--{each.name.replace('_', '-')}", help=f"{text[0].lower()}{text[1:]}")
 
 
 def form_of(options: Any) -> DataForm:
-    """The form that a command's options give."""
     return DataForm(options.prompt_column, options.system_prompt, options.data_config)
 
 
 def source_of(given: Any) -> Any:
     """A source as `load_prompts` takes it: of one word of a command line, the word, or the mixture that it writes.
 
-    Raises:
-        ValueError: it begins with { and is no JSON object.
+    Raises `ValueError` if it begins with { and is no JSON object.
     """
     if not isinstance(given, list) or len(given) != 1:
         return given or None

@@ -93,7 +93,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder: Path, console: Any) -> None:
-    """Sample one model on all benchmarks."""
     from topd.evaluation.engines import Sampling
     from topd.evaluation.run import EvalRun, run_benchmark
 

@@ -47,24 +47,18 @@ RUN = (
 class Page:
     """What the help of a command lists.
 
-    Attributes:
-        name: the command.
-        about: what it does.
-        groups: title -> names of options, in order. Options of the command's own classes that no group names come
-            last in the group of their class.
-        own: class of the command, in TRL's order -> title of its group.
-        hidden: own options that only `--help-all` lists.
+    `groups`: title -> names of options, in order. Options of the command's own classes that no group names come last in
+    the group of their class.
     """
 
-    name: str
-    about: str
+    name: str  # of the command
+    about: str  # what it does
     groups: Mapping[str, Sequence[str]]
-    own: Mapping[Any, str]
-    hidden: Sequence[str] = ()
+    own: Mapping[Any, str]  # class of the command, in TRL's order -> title of its group
+    hidden: Sequence[str] = ()  # own options that only `--help-all` lists
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The dataclasses of the command's options."""
         from trl import ModelConfig
 
         return *self.own, ModelConfig
@@ -117,7 +111,6 @@ def own_options(kind: Any) -> set[str]:
 
 
 def _entry(name: str, text: str) -> list[str]:
-    """An option's lines."""
     width = min(shutil.get_terminal_size().columns, 120)
     start = f"  --{name}"
     start = f"{start:34}" if len(start) < 33 else f"{start}  "

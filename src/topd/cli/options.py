@@ -28,8 +28,6 @@ from topd.runs.sole_writer import sole_writer
 if TYPE_CHECKING:
     from topd.runs.recorded import StartRecord
 
-EMBEDDED_PROMPTS = 4096
-"""Prompts drawn from the embedded task where `data_limit` is not given."""
 MOST_EMBEDDED = 100_000
 """There are some millions of problems; drawing most of them without repeats would take long."""
 SEVERAL = ("report_to", "data", "eval_data")
@@ -72,12 +70,8 @@ def option_names(kinds: Any) -> set[str]:
 def run_training(argv: Sequence[str], page: Callable[[], Page], train: Any) -> int:
     """Print the help, if it is asked for; start the processes, if there are to be several; else train in this one.
 
-    Args:
-        page: the command's help and options; a function, since it imports TRL.
-        train: called with the words of the command and an instance of each class, the output folder locked.
-
-    Returns:
-        The exit status.
+    `page` is a function, since it imports TRL. `train` is called with the words of the command and an instance of each
+    class of options, the output folder locked. Returns the exit status.
     """
     from topd.runs.checkpoints import check_writable
     from topd.runs.console import hide_progress_bars
@@ -99,10 +93,8 @@ def run_training(argv: Sequence[str], page: Callable[[], Page], train: Any) -> i
 def parse_options(argv: Sequence[str], page: Page) -> Any:
     """Options from `--config FILE.yaml` and the command line, which wins, by TRL's parser: one instance of each class.
 
-    Options of accelerate's launcher are left out: see `topd.cli.launch`.
-
-    Raises:
-        TOPDError: an option is unknown (the message suggests close names), of the wrong kind, or conflicts with others.
+    Options of accelerate's launcher are left out: see `topd.cli.launch`. Raises `TOPDError` if an option is unknown, of
+    the wrong kind, or conflicts with others.
     """
     from trl import TrlParser
 
@@ -154,10 +146,8 @@ def parse_options(argv: Sequence[str], page: Page) -> Any:
 def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The words without `--config FILE` (or a first word FILE.yaml), and the options of the file, if one is named.
 
-    The entry `provenance` of a run's `run.yaml` is not an option and is left out.
-
-    Raises:
-        TOPDError: the file cannot be read, or several are named.
+    The entry `provenance` of a run's `run.yaml` is not an option and is left out. Raises `TOPDError` if the file cannot
+    be read, or several are named.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[])
@@ -207,14 +197,16 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
 def data_source(given: Any, *models: str) -> Any:
     """Where the prompts come from. Embedded models and `lm:` models have a task of their own; others no default."""
     embedded = [model.removeprefix(PREFIX) for model in models if model.startswith(PREFIX)]
-    if given is None and not embedded and not models[0].startswith(LM):
+    if given:
+        return given
+    if models[0].startswith(LM):
+        return "lm"
+    if not embedded:
         raise TOPDError(
             f"Name the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
             "embedded is the embedded task)."
         )
-    if given is None and models[0].startswith(LM):
-        return "lm"
-    return given or ("embedded-long" if any(name.startswith("long") for name in embedded) else "embedded")
+    return "embedded-long" if any(name.startswith("long") for name in embedded) else "embedded"
 
 
 def prompts(
@@ -239,11 +231,11 @@ def prompts(
     absent += ["system prompt"] if form and form.system is not None else []
     if absent:
         raise TOPDError(f"The embedded task has no {absent[0]}. Name a file that has it: --data FILE.jsonl.")
-    problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
+    problems = make_problems(limit or 4096, seed=0, held_out=False, level=DATA[source])
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 
 
-# How a run was started, and where it resumes
+# How a run is started, and where it resumes
 
 
 def start_record(words: Sequence[str], *parts: Any) -> StartRecord:
@@ -258,11 +250,9 @@ def start_record(words: Sequence[str], *parts: Any) -> StartRecord:
 def resume_from(config: Any) -> str | bool | None:
     """The checkpoint to resume from: a named one, or True for the newest whole one; None to start from scratch.
 
-    `auto` resumes if there is a whole checkpoint. The trainer compares checksums later.
-
-    Raises:
-        ResumeError: there is no checkpoint; or the folder holds checkpoints and the option is not given, since the new
-            run's checkpoints would be mixed with them; or a trained model, which a new run would replace.
+    `auto` resumes if there is a whole checkpoint. The trainer compares checksums later. Raises `ResumeError` if there
+    is no checkpoint; or the folder holds checkpoints and the option is not given, since the new run's would be mixed
+    with them; or a trained model, which a new run would replace.
     """
     from topd.runs.checkpoints import AUTO, checkpoint_to_resume, newest_whole, refuse_second_run, refuse_to_overwrite
 
@@ -275,3 +265,35 @@ def resume_from(config: Any) -> str | bool | None:
     newest = wanted.lower() in ("true", AUTO)
     checkpoint, _ = checkpoint_to_resume(newest or wanted, folder, thorough=False)
     return newest or str(checkpoint)
+
+
+def trained(
+    kind: Any, names: str, config: Any, model: Any, record: StartRecord, resume: str | bool | None,
+    teacher: Any, train_dataset: Any, eval_dataset: Any,
+) -> tuple[Any, int]:  # fmt: skip
+    """Load the models into a trainer of this kind and train; the trainer, and the step after which it resumed.
+
+    `names`: of student and teacher, for messages; `teacher`: its name, names by their column, or None.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from topd.embedded.pair import resolve_model
+    from topd.loading.by_name import SAFE, load_by_name
+    from topd.loading.tokenizers import tokenizer_of
+    from topd.runs.console import ConsoleCallback, loading
+
+    student = model.model_name_or_path
+    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
+    config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
+    lines = ConsoleCallback()
+    with loading(names, config.process_index == 0):
+        trainer = load_by_name(
+            "models", names, kind, student, teacher_model=teacher, args=config, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, callbacks=[lines], peft_config=get_peft_config(model),
+            processing_class=tokenizer_of(resolve_model(student), config.trust_remote_code, model.model_revision),
+            quantization_config=get_quantization_config(model),
+        )  # fmt: skip
+    trainer.start_record = record
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, lines.first

@@ -8,14 +8,17 @@ PREFIX = "recipe:"
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 
-def config_file(name: str) -> Path:
-    """The file that `--config` names.
+def recipes() -> dict[str, Path]:
+    """The package's recipes by name."""
+    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
-    Raises:
-        TOPDError: there is no such file or recipe.
-        SystemExit: the name is `recipe:` alone, after printing the recipes.
+
+def config_file(name: str) -> Path:
+    """The file that `--config` names. For `recipe:` alone, prints the recipes and exits.
+
+    Raises `TOPDError` if there is no such file or recipe.
     """
-    known, file = {recipe.stem: recipe for recipe in sorted(FOLDER.glob("*.yaml"))}, Path(name)
+    known, file = recipes(), Path(name)
     if name == PREFIX:
         print("Recipes of the package:")
         for recipe, path in known.items():
