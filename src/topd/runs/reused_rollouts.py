@@ -78,9 +78,13 @@ class ReusedRollouts(Trainer):
             return super()._prepare_inputs(generation_batch)
         pieces = self.args.generation_steps
         if self._step % self._micro_batches == 0 or self._buffered_inputs is None:
-            batch: Any = shuffle_sequence_dict(self._generate_and_score_completions(generation_batch))
+            batch: Any = self._in_order(shuffle_sequence_dict(self._generate_and_score_completions(generation_batch)))
             self._buffered_inputs = split_tensor_dict(batch, pieces)
         return self._buffered_inputs[self._step % pieces]
+
+    def _in_order(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch, its rows in the order in which micro-batches take them."""
+        return batch
 
     @property
     def _prompts_per_generation(self) -> int:
