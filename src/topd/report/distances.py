@@ -78,7 +78,7 @@ def scatter(points: Sequence[Candidate], axis: str = "Token loss", name: str = "
     with drawing(name, alt) as figure:
         axes = figure.axes[0]
         if len(known) > 400:
-            shades = LinearSegmentedColormap.from_list("density", [to_rgba(BLUE, 0.12), BLUE])
+            shades = LinearSegmentedColormap.from_list("density", [to_rgba(BLUE, 0.12), to_rgba(BLUE)])
             axes.hexbin(loss, distance, gridsize=(36, 18), mincnt=1, linewidths=0, bins="log", cmap=shades)
         else:
             _dots(axes, loss, distance, [row[2] for row in known])
