@@ -58,10 +58,11 @@ def damage(checkpoint: Path, thorough: bool = False) -> str | None:
         return None
     try:
         for name, (length, digest) in json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")).items():
-            if not (checkpoint / name).is_file():
+            file = checkpoint / name
+            if not file.is_file():
                 return f"{name} is missing"
-            size, changed = (found := (checkpoint / name).stat()).st_size, found.st_mtime_ns
-            if size != length or (thorough and _digest(checkpoint / name, size, changed) != digest):
+            found = file.stat()
+            if found.st_size != length or (thorough and _digest(file, length, found.st_mtime_ns) != digest):
                 return f"{name} is damaged: it differs from {CHECKSUMS}"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} or a file that it lists cannot be read"
