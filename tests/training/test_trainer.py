@@ -26,7 +26,7 @@ VARIANTS = [
     {"method": "opd", "opd_loss": "one_pass"},
     {"student_window": "regenerated"},
     {"student_window": "candidate", "fork_rule": "batch_quantile"},
-    {"guidance_context": "teacher"},
+    {"method": "opd", "token_share": 0.4, "opd_loss": "trl"},
     {"guidance_context": "teacher"},
     {"guidance_context": "teacher", "student_window": "regenerated"},
     {"guidance_target": "own"},
@@ -150,8 +150,9 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
-def test_saved_and_resumed_equals_uninterrupted(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("method", [{}, {"method": "opd", "token_share": 0.4}], ids=str)
+def test_saved_and_resumed_equals_uninterrupted(tmp_path, method):
+    options = method | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     through = tiny_trainer(tmp_path / "through", **options)
     through.train()
     resumed = tiny_trainer(tmp_path / "resumed", student=tiny_model(5), **options)
