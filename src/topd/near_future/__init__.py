@@ -6,8 +6,8 @@ Read first: `windows`, the data and the transport between windows; `distilled_mo
 `self_check`, `plain_way`. Rollouts are sampled in `sampling`.
 """
 
-from topd.near_future.branches import Branches, hidden_with_branches
-from topd.near_future.continuations import LocalModel, Prefill
+from topd.near_future.branches import Branches, Prefill, hidden_with_branches
+from topd.near_future.continuations import LocalModel
 from topd.near_future.distilled_model import ContinuesPrefixes, DistilledModel
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.near_future.windows import Places, Rollouts, Windows, near_future_transport, rollout_windows

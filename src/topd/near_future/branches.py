@@ -14,12 +14,110 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from topd.near_future.attention_interface import laid_out
+from topd.near_future.attention_interface import attending_in, laid_out
 from topd.near_future.model_parts import last_states, left_padded, positions_in
-from topd.near_future.tree_attention import PackedRow
+from topd.near_future.tree_attention import PackedRow, Recording
 from topd.near_future.ways import EXACT, Ways, ways_of
 from topd.near_future.windows import Rollouts
+
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Of each attention call, keys and values [rollout, head, row_position, width]."""
+
+
+# ------------------------------------------------------------------------------------------------------- rollouts alone
+
+
+def rollout_hidden(backbone: nn.Module, rollouts: Rollouts, ways: Ways = EXACT) -> Tensor:
+    """[rollout, position, width]: the states from which each response token is predicted."""
+    groups = ways.rows_together(rollouts)
+    if len(groups) == 1:
+        ids, predicting = rollouts.left_aligned()
+        states = last_states(backbone, ids, None)
+        return states.gather(1, predicting[:, :, None].expand(-1, -1, states.shape[-1]))
+    rows = [torch.tensor(group, device=rollouts.input_ids.device) for group in groups]
+    parts = [rollout_hidden(backbone, rollouts[group], replace(ways, left_padding=True)) for group in rows]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a model, or a teacher behind a server, computed when it read rollouts.
+
+    Attributes:
+        states: by name, [rollout, position, ...] what its token loss is computed from: `hidden`, the hidden states that
+            predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
+        prefix: keys and values, over which windows are decoded; None: windows start from fresh prefixes.
+        begin: [rollout] where in the rows of `prefix` each rollout begins; what is before that is padding.
+        greedy: [rollout, position] its most likely token at each position; known after scoring.
+        parts: with several teachers, what each computed for its own rollouts.
+    """
+
+    states: dict[str, Tensor]
+    prefix: KeysValues | None = None
+    begin: Tensor | None = None
+    greedy: Tensor | None = None
+    parts: tuple[Prefill, ...] = ()
+
+    @property
+    def hidden(self) -> Tensor:
+        """[rollout, position, width] the hidden states that predict each response token."""
+        return self.states["hidden"]
+
+    def __getitem__(self, rows: slice | Tensor) -> Prefill:
+        assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
+        states = {name: values[rows] for name, values in self.states.items()}
+        prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
+        begin, greedy = (None if values is None else values[rows] for values in (self.begin, self.greedy))
+        return Prefill(states, prefix, begin, greedy)
+
+    def is_like(self, other: Prefill) -> bool:
+        """Whether both prefixes have keys and values of the same shapes."""
+        if self.prefix is None or other.prefix is None or len(self.prefix) != len(other.prefix):
+            return False
+        return all(
+            a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
+            for pairs in zip(self.prefix, other.prefix, strict=True)
+            for a, b in zip(*pairs, strict=True)
+        )
+
+
+def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
+    """Read rollouts in one forward pass; keep hidden states, keys and values."""
+    recording, (ids, predicting) = Recording(), rollouts.left_aligned()
+    with attending_in(recording, backbone.config):
+        states = last_states(backbone, ids, None)
+    hidden = states.gather(1, predicting[:, :, None].expand(-1, -1, states.shape[-1]))
+    return Prefill({"hidden": hidden}, recording.kept, begin=torch.zeros_like(predicting[:, 0]))
+
+
+def joined(groups: list[Prefill], rows: list[Tensor]) -> Prefill:
+    """What `prefill` gives for a batch, from what it gave for groups of it; `rows`: numbers of their rollouts.
+
+    The groups' keys and values are taken from them layer by layer, so that all are in memory once.
+    """
+    if len(groups) == 1:
+        return groups[0]
+    kept = [group.prefix or [] for group in groups]
+    prefix = []
+    for _ in range(len(kept[0])):
+        keys, values = zip(*(layers.pop(0) for layers in kept), strict=True)
+        prefix.append((_in_rows(keys, rows), _in_rows(values, rows)))
+    order = torch.cat(rows).argsort()
+    return Prefill({"hidden": torch.cat([group.hidden for group in groups])[order]}, prefix, torch.zeros_like(order))
+
+
+def _in_rows(groups: Sequence[Tensor], rows: list[Tensor]) -> Tensor:
+    """[rollout, head, row_position, width] of a batch, from groups of it; 0 where a group's rows are shorter."""
+    length, like = max(group.shape[2] for group in groups), groups[0]
+    out = like.new_zeros(sum(map(len, rows)), like.shape[1], length, like.shape[3])
+    for group, numbers in zip(groups, rows, strict=True):
+        out[numbers, :, : group.shape[2]] = group
+    return out
+
+
+# ----------------------------------------------------------------------------------------------- rollouts and windows
 
 
 @dataclass(frozen=True)
@@ -52,22 +150,11 @@ def hidden_with_branches(
         token and each window token is predicted. States of masked positions mean nothing.
     """
     ways = ways or ways_of(model)
-    longest = rollouts.input_ids.shape[1] + branches.tokens.shape[-1]
-    if longest <= ways.packed_rows:
-        return packed(backbone, rollouts, branches)
-    return separate(backbone, rollouts, branches, ways)
-
-
-def rollout_hidden(backbone: nn.Module, rollouts: Rollouts, ways: Ways = EXACT) -> Tensor:
-    """[rollout, position, width]: the states from which each response token is predicted."""
-    groups = ways.rows_together(rollouts)
-    if len(groups) == 1:
-        mask = rollouts.attention_mask if ways.switch is not None else rollouts.causal_mask
-        return last_states(backbone, rollouts.input_ids, mask)[:, rollouts.prompt_ids.shape[1] - 1 : -1]
-    whole = replace(ways, left_padding=True)
-    rows = [torch.tensor(group, device=rollouts.input_ids.device) for group in groups]
-    parts = [rollout_hidden(backbone, rollouts[group].trimmed(), whole) for group in rows]
-    return torch.cat(parts)[torch.cat(rows).argsort()]
+    narrow = rollouts.trimmed()
+    if narrow.input_ids.shape[1] + branches.tokens.shape[-1] > ways.packed_rows:
+        return separate(backbone, rollouts, branches, ways)
+    hidden, window_hidden = packed(backbone, narrow, branches)
+    return pad(hidden, (0, 0, 0, rollouts.response_ids.shape[1] - hidden.shape[1])), window_hidden
 
 
 def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple[Tensor, Tensor]:

@@ -17,70 +17,21 @@ from transformers import GenerationConfig
 
 from topd.algorithm.vocabulary import at_least_float32
 from topd.near_future.attention_interface import attending_in
+from topd.near_future.branches import Prefill
 from topd.near_future.model_parts import (
     backbone_of,
-    last_states,
     left_padded,
     output_head,
     own_settings_only,
     takes_positions,
 )
 from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
-from topd.near_future.tree_attention import OpenBranches, Recording
+from topd.near_future.tree_attention import OpenBranches
 from topd.near_future.ways import ways_of
 from topd.near_future.windows import Places, Rollouts, Windows
 
-KeysValues = list[tuple[Tensor, Tensor]]
-"""Of each attention call, keys and values [rollout, head, row_position, width]."""
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What a model, or a teacher behind a server, computed when it read rollouts.
-
-    Attributes:
-        states: by name, [rollout, position, ...] what its token loss is computed from: `hidden`, the hidden states that
-            predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
-        prefix: keys and values, over which windows are decoded; None: windows start from fresh prefixes.
-        greedy: [rollout, position] its most likely token at each position; known after scoring.
-        parts: with several teachers, what each computed for its own rollouts.
-    """
-
-    states: dict[str, Tensor]
-    prefix: KeysValues | None = None
-    greedy: Tensor | None = None
-    parts: tuple[Prefill, ...] = ()
-
-    @property
-    def hidden(self) -> Tensor:
-        """[rollout, position, width] the hidden states that predict each response token."""
-        return self.states["hidden"]
-
-    def __getitem__(self, rows: slice | Tensor) -> Prefill:
-        assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
-        states = {name: values[rows] for name, values in self.states.items()}
-        prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows])
-
-    def is_like(self, other: Prefill) -> bool:
-        """Whether both prefixes have keys and values of the same shapes."""
-        if self.prefix is None or other.prefix is None or len(self.prefix) != len(other.prefix):
-            return False
-        return all(
-            a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
-            for pairs in zip(self.prefix, other.prefix, strict=True)
-            for a, b in zip(*pairs, strict=True)
-        )
-
-
-def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
-    """Read rollouts in one forward pass; keep hidden states, keys and values."""
-    recording = Recording()
-    with attending_in(recording, backbone.config):
-        states = last_states(backbone, rollouts.input_ids, rollouts.causal_mask)
-    return Prefill({"hidden": states[:, rollouts.prompt_ids.shape[1] - 1 : -1]}, recording.kept)
 
 
 # --------------------------------------------------------------------------------------------------- sources of windows
@@ -278,16 +229,16 @@ def _grow(
     order = where[:, 0].argsort(stable=True)
     row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    prompt, most, steps = rollouts.prompt_ids.shape[1], int(slots.max()), int(wanted.max())
+    prompts, most, steps = rollouts.prompt_mask.sum(1)[:, None], int(slots.max()), int(wanted.max())
 
     def spread(values: Tensor) -> Tensor:
         out = values.new_zeros(len(rollouts), most)
         out[row, slot] = values[order]
         return out
 
-    place, fed = prompt + spread(where[:, 1]), spread(where[:, 2])  # row index of the token that is fed
+    place, fed = prompts + spread(where[:, 1]), spread(where[:, 2])  # position of the token that is fed
     left = spread(wanted)
-    tree = _open_branches(prefill, rollouts, place, steps)
+    tree = _open_branches(prefill, place, steps)
     inputs: dict[str, Any] = {"use_cache": False}
     states = states_at(backbone, rollouts, place)
     if states is not None:
@@ -312,11 +263,12 @@ def _grow(
     return out
 
 
-def _open_branches(prefill: Prefill, rollouts: Rollouts, place: Tensor, room: int) -> OpenBranches:
-    """Branches whose first token is fed at `place` [rollout, branch], an index in the row."""
+def _open_branches(prefill: Prefill, place: Tensor, room: int) -> OpenBranches:
+    """Branches whose first token is fed at `place` [rollout, branch], a position in prompt and response."""
     assert prefill.prefix is not None
-    used, padding = int(place.max()), rollouts.padding[:, None]
-    index = torch.arange(used, device=place.device)
-    seen = (index < place[:, :, None]) & rollouts.attention_mask[:, None, :used].bool()
+    assert prefill.begin is not None
+    position = torch.arange(int((prefill.begin[:, None] + place).max()), device=place.device) - prefill.begin[:, None]
+    seen = (position[:, None] >= 0) & (position[:, None] < place[:, :, None])
+    used = position.shape[1]
     prefix = [(keys[:, :, :used], values[:, :, :used]) for keys, values in prefill.prefix]
-    return OpenBranches(prefix, seen, index - padding, place - padding, room)
+    return OpenBranches(prefix, seen, position, place, room)

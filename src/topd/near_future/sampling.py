@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from topd.algorithm import top_k_overlap
-from topd.near_future.continuations import LocalModel, Prefill
+from topd.near_future.branches import Prefill
+from topd.near_future.continuations import LocalModel
 from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.model_parts import backbone_of, cache_of, end_token_ids, left_padded, padding_id
 from topd.near_future.windows import Rollouts
@@ -121,7 +122,7 @@ class SamplingStates:
             return Prefill({"hidden": hidden})
         if not whole:
             return None
-        return Prefill({"hidden": hidden}, [(layer.keys, layer.values) for layer in layers])
+        return Prefill({"hidden": hidden}, [(layer.keys, layer.values) for layer in layers], rollouts.padding)
 
 
 def has_dropout(model: nn.Module) -> bool:

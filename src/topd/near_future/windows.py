@@ -85,10 +85,36 @@ class Rollouts:
         prompt = self.prompt_ids[row][self.prompt_mask[row].bool()]
         return torch.cat([prompt, self.response_ids[row, :position]])
 
+    @property
+    def lengths(self) -> Tensor:
+        """[rollout] tokens of each prompt and its response."""
+        return self.attention_mask.sum(1)
+
     def trimmed(self) -> Rollouts:
-        """The same without the padding on the left that all rows have."""
-        first = int(self.padding.min())
-        return replace(self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=self.prompt_mask[:, first:])
+        """The same without the padding that all rows have."""
+        first, last = int(self.padding.min()), int(self.response_mask.sum(1).max())
+        parts = {name: getattr(self, name)[:, :last] for name in ("response_ids", "response_mask", "loss_mask")}
+        parts |= {name: getattr(self, name)[:, first:] for name in ("prompt_ids", "prompt_mask")}
+        return replace(self, **parts)
+
+    def left_aligned(self) -> tuple[Tensor, Tensor]:
+        """The rows without padding on the left, as wide as the longest: a causal model needs no mask to read them.
+
+        Returns:
+            [rollout, index] token ids, and [rollout, position] the index of the token that predicts each response
+            token. What is behind the end of a row means nothing.
+        """
+        start, longest = self.padding[:, None], int(self.lengths.max())
+        ids, index = self.input_ids, torch.arange(longest, device=start.device)
+        position = torch.arange(self.response_ids.shape[1], device=start.device)
+        first = self.prompt_ids.shape[1] - start - 1
+        return ids.gather(1, (start + index).clamp(max=ids.shape[1] - 1)), (first + position).clamp(max=longest - 1)
+
+    def by_length(self, size: int) -> list[Tensor]:
+        """Numbers of the rollouts in groups of at most `size`, by length if there are several: little padding."""
+        if len(self) <= size:
+            return [torch.arange(len(self), device=self.response_ids.device)]
+        return list(self.lengths.argsort(stable=True).split(size))
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

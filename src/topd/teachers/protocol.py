@@ -10,8 +10,7 @@ from torch import Tensor
 from topd.algorithm import DistillationLoss, Head, LikelihoodTerms, TokenScores
 from topd.algorithm.transport import GroundCost
 from topd.algorithm.vocabulary import Direction
-from topd.near_future.branches import Branches
-from topd.near_future.continuations import Prefill
+from topd.near_future.branches import Branches, Prefill
 from topd.near_future.windows import Places, Rollouts, Windows
 
 
