@@ -127,13 +127,21 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Power:
-    """The gain that a paired comparison of this size can detect."""
+    """The gain that a paired comparison of this size can detect.
 
-    gain: float  # in question, in units of accuracy (0.044 is 4.4 points)
-    power: float  # probability of detecting a gain (p < 0.05) if it exists
-    detectable: float | None  # the smallest gain that is detected with that probability here
-    problems: int | None  # number needed for `gain`, with as many samples as here
-    problems_at_best: int | None  # number needed with unlimited samples; None with one sample per problem
+    Attributes:
+        gain: in question, in units of accuracy (0.044 is 4.4 points).
+        power: probability of detecting a gain (p < 0.05) if it exists.
+        detectable: the smallest gain that is detected with that probability here.
+        problems: number needed for `gain`, with as many samples as here.
+        problems_at_best: number needed with unlimited samples; None with one sample per problem.
+    """
+
+    gain: float
+    power: float
+    detectable: float | None
+    problems: int | None
+    problems_at_best: int | None
 
 
 def power_of(

@@ -27,13 +27,19 @@ Rule = Literal["math", "integer", "gsm8k", "lm_eval", "embedded"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of a response."""
+    """The judgement of a response.
 
-    extracted: str | None  # the answer as written, None if there is none
-    right: bool  # whether it is the wanted answer
-    # whether it could be parsed and compared; if not, `right` is False. Not parsed are: no box, a last box that is
-    # never closed, a box without a number (rule "integer"), not LaTeX or not compared in time (rule "math"), neither a
-    # box nor dollar signs (rule "lm_eval", unless the whole response is the answer).
+    Attributes:
+        extracted: the answer as written, None if there is none.
+        right: whether it is the wanted answer.
+        parsed: whether it could be parsed and compared; if not, `right` is False. Not parsed are: no box, a
+            last box that is never closed, a box without a number (rule "integer"), not LaTeX or not compared in
+            time (rule "math"), neither a box nor dollar signs (rule "lm_eval", unless the whole response is the
+            answer).
+    """
+
+    extracted: str | None
+    right: bool
     parsed: bool
 
 

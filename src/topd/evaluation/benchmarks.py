@@ -26,15 +26,25 @@ BOXED = "{problem}" + INSTRUCTION.replace("{}", "{{}}")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A known set of problems."""
+    """A known set of problems.
 
-    source: str | None  # Hub name, with the configuration after a colon; None for the embedded task
-    split: str  # of the Hub dataset
-    size: int  # number of problems; a source with another number is refused
-    rule: Rule  # how answers are compared
-    licence: str  # of the dataset, as stated on its card
-    template: str = BOXED  # the prompt; {problem} stands for the problem's text
-    max_new_tokens: int = 16384  # default length limit of a response (our choice: the paper gives no length)
+    Attributes:
+        source: Hub name, with the configuration after a colon; None for the embedded task.
+        split: of the Hub dataset.
+        size: number of problems; a source with another number is refused.
+        rule: how answers are compared.
+        licence: of the dataset, as stated on its card.
+        template: the prompt; {problem} stands for the problem's text.
+        max_new_tokens: default length limit of a response (our choice: the paper gives no length).
+    """
+
+    source: str | None
+    split: str
+    size: int
+    rule: Rule
+    licence: str
+    template: str = BOXED
+    max_new_tokens: int = 16384
 
 
 BENCHMARKS = {

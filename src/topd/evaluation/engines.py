@@ -27,30 +27,47 @@ class Sampling:
     """How responses are sampled.
 
     The first three defaults are our choice: the paper gives values for the warm start's teacher only.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        max_new_tokens: length limit of a response; a longer one is truncated and marked.
+        seed: of the whole run; every response has its own random numbers.
+        chat_template_kwargs: such as {"enable_thinking": False}.
     """
 
-    temperature: float = 0.6  # 0 is greedy
-    top_p: float = 0.95  # nucleus sampling
-    max_new_tokens: int = 16384  # length limit of a response; a longer one is truncated and marked
-    seed: int = 0  # of the whole run; every response has its own random numbers
-    chat_template_kwargs: dict[str, Any] | None = None  # such as {"enable_thinking": False}
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_new_tokens: int = 16384
+    seed: int = 0
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A requested response."""
+    """A requested response.
 
-    number: int  # with the seed, it fixes the response's random numbers
-    prompt: Any  # text or messages
+    Attributes:
+        number: with the seed, it fixes the response's random numbers.
+        prompt: text or messages.
+    """
+
+    number: int
+    prompt: Any
 
 
 @dataclass(frozen=True)
 class Response:
-    """The text that the model generated, without special tokens."""
+    """The text that the model generated, without special tokens.
+
+    Attributes:
+        truncated: whether the length limit, not the model, ended it.
+        tokens: its number of tokens, including the end token.
+    """
 
     text: str
-    truncated: bool  # whether the length limit, not the model, ended it
-    tokens: int  # its number of tokens, including the end token
+    truncated: bool
+    tokens: int
 
 
 class Engine(Protocol):

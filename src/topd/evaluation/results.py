@@ -20,12 +20,18 @@ RECORD_KEYS = ("problem", "sample", "text", "truncated", "tokens", "right", "ext
 
 @dataclass(frozen=True)
 class Results:
-    """The samples of one model on one benchmark, equally many of each problem."""
+    """The samples of one model on one benchmark, equally many of each problem.
 
-    model: str  # its label, which is the folder's name
+    Attributes:
+        model: its label, which is the folder's name.
+        settings: the sampling options, and the problems' ids and answers.
+        records: [problem][sample].
+    """
+
+    model: str
     benchmark: str
-    settings: dict[str, Any]  # the sampling options, and the problems' ids and answers
-    records: list[list[dict[str, Any]]]  # [problem][sample]
+    settings: dict[str, Any]
+    records: list[list[dict[str, Any]]]
 
     @property
     def right(self) -> Floats:

@@ -79,12 +79,17 @@ DECISIVE = ("torch", "transformers", "vllm", "math-verify")
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What the samples of one file depend on. Their number is not part of it, so that more can be added."""
+    """What the samples of one file depend on. Their number is not part of it, so that more can be added.
 
-    model: dict[str, Any]  # record of the model: name, fingerprint, engine, dtype
+    Attributes:
+        model: record of the model: name, fingerprint, engine, dtype.
+        chat: whether text prompts go through the chat template as a user message.
+    """
+
+    model: dict[str, Any]
     problem_set: ProblemSet
     sampling: Sampling
-    chat: bool  # whether text prompts go through the chat template as a user message
+    chat: bool
 
     def settings(self) -> dict[str, Any]:
         """The settings file: prompts as digests (see `Problem.id`), answers in full."""

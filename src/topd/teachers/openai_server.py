@@ -70,11 +70,17 @@ class WaitingStopped(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of a server, and how long it is waited for."""
+    """What is asked of a server, and how long it is waited for.
 
-    timeout: float = 300.0  # seconds for one request, from connecting to the last byte of the answer
-    patience: float = 600.0  # seconds without any answer since the first failure, after which a server is given up
-    concurrency: int = 16  # requests at a time, from this process
+    Attributes:
+        timeout: seconds for one request, from connecting to the last byte of the answer.
+        patience: seconds without any answer since the first failure, after which a server is given up.
+        concurrency: requests at a time, from this process.
+    """
+
+    timeout: float = 300.0
+    patience: float = 600.0
+    concurrency: int = 16
 
 
 class OpenAIServer:
