@@ -62,7 +62,7 @@ def page() -> Page:
     }  # fmt: skip
     about = "Distil a student from a teacher, by on-policy distillation (OPD) or with near-future guidance (TOPD)."
     own = {DataArguments: "Data", TOPDConfig: "Method"}
-    return Page("train", about, groups, own, hidden=(*CONTROLS, "cap_selection"))
+    return Page("train", about, groups, own, hidden=tuple(CONTROLS))
 
 
 def main(argv: Sequence[str]) -> int:
