@@ -9,7 +9,7 @@ cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,25 +19,7 @@ from topd.near_future.attention_interface import laid_out
 from topd.near_future.model_parts import last_states, left_padded, positions_in
 from topd.near_future.tree_attention import PackedRow
 from topd.near_future.ways import EXACT, Ways, ways_of
-from topd.near_future.windows import Rollouts
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Windows of a batch of rollouts, the same number of slots in each.
-
-    Attributes:
-        position: [rollout, branch] response position at which each window starts.
-        tokens: [rollout, branch, window_position].
-        mask: [rollout, branch, window_position], False throughout in an empty slot.
-    """
-
-    position: Tensor
-    tokens: Tensor
-    mask: Tensor
-
-    def __getitem__(self, rows: slice | Tensor) -> Branches:
-        return Branches(self.position[rows], self.tokens[rows], self.mask[rows])
+from topd.near_future.windows import Branches, Rollouts
 
 
 def hidden_with_branches(

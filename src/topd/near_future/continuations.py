@@ -28,51 +28,10 @@ from topd.near_future.model_parts import (
 from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
 from topd.near_future.tree_attention import OpenBranches, Recording
 from topd.near_future.ways import ways_of
-from topd.near_future.windows import Places, Rollouts, Windows
+from topd.near_future.windows import Places, Prefill, Rollouts, Windows
 
-KeysValues = list[tuple[Tensor, Tensor]]
-"""Of each attention call, keys and values [rollout, head, row_position, width]."""
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What a model, or a teacher behind a server, computed when it read rollouts.
-
-    Attributes:
-        states: by name, [rollout, position, ...] what its token loss is computed from: `hidden`, the hidden states that
-            predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
-        prefix: keys and values, over which windows are decoded; None: windows start from fresh prefixes.
-        greedy: [rollout, position] its most likely token at each position; known after scoring.
-        parts: with several teachers, what each computed for its own rollouts.
-    """
-
-    states: dict[str, Tensor]
-    prefix: KeysValues | None = None
-    greedy: Tensor | None = None
-    parts: tuple[Prefill, ...] = ()
-
-    @property
-    def hidden(self) -> Tensor:
-        """[rollout, position, width] the hidden states that predict each response token."""
-        return self.states["hidden"]
-
-    def __getitem__(self, rows: slice | Tensor) -> Prefill:
-        assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
-        states = {name: values[rows] for name, values in self.states.items()}
-        prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows])
-
-    def is_like(self, other: Prefill) -> bool:
-        """Whether both prefixes have keys and values of the same shapes."""
-        if self.prefix is None or other.prefix is None or len(self.prefix) != len(other.prefix):
-            return False
-        return all(
-            a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
-            for pairs in zip(self.prefix, other.prefix, strict=True)
-            for a, b in zip(*pairs, strict=True)
-        )
 
 
 def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:

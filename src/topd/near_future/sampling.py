@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from topd.algorithm import top_k_overlap
-from topd.near_future.continuations import LocalModel, Prefill
+from topd.near_future.continuations import LocalModel
 from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.model_parts import backbone_of, cache_of, end_token_ids, left_padded, padding_id
-from topd.near_future.windows import Rollouts
+from topd.near_future.windows import Prefill, Rollouts
 
 
 def sample_rollouts(

@@ -16,8 +16,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from topd.near_future.branches import Branches, packed, rollout_hidden, separate
-from topd.near_future.continuations import Prefill, Start, continue_over_prefix, prefill
+from topd.near_future.branches import packed, rollout_hidden, separate
+from topd.near_future.continuations import Start, continue_over_prefix, prefill
 from topd.near_future.model_parts import (
     UNREAD_BY_TRL,
     backbone_of,
@@ -45,7 +45,7 @@ from topd.near_future.plain_way import (
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling import rows_may_leave
 from topd.near_future.ways import FAR, READ_EACH_TIME, ArchitectureError, Batching, Lengths, Ways, lengths_of
-from topd.near_future.windows import Places, Rollouts
+from topd.near_future.windows import Branches, Places, Prefill, Rollouts
 
 FAST = ("shared_prefix", "packed_rows", "sampling_states")
 TRL = ("always", "without left padding", "never")

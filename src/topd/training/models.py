@@ -21,10 +21,10 @@ from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
 from topd.near_future.model_parts import left_padded, own_settings_only
+from topd.near_future.protocol import Teacher
 from topd.near_future.sampling import InformativeEnd, SamplingStates, compact_sampling, has_dropout, stopping_by
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
-from topd.teachers.protocol import Teacher
 from topd.teachers.server_windows import ServerWindows
 from topd.teachers.top_k import TopKTeacher
 from topd.training.batch import TEACHER_PROMPT_ENTRIES
