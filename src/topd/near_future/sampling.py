@@ -216,8 +216,8 @@ def rows_may_leave(model: Any, input_ids: Tensor, attention_mask: Tensor, pad: i
         return model.generate(**inputs, generation_config=config)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    whole = generated(8, **inputs).sequences[-1:]
     try:
+        whole = generated(8, **inputs).sequences[-1:]
         some = remaining(
             generated(3, **inputs), attention_mask, torch.tensor([len(input_ids) - 1]).to(input_ids.device)
         )

@@ -243,7 +243,7 @@ class OwnRollouts(BothModels):
     def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
         compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
-        compactly = compactly and self._student().ways.cached_prefix  # rows of another kind of cache cannot leave
+        compactly = compactly and self._student().ways.leaving
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         stopping = nullcontext() if end is None else stopping_by(model, end)
         with own_settings_only(model), stopping, self._limited(), leaving:
