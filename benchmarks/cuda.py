@@ -30,8 +30,7 @@ from benchmarks.measure import interleave, relative_difference, require
 from benchmarks.row import Row, missing_row, time_row
 from topd.algorithm import Head, distillation_loss, token_kl
 from topd.near_future import Branches, LocalModel, Places, Rollouts
-from topd.near_future.branches import packed, rollout_hidden
-from topd.near_future.continuations import prefill
+from topd.near_future.branches import packed, prefill, rollout_hidden
 from topd.near_future.model_parts import backbone_of
 
 PEAK = 790e12

@@ -27,7 +27,7 @@ from benchmarks.environment import say
 from benchmarks.measure import interleave, process_clock, require
 from benchmarks.row import Row, time_row
 from topd.near_future import LocalModel, Places, Rollouts, ways_of
-from topd.near_future.continuations import prefill
+from topd.near_future.branches import prefill
 from topd.near_future.model_parts import backbone_of
 
 FULL, FRESH = "full attention", "generate, one batch"

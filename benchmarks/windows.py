@@ -32,7 +32,7 @@ from benchmarks.measure import interleave, require
 from benchmarks.models import random_model
 from benchmarks.row import Row, time_row
 from topd.near_future import LocalModel, Places, Rollouts
-from topd.near_future.continuations import prefill
+from topd.near_future.branches import prefill
 from topd.near_future.model_parts import backbone_of
 
 WHAT = "decoding the windows of one rollout over what scoring kept"

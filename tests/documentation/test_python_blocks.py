@@ -8,7 +8,11 @@ import pytest
 import topd.training
 from topd.training.config import TOPDConfig
 
-HUB = {"Qwen/Qwen3-0.6B": "embedded:student-easy", "Qwen/Qwen3-1.7B": "embedded:teacher", "lm:student": "embedded:student-easy"}
+HUB = {
+    "Qwen/Qwen3-0.6B": "embedded:student-easy",
+    "Qwen/Qwen3-1.7B": "embedded:teacher",
+    "lm:student": "embedded:student-easy",
+}
 SMALL = {
     "max_completion_length": 24, "window_length": 4, "max_steps": 1, "bf16": False, "gradient_checkpointing": False,
     "use_cpu": True, "report_to": "none",

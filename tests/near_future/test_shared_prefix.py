@@ -1,6 +1,7 @@
 """Windows decoded over one prefix are, token for token, those of one-by-one `generate`."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,8 @@ from transformers import (
 )
 
 from topd.near_future import DistilledModel, LocalModel, Places, Prefill, Rollouts, recurrent_states, ways_of
-from topd.near_future.continuations import follow_rollout, prefill
+from topd.near_future.branches import prefill
+from topd.near_future.continuations import follow_rollout
 
 EOS = 1
 SIZES = {
@@ -41,7 +43,7 @@ SHARING = ["qwen3", "qwen3-moe", "llama", "gemma", "mistral"]
 
 def model_of(kind):
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
+    model = MODELS[kind]().eval() if kind in MODELS else special_model(kind)
     with torch.no_grad():  # sharper than random, so that windows follow rollouts for a while
         model.get_output_embeddings().weight.mul_(6.0)
     return model
@@ -91,6 +93,35 @@ def test_same_tokens_as_generate_one_by_one(kind, padding):
         for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
             alone = generated(model, rollouts.prefix(int(row), int(position)), 7)
             assert tokens[mask].tolist() == alone
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3-next"])
+def test_groups_of_similar_length_are_read_as_all_rollouts_at_once(kind):
+    model = model_of(kind)
+    rollouts = rollouts_of(model)
+    rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
+    places, mask = Places(rollouts, rows, positions), rollouts.response_mask.bool()
+    read, results = [], []
+    for size in (2, 8):
+        pair = DistilledModel(model, LocalModel(model, 0, [EOS]), micro_batch=size)
+        with watched(model, read):
+            reading = pair.prefill(rollouts)
+        windows = pair.continue_(places, 7, known(model, reading))
+        results.append((reading.hidden[mask], pair.hidden(rollouts)[mask], windows.tokens))
+    lengths = rollouts.lengths.sort().values.tolist()
+    assert len(set(lengths)) == 3
+    assert read == [(2, lengths[1]), (1, lengths[2]), (3, lengths[2])]
+    torch.testing.assert_close(results[0], results[1])
+
+
+@contextmanager
+def watched(model, shapes):
+    """Record the shapes of the token ids that the backbone reads."""
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with hook:
+        yield
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
@@ -343,7 +374,7 @@ def test_prefixes_whose_keys_and_values_differ_in_dtype_decode(dtypes):
     model = model_of("qwen3")
     rollouts = rollouts_of(model)
     source, reading = LocalModel(model, 0, [EOS]), prefill(model.base_model, rollouts)
-    mixed = Prefill(reading.states, [(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix])
+    mixed = replace(reading, prefix=[(keys.to(dtypes[0]), values.to(dtypes[1])) for keys, values in reading.prefix])
     rows, positions = rollouts.response_mask.nonzero(as_tuple=True)
     exact, found = (
         source.continue_over_prefix(Places(rollouts, rows, positions), 6, known(model, each, reading))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from topd.embedded.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
 from topd.runs.console import STAGES
+from topd.training.batch import rollouts_of
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
 
@@ -148,6 +149,29 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path):
         whole.compute_loss(whole.model, part).backward()
     for parameter, gradient in zip(whole.model.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"method": "opd"}, {}, {"student_window": "regenerated"}], ids=str)
+def test_micro_batches_hold_rows_of_similar_length_and_no_padding_that_all_of_them_have(tmp_path, options):
+    trainer = tiny_trainer(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, window_length=3, max_steps=1, **options
+    )
+    read, lengths = [], []
+    loss = trainer._compute_loss
+
+    def watched(student, inputs, *rest):
+        lengths.extend(rollouts_of(inputs).lengths.tolist())
+        with student.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        ):
+            return loss(student, inputs, *rest)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    assert len(set(lengths)) > 4
+    assert lengths == sorted(lengths)
+    if "student_window" not in options:
+        assert read == lengths[1::2]  # behind the others there are windows
 
 
 def test_saved_and_resumed_equals_uninterrupted(tmp_path):

@@ -19,27 +19,18 @@ from topd.algorithm.vocabulary import at_least_float32
 from topd.near_future.attention_interface import attending_in
 from topd.near_future.model_parts import (
     backbone_of,
-    last_states,
     left_padded,
     output_head,
     own_settings_only,
     takes_positions,
 )
 from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
-from topd.near_future.tree_attention import OpenBranches, Recording
+from topd.near_future.tree_attention import OpenBranches
 from topd.near_future.ways import ways_of
 from topd.near_future.windows import Places, Prefill, Rollouts, Windows
 
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""
-
-
-def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
-    """Read rollouts in one forward pass; keep hidden states, keys and values."""
-    recording = Recording()
-    with attending_in(recording, backbone.config):
-        states = last_states(backbone, rollouts.input_ids, rollouts.causal_mask)
-    return Prefill({"hidden": states[:, rollouts.prompt_ids.shape[1] - 1 : -1]}, recording.kept)
 
 
 # --------------------------------------------------------------------------------------------------- sources of windows
@@ -237,16 +228,16 @@ def _grow(
     order = where[:, 0].argsort(stable=True)
     row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    prompt, most, steps = rollouts.prompt_ids.shape[1], int(slots.max()), int(wanted.max())
+    prompts, most, steps = rollouts.prompt_mask.sum(1)[:, None], int(slots.max()), int(wanted.max())
 
     def spread(values: Tensor) -> Tensor:
         out = values.new_zeros(len(rollouts), most)
         out[row, slot] = values[order]
         return out
 
-    place, fed = prompt + spread(where[:, 1]), spread(where[:, 2])  # row index of the token that is fed
+    place, fed = prompts + spread(where[:, 1]), spread(where[:, 2])  # position of the token that is fed
     left = spread(wanted)
-    tree = _open_branches(prefill, rollouts, place, steps)
+    tree = _open_branches(prefill, place, steps)
     inputs: dict[str, Any] = {"use_cache": False}
     states = states_at(backbone, rollouts, place)
     if states is not None:
@@ -271,11 +262,12 @@ def _grow(
     return out
 
 
-def _open_branches(prefill: Prefill, rollouts: Rollouts, place: Tensor, room: int) -> OpenBranches:
-    """Branches whose first token is fed at `place` [rollout, branch], an index in the row."""
+def _open_branches(prefill: Prefill, place: Tensor, room: int) -> OpenBranches:
+    """Branches whose first token is fed at `place` [rollout, branch], a position in prompt and response."""
     assert prefill.prefix is not None
-    used, padding = int(place.max()), rollouts.padding[:, None]
-    index = torch.arange(used, device=place.device)
-    seen = (index < place[:, :, None]) & rollouts.attention_mask[:, None, :used].bool()
+    assert prefill.begin is not None
+    position = torch.arange(int((prefill.begin[:, None] + place).max()), device=place.device) - prefill.begin[:, None]
+    seen = (position[:, None] >= 0) & (position[:, None] < place[:, :, None])
+    used = position.shape[1]
     prefix = [(keys[:, :, :used], values[:, :, :used]) for keys, values in prefill.prefix]
-    return OpenBranches(prefix, seen, index - padding, place - padding, room)
+    return OpenBranches(prefix, seen, position, place, room)

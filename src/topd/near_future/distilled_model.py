@@ -21,8 +21,8 @@ from topd.algorithm import (
 )
 from topd.algorithm.transport import GroundCost
 from topd.algorithm.vocabulary import Direction, at_least_float32
-from topd.near_future.branches import ends_of, hidden_with_branches, rollout_hidden
-from topd.near_future.continuations import ContinuesPrefixes, LocalModel, prefill
+from topd.near_future.branches import ends_of, hidden_with_branches, joined, prefill, rollout_hidden
+from topd.near_future.continuations import ContinuesPrefixes, LocalModel
 from topd.near_future.model_parts import backbone_of, evaluating, output_head, whole
 from topd.near_future.ways import Ways, ways_of
 from topd.near_future.windows import Branches, Places, Prefill, Rollouts, Windows
@@ -183,20 +183,19 @@ class DistilledModel(FullVocabulary):
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """[rollout, position, width]: the states that predict each response token, in evaluation mode, no gradient."""
         with evaluating(self.model):
-            parts = [
-                self._forward(rollout_hidden, self.backbone, rollouts[rows], self.ways)
-                for rows in self._micro_batches(len(rollouts))
-            ]
-        return torch.cat(parts)
+            groups = rollouts.by_length(self._micro_batch)
+            parts = [self._forward(rollout_hidden, self.backbone, rollouts[rows], self.ways) for rows in groups]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
     @torch.no_grad()
     def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
-        """Read rollouts in evaluation mode, by default in one forward pass that keeps keys and values for windows."""
+        """Read rollouts in evaluation mode; by default, keep keys and values for windows."""
         if not (keep_prefix and self.shares_prefix(rollouts)):
             return Prefill({"hidden": self.hidden(rollouts)})
         with evaluating(self.model):
-            result: Prefill = self._forward(prefill, self.backbone, rollouts)
-        return result
+            groups = rollouts.by_length(self._micro_batch)
+            parts = [self._forward(prefill, self.backbone, rollouts[rows]) for rows in groups]
+        return joined(parts, groups)
 
     def sampled(self, rollouts: Rollouts, states: SamplingStates | None, keep_prefix: bool) -> Prefill | None:
         """What sampling these rollouts computed, where that equals reading them; else None."""

@@ -65,7 +65,7 @@ def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache 
     back the keys and values that they are given: attention over the prefix is for the layout of the branches.
 
     Args:
-        place: [rollout, branch] index in the row of the first token that a branch is fed.
+        place: [rollout, branch] position, in prompt and response, of the first token that a branch is fed.
 
     Returns:
         The cache of rollout * branch rows.
@@ -78,7 +78,7 @@ def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache 
     for number, (places, padding) in enumerate(zip(place.tolist(), rollouts.padding.tolist(), strict=True)):
         rows: dict[int, list[int]] = {}  # of the branches, by the number of tokens before them
         for slot, at in enumerate(places):
-            rows.setdefault(at - padding, []).append(number * len(places) + slot)
+            rows.setdefault(at, []).append(number * len(places) + slot)
         cache = empty_cache(backbone)
         keep = partial(_copy_states, cache, branches, rows, place.numel())
         ids, ends = rollouts.input_ids[number, padding:], sorted(rows)

@@ -121,7 +121,7 @@ class SamplingStates:
             return Prefill({"hidden": hidden})
         if not whole:
             return None
-        return Prefill({"hidden": hidden}, [(layer.keys, layer.values) for layer in layers])
+        return Prefill({"hidden": hidden}, [(layer.keys, layer.values) for layer in layers], rollouts.padding)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -16,12 +16,13 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from topd.near_future.branches import packed, rollout_hidden, separate
-from topd.near_future.continuations import Start, continue_over_prefix, prefill
+from topd.near_future.branches import packed, prefill, rollout_hidden, separate
+from topd.near_future.continuations import Start, continue_over_prefix
 from topd.near_future.model_parts import (
     UNREAD_BY_TRL,
     backbone_of,
     evaluating,
+    last_states,
     left_padded,
     own_settings_only,
     training,
@@ -195,10 +196,20 @@ class Check:
         return rows_may_leave(self.model, *prompts, pad)
 
     def _padded(self) -> str | None:
-        def padded() -> Tensor:
-            return rollout_hidden(self.backbone, self.sample.rollouts)
+        rollouts = self.sample.rollouts
 
-        return self.sample.error(padded(), self.sample.response_states) or self._gradient_error(padded, self._apart)
+        def on_the_left() -> Tensor:
+            states = last_states(self.backbone, rollouts.input_ids, rollouts.attention_mask)
+            return states[:, max(PROMPTS) - 1 : -1]
+
+        def on_the_right() -> Tensor:
+            return rollout_hidden(self.backbone, rollouts)
+
+        errors = (
+            self.sample.error(padded(), self.sample.response_states) or self._gradient_error(padded, self._apart)
+            for padded in (on_the_left, on_the_right)
+        )
+        return next(filter(None, errors), None)
 
     def _apart(self) -> Tensor:
         """States of the rollouts, each without padding."""

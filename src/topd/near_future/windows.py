@@ -72,10 +72,29 @@ class Rollouts:
         prompt = self.prompt_ids[row][self.prompt_mask[row].bool()]
         return torch.cat([prompt, self.response_ids[row, :position]])
 
-    def trimmed(self) -> Rollouts:
-        """The same without the padding on the left that all rows have."""
-        first = int(self.padding.min())
-        return replace(self, prompt_ids=self.prompt_ids[:, first:], prompt_mask=self.prompt_mask[:, first:])
+    @property
+    def lengths(self) -> Tensor:
+        """[rollout] tokens of each prompt and its response."""
+        return self.attention_mask.sum(1)
+
+    def left_aligned(self) -> tuple[Tensor, Tensor]:
+        """The rows without padding on the left, as wide as the longest: a causal model needs no mask to read them.
+
+        Returns:
+            [rollout, index] token ids, and [rollout, position] the index of the token that predicts each response
+            token. What is behind the end of a row means nothing.
+        """
+        start, longest = self.padding[:, None], int(self.lengths.max())
+        ids, index = self.input_ids, torch.arange(longest, device=start.device)
+        position = torch.arange(self.response_ids.shape[1], device=start.device)
+        first = self.prompt_ids.shape[1] - start - 1
+        return ids.gather(1, (start + index).clamp(max=ids.shape[1] - 1)), (first + position).clamp(max=longest - 1)
+
+    def by_length(self, size: int) -> list[Tensor]:
+        """Numbers of the rollouts in groups of at most `size`, by length if there are several: little padding."""
+        if len(self) <= size:
+            return [torch.arange(len(self), device=self.response_ids.device)]
+        return list(self.lengths.argsort(stable=True).split(size))
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -99,12 +118,14 @@ class Prefill:
             predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
         prefix: of each attention call, keys and values [rollout, head, row_position, width], over which windows are
             decoded; None: windows start from fresh prefixes.
+        begin: [rollout] where in the rows of `prefix` each rollout begins; what is before that is padding.
         greedy: [rollout, position] its most likely token at each position; known after scoring.
         parts: with several teachers, what each computed for its own rollouts.
     """
 
     states: dict[str, Tensor]
     prefix: list[tuple[Tensor, Tensor]] | None = None
+    begin: Tensor | None = None
     greedy: Tensor | None = None
     parts: tuple[Prefill, ...] = ()
 
@@ -117,7 +138,8 @@ class Prefill:
         assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
         states = {name: values[rows] for name, values in self.states.items()}
         prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        return Prefill(states, prefix, None if self.greedy is None else self.greedy[rows])
+        begin, greedy = (None if values is None else values[rows] for values in (self.begin, self.greedy))
+        return Prefill(states, prefix, begin, greedy)
 
     def is_like(self, other: Prefill) -> bool:
         """Whether both prefixes have keys and values of the same shapes."""

@@ -86,10 +86,14 @@ class ReusedRollouts(Trainer):
         pieces = self.args.generation_steps
         if self._step % self._micro_batches == 0 or self._buffered_inputs is None:
             batch: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
-            batch = shuffle_sequence_dict(batch)
+            batch = self._in_order(shuffle_sequence_dict(batch))
             parts: Any = split_tensor_dict(batch, pieces)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
         return self._buffered_inputs[self._step % pieces]
+
+    def _in_order(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch, its rows in the order in which micro-batches take them."""
+        return batch
 
     @property
     def _prompts_per_generation(self) -> int:

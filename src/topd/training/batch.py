@@ -55,3 +55,14 @@ def pack_states(states: dict[str, Tensor]) -> dict[str, Tensor]:
 def unpack_states(batch: dict[str, Any]) -> dict[str, Tensor]:
     """The teacher's `Prefill.states` from the batch."""
     return {name: batch[entry] for name, entry in _STATES.items() if entry in batch}
+
+
+def in_order(batch: dict[str, Any], order: Tensor) -> dict[str, Any]:
+    """The rows of a batch in another order: of its tensors and lists [rollout, ...]; scalars stay."""
+
+    def moved(values: Any) -> Any:
+        if values is None or (isinstance(values, Tensor) and values.ndim == 0):
+            return values
+        return values[order] if isinstance(values, Tensor) else [values[index] for index in order.tolist()]
+
+    return {name: moved(values) for name, values in batch.items()}

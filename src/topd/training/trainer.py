@@ -29,7 +29,7 @@ from topd.runs.reused_rollouts import ReusedRollouts
 from topd.runs.rollback import RollbackTrainer
 from topd.teachers.from_options import check_without_weights, teacher_server
 from topd.teachers.server_windows import connect
-from topd.training.batch import TEACHER_PROMPT_ENTRIES, pack, pack_states, rollouts_of, unpack, unpack_states
+from topd.training.batch import TEACHER_PROMPT_ENTRIES, in_order, pack, pack_states, rollouts_of, unpack, unpack_states
 from topd.training.budget import CandidateBudget
 from topd.training.config import TOPDConfig
 from topd.training.losses import RATIO_EVERY, LossInputs, guided_windows, last_parameters, sampled_log_probs
@@ -203,6 +203,18 @@ class TOPDTrainer(
                 hidden = student.prefill(rollouts, keep_prefix=False).hidden[rollouts.loss_mask.bool()]
                 entries[OLD] = sampled_log_probs(hidden, student.head(), rollouts)
         return entries | {KIND: [OPD] * len(rollouts)}
+
+    def _in_order(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Rows of similar length in a micro-batch, for our own loss, which reads no padding (our choice).
+
+        The rows of an optimizer step stay in it, and its loss is their sum, so only rounding changes.
+        """
+        if KIND not in batch:
+            return batch
+        update = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        lengths = rollouts_of(batch).lengths
+        order = torch.cat([i[lengths[i].argsort(stable=True)] for i in torch.arange(len(lengths)).split(update)])
+        return in_order(batch, order)
 
     def _measures_gradients(self) -> bool:
         """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
