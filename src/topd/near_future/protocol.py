@@ -19,14 +19,12 @@ class EitherModel(Protocol):
     @property
     def cache_bytes_per_token(self) -> float:
         """Bytes that a kept prefix takes per token; 0 where none is kept."""
-        ...
 
     def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
         """Read rollouts. `Prefill.states` is batch-first, so that it can travel with the batch to the loss.
 
         `keep_prefix`: keep what windows can be decoded over.
         """
-        ...
 
     def window_costs(
         self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
@@ -35,7 +33,6 @@ class EitherModel(Protocol):
 
         `hidden`: measure this model's last hidden states over the windows instead of its static input embeddings.
         """
-        ...
 
 
 class Student(EitherModel, Protocol):
@@ -44,11 +41,9 @@ class Student(EitherModel, Protocol):
     @property
     def eos_token_ids(self) -> Sequence[int]:
         """Token ids that end a window."""
-        ...
 
     def head(self) -> Head:
         """The output head."""
-        ...
 
     def continue_(
         self, places: Places, length: int, prefill: Prefill | None = None, from_candidate: bool = False
@@ -57,14 +52,12 @@ class Student(EitherModel, Protocol):
 
         `from_candidate`: windows begin with the rollout's own token, and the greedy continuation follows.
         """
-        ...
 
     def hidden_and_windows(self, rollouts: Rollouts, branches: Branches | None) -> tuple[Tensor, Tensor]:
         """States that predict the response tokens, and those that predict the windows' tokens, with gradients.
 
         [rollout, position, width] and [rollout, branch, window_position, width]; without branches the second is empty.
         """
-        ...
 
 
 class Teacher(EitherModel, Protocol):
@@ -79,14 +72,10 @@ class Teacher(EitherModel, Protocol):
     ) -> TokenScores:
         """Token losses without gradients, in nats.
 
-        Args:
-            hidden: [token, width] the student's states that predict the tokens.
-            head: the student's.
-            states: the teacher's `Prefill.states` at the same tokens.
-            tokens: [token] the sampled ones.
-            direction: reverse, KL(student || teacher), or forward, KL(teacher || student).
+        `hidden`: [token, width] the student's states that predict the tokens. `head`: the student's. `states`: the
+        teacher's `Prefill.states` at the same tokens. `tokens`: [token] the sampled ones. `direction`: reverse,
+        KL(student || teacher), or forward, KL(teacher || student).
         """
-        ...
 
     def loss(
         self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
@@ -97,12 +86,9 @@ class Teacher(EitherModel, Protocol):
         `hidden`: [row, width]; its first rows meet the teacher. `states`, and the `weights` [token] of the token
         losses, are those of these rows. `terms`: of the trajectory loss. The rest is as in `scores`.
         """
-        ...
 
     def continue_(self, places: Places, length: int, prefill: Prefill | None = None) -> Windows:
         """The teacher's greedy continuation of the student's prefix at each place, at most `length` tokens."""
-        ...
 
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
         """[rollout, branch, window_position, width] the states that predict the windows' tokens, no gradient."""
-        ...
