@@ -35,10 +35,10 @@ from benchmarks.measure import Timing, relative_difference, require, wall_clock
 from benchmarks.models import random_model
 from benchmarks.row import Row, time_row
 from topd.algorithm import Transport
-from topd.near_future import DistilledModel, LocalModel, Prefill, Rollouts, branches, windows
+from topd.near_future import DistilledModel, LocalModel, Prefill, Rollouts, branches
 from topd.near_future.branches import separate
 from topd.near_future.sampling import SamplingStates
-from topd.training import TOPDConfig
+from topd.training import TOPDConfig, step
 from topd.training.losses import LossInputs, guided_windows
 from topd.training.method import Method, StepContext
 from topd.training.step import look_ahead, topd_loss
@@ -117,7 +117,7 @@ class Pair:
     def literal(self, rollouts: Rollouts, options: TOPDConfig) -> float:
         """Fresh prefixes, separate sequences, one transport problem at a time."""
         student, teacher = (self.distilled(model, share_prefix=False) for model in (self.student, self.teacher))
-        with patch.object(windows, "exact_transport", pot_one_by_one), patch.object(branches, "packed", in_turn):
+        with patch.object(step, "exact_transport", pot_one_by_one), patch.object(branches, "packed", in_turn):
             return self._look_and_train(rollouts, student, teacher, None, Method.of(options))
 
     def _look_and_train(

@@ -51,7 +51,6 @@ if __name__ == "__main__":
     print(f"{'together':12} {sum(count for count, _ in counts.values()):3} statements in {len(counts)} functions")
     behind = modules_behind()
     packages = {
-        name: sum(f"topd.{name}." in each for each in behind)
-        for name in ("algorithm", "near_future", "training", "teachers")
+        name: sum(f"topd.{name}." in each for each in behind) for name in ("algorithm", "near_future", "training")
     }
     print(f"{len(behind)} modules behind {STEP.name}: {packages}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -40,7 +42,7 @@ def test_rows_that_have_ended_leave_where_the_model_allows_it(leaving: bool) -> 
     longest = max(len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS) + 60
     batching = engine._batching(longest)
     assert batching.leaving
-    engine._batching = lambda longest: batching._replace(leaving=leaving)
+    engine._batching = lambda longest: replace(batching, leaving=leaving)
     watched = engine.model.model.register_forward_hook(lambda *each: widths.append(len(each[2].last_hidden_state)))
     with watched:
         found = responses(engine, REQUESTS, sampling)

@@ -12,7 +12,7 @@ from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, DataError, TOPDError
-from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts, near_future_transport
+from topd.near_future import Branches, DistilledModel, LocalModel, Places, Rollouts
 from topd.near_future.model_parts import left_padded
 from topd.near_future.sampling import sample_rollouts
 from topd.teachers.openai_server import OpenAIServer
@@ -22,7 +22,7 @@ from topd.teachers.top_k import TopKTeacher
 from topd.training import TOPDTrainer
 from topd.training.method import Method
 from topd.training.several_teachers import MOPDTrainer
-from topd.training.step import look_ahead
+from topd.training.step import Pair, look_ahead, near_future_transport
 
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 LENGTH = 5
@@ -108,7 +108,9 @@ def test_states_in_windows_and_ground_costs_are_read_behind_the_teacher_s_prompt
     plain = replace(places, rollouts=replace(rollouts, teacher_prompt_ids=None, teacher_prompt_mask=None))
     ours, theirs = (teacher.continue_(each, LENGTH) for each in (plain, places.as_teacher_reads))
     found, expected, other = (
-        near_future_transport(ours, theirs, each, local(STUDENT), teacher, embedding="teacher_hidden").distance
+        near_future_transport(
+            each, ours, theirs, Pair(local(STUDENT), teacher), Method(embedding="teacher_hidden")
+        ).distance
         for each in (places, places.as_teacher_reads, plain)
     )
     assert torch.equal(found, expected)

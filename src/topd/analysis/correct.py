@@ -26,7 +26,7 @@ from topd.near_future.model_parts import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
 from topd.training.losses import Guided, LossInputs, StepLoss, guided_windows, last_parameters
 from topd.training.method import Futures, Method
-from topd.training.step import Pair, futures, topd_loss
+from topd.training.step import Pair, near_future_transport, topd_loss
 
 TOPD = Method(student_window="regenerated")
 """L_traj of section 3 on windows that branch off the row: the student's contexts, the transport's targets."""
@@ -206,7 +206,8 @@ class Corrector:
     def _look(self, fork: Fork, row: Rollouts) -> Futures:
         """The futures of the fork, as the only place of a rollout whose prompt is the prefix."""
         start = Places(row, *torch.zeros(2, 1, dtype=torch.long, device=row.response_ids.device))
-        return futures(start, fork.ours, fork.theirs, Pair(*self.pair), Method())
+        transport = near_future_transport(start, fork.ours, fork.theirs, Pair(*self.pair), Method())
+        return Futures(start, fork.ours, fork.theirs, transport)
 
     def _row(self, prefix: Tensor, window: Windows) -> Rollouts:
         """A rollout with the prefix as prompt and the window as response."""

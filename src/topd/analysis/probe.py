@@ -20,10 +20,9 @@ from torch import Tensor
 from topd.algorithm import TokenScores, highest_loss
 from topd.algorithm.transport import GroundCost
 from topd.near_future import DistilledModel, Places, Rollouts, Windows
-from topd.near_future.windows import Embedding
 from topd.paper import GROUPS
-from topd.training.method import Method, Ranking, StudentWindow, ranking
-from topd.training.step import Pair, futures, look_from, score, student_windows
+from topd.training.method import Embedding, Method, Ranking, StudentWindow, ranking
+from topd.training.step import Pair, look_from, near_future_transport, score, student_windows
 
 RECORD_VERSION = 1
 
@@ -101,7 +100,7 @@ def _measured(places: Places, pair: Pair, options: ProbeOptions) -> Measured:
     found = {}
     for name, method in options.variants.items():
         mine, theirs = (each.first(method.window_length) for each in (ours[method.student_window], look.theirs))
-        found[name] = futures(places, mine, theirs, pair, method).transport
+        found[name] = near_future_transport(places, mine, theirs, pair, method)
     begins = ours["regenerated"].tokens[:, 0] == places.tokens if "regenerated" in ours else None
     distances = {name: transport.distance.cpu() for name, transport in found.items()}
     return Measured(places, ours, look.theirs, distances, found[options.main].plan.cpu(), begins)

@@ -122,13 +122,13 @@ class LocalEngine:
         if size > 1 and len(requests) > 1:
             batching = self._batching(max(lengths) + sampling.max_new_tokens)
             self._leaving = batching.leaving
-            if not batching.padded:
+            if not batching.left_padding:
                 groups = grouped(lengths)
-                size = size if batching.equal else 1
-                how = "prompts of equal length together" if batching.equal else "one prompt at a time"
+                size = size if batching.batches else 1
+                how = "prompts of equal length together" if batching.batches else "one prompt at a time"
                 warnings.warn(
                     f"{type(self.model).__name__} answers {how}, which takes longer: in a padded batch its responses "
-                    f"would change ({batching.reason}).",
+                    f"would change ({batching.reasons['left_padding' if batching.batches else 'batches']}).",
                     stacklevel=3,
                 )
         for group in groups:

@@ -9,7 +9,7 @@ cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +19,7 @@ from topd.near_future.attention_interface import attending_in, laid_out
 from topd.near_future.model_parts import last_states, left_padded
 from topd.near_future.tree_attention import PackedRow, Recording
 from topd.near_future.ways import EXACT, Ways, ways_of
-from topd.near_future.windows import Rollouts
-
-KeysValues = list[tuple[Tensor, Tensor]]
-"""Of each attention call, keys and values [rollout, head, row_position, width]."""
-
+from topd.near_future.windows import Branches, Prefill, Rollouts
 
 # ------------------------------------------------------------------------------------------------------- rollouts alone
 
@@ -42,48 +38,6 @@ def rollout_hidden(backbone: nn.Module, rollouts: Rollouts, ways: Ways = EXACT) 
 def _at(index: Tensor, states: Tensor) -> Tensor:
     """[rollout, position, width] the states [rollout, row_position, width] at the index [rollout, position]."""
     return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1]))
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What a model, or a teacher behind a server, computed when it read rollouts.
-
-    Attributes:
-        states: by name, [rollout, position, ...] what its token loss is computed from: `hidden`, the hidden states that
-            predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
-        prefix: keys and values, over which windows are decoded; None: windows start from fresh prefixes.
-        begin: [rollout] where in the rows of `prefix` each rollout begins; what is before that is padding.
-        greedy: [rollout, position] its most likely token at each position; known after scoring.
-        parts: with several teachers, what each computed for its own rollouts.
-    """
-
-    states: dict[str, Tensor]
-    prefix: KeysValues | None = None
-    begin: Tensor | None = None
-    greedy: Tensor | None = None
-    parts: tuple[Prefill, ...] = ()
-
-    @property
-    def hidden(self) -> Tensor:
-        """[rollout, position, width] the hidden states that predict each response token."""
-        return self.states["hidden"]
-
-    def __getitem__(self, rows: slice | Tensor) -> Prefill:
-        assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
-        states = {name: values[rows] for name, values in self.states.items()}
-        prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
-        begin, greedy = (None if values is None else values[rows] for values in (self.begin, self.greedy))
-        return Prefill(states, prefix, begin, greedy)
-
-    def is_like(self, other: Prefill) -> bool:
-        """Whether both prefixes have keys and values of the same shapes."""
-        if self.prefix is None or other.prefix is None or len(self.prefix) != len(other.prefix):
-            return False
-        return all(
-            a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
-            for pairs in zip(self.prefix, other.prefix, strict=True)
-            for a, b in zip(*pairs, strict=True)
-        )
 
 
 def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
@@ -120,24 +74,6 @@ def _in_rows(groups: Sequence[Tensor], rows: list[Tensor]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------- rollouts and windows
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Windows of a batch of rollouts, the same number of slots in each.
-
-    Attributes:
-        position: [rollout, branch] response position at which each window starts.
-        tokens: [rollout, branch, window_position].
-        mask: [rollout, branch, window_position], False throughout in an empty slot.
-    """
-
-    position: Tensor
-    tokens: Tensor
-    mask: Tensor
-
-    def __getitem__(self, rows: slice | Tensor) -> Branches:
-        return Branches(self.position[rows], self.tokens[rows], self.mask[rows])
 
 
 def hidden_with_branches(

@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 
 from topd.algorithm.vocabulary import at_least_float32
 from topd.near_future.attention_interface import attending_in
-from topd.near_future.branches import Prefill
 from topd.near_future.model_parts import (
     backbone_of,
     left_padded,
@@ -28,7 +27,7 @@ from topd.near_future.model_parts import (
 from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
 from topd.near_future.tree_attention import OpenBranches
 from topd.near_future.ways import ways_of
-from topd.near_future.windows import Places, Rollouts, Windows
+from topd.near_future.windows import Places, Prefill, Rollouts, Windows
 
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""

@@ -21,19 +21,11 @@ from topd.algorithm import (
 )
 from topd.algorithm.transport import GroundCost
 from topd.algorithm.vocabulary import Direction, at_least_float32
-from topd.near_future.branches import (
-    Branches,
-    Prefill,
-    ends_of,
-    hidden_with_branches,
-    joined,
-    prefill,
-    rollout_hidden,
-)
+from topd.near_future.branches import ends_of, hidden_with_branches, joined, prefill, rollout_hidden
 from topd.near_future.continuations import ContinuesPrefixes, LocalModel
 from topd.near_future.model_parts import backbone_of, evaluating, output_head, whole
 from topd.near_future.ways import Ways, ways_of
-from topd.near_future.windows import Places, Rollouts, Windows
+from topd.near_future.windows import Branches, Places, Prefill, Rollouts, Windows
 
 if TYPE_CHECKING:
     from topd.near_future.sampling import SamplingStates
@@ -130,7 +122,7 @@ def trl_arguments(head: Head, teacher_head: Head) -> tuple | None:
 
 
 class DistilledModel(FullVocabulary):
-    """One of the two models.
+    """A `Student` or a `Teacher`.
 
     Args:
         model: the unwrapped causal language model of transformers (a PEFT model is fine).
@@ -241,10 +233,7 @@ class DistilledModel(FullVocabulary):
     def window_costs(
         self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
     ) -> Tensor:
-        """[place, student position, teacher position] ground cost between the two windows at each place.
-
-        `hidden`: measure this model's last hidden states over the windows instead of its static input embeddings.
-        """
+        """See `EitherModel.window_costs`."""
         if not hidden:
             return token_cost(ours.tokens, theirs.tokens, self.embeddings(), cost)
         prefixes = places.prefixes()

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from topd.near_future.branches import Branches
 from topd.near_future.model_parts import last_states, left_padded, output_head
 from topd.near_future.sampling import SamplingStates
 from topd.near_future.ways import ArchitectureError
-from topd.near_future.windows import Rollouts
+from topd.near_future.windows import Branches, Rollouts
 
 PROMPTS, RESPONSE, WINDOW = (4, 7), 10, 4
 STARTS = ((5, 8), (2, 5))

@@ -14,11 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from topd.algorithm import top_k_overlap
-from topd.near_future.branches import Prefill
 from topd.near_future.continuations import LocalModel
 from topd.near_future.distilled_model import DistilledModel
 from topd.near_future.model_parts import backbone_of, cache_of, end_token_ids, left_padded, padding_id
-from topd.near_future.windows import Rollouts
+from topd.near_future.windows import Prefill, Rollouts
 
 
 def sample_rollouts(
@@ -217,8 +216,8 @@ def rows_may_leave(model: Any, input_ids: Tensor, attention_mask: Tensor, pad: i
         return model.generate(**inputs, generation_config=config)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    whole = generated(8, **inputs).sequences[-1:]
     try:
+        whole = generated(8, **inputs).sequences[-1:]
         some = remaining(
             generated(3, **inputs), attention_mask, torch.tensor([len(input_ids) - 1]).to(input_ids.device)
         )

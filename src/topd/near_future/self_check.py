@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from topd.near_future.branches import Branches, Prefill, packed, prefill, rollout_hidden, separate
+from topd.near_future.branches import packed, prefill, rollout_hidden, separate
 from topd.near_future.continuations import Start, continue_over_prefix
 from topd.near_future.model_parts import (
     UNREAD_BY_TRL,
@@ -46,7 +46,7 @@ from topd.near_future.plain_way import (
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
 from topd.near_future.sampling import rows_may_leave
 from topd.near_future.ways import FAR, READ_EACH_TIME, ArchitectureError, Batching, Lengths, Ways, lengths_of
-from topd.near_future.windows import Places, Rollouts
+from topd.near_future.windows import Branches, Places, Prefill, Rollouts
 
 FAST = ("shared_prefix", "packed_rows", "sampling_states")
 TRL = ("always", "without left padding", "never")
@@ -86,10 +86,11 @@ def batching_of(model: Any, longest: int) -> Batching:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # alone, its responses are right all the same
-            return Batching(False, False, f"it could not be tried: {str(error).partition(chr(10))[0]}")
+            return Batching(False, False, False, {"batches": f"it could not be tried: {in_words(error)}"})
     for limit in (lengths.switch, lengths.end):
-        if found.padded and limit is not None and longest > limit:
-            return Batching(False, True, f"rotary embeddings depend on the longest row beyond {limit:,} tokens")
+        if found.left_padding and limit is not None and longest > limit:
+            reason = f"rotary embeddings depend on the longest row beyond {limit:,} tokens"
+            return Batching(False, True, False, {"left_padding": reason})
     return found
 
 
@@ -124,8 +125,8 @@ def beyond_limits(check: Check, lengths: Lengths, ways: Ways) -> Ways:
             reasons[name] = names
     if there is None:
         return replace(ways, **reach, reasons=reasons)
-    both = ways.left_padding and there.left_padding
-    return replace(ways, **reach, left_padding=both, trl=max(ways.trl, there.trl, key=TRL.index), reasons=reasons)
+    both = {name: getattr(ways, name) and getattr(there, name) for name in ("left_padding", "leaving")}
+    return replace(ways, **reach, **both, trl=max(ways.trl, there.trl, key=TRL.index), reasons=reasons)
 
 
 class Check:
@@ -164,6 +165,7 @@ class Check:
             sampling_states=math.inf if padded and sampled else 0,
             left_padding=padded,
             batches=padded or self._try("batches", self._batched_tokens),
+            leaving=padded and self._leaving(),
             trl=self._trl(),
             cached_prefix=self.cached_prefix,
             trains=self.trains,
@@ -185,11 +187,13 @@ class Check:
     def batching(self) -> Batching:
         """Which prompts `generate` may continue together."""
         if self._try("left_padding", self._padded) and self._try("left_padding", self._padded_tokens):
-            pad, rollouts = padding_of(self.model), self.sample.rollouts
-            prompts = left_padded([rollouts.prefix(row, 0) for row in range(len(rollouts))], pad)
-            return Batching(leaving=rows_may_leave(self.model, *prompts, pad))
-        equal = self._try("batches", self._batched_tokens)
-        return Batching(False, equal, self.reasons["left_padding" if equal else "batches"])
+            return Batching(leaving=self._leaving())
+        return Batching(False, self._try("batches", self._batched_tokens), False, self.reasons)
+
+    def _leaving(self) -> bool:
+        pad, rollouts = padding_of(self.model), self.sample.rollouts
+        prompts = left_padded([rollouts.prefix(row, 0) for row in range(len(rollouts))], pad)
+        return rows_may_leave(self.model, *prompts, pad)
 
     def _padded(self) -> str | None:
         rollouts = self.sample.rollouts

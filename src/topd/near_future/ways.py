@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
@@ -32,52 +32,49 @@ class ArchitectureError(TOPDError, RuntimeError):
     """A model cannot be distilled: its states or logits are not those of a causal language model."""
 
 
-class Batching(NamedTuple):
-    """Which prompts `generate` may continue together, and why not all.
+@dataclass(frozen=True)
+class Batching:
+    """Which rows may share a batch.
 
     Attributes:
-        padded: of different lengths, padded on the left.
-        equal: of equal length.
-        leaving: rows that have ended may leave the batch.
+        left_padding: rows of different lengths, padded on the left.
+        batches: rows of equal length in `generate`.
+        leaving: rows of `generate` that have ended may leave the others.
+        reasons: why a way is not exact.
     """
 
-    padded: bool = True
-    equal: bool = True
-    reason: str = ""
-    leaving: bool = False
+    left_padding: bool = True
+    batches: bool = True
+    leaving: bool = True
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
-class Ways:
+class Ways(Batching):
     """What is exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
 
     Attributes:
         shared_prefix: rows up to this length may decode their windows over one prefix; `inf`: all, 0: none.
         packed_rows: the same for windows behind their rollout in one row, with gradients.
         sampling_states: the same for the states that sampling computes.
-        left_padding: rows of different lengths may share a batch.
-        batches: rows of equal length may share a batch of `generate`.
         trains: a backward pass works.
         trl: where TRL's own forward pass, which passes no position ids, is exact.
         switch: length beyond which the model rotates all positions differently (LongRoPE); None: it never does.
         end: length beyond which states are not defined by the row alone (dynamic NTK); such rows are refused.
-        cached_prefix: the cache of `generate` holds keys and values as attention gets them, not latents.
+        cached_prefix: windows may be decoded over the cache of `generate`: it holds keys and values as attention gets
+            them, not latents.
         cache_bytes: bytes that a kept prefix takes per token, all layers, as measured.
-        reasons: why a way is not exact.
     """
 
     shared_prefix: float = math.inf
     packed_rows: float = math.inf
     sampling_states: float = math.inf
-    left_padding: bool = True
-    batches: bool = True
     trains: bool = True
     trl: Literal["always", "without left padding", "never"] = "always"
     switch: int | None = None
     end: int | None = None
     cached_prefix: bool = True
     cache_bytes: float = 0.0
-    reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def together(self, lengths: Sequence[int], paddings: Sequence[int], growth: int = 0) -> list[list[int]]:
         """Which rows may share a batch, as groups of row numbers.

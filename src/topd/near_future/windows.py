@@ -1,25 +1,12 @@
-"""The data of the near future: rollouts, places in them, the windows that start there, and their transport."""
+"""The data of the near future: rollouts, what models computed when they read them, places in them, and windows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-
-from topd.algorithm import Transport, entropic_transport, exact_transport
-from topd.algorithm.transport import GroundCost
-
-if TYPE_CHECKING:
-    from topd.near_future.distilled_model import DistilledModel
-    from topd.teachers.protocol import Teacher
-
-Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
-"""Static input embeddings of a model, or its last hidden states over the windows."""
-Solver = Literal["exact", "entropic"]
-"""`exact_transport` or `entropic_transport`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +110,49 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """What a model, or a teacher behind a server, computed when it read rollouts.
+
+    Attributes:
+        states: by name, [rollout, position, ...] what its token loss is computed from: `hidden`, the hidden states that
+            predict each response token; of a server's teacher, `tokens` and `log_probs` (`KnownTokens`).
+        prefix: of each attention call, keys and values [rollout, head, row_position, width], over which windows are
+            decoded; None: windows start from fresh prefixes.
+        begin: [rollout] where in the rows of `prefix` each rollout begins; what is before that is padding.
+        greedy: [rollout, position] its most likely token at each position; known after scoring.
+        parts: with several teachers, what each computed for its own rollouts.
+    """
+
+    states: dict[str, Tensor]
+    prefix: list[tuple[Tensor, Tensor]] | None = None
+    begin: Tensor | None = None
+    greedy: Tensor | None = None
+    parts: tuple[Prefill, ...] = ()
+
+    @property
+    def hidden(self) -> Tensor:
+        """[rollout, position, width] the hidden states that predict each response token."""
+        return self.states["hidden"]
+
+    def __getitem__(self, rows: slice | Tensor) -> Prefill:
+        assert not self.parts, "what several teachers computed is by their own rows, so it is not sliced"
+        states = {name: values[rows] for name, values in self.states.items()}
+        prefix = None if self.prefix is None else [(keys[rows], values[rows]) for keys, values in self.prefix]
+        begin, greedy = (None if values is None else values[rows] for values in (self.begin, self.greedy))
+        return Prefill(states, prefix, begin, greedy)
+
+    def is_like(self, other: Prefill) -> bool:
+        """Whether both prefixes have keys and values of the same shapes."""
+        if self.prefix is None or other.prefix is None or len(self.prefix) != len(other.prefix):
+            return False
+        return all(
+            a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
+            for pairs in zip(self.prefix, other.prefix, strict=True)
+            for a, b in zip(*pairs, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class Places:
     """Response positions of a batch of rollouts at which windows start.
 
@@ -223,6 +253,24 @@ class Windows:
         return Windows(self.tokens[which], self.mask[which])
 
 
+@dataclass(frozen=True)
+class Branches:
+    """Windows of a batch of rollouts, the same number of slots in each.
+
+    Attributes:
+        position: [rollout, branch] response position at which each window starts.
+        tokens: [rollout, branch, window_position].
+        mask: [rollout, branch, window_position], False throughout in an empty slot.
+    """
+
+    position: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> Branches:
+        return Branches(self.position[rows], self.tokens[rows], self.mask[rows])
+
+
 def comparable(ours: Windows, theirs: Windows, eos_token_ids: Sequence[int]) -> tuple[Windows, Windows]:
     """Two windows of equal length at each place, as transport compares them: in the paper a window always has K tokens.
 
@@ -252,34 +300,3 @@ def rollout_windows(places: Places, length: int) -> Windows:
     inside = index.clamp(max=last)
     mask = (index <= last) & rollouts.response_mask[rows, inside].bool()
     return Windows(rollouts.response_ids[rows, inside] * mask, mask)
-
-
-def near_future_transport(
-    ours: Windows,
-    theirs: Windows,
-    places: Places,
-    student: DistilledModel,
-    teacher: DistilledModel | Teacher,
-    *,
-    embedding: Embedding = "student",
-    cost: GroundCost = "cosine",
-    solver: Solver = "exact",
-    epsilon: float = 0.05,
-) -> Transport:
-    """Transport between the student's windows (rows) and the teacher's (columns) at the same places.
-
-    Windows that EOS ended are compared as if EOS were repeated up to K, see `comparable`. Embedding (the student's
-    static ones by default), cost and solver are our choice, see `TOPDConfig`. `epsilon`: of the entropic solver, in
-    units of the window's mean cost.
-    """
-    model: DistilledModel | Teacher = student
-    if embedding.startswith("teacher"):
-        model, places = teacher, places.as_teacher_reads
-    hidden = embedding.endswith("_hidden")
-    a, b = comparable(ours, theirs, student.eos_token_ids)
-    costs = model.window_costs(ours, theirs, places, hidden=True, cost=cost) if hidden else (
-        model.window_costs(a, b, places, cost=cost)
-    )  # fmt: skip
-    if solver == "entropic":
-        return entropic_transport(costs, a.mask, b.mask, epsilon=epsilon)
-    return exact_transport(costs, a.mask, b.mask)

@@ -1,1 +1,1 @@
-"""Teachers behind a server and several teachers; a teacher in this process is a `DistilledModel`."""
+"""Teachers behind a server and several teachers, as `near_future.protocol` asks; one here is a `DistilledModel`."""

@@ -11,9 +11,8 @@ from torch import Tensor
 from topd.algorithm import Head
 from topd.algorithm.transport import GroundCost
 from topd.errors import TOPDError
-from topd.near_future.branches import Branches, Prefill
 from topd.near_future.distilled_model import DistilledModel, FullVocabulary
-from topd.near_future.windows import Places, Rollouts, Windows
+from topd.near_future.windows import Branches, Places, Prefill, Rollouts, Windows
 
 
 class RoutedTeacher(FullVocabulary):

@@ -21,8 +21,7 @@ from topd.algorithm import (
 from topd.algorithm.transport import GroundCost
 from topd.algorithm.vocabulary import Direction
 from topd.errors import ServerError, TOPDError
-from topd.near_future.branches import Branches, Prefill
-from topd.near_future.windows import Places, Rollouts, Windows
+from topd.near_future.windows import Branches, Places, Prefill, Rollouts, Windows
 from topd.teachers.server_windows import ServerWindows
 
 ROUNDING = 1e-4

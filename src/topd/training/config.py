@@ -12,9 +12,8 @@ from topd.algorithm.forks import ForkRule, Selection
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.loading.options import check_kinds
-from topd.near_future.windows import Embedding, Solver
 from topd.teachers.server_address import without_secrets
-from topd.training.method import Method, Ranking, StudentWindow
+from topd.training.method import Embedding, Method, Ranking, Solver, StudentWindow
 from topd.training.option_checks import check_options
 
 MethodName = Literal["opd", "opd-capped", "topd"]

@@ -24,8 +24,8 @@ from topd.algorithm import (
     prefix_weights,
 )
 from topd.algorithm.vocabulary import Direction
-from topd.near_future import Branches, DistilledModel, Rollouts
-from topd.teachers.protocol import Teacher
+from topd.near_future.protocol import Student, Teacher
+from topd.near_future.windows import Branches, Rollouts
 from topd.training.method import Futures, Method
 
 RATIO_EVERY = 10
@@ -126,7 +126,7 @@ class OPDLoss:
 
     @classmethod
     def of(
-        cls, states: Tensor, rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs,
+        cls, states: Tensor, rollouts: Rollouts, student: Student, teacher: Teacher, inputs: LossInputs,
         method: Method,
     ) -> OPDLoss:  # fmt: skip
         """After the student's forward pass, in which FSDP2 holds its head whole; `states` as in `states_and_rows`."""
@@ -199,7 +199,7 @@ class GuidanceLoss:
 
 
 def states_and_rows(
-    rollouts: Rollouts, student: DistilledModel, guided: Guided | None, method: Method
+    rollouts: Rollouts, student: Student, guided: Guided | None, method: Method
 ) -> tuple[Tensor, Tensor]:
     """The student's states that meet the vocabulary, with gradients, and where each guided position stands among them.
 

@@ -27,8 +27,7 @@ from topd.algorithm.forks import PAPER_CANDIDATE_SHARE, PAPER_FALSE_ALARM_SHARE,
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
 from topd.algorithm.vocabulary import Direction
-from topd.near_future import Places, Prefill, Rollouts, Windows
-from topd.near_future.windows import Embedding, Solver
+from topd.near_future.windows import Places, Prefill, Rollouts, Windows
 
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
@@ -38,6 +37,10 @@ Ranking = Literal["reverse_kl", "teacher_nll", "log_ratio"]
 StudentWindow = Literal["rollout", "candidate", "regenerated"]
 """rollout: the rollout's own next K tokens. candidate: the candidate token, then the student's greedy continuation.
 regenerated: the student's greedy continuation of the prefix, whose first token need not be the candidate."""
+Embedding = Literal["student", "teacher", "student_hidden", "teacher_hidden"]
+"""Static input embeddings of a model, or its last hidden states over the windows."""
+Solver = Literal["exact", "entropic"]
+"""`exact_transport` or `entropic_transport`."""
 Stage = Callable[[str], AbstractContextManager[None]]
 """Wraps a named part of the step, to time it."""
 

@@ -21,10 +21,10 @@ from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
 from topd.near_future.model_parts import left_padded, own_settings_only
+from topd.near_future.protocol import Teacher
 from topd.near_future.sampling import InformativeEnd, SamplingStates, compact_sampling, has_dropout, stopping_by
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
 from topd.teachers.from_options import contexts
-from topd.teachers.protocol import Teacher
 from topd.teachers.server_windows import ServerWindows
 from topd.teachers.top_k import TopKTeacher
 from topd.training.batch import TEACHER_PROMPT_ENTRIES
@@ -243,7 +243,7 @@ class OwnRollouts(BothModels):
     def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
         compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
-        compactly = compactly and self._student().ways.cached_prefix  # rows of another kind of cache cannot leave
+        compactly = compactly and self._student().ways.leaving
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         stopping = nullcontext() if end is None else stopping_by(model, end)
         with own_settings_only(model), stopping, self._limited(), leaving:

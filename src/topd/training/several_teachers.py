@@ -15,8 +15,8 @@ from topd.loading.models import model_to_train, names_of
 from topd.loading.pair import loaded_teacher
 from topd.loading.sharding import held_whole
 from topd.loading.teacher_prompts import SELF
+from topd.near_future.protocol import Teacher
 from topd.teachers.from_options import contexts
-from topd.teachers.protocol import Teacher
 from topd.teachers.routed import RoutedTeacher
 from topd.training.batch import TEACHER
 from topd.training.config import TOPDConfig

@@ -8,7 +8,8 @@ OPD samples a response from the student and pulls the student, token by token, t
 4. at forks adds a loss over the whole window, aligned by the transport plan.
 
 `look_ahead` is section 3, "Divergence Detection"; `topd_loss` is "Trajectory-level Teacher Signal Injection". Both are
-written in the paper's order and words. Timing, logging and audit are the trainer's.
+written in the paper's order and words. What they ask of student and teacher is in `near_future.protocol`. Timing,
+logging and audit are the trainer's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from topd.algorithm import LikelihoodTerms, TokenScores, cap_weights, is_fork
-from topd.near_future import DistilledModel, Places, Prefill, Rollouts, Windows, near_future_transport, rollout_windows
-from topd.teachers.protocol import Teacher
+from topd.algorithm import LikelihoodTerms, TokenScores, Transport, cap_weights, is_fork
+from topd.algorithm.transport import entropic_transport, exact_transport
+from topd.near_future.protocol import EitherModel, Student, Teacher
+from topd.near_future.windows import Places, Prefill, Rollouts, Windows, comparable, rollout_windows
 from topd.training.losses import GuidanceLoss, LossInputs, OPDLoss, StepLoss, scatter, states_and_rows
 from topd.training.method import (
     Futures,
@@ -44,7 +46,7 @@ ALONE = StepContext()
 
 @torch.no_grad()
 def look_ahead(
-    rollouts: Rollouts, student: DistilledModel, teacher: Teacher, method: Method, context: StepContext = ALONE
+    rollouts: Rollouts, student: Student, teacher: Teacher, method: Method, context: StepContext = ALONE
 ) -> NearFuture:
     """Divergence detection: candidates, windows, transport, forks."""
     parts = waves(rollouts, student, teacher, method, context)
@@ -57,9 +59,7 @@ def look_ahead(
     return NearFuture(look, threshold, fork, guided, capped, weights)
 
 
-def look_at(
-    rollouts: Rollouts, student: DistilledModel, teacher: Teacher, method: Method, context: StepContext
-) -> Look:
+def look_at(rollouts: Rollouts, student: Student, teacher: Teacher, method: Method, context: StepContext) -> Look:
     """Score rollouts; from their high-loss positions, let both models continue the student's prefix."""
     with context.stage("scoring"):
         scores, pair = score(rollouts, student, teacher, method, context.sampled)
@@ -80,7 +80,7 @@ def look_from(places: Places, pair: Pair, method: Method, stage: Stage = ALONE.s
         theirs = pair.teacher.continue_(places.as_teacher_reads, method.window_length, pair.theirs)
         ours = student_windows(places, pair, method.student_window, method.window_length)
     with stage("transport"):
-        return futures(places, ours, theirs, pair, method)
+        return Futures(places, ours, theirs, near_future_transport(places, ours, theirs, pair, method))
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class Pair:
         ours, theirs: their prefills of the same rollouts; without, windows start from fresh prefixes.
     """
 
-    student: DistilledModel
+    student: Student
     teacher: Teacher
     ours: Prefill = Prefill({})
     theirs: Prefill = Prefill({})
 
 
 def score(
-    rollouts: Rollouts, student: DistilledModel, teacher: Teacher, method: Method, sampled: Prefill | None = None
+    rollouts: Rollouts, student: Student, teacher: Teacher, method: Method, sampled: Prefill | None = None
 ) -> tuple[TokenScores, Pair]:
     """Both models read the rollouts. Scores of the response tokens, [rollout, position] each; 0 at padding.
 
@@ -123,18 +123,26 @@ def student_windows(places: Places, pair: Pair, kind: StudentWindow, length: int
     return pair.student.continue_(places, length, pair.ours, from_candidate=kind == "candidate")
 
 
-def futures(places: Places, ours: Windows, theirs: Windows, pair: Pair, method: Method) -> Futures:
-    """Both windows at each place, with the transport between them."""
-    transport = near_future_transport(
-        ours, theirs, places, pair.student, pair.teacher, embedding=method.embedding, cost=method.ground_cost,
-        solver=method.transport_solver, epsilon=method.entropic_epsilon,
-    )  # fmt: skip
-    return Futures(places, ours, theirs, transport)
+def near_future_transport(places: Places, ours: Windows, theirs: Windows, pair: Pair, method: Method) -> Transport:
+    """Transport between the student's windows (rows) and the teacher's (columns) at the same places.
+
+    Windows that EOS ended are compared as if EOS were repeated up to K, see `comparable`. The embedding (the student's
+    static ones by default), the cost and the solver are our choice, see `TOPDConfig`.
+    """
+    model: EitherModel = pair.student
+    if method.embedding.startswith("teacher"):
+        model, places = pair.teacher, places.as_teacher_reads
+    a, b = comparable(ours, theirs, pair.student.eos_token_ids)
+    if method.embedding.endswith("_hidden"):
+        costs = model.window_costs(ours, theirs, places, hidden=True, cost=method.ground_cost)
+    else:
+        costs = model.window_costs(a, b, places, cost=method.ground_cost)
+    if method.transport_solver == "entropic":
+        return entropic_transport(costs, a.mask, b.mask, epsilon=method.entropic_epsilon)
+    return exact_transport(costs, a.mask, b.mask)
 
 
-def waves(
-    rollouts: Rollouts, student: DistilledModel, teacher: Teacher, method: Method, context: StepContext
-) -> list[slice]:
+def waves(rollouts: Rollouts, student: Student, teacher: Teacher, method: Method, context: StepContext) -> list[slice]:
     """As many rollouts at a time as both models' keys and values have room for; the same number in all processes."""
     kept = student.cache_bytes_per_token if method.student_window != "rollout" else 0
     per_token = teacher.cache_bytes_per_token + kept
@@ -147,9 +155,7 @@ def waves(
 # ------------------------------------------------------------------------- trajectory-level teacher signal injection
 
 
-def opd_loss(
-    rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
-) -> StepLoss:
+def opd_loss(rollouts: Rollouts, student: Student, teacher: Teacher, inputs: LossInputs, method: Method) -> StepLoss:
     """L_OPD alone: the sum of token losses over `num_tokens`."""
     states, _ = states_and_rows(rollouts, student, None, method)
     opd = OPDLoss.of(states, rollouts, student, teacher, inputs, method)
@@ -159,9 +165,7 @@ def opd_loss(
     return StepLoss(alone.loss, nll=alone.nll.sum(), outside_top_k=alone.outside_top_k)
 
 
-def topd_loss(
-    rollouts: Rollouts, student: DistilledModel, teacher: Teacher, inputs: LossInputs, method: Method
-) -> StepLoss:
+def topd_loss(rollouts: Rollouts, student: Student, teacher: Teacher, inputs: LossInputs, method: Method) -> StepLoss:
     """L_OPD + lambda L_traj, in one pass over the vocabulary where both stand in the student's contexts."""
     states, row = states_and_rows(rollouts, student, inputs.guided, method)
     opd = OPDLoss.of(states, rollouts, student, teacher, inputs, method)
