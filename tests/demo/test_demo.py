@@ -114,7 +114,8 @@ def test_an_unknown_embedded_model_is_named_with_the_known_ones():
 
 
 def test_a_small_demo_writes_everything(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("topd.demo.run.QUICK", Size(steps=2, held_out=24, sampled=1, probe_rollouts=8, batch=8))
+    monkeypatch.setattr("topd.demo.run.QUICK", Size(steps=1, held_out=12, sampled=1, probe_rollouts=4, batch=4))
+    monkeypatch.setattr("topd.demo.run.CURVE_PROBLEMS", 2)
     results = run_demo(tmp_path, quick=True)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["teacher"]["greedy"] == results["teacher"]["greedy"] > 0.5
@@ -122,8 +123,8 @@ def test_a_small_demo_writes_everything(tmp_path, monkeypatch, capsys):
     for arm in written["arms"]:
         for how in ("greedy", "sampled"):
             assert 0 <= arm[how]["low"] <= arm[how]["mean"] <= arm[how]["high"] <= 1
-            assert arm[how]["n"] == 24
-        assert arm["steps"] == 2
+            assert arm[how]["n"] == 12
+        assert arm["steps"] == 1
         assert (tmp_path / arm["name"] / "model.safetensors").is_file()
         assert (tmp_path / arm["name"] / "trainer_state.json").is_file()
     assert written["overhead"] == pytest.approx(
