@@ -24,6 +24,7 @@ VARIANTS = [
     {"method": "opd-capped", "cap_selection": "random", "student_window": "regenerated"},
     {"method": "opd", "opd_loss": "trl"},
     {"method": "opd", "opd_loss": "one_pass"},
+    {"method": "opd", "token_share": 0.4, "opd_loss": "trl"},
     {"method": "topd", "guidance_reduction": "sum", "candidate_share": 0.1, "fork_threshold": 0.5},
     {"student_window": "candidate", "fork_rule": "batch_quantile", "guidance_target": "own"},
     {"guidance_context": "teacher", "guidance_at": "false_alarms"},
@@ -170,8 +171,9 @@ def test_micro_batches_hold_rows_of_similar_length_and_no_padding_that_all_of_th
         assert read == lengths[1::2]  # behind the others there are windows
 
 
-def test_saved_and_resumed_equals_uninterrupted(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("method", [{}, {"method": "opd", "token_share": 0.4}], ids=str)
+def test_saved_and_resumed_equals_uninterrupted(tmp_path, method):
+    options = method | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     through = tiny_trainer(tmp_path / "through", **options)
     through.train()
     resumed = tiny_trainer(tmp_path / "resumed", student=tiny_model(5), **options)
