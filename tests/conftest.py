@@ -70,7 +70,7 @@ def quick_commands(request: pytest.FixtureRequest) -> Iterator[None]:
         if "topd.cli.options" in sys.modules:
             patch.setattr("topd.cli.options.EMBEDDED_PROMPTS", 256)
         if "topd.analysis.probe_summary" in sys.modules:
-            patch.setattr("topd.analysis.probe_summary.Probe.summary.__defaults__", (100, 0))
+            patch.setattr("topd.analysis.probe_summary.summary.__defaults__", (100, 0))
         yield
 
 

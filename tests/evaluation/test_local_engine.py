@@ -11,7 +11,6 @@ from tiny_architectures import tiny
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
 from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
-from topd.near_future.self_check import batching_of
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
@@ -38,12 +37,12 @@ def test_rows_that_have_ended_leave_where_the_model_allows_it() -> None:
     engine = LocalEngine(tiny_model(0, scale=1.5).eval(), TOKENIZER, together=12)
     sampling = Sampling(1.0, 1.0, 60)
     longest = max(len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS) + 60
-    batching = batching_of(engine.model, longest)
+    batching = engine._batching(longest)
     assert batching.leaving
     alone = responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS, sampling)
     whole = 12 * max(response.tokens for response in alone.values())
     for leaving in (True, False):
-        engine._tried[longest], widths = batching._replace(leaving=leaving), list[int]()
+        engine._batching, widths = lambda _, leaving=leaving: batching._replace(leaving=leaving), list[int]()
         with engine.model.model.register_forward_hook(
             lambda *each, widths=widths: widths.append(len(each[2].last_hidden_state))
         ):

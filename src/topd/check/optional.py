@@ -14,7 +14,7 @@ from topd.check.setup import Setup
 from topd.evaluation.benchmarks import question
 from topd.evaluation.while_training import HeldOut, check_best_metric, problems_of
 from topd.loading.adapters import base_of, is_adapter
-from topd.loading.shared_base import ONE_MODEL, two_adapters
+from topd.loading.shared_base import ONE_MODEL, TWO_ADAPTERS
 from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options
 from topd.teachers.from_options import check_without_weights, teacher_server
 from topd.teachers.server_windows import connect
@@ -43,8 +43,7 @@ def one_model(setup: Setup) -> Finding | None:
 def teacher_prompt(setup: Setup) -> Finding | None:
     """The first of the teacher's own prompts. An error where one is empty, or where `self` has none.
 
-    Raises:
-        TOPDError: options do not fit, a row has no prompt for the teacher, or the chat template fails.
+    Raises `TOPDError` if options do not fit, a row has no prompt for the teacher, or the chat template fails.
     """
     itself = setup.config.teacher_model_name_or_path == SELF
     if not setup.prompted:
@@ -108,24 +107,19 @@ def packages(setup: Setup) -> dict[str, str]:
 def sampling(setup: Setup) -> Finding | None:
     """Whether rollouts can be sampled; there are no greedy rollouts."""
     config = setup.config
-    if not config.temperature > 0:
-        return fails(
-            f"temperature is {config.temperature}: rollouts are sampled",
-            "The paper uses --temperature 1.0. For greedy windows use --window_temperature 0.",
-        )
-    if not 0 < config.top_p <= 1 or (config.max_completion_length or 0) < 1:
-        return fails(
-            f"top_p is {config.top_p}, max_completion_length {config.max_completion_length}: nothing can be sampled",
-            "--top_p in (0, 1], --max_completion_length at least 1.",
-        )
-    return None
+    temperature, top_p, length = config.temperature, config.top_p, config.max_completion_length
+    if temperature > 0 and 0 < top_p <= 1 and (length or 0) >= 1:
+        return None
+    return fails(
+        f"temperature is {temperature}, top_p {top_p}, max_completion_length {length}: nothing can be sampled",
+        "--temperature above 0 (the paper: 1.0; greedy windows: --window_temperature 0), --top_p in (0, 1], "
+        "--max_completion_length at least 1.",
+    )
 
 
 def evaluation(setup: Setup) -> Finding | None:
     """Whether there is data for the evaluation loss, and an evaluation to use it."""
     strategy = str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
-    if isinstance(setup.evaluation, Exception):
-        return fails(str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
     if setup.evaluation is None:
         if strategy == "no" or setup.config.eval_benchmark is not None:
             return None
@@ -170,7 +164,7 @@ def adapters(setup: Setup) -> Finding | None:
         return None
     if is_adapter(setup.student.folder):
         if setup.model.use_peft:
-            return failure(two_adapters(setup.student.folder))
+            return failure(TWO_ADAPTERS.format(student=setup.student.folder))
         return ok(f"the one in {setup.student.name}, on {base_of(setup.student.folder)}, is trained further")
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -205,17 +199,13 @@ def hub(setup: Setup) -> Finding | None:
     return ok(f"pushed to {setup.config.hub_model_id or 'a repository named like the output folder'}")
 
 
-PATIENCE = 10.0
-"""Seconds for which the server may fail here; training waits longer."""
-
-
 def server(setup: Setup) -> Finding | None:
     """Raises `TOPDError` unless the server serves the teacher, tokenizes as the student does, and returns token ids."""
     if setup.config.teacher_model_server_url is None:
         return None
     if not setup.teacher_here:
         check_without_weights(setup.config)
-    found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
+    found = teacher_server(setup.config, setup.teacher_here, patience=10.0)  # seconds; training waits longer
     if found is None:
         return ok(f"method={setup.config.method} does not use it")
     rows = setup.student.text_config.vocab_size
