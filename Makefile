@@ -32,10 +32,10 @@ lm-opd lm-topd: lm-%: env
 
 test: env  ## lint, types, import directions, then every test that is not marked slow
 	$(MAKE) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 newest oldest: %: .venv-%/.made  ## the core of the tests with the highest (lowest) versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 -m "not slow" $(CORE)
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(CORE)
 
 triton: .venv-triton/.made  ## TRL's Triton loss through Triton's interpreter against ours (1 GB of triton, no GPU)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/near_future/test_kernels.py

@@ -124,7 +124,8 @@ def test_lambda_is_training_s_unless_said_otherwise():
 
 def test_the_command_and_going_on(tmp_path, capsys):
     arms = ["opd", "topd", "opd on teacher", "topd on teacher"]
-    arguments = ["correct", "--rollouts", "4", "--batch", "4", "--window-length", "6", "--arms", *arms]
+    short = ["--steps", "2", "--max-new-tokens", "48"]
+    arguments = ["correct", "--rollouts", "4", "--batch", "4", "--window-length", "6", *short, "--arms", *arms]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / RESULT).read_text())
     assert set(result["measures"]) == {"distance", "teacher_log_likelihood", "agreement", "right"}
@@ -144,7 +145,7 @@ def test_the_command_and_going_on(tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert (tmp_path / RECORDS).read_text() == whole
     assert (tmp_path / OPTIONS).exists()
-    assert main([*arguments, "--steps", "2", "--out", str(tmp_path)]) == 2
+    assert main([*arguments, "--steps", "3", "--out", str(tmp_path)]) == 2
     assert "other settings (options)" in capsys.readouterr().err
 
 

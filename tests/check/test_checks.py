@@ -407,19 +407,21 @@ def test_answers_of_other_data_are_judged_by_mathematics(models, tmp_path):
 def test_the_embedded_task_s_problems_in_a_file_are_judged_by_its_own_rule(models, tmp_path, messages):
     problems, data = make_problems(8, 5, held_out=True), tmp_path / "data.jsonl"
 
-    def finding(answers):
+    def setup(answers):
         rows = [
             {"prompt": [{"role": "user", "content": each.prompt}] if messages else each.prompt, "answer": answer}
             for each, answer in zip(problems, answers, strict=True)
         ]
         data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": rows[0]["prompt"]}]))
-        setup = setup_for("embedded:student-standard", "embedded:teacher", "--data", data)
-        return quality.teacher_knows_more(setup, *models, 8, 96)
+        return setup_for("embedded:student-standard", "embedded:teacher", "--data", data)
 
-    found = finding([each.answer for each in problems]).found
-    assert re.search(r"of 8: teacher [78], .*as in the embedded task", found), found
+    own = setup([each.answer for each in problems])
+    assert quality.rule_of(own) == "embedded"
     ordinary = [str(eval(each.expression.replace("×", "*"))) for each in problems]  # not modulo 100
-    assert "as mathematics" in finding(ordinary).found
+    assert quality.rule_of(setup(ordinary)) == "math"
+    if messages:
+        found = quality.teacher_knows_more(own, *models, 8, 96).found
+        assert re.search(r"of 8: teacher [78], .*as in the embedded task", found), found
 
 
 def test_worst():

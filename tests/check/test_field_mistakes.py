@@ -17,7 +17,9 @@ def test_a_pad_token_that_is_the_end_token_changes_nothing(tmp_path, method):
     for pad in ("<pad>", "<eos>"):
         tokenizer = copy.deepcopy(TOKENIZER)
         tokenizer.pad_token = pad
-        trainer = tiny_trainer(tmp_path / pad, tokenizer=tokenizer, method=method, max_completion_length=40)
+        trainer = tiny_trainer(
+            tmp_path / pad, tokenizer=tokenizer, method=method, max_completion_length=40, max_steps=1
+        )
         batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(8)])
         ends = (batch["completion_ids"] == TOKENIZER.eos_token_id) & batch["completion_mask"].bool()
         assert ends.any()

@@ -27,6 +27,7 @@ from topd.errors import TOPDError
 from topd.evaluation.embedded import correct_answers
 
 LEVELS = ("short", "long")
+TOKENIZERS = {level: build_tokenizer(level) for level in LEVELS}
 
 problems = st.builds(
     lambda seed, level: sample_problem(random.Random(seed), level), st.integers(0, 2**20), st.sampled_from(LEVELS)
@@ -47,7 +48,7 @@ def test_the_teacher_s_way_ends_in_python_s_answer_and_text_survives_the_tokeniz
     expected = str(eval(problem.expression.replace("×", "*")) % 100)
     assert problem.answer == expected
     assert is_correct(text, expected)
-    tokenizer = build_tokenizer(problem.level)
+    tokenizer = TOKENIZERS[problem.level]
     ids = tokenizer(problem.prompt + text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == problem.prompt + text
@@ -102,8 +103,8 @@ def test_an_embedded_model_loads_is_small_and_is_as_good_as_its_record_says(name
     record = json.loads((folder / "build.json").read_text())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "qwen3"
-    held_out = make_problems(200, seed=0, held_out=True, level=recipe.level)
-    share = sum(correct_answers(model, tokenizer, held_out)) / 200
+    held_out = make_problems(100, seed=0, held_out=True, level=recipe.level)
+    share = sum(correct_answers(model, tokenizer, held_out)) / 100
     assert share == pytest.approx(record["greedy_accuracy_held_out_1000"], abs=0.11)
 
 
@@ -113,7 +114,8 @@ def test_an_unknown_embedded_model_is_named_with_the_known_ones():
 
 
 def test_a_small_demo_writes_everything(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("topd.demo.run.QUICK", Size(steps=2, held_out=24, sampled=1, probe_rollouts=8, batch=8))
+    monkeypatch.setattr("topd.demo.run.QUICK", Size(steps=1, held_out=12, sampled=1, probe_rollouts=4, batch=4))
+    monkeypatch.setattr("topd.demo.run.CURVE_PROBLEMS", 2)
     results = run_demo(tmp_path, quick=True)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["teacher"]["greedy"] == results["teacher"]["greedy"] > 0.5
@@ -121,8 +123,8 @@ def test_a_small_demo_writes_everything(tmp_path, monkeypatch, capsys):
     for arm in written["arms"]:
         for how in ("greedy", "sampled"):
             assert 0 <= arm[how]["low"] <= arm[how]["mean"] <= arm[how]["high"] <= 1
-            assert arm[how]["n"] == 24
-        assert arm["steps"] == 2
+            assert arm[how]["n"] == 12
+        assert arm["steps"] == 1
         assert (tmp_path / arm["name"] / "model.safetensors").is_file()
         assert (tmp_path / arm["name"] / "trainer_state.json").is_file()
     assert written["overhead"] == pytest.approx(

@@ -35,13 +35,13 @@ def test_a_response_does_not_depend_on_what_it_is_batched_with(engine: LocalEngi
     assert len({response.text for response in together.values()}) > 6
 
 
-@pytest.mark.parametrize("leaving", [True, False])
-def test_rows_that_have_ended_leave_where_the_model_allows_it(leaving: bool) -> None:
+def test_rows_that_have_ended_leave_where_the_model_allows_it() -> None:
     engine = LocalEngine(tiny_model(0, scale=1.5).eval(), TOKENIZER, together=12)
-    sampling, widths = Sampling(1.0, 1.0, 60), list[int]()
+    sampling = Sampling(1.0, 1.0, 60)
     longest = max(len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS) + 60
     batching = engine._batching(longest)
     assert batching.leaving
+<<<<<<< HEAD
     engine._batching = lambda longest: replace(batching, leaving=leaving)
     watched = engine.model.model.register_forward_hook(lambda *each: widths.append(len(each[2].last_hidden_state)))
     with watched:
@@ -49,6 +49,17 @@ def test_rows_that_have_ended_leave_where_the_model_allows_it(leaving: bool) -> 
     whole = 12 * max(response.tokens for response in found.values())
     assert sum(widths) < 0.8 * whole if leaving else sum(widths) == whole
     assert found == responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS, sampling)
+=======
+    alone = responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS, sampling)
+    whole = 12 * max(response.tokens for response in alone.values())
+    for leaving in (True, False):
+        engine._batching, widths = lambda _, leaving=leaving: batching._replace(leaving=leaving), list[int]()
+        with engine.model.model.register_forward_hook(
+            lambda *each, widths=widths: widths.append(len(each[2].last_hidden_state))
+        ):
+            assert responses(engine, REQUESTS, sampling) == alone
+        assert sum(widths) < 0.8 * whole if leaving else sum(widths) == whole
+>>>>>>> tests
 
 
 def test_seed_and_number_each_make_another_response(engine: LocalEngine) -> None:
@@ -60,7 +71,7 @@ def test_seed_and_number_each_make_another_response(engine: LocalEngine) -> None
 
 
 def test_tokens_are_drawn_from_the_tempered_nucleus() -> None:
-    """100,000 rows of one distribution against its law, written out."""
+    """40,000 rows of one distribution against its law, written out."""
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
     probability = np.exp(logits / 0.7)
     probability /= probability.sum()
@@ -68,13 +79,13 @@ def test_tokens_are_drawn_from_the_tempered_nucleus() -> None:
         [True, True, True, False, False, False], probability, 0
     )  # 0.689, 0.165, 0.081: past 0.9 with three
     assert probability[:2].sum() < 0.9 < probability[:3].sum()
-    rows = [Request(number, "") for number in range(100_000)]
+    rows = [Request(number, "") for number in range(40_000)]
     chooser = OwnRandomNumbers(rows, Sampling(temperature=0.7, top_p=0.9, max_new_tokens=1), prompt_length=4)
     scores = torch.tensor(logits, dtype=torch.float32).expand(len(rows), -1)
     chosen = chooser(torch.zeros(len(rows), 4, dtype=torch.long), scores)
     assert (chosen.isfinite().sum(-1) == 1).all()
     share = np.bincount(chosen.argmax(-1), minlength=6) / len(rows)
-    assert share == pytest.approx(nucleus / nucleus.sum(), abs=0.006)
+    assert share == pytest.approx(nucleus / nucleus.sum(), abs=0.009)
 
 
 def test_greedy_is_the_most_likely_token(engine: LocalEngine) -> None:
@@ -126,10 +137,13 @@ def test_messages_need_a_chat_template() -> None:
         ids_of(Request(0, talk), Plain(), SAMPLING)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("name", "how"),
-    [("RwkvForCausalLM", "one prompt at a time"), ("RecurrentGemmaForCausalLM", "prompts of equal length together")],
+    ("name", "how", "temperature"),
+    [
+        ("RwkvForCausalLM", "one prompt at a time", 1.0),
+        ("RecurrentGemmaForCausalLM", "prompts of equal length together", 0.0),
+        ("RecurrentGemmaForCausalLM", "prompts of equal length together", 1.0),
+    ],
 )
 def test_a_model_that_does_not_ignore_padding_answers_as_it_does_alone(name: str, how: str, temperature: float) -> None:
     """RWKV of transformers also mixes the rows of a batch while it decodes."""

@@ -5,6 +5,7 @@ import resource
 import shutil
 import tempfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -22,7 +23,7 @@ SMALL = ["--limit", "4", "--samples", "1", "--max-new-tokens", "8"]
 PROMPTS = ["--data", "embedded", *SMALL, "--limit", "16"]
 PAIR = [
     "--student", "embedded:student-standard", "--teacher", "embedded:teacher", "--data", "embedded",
-    "--rollouts", "8", "--batch", "1", "--max-new-tokens", "30", "--window-length", "4",
+    "--rollouts", "5", "--batch", "1", "--max-new-tokens", "24", "--window-length", "4",
 ]  # fmt: skip
 COMMANDS = {
     "eval": ["eval", "--model", STUDENT, "--benchmark", "embedded", *SMALL, "--out", "OUT"],
@@ -53,6 +54,19 @@ def run(command, out):
     return main([part.replace("OUT", str(out)) for part in COMMANDS[command]])
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder that a command has finished."""
+
+    @cache
+    def of(command):
+        out = tmp_path_factory.mktemp(command)
+        assert run(command, out) == 0
+        return out
+
+    return of
+
+
 def records_of(out):
     (file,) = [path for path in out.rglob("*.jsonl") if "record" in path.name or "samples" in path.name]
     return file
@@ -81,8 +95,8 @@ def test_a_full_disk_ends_in_a_message_and_the_same_command_goes_on(tmp_path, ca
 
 
 @pytest.mark.parametrize("command", SETTINGS)
-def test_a_damaged_settings_file_ends_in_a_message(tmp_path, capsys, command, fault):
-    assert run(command, tmp_path) == 0
+def test_a_damaged_settings_file_ends_in_a_message(finished, tmp_path, capsys, command, fault):
+    shutil.copytree(finished(command), tmp_path, dirs_exist_ok=True)
     settings = tmp_path / SETTINGS[command]
     records = records_of(tmp_path)
     whole, before = settings.read_text(), records.read_bytes()
@@ -96,8 +110,8 @@ def test_a_damaged_settings_file_ends_in_a_message(tmp_path, capsys, command, fa
 
 
 @pytest.mark.parametrize("command", SETTINGS)
-def test_a_broken_line_in_the_middle_of_the_records_costs_no_other(tmp_path, capsys, command, fault):
-    assert run(command, tmp_path) == 0
+def test_a_broken_line_in_the_middle_of_the_records_costs_no_other(finished, tmp_path, capsys, command, fault):
+    shutil.copytree(finished(command), tmp_path, dirs_exist_ok=True)
     records = records_of(tmp_path)
     lines = records.read_text().splitlines(keepends=True)
     assert len(lines) > 1

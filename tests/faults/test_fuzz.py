@@ -71,13 +71,13 @@ def options_or_explain(folder, options) -> None:
     parse_or_explain(folder, yaml.safe_dump(here | options, allow_unicode=True).encode("utf-8", "surrogatepass"))
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(options=OPTIONS)
 def test_options(folder, options):
     options_or_explain(folder, options)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     content=st.binary(max_size=40) | st.text(st.sampled_from("aé:-[]{}\"'#&*!|>%@ \n\t0"), max_size=30).map(str.encode)
 )

@@ -89,7 +89,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+FAST = "in the evaluation after the second step"
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=[pytest.mark.slow] * (moment != FAST)) for moment in MOMENTS]
+)
 def test_a_run_that_lost_its_server_goes_on_as_if_it_had_not(tmp_path, fake, undisturbed, moment, fault):
     expected, *counts = undisturbed
     after, done = MOMENTS[moment](*counts)
@@ -117,7 +122,11 @@ def test_a_good_checkpoint_is_not_written_again(tmp_path, fake, undisturbed):
     assert written == [2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_a_signal_ends_the_wait_for_a_silent_server_at_once(tmp_path, fake, undisturbed, number, fault):
     expected, ends, _ = undisturbed
     trainer = trainer_of(tmp_path, fake)
@@ -153,7 +162,7 @@ def test_a_signal_in_the_first_step_ends_the_wait_too(tmp_path, fake):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("spoilt", ["log-probabilities", "shape"])
+@pytest.mark.parametrize("spoilt", ["log-probabilities", pytest.param("shape", marks=pytest.mark.slow)])
 def test_an_answer_that_cannot_be_used_ends_with_a_checkpoint(tmp_path, fake, undisturbed, spoilt, fault):
     expected, ends, _ = undisturbed
     trainer = trainer_of(tmp_path, fake)

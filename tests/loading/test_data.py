@@ -566,25 +566,25 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(name=st.sampled_from(NAMES), data=st.binary(max_size=200))
 def test_random_bytes(folder, name, data):
     accept_or_explain(write(folder, name, data))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(name=st.sampled_from(["b.jsonl", "b.jsonl.gz", "b.json"]), rows=ROWS)
 def test_random_json(folder, name, rows):
     accept_or_explain(write(folder, name, rows))
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(text=st.text(st.sampled_from('abc,"\n\r\t\0 é'), max_size=60))
 def test_random_csv(folder, text):
     accept_or_explain(write(folder, "c.csv", "prompt,answer\n" + text))
 
 
-@settings(max_examples=250)
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(NAMES),
     edits=st.lists(
@@ -602,7 +602,7 @@ def test_mutated_good_files(folder, name, edits):
     accept_or_explain(write(folder, name, bytes(data)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(place=st.floats(0, 1), new=st.binary(max_size=6), file=st.integers(0, 2))
 def test_mutated_saved_folders(tmp_path_factory, place, new, file):
     saved = tmp_path_factory.mktemp("saved")
@@ -615,13 +615,13 @@ def test_mutated_saved_folders(tmp_path_factory, place, new, file):
     accept_or_explain(str(saved))
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(source=st.text(max_size=12) | st.from_regex(r"[a-z.]{1,5}/[a-z.]{1,5}(:[a-z]{0,3})?", fullmatch=True))
 def test_random_sources(source):
     accept_or_explain(source)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), min_size=1, max_size=5),
     name=st.sampled_from(NAMES),

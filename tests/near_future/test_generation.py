@@ -79,7 +79,7 @@ def test_rollouts_in_training_are_samples_of_the_student(tmp_path, method: str) 
     """The same rollouts, the same losses; and the config stays the student's own."""
     losses = []
     for name, student in zip(("plain", "leaking"), pair(), strict=True):
-        trainer = tiny_trainer(tmp_path / name, student=student, method=method, max_steps=2)
+        trainer = tiny_trainer(tmp_path / name, student=student, method=method, max_steps=1)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1]

@@ -84,15 +84,14 @@ def generated(model, prefix, length, eos=EOS):
 def test_same_tokens_as_generate_one_by_one(kind, padding):
     model = model_of(kind)
     assert ways_of(model).shared_prefix == math.inf
-    for seed in range(2):
-        rollouts = rollouts_of(model, seed, padding)
-        rows, positions = rollouts.response_mask.nonzero(as_tuple=True)  # every position, the first and the last too
-        pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
-        reading = pair.prefill(rollouts)
-        windows = pair.continue_(Places(rollouts, rows, positions), 7, known(model, reading))
-        for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
-            alone = generated(model, rollouts.prefix(int(row), int(position)), 7)
-            assert tokens[mask].tolist() == alone
+    rollouts = rollouts_of(model, int(padding), padding)
+    rows, positions = rollouts.response_mask.nonzero(as_tuple=True)  # every position, the first and the last too
+    pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
+    reading = pair.prefill(rollouts)
+    windows = pair.continue_(Places(rollouts, rows, positions), 7, known(model, reading))
+    for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
+        alone = generated(model, rollouts.prefix(int(row), int(position)), 7)
+        assert tokens[mask].tolist() == alone
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3-next"])
@@ -125,7 +124,7 @@ def watched(model, shapes):
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 7])
 def test_windows_from_the_candidate_are_the_candidate_and_what_generate_adds_to_it(share_prefix, length):
     model = model_of("llama")
     rollouts = rollouts_of(model)
@@ -212,8 +211,11 @@ def test_known_tokens_by_hand():
     assert start.tokens[1, :2].tolist() == [8, 6]
 
 
-@pytest.mark.parametrize("padding", [True, False])
-@pytest.mark.parametrize("kind", [*ATTENTION, *RECURRENT])
+@pytest.mark.parametrize(
+    ("kind", "padding"),
+    [(kind, True) for kind in [*ATTENTION, *RECURRENT]]
+    + [(kind, False) for kind in ("mistral-sliding", "deepseek-v3", "qwen3.5", "falcon-h1")],
+)
 def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_generate_does(kind, padding):
     """Prefixes are shorter and longer than a sliding window of 8; windows of 12 outgrow it."""
     model = special_model(kind)
@@ -221,7 +223,7 @@ def test_special_attention_and_recurrent_layers_decode_over_one_prefix_as_genera
     rollouts = rollouts_of(model, padding=padding)
     pair = DistilledModel(model, LocalModel(model, 0, [EOS]))
     reading = pair.prefill(rollouts)
-    rows, positions = (places[::3] for places in rollouts.response_mask.nonzero(as_tuple=True))
+    rows, positions = (places[::5] for places in rollouts.response_mask.nonzero(as_tuple=True))
     windows = pair.continue_(Places(rollouts, rows, positions), 12, known(model, reading))
     for row, position, tokens, mask in zip(rows, positions, windows.tokens, windows.mask, strict=True):
         assert tokens[mask].tolist() == generated(model, rollouts.prefix(int(row), int(position)), 12)

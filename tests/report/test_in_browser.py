@@ -148,8 +148,7 @@ def test_filters_by_kind_token_and_text(opened: Opened) -> None:
     opened.requests = opened.requests[:1]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(("scheme", "size"), [("light", DESKTOP), ("dark", PHONE)], ids=["desktop", "phone"])
 def test_anyone_can_use_it_on_any_screen(browser: Any, everything: Path, scheme: str, size: dict[str, int]) -> None:
     """axe-core finds nothing serious, and nothing sticks out sideways."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")

@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "regenerated, twice the rollouts": {"student_window": "regenerated", "rollouts": 8},
     "capped": {"method": "opd-capped", "cap_selection": "random"},
     "teacher's contexts": {"guidance_context": "teacher"},
-    "hidden states, entropic": {"embedding": "student_hidden", "transport_solver": "entropic"},
+    "hidden states, entropic": {"embedding": "student_hidden", "transport_solver": "entropic", "entropic_epsilon": 0.5},
     "plain": {"method": "opd", "opd_loss": "trl"},
     "plain, one pass": {"method": "opd", "opd_loss": "one_pass"},
 }
@@ -54,7 +54,7 @@ def step(
     models = [tiny_model(seed, width).to(getattr(torch, dtype)) for seed, width in ((0, 64), (1, 96))]
     trainer = tiny_trainer(
         Path(tempfile.mkdtemp()), student=models[0], teacher=models[1], per_device_train_batch_size=rollouts,
-        generation_kwargs={"do_sample": False}, **options,
+        max_completion_length=12, generation_kwargs={"do_sample": False}, **options,
     )  # fmt: skip
     rows = [trainer.train_dataset[index] for index in range(rollouts)]
     trainer.current_gradient_accumulation_steps = 1

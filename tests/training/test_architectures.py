@@ -12,12 +12,10 @@ from topd.errors import TOPDError
     ("name", "method"),
     [
         ("GPT2LMHeadModel", "opd"),  # absolute positions: TRL's loss is wrong with left padding
-        ("GPT2LMHeadModel", "topd"),
         ("Phi3ForCausalLM, LongRoPE, rows beyond the switch", "opd"),  # TRL rotates all rows by the longest
         ("InklingForCausalLM", "opd"),  # TRL does not read the scale of its logits
         ("Llama4ForCausalLM", "opd"),  # TRL does not find its backbone
-        ("Qwen3_5ForCausalLM", "opd-capped"),  # linear attention
-        ("Qwen3_5ForCausalLM", "topd"),
+        ("Qwen3_5ForCausalLM", "topd"),  # linear attention
         ("RwkvForCausalLM", "topd"),  # ignores left padding
     ],
 )

@@ -22,7 +22,7 @@ def teachers():
 
 
 def trained(out, trainer_type=None, **options):
-    trainer = tiny_trainer(out, trainer_type or MOPDTrainer, max_steps=2, optim="sgd", **options)
+    trainer = tiny_trainer(out, trainer_type or MOPDTrainer, max_steps=1, optim="sgd", **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

@@ -130,8 +130,8 @@ def test_waves_count_the_longer_of_both_prompts():
 # Training
 
 
-def trained(out, trainer_type=TOPDTrainer, dataset=None, **options):
-    trainer = tiny_trainer(out, trainer_type, dataset, max_steps=2, optim="sgd", **options)
+def trained(out, trainer_type=TOPDTrainer, dataset=None, max_steps=1, **options):
+    trainer = tiny_trainer(out, trainer_type, dataset, max_steps=max_steps, optim="sgd", **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -246,8 +246,9 @@ def test_removing_unused_columns_leaves_the_teacher_s_prompt(tmp_path):
 def test_self_is_a_frozen_copy_of_the_student(tmp_path):
     student = tiny_model(0)
     start = {name: parameter.clone() for name, parameter in student.state_dict().items()}
-    named = trained(tmp_path / "self", dataset=with_column(CONTEXTS[2]), student=student, teacher="self")
-    copied = trained(tmp_path / "copy", dataset=with_column(CONTEXTS[2]), student=tiny_model(0), teacher=tiny_model(0))
+    options = {"dataset": with_column(CONTEXTS[2]), "max_steps": 2}
+    named = trained(tmp_path / "self", student=student, teacher="self", **options)
+    copied = trained(tmp_path / "copy", student=tiny_model(0), teacher=tiny_model(0), **options)
     assert named[0] == copied[0]
     assert torch.equal(named[1], copied[1])
     assert not all(torch.equal(start[name], parameter) for name, parameter in student.state_dict().items())

@@ -229,6 +229,10 @@ def data_source(given: Any, *models: str) -> Any:
     return "embedded-long" if any(name.startswith("long") for name in embedded) else "embedded"
 
 
+EMBEDDED_PROMPTS = 4096
+"""Of the embedded task, where nothing limits them."""
+
+
 def prompts(
     source: Any, split: str, limit: int | None, responses: bool = False, also: Any = None, form: Any = None
 ) -> Any:
@@ -251,7 +255,7 @@ def prompts(
     absent += ["system prompt"] if form and form.system is not None else []
     if absent:
         raise TOPDError(f"The embedded task has no {absent[0]}. Name a file that has it: --data FILE.jsonl.")
-    problems = make_problems(limit or 4096, seed=0, held_out=False, level=DATA[source])
+    problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 
 

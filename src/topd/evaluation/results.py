@@ -25,7 +25,7 @@ class Results:
     Attributes:
         model: its label, which is the folder's name.
         settings: the sampling options, and the problems' ids and answers.
-        records: [problem][sample].
+        records: `[problem][sample]`.
     """
 
     model: str
