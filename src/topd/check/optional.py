@@ -106,13 +106,8 @@ def packages(setup: Setup) -> dict[str, str]:
 
 
 def sampling(setup: Setup) -> Finding | None:
-    """Whether rollouts can be sampled; there are no greedy rollouts."""
+    """Whether rollouts can be sampled."""
     config = setup.config
-    if not config.temperature > 0:
-        return fails(
-            f"temperature is {config.temperature}: rollouts are sampled",
-            "The paper uses --temperature 1.0. For greedy windows use --window_temperature 0.",
-        )
     if not 0 < config.top_p <= 1 or (config.max_completion_length or 0) < 1:
         return fails(
             f"top_p is {config.top_p}, max_completion_length {config.max_completion_length}: nothing can be sampled",
