@@ -91,18 +91,14 @@ def test_packed_states_and_gradients_equal_separate_sequences(kind, padding, che
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(sliding_window_causal_mask_function(4))])
-@pytest.mark.parametrize("padding", [False, True])
-def test_eager_and_flex_attention_see_what_sdpa_sees(padding, rule):
-    rollouts, branches = rollouts_and_branches(padding)
-    start, length = rollouts.prompt_ids.shape[1] + branches.position, 3
-    row = rollouts.input_ids.shape[1]
-    layout = tree(rollouts, start, length)
+def test_eager_and_flex_attention_see_what_sdpa_sees(rule):
+    row, start, length = 14, torch.tensor([[5, 8, 13], [9, 4, 4]]), 3
+    layout = tree(row, start, length)
     dense = layout.mask(rule, "eager", {"dtype": torch.float32}) == 0
     block = layout.mask(rule, "flex_attention", {})
     whole = row + start.shape[1] * length
-    flex = create_mask(block.mask_mod, len(rollouts), 1, whole, whole, device="cpu")
-    real = torch.nn.functional.pad(rollouts.attention_mask.bool(), (0, whole - row), value=True)
-    assert torch.equal(dense[:, 0][real], flex[:, 0][real])  # what padding sees on the right does not matter
+    flex = create_mask(block.mask_mod, 2, 1, whole, whole, device="cpu")
+    assert torch.equal(dense, flex)
     sdpa = layout.mask(rule, "sdpa", {})
     assert torch.equal(dense[:, :, row:], sdpa.window_mask)
     assert not dense[:, :, :row, row:].any()
@@ -112,9 +108,7 @@ def test_eager_and_flex_attention_see_what_sdpa_sees(padding, rule):
 
 def test_a_sliding_rule_in_the_tree_by_hand():
     """A row of 4, one window of 3 that starts at 3, each token sees itself and two before."""
-    one = torch.ones(1, 2, dtype=torch.long)
-    rollouts = Rollouts(torch.tensor([[5, 6]]), one, torch.tensor([[7, 8]]), one, one)
-    mask = tree(rollouts, torch.tensor([[3]]), 3).mask(Rule(sliding_window_causal_mask_function(3)), "sdpa", {})
+    mask = tree(4, torch.tensor([[3]]), 3).mask(Rule(sliding_window_causal_mask_function(3)), "sdpa", {})
     assert mask.row_mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
     assert mask.window_mask[0, 0].int().tolist() == [
         [0, 1, 1, 0, 1, 0, 0],
@@ -136,20 +130,14 @@ def test_a_model_with_recurrent_layers_goes_the_plain_way_and_is_right(kind):
 
 
 def test_the_tree_by_hand():
-    """Row of 3 (first padded), two windows of 2 that start at 2 and at 3."""
-    prompt_mask, response_mask = torch.tensor([[0, 1]]), torch.tensor([[1]])
-    rollouts = Rollouts(torch.tensor([[0, 5]]), prompt_mask, torch.tensor([[6]]), response_mask, response_mask)
-    packed_row = tree(rollouts, torch.tensor([[2, 3]]), 2)
-    assert packed_row.row_mask[0, 0].int().tolist() == [
-        [1, 0, 0],  # padding sees itself only
-        [0, 1, 0],
-        [0, 1, 1],
-    ]
+    """Row of 3, two windows of 2 that start at 1 and at 2."""
+    packed_row = tree(3, torch.tensor([[1, 2]]), 2)
+    assert packed_row.position.tolist() == [[0, 1, 2, 1, 2, 2, 3]]
     assert packed_row.window_mask[0, 0].int().tolist() == [
-        [0, 1, 0, 1, 0, 0, 0],  # window 1 sees the row before index 2
-        [0, 1, 0, 1, 1, 0, 0],
-        [0, 1, 1, 0, 0, 1, 0],  # window 2 sees the row before index 3, not window 1
-        [0, 1, 1, 0, 0, 1, 1],
+        [1, 0, 0, 1, 0, 0, 0],  # window 1 sees the row before position 1
+        [1, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0],  # window 2 sees the row before position 2, not window 1
+        [1, 1, 0, 0, 0, 1, 1],
     ]
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from topd.near_future.attention_interface import attending_in, laid_out
-from topd.near_future.model_parts import last_states, left_padded, positions_in
+from topd.near_future.model_parts import last_states, left_padded
 from topd.near_future.tree_attention import PackedRow, Recording
 from topd.near_future.ways import EXACT, Ways, ways_of
 from topd.near_future.windows import Rollouts
@@ -34,11 +33,15 @@ def rollout_hidden(backbone: nn.Module, rollouts: Rollouts, ways: Ways = EXACT) 
     groups = ways.rows_together(rollouts)
     if len(groups) == 1:
         ids, predicting = rollouts.left_aligned()
-        states = last_states(backbone, ids, None)
-        return states.gather(1, predicting[:, :, None].expand(-1, -1, states.shape[-1]))
+        return _at(predicting, last_states(backbone, ids, None))
     rows = [torch.tensor(group, device=rollouts.input_ids.device) for group in groups]
     parts = [rollout_hidden(backbone, rollouts[group], replace(ways, left_padding=True)) for group in rows]
     return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+def _at(index: Tensor, states: Tensor) -> Tensor:
+    """[rollout, position, width] the states [rollout, row_position, width] at the index [rollout, position]."""
+    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,7 @@ def prefill(backbone: Any, rollouts: Rollouts) -> Prefill:
     recording, (ids, predicting) = Recording(), rollouts.left_aligned()
     with attending_in(recording, backbone.config):
         states = last_states(backbone, ids, None)
-    hidden = states.gather(1, predicting[:, :, None].expand(-1, -1, states.shape[-1]))
-    return Prefill({"hidden": hidden}, recording.kept, begin=torch.zeros_like(predicting[:, 0]))
+    return Prefill({"hidden": _at(predicting, states)}, recording.kept, begin=torch.zeros_like(predicting[:, 0]))
 
 
 def joined(groups: list[Prefill], rows: list[Tensor]) -> Prefill:
@@ -150,21 +152,18 @@ def hidden_with_branches(
         token and each window token is predicted. States of masked positions mean nothing.
     """
     ways = ways or ways_of(model)
-    narrow = rollouts.trimmed()
-    if narrow.input_ids.shape[1] + branches.tokens.shape[-1] > ways.packed_rows:
-        return separate(backbone, rollouts, branches, ways)
-    hidden, window_hidden = packed(backbone, narrow, branches)
-    return pad(hidden, (0, 0, 0, rollouts.response_ids.shape[1] - hidden.shape[1])), window_hidden
+    if int(rollouts.lengths.max()) + branches.tokens.shape[-1] <= ways.packed_rows:
+        return packed(backbone, rollouts, branches)
+    return separate(backbone, rollouts, branches, ways)
 
 
 def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple[Tensor, Tensor]:
     """All windows of a rollout behind it in one row."""
     batch, slots, length = branches.tokens.shape
-    prompt, row = rollouts.prompt_ids.shape[1], rollouts.input_ids.shape[1]
+    ids, predicting = rollouts.left_aligned()
     fed = branches.tokens[:, :, :-1].reshape(batch, -1)  # the last token of a window predicts nothing
-    start = prompt + branches.position  # [rollout, branch] index in the row
-    input_ids = torch.cat([rollouts.input_ids, fed], dim=1)
-    layout = tree(rollouts, start, length - 1)
+    start = rollouts.prompt_mask.sum(1)[:, None] + branches.position  # [rollout, branch] position in the row
+    input_ids, layout = torch.cat([ids, fed], dim=1), tree(ids.shape[1], start, length - 1)
     with laid_out(layout):
         hidden = backbone(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids),
@@ -172,43 +171,37 @@ def packed(backbone: nn.Module, rollouts: Rollouts, branches: Branches) -> tuple
         ).last_hidden_state  # fmt: skip
     width = hidden.shape[-1]
     before = hidden.gather(1, (start - 1)[:, :, None].expand(-1, -1, width))
-    inside = hidden[:, row:].view(batch, slots, length - 1, width)
-    return hidden[:, prompt - 1 : row - 1], torch.cat([before[:, :, None], inside], dim=2)
+    inside = hidden[:, ids.shape[1] :].view(batch, slots, length - 1, width)
+    return _at(predicting, hidden), torch.cat([before[:, :, None], inside], dim=2)
 
 
-def tree(rollouts: Rollouts, start: Tensor, length: int) -> PackedRow:
-    """Who may attend to whom in [rollout | windows]; `length` tokens of each window are fed.
+def tree(row: int, start: Tensor, length: int) -> PackedRow:
+    """Who may attend to whom in [rollout | windows].
 
-    `start`: [rollout, branch], index in the row at which each window starts.
+    Args:
+        row: tokens of the rollout's part.
+        start: [rollout, branch] position at which each window starts.
+        length: tokens of each window that are fed.
     """
-    real, device = rollouts.attention_mask.bool(), start.device
-    in_windows = (start - rollouts.padding[:, None])[:, :, None] + torch.arange(length, device=device)
-    position = torch.cat([positions_in(rollouts.attention_mask), in_windows.flatten(1)], dim=1)
-    slots, index = start.shape[1], torch.arange(real.shape[1], device=start.device)
-    row_mask = None
-    if rollouts.causal_mask is not None:
-        row_mask = (index[:, None] >= index) & real[:, None, :]
-        row_mask = (row_mask | (index[:, None] == index))[:, None]  # padding sees itself: a row of nothing is NaN
-    sees_row = ((index < start[:, :, None]) & real[:, None, :]).repeat_interleave(length, dim=1)
+    (batch, slots), device = start.shape, start.device
+    index = torch.arange(row, device=device)
+    in_windows = start[:, :, None] + torch.arange(length, device=device)
+    position = torch.cat([index.expand(batch, -1), in_windows.flatten(1)], dim=1)
+    sees_row = (index < start[:, :, None]).repeat_interleave(length, dim=1)
     own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     sees_windows = torch.block_diag(*[own] * slots) if slots * length else own.new_zeros(0, 0)
-    sees_windows = sees_windows.expand(len(rollouts), -1, -1)
-    return PackedRow(
-        position, row_mask, torch.cat([sees_row, sees_windows], dim=2)[:, None], _sees(rollouts, start, length)
-    )
+    sees = torch.cat([sees_row, sees_windows.expand(batch, -1, -1)], dim=2)[:, None]
+    return PackedRow(position, sees, _sees(row, start, length))
 
 
-def _sees(rollouts: Rollouts, start: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _sees(row: int, start: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The same for FlexAttention, which skips the blocks that nobody sees and never holds the square."""
-    real = rollouts.attention_mask.bool()
-    row = real.shape[1]
 
     def sees(rollout: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        is_real = real[rollout, key.clamp(max=row - 1)]
-        in_row = (query < row) & (key <= query) & (is_real | (key == query))
+        in_row = (query < row) & (key <= query)
         window, place = (query - row).div(length, rounding_mode="floor"), (query - row) % length
         begins = start[rollout, window.clamp(min=0)]
-        of_prefix = (query >= row) & (key < begins) & is_real
+        of_prefix = (query >= row) & (key < begins)
         own = (key - row).div(length, rounding_mode="floor") == window
         of_window = (query >= row) & (key >= row) & own & ((key - row) % length <= place)
         return in_row | of_prefix | of_window

@@ -101,8 +101,7 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 class PackedRow:
     """One row [rollout | windows]: the rollout's tokens attend as if no window were there."""
 
-    position: Tensor  # [rollout, token] in an unpadded sequence, of the whole row
-    row_mask: Tensor | None  # bool [rollout, 1, query, key] among the rollout's own tokens; None: plainly causal
+    position: Tensor  # [rollout, token] in a separate sequence, of the whole row
     window_mask: Tensor  # bool [rollout, 1, window token, key], keys being the whole row
     # the same as a function of (rollout, head, query, key), for FlexAttention
     sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -115,12 +114,10 @@ class PackedRow:
     def mask(self, rule: Rule, attention: str, asked: dict[str, Any]) -> Any:
         if attention == "flex_attention":
             return self._for_flex(rule)
-        row, windows = self.row_mask, self.window_mask
+        row, windows = None, self.window_mask  # None: the rollout's own tokens are plainly causal
         if not rule.causal:
             position, length = self.position, self.length
-            row = rule(position[:, :length, None], position[:, None, :length])[:, None]
-            row = row & (self._row_mask() if self.row_mask is None else self.row_mask)
-            row = row | torch.eye(length, dtype=torch.bool, device=row.device)  # padding sees itself
+            row = rule(position[:, :length, None], position[:, None, :length])[:, None] & self._row_mask()
             windows = windows & rule(position[:, length:, None], position[:, None])[:, None]
         if attention == "eager":
             return self._dense(self._row_mask() if row is None else row, windows, asked["dtype"])

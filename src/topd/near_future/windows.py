@@ -90,13 +90,6 @@ class Rollouts:
         """[rollout] tokens of each prompt and its response."""
         return self.attention_mask.sum(1)
 
-    def trimmed(self) -> Rollouts:
-        """The same without the padding that all rows have."""
-        first, last = int(self.padding.min()), int(self.response_mask.sum(1).max())
-        parts = {name: getattr(self, name)[:, :last] for name in ("response_ids", "response_mask", "loss_mask")}
-        parts |= {name: getattr(self, name)[:, first:] for name in ("prompt_ids", "prompt_mask")}
-        return replace(self, **parts)
-
     def left_aligned(self) -> tuple[Tensor, Tensor]:
         """The rows without padding on the left, as wide as the longest: a causal model needs no mask to read them.
 
