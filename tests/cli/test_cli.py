@@ -193,7 +193,7 @@ def test_the_help_of_train_has_every_option_of_ours_in_groups_on_two_screens(cap
     assert listed[:3] == ["config", "help-all", "method"]
     assert len(set(listed)) == len(listed)
     own = (own_options(TOPDConfig) | own_options(DataArguments)) & {each.name for k in kinds() for each in fields(k)}
-    assert own - set(listed) == {*CONTROLS, "cap_selection"}
+    assert own - set(listed) == {*CONTROLS}
     assert not [line for line in lines if line.startswith("  --") and not line[34:].strip()]
 
 

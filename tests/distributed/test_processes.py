@@ -78,6 +78,7 @@ def compare(kind: str, tmp_path: Path, cases: dict[str, Any]) -> dict[str, Any]:
 FEW = {**ROLLOUT, "fork_threshold": 0.86, "embedding": "student_hidden", "batch_size": 2}
 CASES = {
     "opd": {"method": "opd", "opd_loss": "trl"},
+    "random_share": {"method": "opd", "token_share": 0.4},
     "rollout": ROLLOUT,
     "accumulated": REGENERATED | {"batch_size": 2, "gradient_accumulation_steps": 2, "guidance_reduction": "sum"},
     "uneven": ROLLOUT | {"prompts": 10, "num_train_epochs": 2, "max_steps": -1},

@@ -50,6 +50,10 @@ def test_the_study_of_a_real_pair_is_whole():
 def test_the_study_of_the_language_model_pair_is_whole():
     found = read_plan(STUDIES / "lm.yaml")
     assert (found.benchmark, found.rule, len(found.seeds), found.lora["r"]) == ("lm-held-out", "gsm8k", 5, 16)
+    assert {arm.name: arm.options for arm in found.arms[-2:]} == {
+        "opd, random 40 %": {"method": "opd", "token_share": 0.4},
+        "teacher's contexts": {"method": "topd", "guidance_context": "teacher"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ class ScoreNow(TrainerCallback):
     "options",
     [
         {"method": "opd", "num_iterations": 3},
+        {"method": "opd", "num_iterations": 3, "token_share": 0.4},
         {"method": "opd", "num_iterations": 3, "prefix_weight_max": 1.05},
         {"method": "opd-capped", "num_iterations": 3, "prefix_weight_max": 4},
         {"method": "opd-capped", "steps_per_generation": 3, "prefix_weight_max": 4.0},

@@ -29,7 +29,7 @@ VARIANTS = [
     {"method": "opd", "opd_loss": "one_pass"},
     {"student_window": "regenerated"},
     {"student_window": "candidate", "fork_rule": "batch_quantile"},
-    {"guidance_context": "teacher"},
+    {"method": "opd", "token_share": 0.4, "opd_loss": "trl"},
     {"guidance_context": "teacher"},
     {"guidance_context": "teacher", "student_window": "regenerated"},
     {"guidance_target": "own"},
@@ -176,8 +176,9 @@ def test_micro_batches_hold_rows_of_similar_length_and_no_padding_that_all_of_th
         assert read == lengths[1::2]  # behind the others there are windows
 
 
-def test_saved_and_resumed_equals_uninterrupted(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("method", [{}, {"method": "opd", "token_share": 0.4}], ids=str)
+def test_saved_and_resumed_equals_uninterrupted(tmp_path, method):
+    options = method | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     through = tiny_trainer(tmp_path / "through", **options)
     through.train()
     resumed = tiny_trainer(tmp_path / "resumed", student=tiny_model(5), **options)

@@ -72,7 +72,7 @@ def page() -> Page:
     )
     own = {TOPDConfig: "Method", DataArguments: "Data"}
     short = {"data": "Prompts: a JSONL, JSON, CSV or Parquet file, a Hub dataset, or embedded (the embedded task)"}
-    return Page("train", about, groups, own, (*CONTROLS, "cap_selection"), short)
+    return Page("train", about, groups, own, tuple(CONTROLS), short)
 
 
 def main(argv: Sequence[str]) -> int:

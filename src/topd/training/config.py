@@ -79,6 +79,11 @@ class TOPDConfig(DistillationConfig):
         "less time and memory on CPU; the entropy it logs is estimated from the sampled tokens. auto: one_pass on a "
         "CPU, with several teachers or several updates per batch of rollouts, for text and beta 0 or 1; else trl.",
     )
+    token_share: float = _option(
+        1.0,
+        "Control of method=opd: share of each rollout's response tokens whose losses are trained on, drawn at random "
+        "for each batch of rollouts; at least one. The loss is their mean. 1: all tokens. Our choice.",
+    )
     max_overhead: float | None = _option(
         None,
         "Maximum step-time overhead over plain OPD (0.10 = 10 %). The first ten steps measure the "
@@ -200,7 +205,7 @@ class TOPDConfig(DistillationConfig):
     guidance_context: Literal["student", "teacher"] = _option(
         "student",
         "student: the student's own contexts (paper). Control: teacher, prefix + the teacher's window, with the "
-        "reverse KL over the vocabulary (another reading).",
+        "reverse KL over the vocabulary in place of targets (another reading). Needs the teacher's weights.",
     )
     guidance_reduction: Literal["mean", "sum", "per_token"] = _option(
         "mean",

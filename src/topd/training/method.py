@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -241,6 +242,27 @@ def choose_guided(fork: Tensor, candidates: Futures, method: Method) -> Tensor:
     if not method.guides:
         return torch.zeros_like(fork)
     return candidates.transport.converged & ~fork if method.guidance_at == "false_alarms" else fork
+
+
+def random_tokens(mask: Tensor, share: float, seed: Sequence[int], first: int) -> Tensor:
+    """Mark a random share of each rollout's tokens, at least one: the control `token_share` of plain OPD.
+
+    Which ones depends on `seed` and on the rollout's number in the batch of all processes, so it is the same however
+    the batch is split, padded or resumed, and takes nothing from the random numbers that rollouts are sampled with (our
+    choice).
+
+    Args:
+        mask: [rollout, position] the response tokens.
+        share: of each rollout's tokens, in (0, 1]; rounded to the nearest number.
+        seed: whole numbers of the run and of the batch, not negative.
+        first: number of the first rollout here.
+
+    Returns:
+        [rollout, position], True at the tokens that are kept.
+    """
+    rows = range(first, first + len(mask))
+    order = [numpy.random.default_rng([*seed, row]).random(mask.shape[1], numpy.float32) for row in rows]
+    return highest_loss(torch.from_numpy(numpy.stack(order)).to(mask.device), mask, share=share)
 
 
 # --------------------------------------------------------------------------------------------------- the fork threshold

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
 
-CONTROLS = ("guidance_target", "guidance_at", "guidance_context", "cap_false_alarms")
-"""Options of `method=topd` that study what its parts do; no run needs them. `cap_selection` is that of `opd-capped`."""
+CONTROLS = {
+    "guidance_target": "topd", "guidance_at": "topd", "guidance_context": "topd", "cap_false_alarms": "topd",
+    "cap_selection": "opd-capped", "token_share": "opd",
+}  # fmt: skip
+"""Options that study what the parts of a method do, which no run needs, and that method."""
 
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("window_length", "recalibration_steps", "loss_top_k", "num_iterations", "steps_per_generation",
@@ -40,8 +43,9 @@ def check_options(args: TOPDConfig, own: Container[str], choices: Mapping[str, t
             raise ValueError(f"{name} must be finite; got {value}.")
         if name in args._VALID_DICT_FIELDS and isinstance(value, str) and value:
             raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
-    if not 0 < args.candidate_share <= 1:
-        raise ValueError(f"candidate_share must be in (0, 1]; got {args.candidate_share}.")
+    for name in ("candidate_share", "token_share"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"{name} must be in (0, 1]; got {getattr(args, name)}.")
     for names, is_wrong, rule in RANGES:
         for name in names:
             given = getattr(args, name)
@@ -60,11 +64,17 @@ def check_options(args: TOPDConfig, own: Container[str], choices: Mapping[str, t
 
 
 def _check_controls(args: TOPDConfig) -> None:
-    """A control of a study, where the method does not have what it controls."""
-    methods = dict.fromkeys(CONTROLS, "topd") | {"cap_selection": "opd-capped"}
-    for name, method in methods.items():
+    """A control of a study, where the method does not have what it controls, and controls that exclude each other."""
+    for name, method in CONTROLS.items():
         if args.method != method and getattr(args, name) != getattr(type(args), name):
             raise ValueError(f"{name} is a control of method={method}; leave it out with method={args.method}.")
+    if args.guidance_context == "teacher" and args.guidance_target != "transport":
+        raise ValueError(
+            f"guidance_target={args.guidance_target} does nothing with guidance_context=teacher, whose loss is a KL to "
+            "the teacher's distribution: leave one of them out."
+        )
+    if args.token_share < 1 and args.prefix_weight_max is not None:
+        raise ValueError("prefix_weight_max is a mean over all tokens of a prefix: leave it or token_share out.")
 
 
 def _check_evaluation(args: TOPDConfig) -> None:

@@ -33,7 +33,7 @@ from topd.training.batch import TEACHER_PROMPT_ENTRIES, in_order, pack, pack_sta
 from topd.training.budget import CandidateBudget
 from topd.training.config import TOPDConfig
 from topd.training.losses import RATIO_EVERY, LossInputs, guided_windows, last_parameters, sampled_log_probs
-from topd.training.method import LowLossQuartile, Method, StepContext
+from topd.training.method import LowLossQuartile, Method, StepContext, random_tokens
 from topd.training.models import OwnRollouts
 from topd.training.step import look_ahead, opd_loss, score, topd_loss
 from topd.training.step_log import StepLog, save_options
@@ -154,6 +154,8 @@ class TOPDTrainer(
         with self._stage("rollout"), nan:
             own = self._own_entries(inputs)
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs) | own
+        if self.model.training and self.args.token_share < 1:
+            batch |= self._random_share(batch)
         if self.model.training and self._share_of_step < 1:
             batch["num_items_in_batch"] = batch["num_items_in_batch"] * self._share_of_step
         if not (self.args.looks_ahead and self.model.training):
@@ -207,6 +209,13 @@ class TOPDTrainer(
                 hidden = student.prefill(rollouts, keep_prefix=False).hidden[rollouts.loss_mask.bool()]
                 entries[OLD] = sampled_log_probs(hidden, student.head(), rollouts)
         return entries | {KIND: [OPD] * len(rollouts)}
+
+    def _random_share(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Entries of TRL's batch, by which either loss covers `token_share` of the tokens and is their mean."""
+        mask = rollouts_of(batch).loss_mask
+        seed = self.args.seed, self._generations
+        kept = random_tokens(mask.bool(), self.args.token_share, seed, self.accelerator.process_index * len(mask))
+        return {"tool_mask": kept.to(mask.dtype), "num_items_in_batch": self.accelerator.gather(kept.sum()).sum()}
 
     def _in_order(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of similar length in a micro-batch, for our own loss, which reads no padding (our choice).
