@@ -51,6 +51,8 @@ class ResumableTrainer(Trainer):
         TOPDError: another process trains into the output folder, or all weights are frozen.
     """
 
+    model: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._aside: Path | None = None
         super().__init__(*args, **kwargs)
