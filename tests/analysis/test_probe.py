@@ -8,7 +8,17 @@ import torch
 from tiny import TOKENIZER, tiny_model
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
-from topd.analysis.probe_summary import Probe, token_table
+from topd.analysis.probe_summary import (
+    Group,
+    correlations,
+    false_alarm_share,
+    of_group,
+    probe_of,
+    resampled,
+    summary,
+    threshold,
+    token_table,
+)
 from topd.embedded.task import make_problems
 from topd.near_future.sampling import local_pair, sample_rollouts
 
@@ -23,28 +33,35 @@ def run(student, teacher):
 def probe(student, teacher, rollouts, window_length):
     options = ProbeOptions(0.1, (window_length,), student_windows=("regenerated",))
     scores, groups = measure(*local_pair(student, teacher, TOKENIZER), rollouts, options)
-    return Probe.of_records(probe_records(rollouts, scores, groups, TOKENIZER.decode, 0), options.main)
+    return probe_of(probe_records(rollouts, scores, groups, TOKENIZER.decode, 0), options.main)
 
 
 def test_a_model_s_greedy_windows_do_not_part_from_its_own():
     model = tiny_model(0)
     found = run(model, model)
-    assert all((distances == 0).all() for distances in found.distances.values())
-    assert found.false_alarm_share == 1
+    assert all((group.distances == 0).all() for group in found.values())
+    assert false_alarm_share(found) == 1
 
 
 def test_different_models_part():
     found = run(tiny_model(0), tiny_model(1, width=96))
-    assert numpy.median(found.distances["high"]) > 0.1
-    assert len({len(distances) for distances in found.distances.values()}) == 1
+    assert numpy.median(found["high"].distances) > 0.1
+    assert len({len(group.distances) for group in found.values()}) == 1
+
+
+def group(distances, loss=0.0, teacher_nll=0.0, rollout=None):
+    distances = numpy.array(distances)
+    rollout = numpy.arange(len(distances)) if rollout is None else numpy.array(rollout)
+    loss, teacher_nll = (numpy.broadcast_to(values, distances.shape) for values in (loss, teacher_nll))
+    return Group(distances, rollout, loss, teacher_nll, numpy.full(distances.shape, numpy.nan))
 
 
 def test_the_share_by_hand_and_its_interval():
-    distances = {"low": numpy.array([0.0, 0.1, 0.2, 0.3]), "high": numpy.array([0.1, 0.2, 0.5, 0.9])}
-    found = Probe(distances | {"random": distances["low"]}, dict.fromkeys(("low", "high", "random"), numpy.arange(4)))
-    assert found.threshold == pytest.approx(0.225)  # linear between 0.2 and 0.3
-    assert found.false_alarm_share == 0.5
-    share = found.intervals({"share": lambda drawn: drawn.false_alarm_share}, samples=500)["share"]
+    low = group([0.0, 0.1, 0.2, 0.3])
+    found = {"high": group([0.1, 0.2, 0.5, 0.9], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]), "random": low, "low": low}
+    assert threshold(found) == pytest.approx(0.225)  # linear between 0.2 and 0.3
+    assert false_alarm_share(found) == 0.5
+    share = summary(found, samples=500)["false_alarm_share"]
     assert share["low"] <= share["value"] == 0.5 <= share["high"]
 
 
@@ -76,9 +93,9 @@ def test_a_teacher_that_only_renames_tokens_is_all_false_alarms():
     student = untied(synonyms=synonyms)
     teacher = renamed(student, {5 + i: 5 + synonyms + i for i in range(synonyms)})
     found = run(student, teacher)
-    assert found.loss["high"].min() > 0.5  # the losses are high
-    assert found.distances["high"].max() < 1e-6
-    assert found.false_alarm_share == 1
+    assert found["high"].loss.min() > 0.5  # the losses are high
+    assert found["high"].distances.max() < 1e-6
+    assert false_alarm_share(found) == 1
 
 
 def test_a_teacher_that_differs_in_one_token_forks_there():
@@ -89,27 +106,25 @@ def test_a_teacher_that_differs_in_one_token_forks_there():
     usual = int(torch.bincount(rollouts.response_ids[rollouts.response_mask.bool()]).argmax())
     teacher = renamed(student, {usual: (usual + 7) % 40})
     found = probe(student, teacher, rollouts, 3)
-    assert numpy.median(found.distances["high"]) > 0.1
-    assert numpy.median(found.distances["low"]) < numpy.median(found.distances["high"])
+    assert numpy.median(found["high"].distances) > 0.1
+    assert numpy.median(found["low"].distances) < numpy.median(found["high"].distances)
 
 
 def test_correlations_by_hand():
-    loss = {"high": numpy.array([1.0, 2.0, 3.0, 10.0])}
-    found = Probe({"high": numpy.array([0.1, 0.3, 0.2, 0.9])}, {"high": numpy.arange(4)}, loss)
-    assert found.pearson == pytest.approx(numpy.corrcoef(loss["high"], found.distances["high"])[0, 1])
-    assert found.spearman == pytest.approx(0.8)
-    constant = Probe({"high": numpy.zeros(4)}, {"high": numpy.arange(4)}, loss)
-    assert numpy.isnan(constant.pearson)
+    loss = [1.0, 2.0, 3.0, 10.0]
+    found = correlations(group([0.1, 0.3, 0.2, 0.9], loss))
+    assert found["pearson"] == pytest.approx(numpy.corrcoef(loss, [0.1, 0.3, 0.2, 0.9])[0, 1])
+    assert found["spearman"] == pytest.approx(0.8)
+    assert numpy.isnan(correlations(group([0.0] * 4, loss))["pearson"])
 
 
 def test_resampling_draws_whole_rollouts():
-    distances = {group: numpy.arange(6.0) for group in ("high", "random", "low")}
-    origin = {group: numpy.array([0, 0, 1, 1, 2, 2]) for group in distances}
-    again = Probe(distances, origin, distances).resampled(numpy.random.default_rng(0))
-    for group in distances:
-        assert len(again.distances[group]) == 6
-        assert set(numpy.unique(again.distances[group], return_counts=True)[1]) <= {1, 2, 3}
-        assert (again.rollout[group] == again.rollout["high"]).all()
+    places = group(numpy.arange(6.0), rollout=[0, 0, 1, 1, 2, 2])
+    again = resampled(dict.fromkeys(("high", "random", "low"), places), numpy.random.default_rng(0))
+    for drawn in again.values():
+        assert len(drawn.distances) == 6
+        assert set(numpy.unique(drawn.distances, return_counts=True)[1]) <= {1, 2, 3}
+        assert (drawn.rollout == again["high"].rollout).all()
 
 
 def test_which_tokens_are_false_alarms():
@@ -125,19 +140,13 @@ def test_which_tokens_are_false_alarms():
 
 
 def test_the_share_near_zero_by_hand():
-    distances = {"high": numpy.array([0.0, 0.019, 0.02, 0.5])}
-    found = Probe(distances, {"high": numpy.arange(4)})
-    assert found.near_zero("high") == 0.5  # 0.02 itself is in the second bin
+    assert of_group(group([0.0, 0.019, 0.02, 0.5]))["near_zero"] == 0.5  # 0.02 itself is in the second bin
 
 
 def test_the_teacher_s_nll_is_correlated_where_it_is_finite():
-    distances = {"high": numpy.array([0.1, 0.3, 0.2, 0.9])}
-    nll = {"high": numpy.array([1.0, 3.0, 2.0, numpy.inf])}
-    found = Probe(distances, {"high": numpy.arange(4)}, teacher_nll=nll)
-    assert found.pearson_nll == pytest.approx(1.0)
-    assert found.spearman_nll == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="has no `loss`"):
-        _ = found.pearson
+    found = correlations(group([0.1, 0.3, 0.2, 0.9], teacher_nll=[1.0, 3.0, 2.0, numpy.inf]))
+    assert found["pearson_nll"] == pytest.approx(1.0)
+    assert found["spearman_nll"] == pytest.approx(1.0)
 
 
 def measured(**options):

@@ -11,7 +11,6 @@ from tiny_architectures import tiny
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
 from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
-from topd.near_future.self_check import batching_of
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
@@ -39,9 +38,9 @@ def test_rows_that_have_ended_leave_where_the_model_allows_it(leaving: bool) -> 
     engine = LocalEngine(tiny_model(0, scale=1.5).eval(), TOKENIZER, together=12)
     sampling, widths = Sampling(1.0, 1.0, 60), list[int]()
     longest = max(len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS) + 60
-    engine._tried[longest] = batching_of(engine.model, longest)
-    assert engine._tried[longest].leaving
-    engine._tried[longest] = engine._tried[longest]._replace(leaving=leaving)
+    batching = engine._batching(longest)
+    assert batching.leaving
+    engine._batching = lambda longest: batching._replace(leaving=leaving)
     watched = engine.model.model.register_forward_hook(lambda *each: widths.append(len(each[2].last_hidden_state)))
     with watched:
         found = responses(engine, REQUESTS, sampling)

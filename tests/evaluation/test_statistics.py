@@ -225,11 +225,3 @@ def test_bad_values_say_what_to_do(values: object, says: str) -> None:
 def test_different_problems_are_refused() -> None:
     with pytest.raises(ValueError, match="a has 2 problems and b has 3"):
         paired_difference([1, 0], [1, 0, 1])
-
-
-@pytest.mark.parametrize("options", [{"samples": 0}, {"level": 0.0}, {"level": 1.0}, {"level": 95}])
-def test_bad_options_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="usual"):
-        bootstrap_mean([1, 0], **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="usual"):
-        paired_difference([1, 0], [0, 0], **options)  # type: ignore[arg-type]

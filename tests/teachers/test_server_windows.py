@@ -246,7 +246,7 @@ LOG_PROBS = {
     "NaN": (value(float("nan")), "gives nan as the log-probability .*bfloat16"),
     "-inf": (value(float("-inf")), "gives -inf as the log-probability"),
     "inf": (value(float("inf")), "gives inf as the log-probability"),
-    "above 0": (value(0.12), "gives 0.12 as the log-probability .*above 0.*raw_logprobs"),
+    "above 0": (value(0.12), r"probabilities that add up to 3\.38.*raw_logprobs"),
     "more than 1 in all": (value(-0.1), r"probabilities that add up to 2\.7"),
     "null": (value(None), "form that is not OpenAI's"),
     "a word": (value("likely"), "form that is not OpenAI's"),

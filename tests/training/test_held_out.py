@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,7 +207,7 @@ def test_every_process_has_its_share_and_a_server_gets_equally_many_prompts_from
             trainer: Any = object.__new__(while_training.HeldOutAccuracy)
             trainer.accelerator = SimpleNamespace(num_processes=processes, process_index=index)
             trainer.use_vllm = use_vllm
-            trainer._answering = lambda _, asked=asked: _Echo(asked)
+            trainer._responses = partial(echo, asked)
             together += trainer._records(found)
         if use_vllm:
             assert len(set(asked)) == 1
@@ -216,21 +217,10 @@ def test_every_process_has_its_share_and_a_server_gets_equally_many_prompts_from
         assert {record["problem"] for _, record in together} == problems
 
 
-class _Echo:
-    """An engine that notes how many requests it gets."""
-
-    def __init__(self, asked: list[int]) -> None:
-        self.asked = asked
-
-    def __enter__(self) -> _Echo:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def respond(self, requests: Any, sampling: Any) -> Any:
-        self.asked.append(len(requests))
-        yield [(request.number, while_training.Response("so the answer is 1", False, 3)) for request in requests]
+def echo(asked: list[int], requests: Any, sampling: Any) -> Any:
+    """Responses of an engine that notes how many requests it gets."""
+    asked.append(len(requests))
+    yield [(request.number, while_training.Response("so the answer is 1", False, 3)) for request in requests]
 
 
 def test_one_evaluation_has_the_loss_and_the_accuracy_and_is_no_part_of_a_step(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from fake_openai import fake_server
 
 from topd.cli.main import main
 from topd.embedded.task import is_correct
-from topd.warmstart.generate import different
 from topd.warmstart.solutions import clean, load_solutions
 
 COMMAND = ["generate", "--teacher", "embedded:teacher", "--data", "embedded", "--limit", "12", "--batch", "4"]
@@ -123,9 +122,13 @@ def test_wrong_repeated_and_blank_responses_are_counted_apart():
     assert all("answer" not in row for row in everything)
 
 
-def test_of_equal_prompts_the_first_counts():
-    found = different([{"prompt": "a", "answer": "1"}, {"prompt": "b"}, {"prompt": "a", "answer": "2"}])
-    assert found == [{"prompt": "a", "answer": "1"}, {"prompt": "b"}]
+def test_of_equal_prompts_the_first_counts(tmp_path):
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    given = [("what is 3+2?", "5"), ("what is 4+2?", "6"), ("what is 3+2?", "7")]
+    data.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in given))
+    assert main([*COMMAND[:3], "--data", str(data), "--out", str(out), "--temperature", "0",
+                 "--max-new-tokens", "60"]) == 0  # fmt: skip
+    assert [(row["prompt"], row["answer"]) for row in rows(out)] == given[:2]
 
 
 def test_messages_stay_messages_and_become_trl_s_for_training(tmp_path):

@@ -42,12 +42,6 @@ class Arm:
     window: Literal["student", "teacher"] = "student"
     baseline: str = "opd"  # the arm without guidance on the same window
 
-    def with_options(self, options: CorrectOptions) -> Method:
-        """The method with the window length and lambda of a run."""
-        weight = options.guidance_weight
-        guides = self.method.guides and weight > 0
-        return replace(self.method, window_length=options.window_length, guidance_weight=weight, guides=guides)
-
 
 ARMS = {
     "opd": Arm(OPD),
@@ -126,44 +120,46 @@ def find_forks(
             )  # fmt: skip
         first += len(rollouts)
     threshold = low_loss_threshold(torch.cat(low)) + ROUNDING  # NaN without any distance: then nothing is a fork
+    forks = sorted((fork for fork in candidates if fork.distance > threshold), key=lambda fork: -fork.token_loss)
     best: dict[int, Fork] = {}
-    for fork in candidates:
-        known = best.get(fork.rollout)
-        if fork.distance > threshold and (known is None or fork.token_loss > known.token_loss):
-            best[fork.rollout] = fork
-    return list(best.values())
+    for fork in forks:
+        best.setdefault(fork.rollout, fork)
+    return [best[rollout] for rollout in sorted(best)]
 
 
 class Corrector:
-    """Trains a student at a fork and restores its weights.
+    """Trains a student (a transformers model) at a fork and restores its weights.
 
-    Args:
-        student: a transformers model; every call restores its weights.
-        pair: the same student, and the teacher.
-        is_right: (rollout, the whole text after the prompt) -> whether it is correct; None: no answers.
-        prompt_lengths: [rollout] number of tokens of each prompt; required with `is_right`.
+    `pair`: the same student, and the teacher. `is_right`: (rollout, the whole text after the prompt) -> whether it is
+    correct; None: no answers. `prompt_lengths`: [rollout] number of tokens of each prompt; required with `is_right`.
     """
 
     def __init__(
-        self,
-        student: Any,
-        pair: tuple[DistilledModel, DistilledModel],
-        tokenizer: Any,
-        options: CorrectOptions,
-        is_right: Callable[[int, str], bool] | None = None,
-        prompt_lengths: list[int] | None = None,
+        self, student: Any, pair: tuple[DistilledModel, DistilledModel], tokenizer: Any, options: CorrectOptions,
+        is_right: Callable[[int, str], bool] | None = None, prompt_lengths: list[int] | None = None,
         max_new_tokens: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.student, self.pair, self.tokenizer, self.options = student, pair, tokenizer, options
         self.is_right, self.prompt_lengths, self.max_new_tokens = is_right, prompt_lengths, max_new_tokens
         self._start = {name: value.detach().clone() for name, value in student.state_dict().items()}
 
     def correct(self, fork: Fork, arm: str) -> tuple[Outcome, float | None]:
-        """Take M steps of an arm at the fork; return the new outcome and the `gradient_ratio` before the first step."""
-        ratio = self._train(fork, arm)
+        """Take M steps of an arm at the fork; return the new outcome, and the `gradient_ratio` before the first step.
+
+        The ratio is None without guidance.
+        """
+        loss, guided = self.start(arm, fork)
+        optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
+        ratio = None
+        for step in range(self.options.steps):
+            result = loss(guided, last_parameters(self.pair[0].backbone) if step == 0 else None)
+            result.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ratio = result.gradient_ratio if step == 0 else ratio
         outcome = self.outcome(fork)
         self.student.load_state_dict(self._start)
-        return outcome, ratio
+        return outcome, None if ratio is None else float(ratio)
 
     @torch.no_grad()
     def outcome(self, fork: Fork) -> Outcome:
@@ -185,18 +181,15 @@ class Corrector:
         if self.is_right is not None and self.prompt_lengths is not None:
             text = torch.cat([fork.prefix[self.prompt_lengths[fork.rollout] :], whole.tokens[0][whole.mask[0]]])
             right = self.is_right(fork.rollout, self.tokenizer.decode(text, skip_special_tokens=True))
-        return Outcome(
-            tokens.tolist(),
-            float(distance),
-            float(log_probs.gather(1, tokens[:, None]).mean()),
-            float((tokens[:shared] == theirs[:shared]).sum()) / max(1, len(theirs)),
-            right,
-        )
+        agreement = float((tokens[:shared] == theirs[:shared]).sum()) / max(1, len(theirs))
+        log_likelihood = float(log_probs.gather(1, tokens[:, None]).mean())
+        return Outcome(tokens.tolist(), float(distance), log_likelihood, agreement, right)
 
     def start(self, arm: str, fork: Fork) -> tuple[Callable[..., StepLoss], Guided | None]:
         """The loss of an arm at a fork as a function of the guided windows (None: L_OPD alone), and those windows."""
-        student, teacher = self.pair
-        method = ARMS[arm].with_options(self.options)
+        (student, teacher), weight = self.pair, self.options.guidance_weight
+        method = replace(ARMS[arm].method, window_length=self.options.window_length, guidance_weight=weight)
+        method = replace(method, guides=method.guides and weight > 0)
         row = self._row(fork.prefix, fork.theirs if ARMS[arm].window == "teacher" else fork.ours)
         states = teacher.prefill(row, keep_prefix=False).states
         guided = guided_windows(self._look(fork, row), method) if method.guides else None
@@ -209,20 +202,6 @@ class Corrector:
             return topd_loss(row, student, teacher, inputs, method)
 
         return loss, guided
-
-    def _train(self, fork: Fork, arm: str) -> float | None:
-        """Take the steps. Returns `gradient_ratio` before the first step; None without guidance."""
-        loss, guided = self.start(arm, fork)
-        optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
-        ratio = None
-        for step in range(self.options.steps):
-            optimizer.zero_grad()
-            result = loss(guided, last_parameters(self.pair[0].backbone) if step == 0 else None)
-            result.loss.backward()
-            optimizer.step()
-            ratio = result.gradient_ratio if step == 0 else ratio
-        optimizer.zero_grad()
-        return None if ratio is None else float(ratio)
 
     def _look(self, fork: Fork, row: Rollouts) -> Futures:
         """The futures of the fork, as the only place of a rollout whose prompt is the prefix."""

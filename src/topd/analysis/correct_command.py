@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from topd.analysis.correct import ARMS, CorrectOptions, Corrector, Fork, Outcome
 from topd.evaluation.statistics import bootstrap_mean, paired_difference
+from topd.evaluation.tables import open_table
 from topd.paper import LOCAL_CORRECTION
 from topd.runs.console import progress
 from topd.runs.files import append_records, write_json
@@ -21,11 +21,8 @@ from topd.runs.records import earlier_records
 
 RECORDS, OPTIONS, RESULT = "correct_records.jsonl", "correct_options.json", "correct.json"
 MEASURES = {
-    "distance": "D_OT",
-    "teacher_log_likelihood": "log p_T, nats",
-    "agreement": "same token",
-    "right": "ends right",
-}
+    "distance": "D_OT", "teacher_log_likelihood": "log p_T, nats", "agreement": "same token", "right": "ends right",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,25 +43,25 @@ def run_correct(
 ) -> dict[str, Any]:
     """Correct every fork with every arm, write `correct.json` and print the table. Returns its content."""
     console = Console()
-    order = {(fork.rollout, fork.position): place for place, fork in enumerate(forks)}
+    places = [(fork.rollout, fork.position) for fork in forks]
 
-    def place(record: dict[str, Any]) -> int:
-        return order.get((record["rollout"], record["position"]), -1)
+    def place(record: dict[str, Any]) -> tuple[int, int]:
+        return record["rollout"], record["position"]
 
     records = earlier_records(
         out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "position", "before", "after"),
-        keep=lambda found: [record for record in found if place(record) >= 0], may_change="",
+        keep=lambda found: [record for record in found if place(record) in places], may_change="",
     )  # fmt: skip
-    done = {place(record) for record in records}
+    remaining = [fork for fork, at in zip(forks, places, strict=True) if at not in map(place, records)]
     write_json(asdict(run), out / OPTIONS)
-    steps = (len(forks) - len(records)) * len(run.options.arms) * run.options.steps
+    steps = len(remaining) * len(run.options.arms) * run.options.steps
     console.print(f"{len(forks)} forks, {len(records)} done; {steps} gradient steps remain.")
     with progress(console, "correcting", len(forks), len(records)) as advance:
-        for fork in (fork for number, fork in enumerate(forks) if number not in done):
+        for fork in remaining:
             records.append(fork_record(fork, corrector, run.options.arms, decode))
             append_records(records[-1:], out / RECORDS)
             advance(1)
-    result = conclude(run, sorted(records, key=place))
+    result = conclude(run, sorted(records, key=lambda record: places.index(place(record))))
     write_json(result, out / RESULT)
     Console(width=max(92, console.width)).print(correct_table(result))
     shares = ", ".join(f"{arm} {ratio:.2g}" for arm, ratio in result["guidance_ratio"].items())
@@ -87,15 +84,12 @@ def fork_record(
         return found if ratio is None else found | {"guidance_ratio": ratio}
 
     return {
-        "version": 1,
-        "rollout": fork.rollout,
-        "position": fork.position,
-        "token_loss": fork.token_loss,
+        "version": 1, "rollout": fork.rollout, "position": fork.position, "token_loss": fork.token_loss,
         "prefix": decode(fork.prefix.tolist()),
         "teacher_window": texts(fork.theirs.tokens[0][fork.theirs.mask[0]].tolist()),
         "before": figures(corrector.outcome(fork)),
         "after": {arm: figures(*corrector.correct(fork, arm)) for arm in arms},
-    }
+    }  # fmt: skip
 
 
 def conclude(run: CorrectRun, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,39 +100,31 @@ def conclude(run: CorrectRun, records: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         values = {"before": [float(record["before"][name]) for record in records]}
         values |= {arm: [float(record["after"][arm][name]) for record in records] for arm in run.options.arms}
+        baselines = {arm: ARMS[arm].baseline for arm in run.options.arms if ARMS[arm].baseline in values}
         measures[name] = {
             "arms": {arm: _spread(each) for arm, each in values.items()},
             "beside_opd": {
-                arm: asdict(paired_difference(values[arm], values[ARMS[arm].baseline]))
-                for arm in run.options.arms
-                if arm != ARMS[arm].baseline and ARMS[arm].baseline in values
+                arm: asdict(paired_difference(values[arm], values[other]))
+                for arm, other in baselines.items()
+                if arm != other
             },
         }
     ratios = {arm: [record["after"][arm].get("guidance_ratio") for record in records] for arm in run.options.arms}
+    medians = {arm: float(numpy.median(each)) for arm, each in ratios.items() if each and None not in each}
     return {
-        "version": 1,
-        "forks": len(records),
-        "measures": measures,
-        "guidance_ratio": {arm: float(numpy.median(each)) for arm, each in ratios.items() if each and None not in each},
-        "run": asdict(run),
-    }
+        "version": 1, "forks": len(records), "measures": measures, "guidance_ratio": medians, "run": asdict(run),
+    }  # fmt: skip
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    q1, median, q3 = numpy.quantile(values, [0.25, 0.5, 0.75])
-    return asdict(bootstrap_mean(values)) | {"q1": float(q1), "median": float(median), "q3": float(q3)}
+    quartiles = zip(("q1", "median", "q3"), numpy.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True)
+    return asdict(bootstrap_mean(values)) | dict(quartiles)
 
 
 def correct_table(result: dict[str, Any]) -> Table:
     """One row per measure and arm: mean with interval, quartiles, and the difference from OPD on the same window."""
-    table = Table(
-        title=f"Local correction: {result['forks']} forks",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("", "mean", "95 % interval", "quartiles", "vs. opd", "p", "paper"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    columns = ("", "mean", "95 % interval", "quartiles", "vs. opd", "p", "paper")
+    table = open_table(columns, f"Local correction: {result['forks']} forks")
     for measure, found in result["measures"].items():
         table.add_row(f"[bold]{MEASURES[measure]}[/bold]")
         for arm, row in found["arms"].items():

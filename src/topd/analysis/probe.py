@@ -57,12 +57,6 @@ class ProbeOptions:
         """Name of the main variant."""
         return next(iter(self.variants))
 
-    @property
-    def readings(self) -> dict[StudentWindow, str]:
-        """For each reading of the student's window, the variant that equals the main one otherwise."""
-        rest = self.main.partition("/")[2]
-        return {window: f"{window}/{rest}" for window in self.student_windows}
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -114,11 +108,7 @@ def _measured(places: Places, pair: Pair, options: ProbeOptions) -> Measured:
 
 
 def probe_records(
-    rollouts: Rollouts,
-    scores: TokenScores,
-    groups: dict[str, Measured],
-    decode: Callable[[list[int]], str],
-    first: int,
+    rollouts: Rollouts, scores: TokenScores, groups: dict[str, Measured], decode: Callable[[list[int]], str], first: int
 ) -> list[dict[str, Any]]:
     """One record per rollout, numbered from `first`: tokens, losses, and every measured place with its windows.
 
@@ -139,9 +129,7 @@ def probe_records(
                 windows = {k: texts(w.tokens[index][w.mask[index]]) for k, w in found.ours.items()}
                 main, *others = windows
                 places.append({
-                    "group": group,
-                    "position": position,
-                    "token": tokens[position],
+                    "group": group, "position": position, "token": tokens[position],
                     "token_loss": _number(scores.kl[row, position]),
                     "teacher_nll": _number(scores.teacher_nll[row, position]),
                     "distance": {name: _number(values[index]) for name, values in found.distances.items()},
@@ -153,16 +141,10 @@ def probe_records(
                     places[-1]["other_windows"] = {kind: windows[kind] for kind in others}
                 if found.begins is not None:
                     places[-1]["begins_with_candidate"] = bool(found.begins[index])
-        records.append(
-            {
-                "version": RECORD_VERSION,
-                "rollout": first + row,
-                "prompt": decode(rollouts.prefix(row, 0).tolist()),
-                "tokens": tokens,
-                "token_loss": [_number(loss) for loss in scores.kl[row][mask]],
-                "places": places,
-            }
-        )
+        records.append({
+            "version": RECORD_VERSION, "rollout": first + row, "prompt": decode(rollouts.prefix(row, 0).tolist()),
+            "tokens": tokens, "token_loss": [_number(loss) for loss in scores.kl[row][mask]], "places": places,
+        })  # fmt: skip
     return records
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from topd.analysis.probe import ProbeOptions, measure, probe_records
-from topd.analysis.probe_summary import Probe, token_table
+from topd.analysis.probe_summary import probe_of, summary, token_table
+from topd.evaluation.tables import open_table
 from topd.near_future import Rollouts
 from topd.near_future.sampling import local_pair, sample_rollouts, written_rollouts
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
@@ -47,11 +46,8 @@ def run_probe(
 ) -> dict[str, Any]:
     """Measure the remaining rollouts, write `probe.json` and print the table. Returns the content of `probe.json`.
 
-    Args:
-        prompts: "prompt_ids", and "response_ids" if the rollouts are given.
-
-    Raises:
-        TOPDError: `out` holds records of a probe with other settings.
+    `prompts`: "prompt_ids", and "response_ids" if the rollouts are given. Raises `TOPDError` if `out` holds records of
+    a probe with other settings.
     """
     console = Console()
     records = earlier_records(
@@ -94,20 +90,16 @@ def whole_batches(records: Records, batch: int, rollouts: int) -> Records:
 
 def conclude(run: ProbeRun, records: list[dict[str, Any]]) -> dict[str, Any]:
     """`probe.json`: the statistics of the main variant and of all variants, and the variant of each reading."""
-    variants = {name: Probe.of_records(records, name).summary(seed=run.options.seed) for name in run.options.variants}
+    variants = {name: summary(probe_of(records, name), seed=run.options.seed) for name in run.options.variants}
     main = run.options.main
-    names = ("torch", "transformers", "POT", "lapx")
+    # for each reading of the student's window, the variant that equals the main one otherwise
+    readings = {window: f"{window}/{main.partition('/')[2]}" for window in run.options.student_windows}
+    versions = {name: version(name) for name in ("torch", "transformers", "POT", "lapx")}
     return {
-        "version": 1,
-        **variants[main],
-        "variant": main,
-        "variants": variants,
-        "readings": run.options.readings,
-        "tokens": token_table(records, main, variants[main]["threshold"]),
-        "rollouts": len(records),
-        "run": asdict(run),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-    }
+        "version": 1, **variants[main], "variant": main, "variants": variants, "readings": readings,
+        "tokens": token_table(records, main, variants[main]["threshold"]), "rollouts": len(records),
+        "run": asdict(run), "versions": {"python": platform.python_version()} | versions,
+    }  # fmt: skip
 
 
 def cost_message(run: ProbeRun, done: int) -> str:
@@ -125,7 +117,7 @@ def cost_message(run: ProbeRun, done: int) -> str:
 
 
 def _rollouts(run: ProbeRun, student: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> Rollouts:
-    ids: list[Tensor] = [torch.tensor(prompt["prompt_ids"]) for prompt in prompts]
+    ids = [torch.tensor(prompt["prompt_ids"]) for prompt in prompts]
     if run.given:
         responses = [torch.tensor(prompt["response_ids"]) for prompt in prompts]
         return written_rollouts(ids, responses, tokenizer, student.device)
@@ -143,18 +135,15 @@ def probe_table(result: dict[str, Any]) -> Table:
             f"median D_OT, {GROUPS[group]} (n = {row['n']})", f"{row['median']:.3f}",
             f"{row['low']:.3f} to {row['high']:.3f}", f"{PROBE[group]:.3f}",
         )  # fmt: skip
-    for group in GROUPS:
-        share = result["groups"][group]["near_zero"]
-        paper = f"{NEAR_ZERO_SHARES[group]:.1%}"
-        table.add_row(f"D_OT < {NEAR_ZERO}, {GROUPS[group]}", f"{share['value']:.1%}", _interval(share, ".1%"), paper)
+
+    def add(words: str, entry: dict[str, float], paper: float, form: str) -> None:
+        table.add_row(words, f"{entry['value']:{form}}", _interval(entry, form), f"{paper:{form}}")
+
+    for group, words in GROUPS.items():
+        add(f"D_OT < {NEAR_ZERO}, {words}", result["groups"][group]["near_zero"], NEAR_ZERO_SHARES[group], ".1%")
     for name, words in CORRELATIONS.items():
-        paper = f"{PROBE[name.removesuffix('_nll')]:.3f}"
-        table.add_row(words, f"{result[name]['value']:.3f}", _interval(result[name], ".3f"), paper)
-    row = result["false_alarm_share"]
-    table.add_row(
-        "false alarms among high-loss tokens", f"{row['value']:.1%}", _interval(row, ".1%"),
-        f"{PROBE['false_alarm_share']:.1%}",
-    )  # fmt: skip
+        add(words, result[name], PROBE[name.removesuffix("_nll")], ".3f")
+    add("false alarms among high-loss tokens", result["false_alarm_share"], PROBE["false_alarm_share"], ".1%")
     table.add_row("same for low-loss, by construction", f"{result['low_loss_share']:.1%}", "", "75 %")
     return table
 
@@ -163,9 +152,7 @@ def fingerprint_table(result: dict[str, Any]) -> Table:
     """All readings of the student's window at the same places, with 95 % intervals, next to the paper's Fig. 2a."""
     readings = {kind: result["variants"][name] for kind, name in result["readings"].items()}
     title = "The student's window in each reading, at the same places (95 % intervals)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", *readings, "paper"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table = open_table(["", *readings, "paper"], title)
 
     def add(words: str, entries: list[dict[str, float]], paper: float | None, percent: bool = True) -> None:
         scale, form = (100, ".1f") if percent else (1, ".3f")

@@ -3,164 +3,122 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from functools import partial
-from operator import attrgetter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from scipy.stats import rankdata
 
-from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO
+from topd.paper import GROUPS, NEAR_ZERO
 
 ROUNDING = 1e-6
 """D_OT (float32) of windows that are equal in embedding space can be this far above 0."""
-Arrays = dict[str, numpy.ndarray]
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Measurements at high-loss, random and low-loss positions, each by group "high", "random" and "low"."""
+class Group:
+    """[place] measurements of one group of positions."""
 
-    distances: Arrays  # D_OT of each place
-    rollout: Arrays  # the rollout of each place
-    loss: Arrays | None = None  # the token loss (reverse KL) at each place, nats; None: unknown
-    # the teacher's NLL of the sampled token, nats: the x axis of Fig. 6; None: unknown.
-    teacher_nll: Arrays | None = None
-    # 1 if the student's regenerated window begins with the candidate token; None: not measured
-    begins: Arrays | None = None
+    distances: numpy.ndarray  # D_OT
+    rollout: numpy.ndarray
+    loss: numpy.ndarray  # the token loss (reverse KL), nats
+    teacher_nll: numpy.ndarray  # the teacher's NLL of the sampled token, nats: the x axis of Fig. 6; NaN: unknown
+    begins: numpy.ndarray  # 1 if the student's regenerated window begins with the candidate token; NaN: not measured
 
-    @classmethod
-    def of_records(cls, records: Iterable[dict[str, Any]], variant: str) -> Probe:
-        """From `probe_records`, without the places that have no distance."""
-        rows: dict[str, list[tuple[float, ...]]] = {group: [] for group in GROUPS}
-        begins = variant.startswith("regenerated/")
-        for record in records:
-            for place in record["places"]:
-                distance, loss, nll = place["distance"].get(variant), place["token_loss"], place["teacher_nll"]
-                if distance is not None and loss is not None:
-                    begun = place["begins_with_candidate"] if begins else False
-                    nll = float("nan") if nll is None else nll
-                    rows[place["group"]].append((distance, record["rollout"], loss, nll, begun))
-        columns = {group: numpy.array(values, dtype=float).reshape(-1, 5).T for group, values in rows.items()}
 
-        def column(number: int) -> Arrays:
-            return {group: table[number] for group, table in columns.items()}
+Probe = dict[str, Group]
+"""Measurements at high-loss, random and low-loss positions, by "high", "random" and "low"."""
 
-        rollout = {group: origin.astype(int) for group, origin in column(1).items()}
-        return cls(column(0), rollout, column(2), column(3), column(4) if begins else None)
 
-    @property
-    def threshold(self) -> float:
-        """Upper quartile of D_OT at low-loss positions."""
-        return float(numpy.quantile(self.distances["low"], 0.75))
+def probe_of(records: Iterable[dict[str, Any]], variant: str) -> Probe:
+    """From `probe_records`, without the places that have no distance."""
+    rows: dict[str, list[tuple[Any, ...]]] = {group: [] for group in GROUPS}
+    begins = variant.startswith("regenerated/")
+    for record in records:
+        for place in record["places"]:
+            distance, loss, nll = place["distance"].get(variant), place["token_loss"], place["teacher_nll"]
+            if distance is not None and loss is not None:
+                begun = place["begins_with_candidate"] if begins else None
+                rows[place["group"]].append((distance, record["rollout"], loss, nll, begun))
+    tables = {group: numpy.array(values, dtype=float).reshape(-1, 5).T for group, values in rows.items()}
+    return {group: Group(table[0], table[1].astype(int), *table[2:]) for group, table in tables.items()}
 
-    @property
-    def false_alarm_share(self) -> float:
-        """Share of high-loss positions with D_OT up to the upper quartile of the low-loss positions.
 
-        By construction this share is about 75 % for low-loss positions, or more if distances tie.
-        """
-        return float((self.distances["high"] <= self.threshold + ROUNDING).mean())
+def threshold(probe: Probe) -> float:
+    """Upper quartile of D_OT at low-loss positions."""
+    return float(numpy.quantile(probe["low"].distances, 0.75))
 
-    @property
-    def pearson(self) -> float:
-        """Correlation of token loss and D_OT over high-loss positions; NaN if one of them is constant."""
-        return self._correlation("loss")
 
-    @property
-    def spearman(self) -> float:
-        """The same for ranks."""
-        return self._correlation("loss", rankdata)
+def false_alarm_share(probe: Probe) -> float:
+    """Share of high-loss positions with D_OT up to the upper quartile of the low-loss positions.
 
-    @property
-    def pearson_nll(self) -> float:
-        """Correlation of the teacher's NLL and D_OT over high-loss positions with a finite NLL (Fig. 6)."""
-        return self._correlation("teacher_nll")
+    By construction this share is about 75 % for low-loss positions, or more if distances tie.
+    """
+    return float((probe["high"].distances <= threshold(probe) + ROUNDING).mean())
 
-    @property
-    def spearman_nll(self) -> float:
-        """The same for ranks."""
-        return self._correlation("teacher_nll", rankdata)
 
-    def _correlation(self, name: str, scale: Callable[[numpy.ndarray], numpy.ndarray] = numpy.asarray) -> float:
-        values, distances = self._known(name)["high"], self.distances["high"]
+def correlations(high: Group) -> dict[str, float]:
+    """Of token loss and D_OT, and of the teacher's NLL and D_OT (Fig. 6), by value and by rank.
+
+    Over positions with a finite value; NaN if one of both is constant.
+    """
+    found = {}
+    for suffix, values in (("", high.loss), ("_nll", high.teacher_nll)):
         finite = numpy.isfinite(values)
-        a, b = scale(values[finite]), scale(distances[finite])
-        return float(numpy.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else float("nan")
+        for name, scale in (("pearson", numpy.asarray), ("spearman", rankdata)):
+            a, b = scale(values[finite]), scale(high.distances[finite])
+            varies = len(a) > 1 and a.std() > 0 and b.std() > 0
+            found[name + suffix] = float(numpy.corrcoef(a, b)[0, 1]) if varies else float("nan")
+    return found
 
-    def median(self, group: str) -> float:
-        """Median D_OT of a group."""
-        return float(numpy.median(self.distances[group]))
 
-    def near_zero(self, group: str) -> float:
-        """Share of a group's places with D_OT < 0.02, the first bin of Fig. 2a."""
-        return float((self.distances[group] < NEAR_ZERO).mean())
+def of_group(group: Group) -> dict[str, float]:
+    """Median D_OT, share of D_OT in the first bin of Fig. 2a, share of windows that begin with the candidate token."""
+    found = {"median": float(numpy.median(group.distances)), "near_zero": float((group.distances < NEAR_ZERO).mean())}
+    measured = not numpy.isnan(group.begins).any()
+    return found | ({"begins_with_candidate": float(group.begins.mean())} if measured else {})
 
-    def begins_with_candidate(self, group: str) -> float:
-        """Share of a group's places whose regenerated window begins with the candidate token."""
-        return float(self._known("begins")[group].mean())
 
-    def _known(self, name: str) -> Arrays:
-        values: Arrays | None = getattr(self, name)
-        if values is None:
-            raise ValueError(f"This probe has no `{name}`. Create it with `Probe.of_records`.")
-        return values
+def statistics(probe: Probe) -> dict[str, float]:
+    """All of these, those of a group as "GROUP/NAME"."""
+    by_group = {f"{name}/{key}": value for name in GROUPS for key, value in of_group(probe[name]).items()}
+    return by_group | correlations(probe["high"]) | {"false_alarm_share": false_alarm_share(probe)}
 
-    def resampled(self, rng: numpy.random.Generator) -> Probe:
-        """A bootstrap sample: rollouts drawn with replacement, with all their places."""
-        known = numpy.unique(numpy.concatenate([self.rollout[group] for group in self.rollout]))
-        counts = numpy.bincount(rng.choice(known, len(known)), minlength=int(known.max()) + 1)
-        times = {group: counts[origin] for group, origin in self.rollout.items()}
 
-        def drawn(values: Arrays | None) -> Any:
-            return None if values is None else {g: numpy.repeat(each, times[g]) for g, each in values.items()}
+def resampled(probe: Probe, rng: numpy.random.Generator) -> Probe:
+    """A bootstrap sample: rollouts drawn with replacement, with all their places."""
+    known = numpy.unique(numpy.concatenate([group.rollout for group in probe.values()]))
+    counts = numpy.bincount(rng.choice(known, len(known)), minlength=int(known.max()) + 1)
 
-        return Probe(**{field.name: drawn(getattr(self, field.name)) for field in fields(self)})
+    def drawn(group: Group) -> Group:
+        return Group(*(numpy.repeat(values, counts[group.rollout]) for values in vars(group).values()))
 
-    def intervals(
-        self, statistics: dict[str, Callable[[Probe], float]], samples: int = 2000, level: float = 0.95, seed: int = 0
-    ) -> dict[str, dict[str, float]]:
-        """Value and percentile bootstrap interval of each statistic. The unit of resampling is the rollout."""
-        rng = numpy.random.default_rng(seed)
-        drawn: dict[str, list[float]] = {name: [] for name in statistics}
-        for _ in range(samples):
-            again = self.resampled(rng)
-            for name, statistic in statistics.items():
-                drawn[name].append(statistic(again))
-        tail = (1 - level) / 2
-        return {
-            name: {
-                "value": statistic(self),
-                "low": float(numpy.nanquantile(drawn[name], tail)),
-                "high": float(numpy.nanquantile(drawn[name], 1 - tail)),
-            }
-            for name, statistic in statistics.items()
-        }
+    return {name: drawn(group) for name, group in probe.items()}
 
-    def summary(self, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """Quartiles and share near 0 per group, correlations and false-alarm share with 95 % intervals; threshold."""
-        by_group = {"median": Probe.median, "near_zero": Probe.near_zero}
-        if self.begins:
-            by_group["begins_with_candidate"] = Probe.begins_with_candidate
-        found = self.intervals(
-            {f"{name}/{group}": partial(of, group=group) for name, of in by_group.items() for group in GROUPS}
-            | {name: attrgetter(name) for name in (*CORRELATIONS, "false_alarm_share")},
-            samples,
-            seed=seed,
-        )
-        groups = {}
-        for group, distances in ((group, self.distances[group]) for group in GROUPS):
-            q1, q3 = numpy.quantile(distances, [0.25, 0.75])
-            of_group = {name: found.pop(f"{name}/{group}") for name in by_group}
-            median = of_group.pop("median")
-            groups[group] = {
-                "median": median["value"], "low": median["low"], "high": median["high"],
-                "q1": float(q1), "q3": float(q3), "n": len(distances), **of_group,
-            }  # fmt: skip
-        return {"groups": groups, **found, "low_loss_share": float((self.distances["low"] <= self.threshold).mean()),
-                "threshold": self.threshold}  # fmt: skip
+
+def summary(probe: Probe, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Quartiles and share near 0 per group, correlations and false-alarm share; threshold.
+
+    Intervals (95 %) are percentiles of a bootstrap, whose unit is the rollout.
+    """
+    rng, tail = numpy.random.default_rng(seed), (1 - 0.95) / 2
+    drawn = [statistics(resampled(probe, rng)) for _ in range(samples)]
+    found: dict[str, dict[str, float]] = {}
+    for name, value in statistics(probe).items():
+        low, high = numpy.nanquantile([each[name] for each in drawn], [tail, 1 - tail])
+        found[name] = {"value": value, "low": float(low), "high": float(high)}
+    groups: dict[str, Any] = {}
+    for name, group in probe.items():
+        q1, q3 = numpy.quantile(group.distances, [0.25, 0.75])
+        own = {key: found.pop(f"{name}/{key}") for key in of_group(group)}
+        median = own.pop("median")
+        groups[name] = {
+            "median": median["value"], "low": median["low"], "high": median["high"],
+            "q1": float(q1), "q3": float(q3), "n": len(group.distances), **own,
+        }  # fmt: skip
+    low_loss_share = float((probe["low"].distances <= threshold(probe)).mean())
+    return {"groups": groups, **found, "low_loss_share": low_loss_share, "threshold": threshold(probe)}
 
 
 def token_table(

@@ -14,7 +14,7 @@ from topd.check.setup import Setup
 from topd.evaluation.benchmarks import question
 from topd.evaluation.while_training import HeldOut, check_best_metric, problems_of
 from topd.loading.adapters import base_of, is_adapter
-from topd.loading.shared_base import ONE_MODEL, two_adapters
+from topd.loading.shared_base import ONE_MODEL, TWO_ADAPTERS
 from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options
 from topd.teachers.from_options import check_without_weights, teacher_server
 from topd.teachers.server_windows import connect
@@ -165,7 +165,7 @@ def adapters(setup: Setup) -> Finding | None:
         return None
     if is_adapter(setup.student.folder):
         if setup.model.use_peft:
-            return failure(two_adapters(setup.student.folder))
+            return failure(TWO_ADAPTERS.format(student=setup.student.folder))
         return ok(f"the one in {setup.student.name}, on {base_of(setup.student.folder)}, is trained further")
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -24,6 +24,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 MODULUS = 100
@@ -41,36 +42,22 @@ PHRASES = {
     "rest": (", leaving ", ", so we have ", ", which gives "),
     "closer": (" so the answer is ", " the result is ", " that makes the answer "),
 }
+Weights = dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Style:
     """The wording and the order of steps of solutions."""
 
-    weights: dict[str, tuple[float, ...]]  # for each slot of `PHRASES`, the probability of each phrase
+    weights: Weights  # for each slot of `PHRASES`, the probability of each phrase
     # probability, at each step where precedence matters, of taking the leftmost operator instead
     left_to_right: float = 0.0
 
 
-_TEACHER_WORDING = {
-    "opener": (0.7, 0.2, 0.1),
-    "connective": (0.7, 0.2, 0.08, 0.02),
-    "equals": (0.7, 0.2, 0.1),
-    "rest": (0.7, 0.2, 0.1),
-    "closer": (0.7, 0.2, 0.1),
-}
-_STUDENT_WORDING = {
-    "opener": (0.2, 0.2, 0.6),
-    "connective": (0.1, 0.2, 0.2, 0.5),
-    "equals": (0.2, 0.2, 0.6),
-    "rest": (0.2, 0.2, 0.6),
-    "closer": (0.2, 0.2, 0.6),
-}
+_TEACHER_WORDING: Weights = dict.fromkeys(PHRASES, (0.7, 0.2, 0.1)) | {"connective": (0.7, 0.2, 0.08, 0.02)}
+_STUDENT_WORDING: Weights = dict.fromkeys(PHRASES, (0.2, 0.2, 0.6)) | {"connective": (0.1, 0.2, 0.2, 0.5)}
 TEACHER = Style(_TEACHER_WORDING)
-STUDENTS = {
-    "easy": Style(_STUDENT_WORDING, left_to_right=0.70),
-    "standard": Style(_STUDENT_WORDING, left_to_right=0.90),
-}
+STUDENTS = {"easy": Style(_STUDENT_WORDING, 0.70), "standard": Style(_STUDENT_WORDING, 0.90)}
 """Student styles. With a stronger habit, the student takes the right path less often."""
 
 OTHER_WORDING = 0.15
@@ -98,12 +85,17 @@ class Problem:
         return f"what is {self.expression}?"
 
     @property
+    def terms(self) -> list[str]:
+        """Numbers, operators and brackets, in order."""
+        return re.findall(r"\d+|[-+×()]", self.expression)
+
+    @property
     def level(self) -> Level:
         return "short" if sum(self.expression.count(operator) for operator in OPERATORS) <= 4 else "long"
 
     @property
     def answer(self) -> str:
-        terms = split_terms(self.expression)
+        terms = self.terms
         while len(terms) > 1:
             evaluate_operator(terms, next_operator(terms))
         return terms[0]
@@ -112,11 +104,6 @@ class Problem:
     def held_out(self) -> bool:
         """Whether a problem is in the tenth of all problems, chosen by a hash of the text, that is never trained on."""
         return hashlib.sha256(self.expression.encode()).digest()[0] % 10 == 0
-
-
-def split_terms(expression: str) -> list[str]:
-    """Numbers, operators and brackets of an expression, in order."""
-    return re.findall(r"\d+|[-+×()]", expression)
 
 
 def next_operator(terms: list[str], *, left_to_right: bool = False) -> int:
@@ -147,7 +134,7 @@ def write_solution(problem: Problem, style: Style, rng: random.Random) -> str:
     def phrase(slot: str) -> str:
         return rng.choices(PHRASES[slot], style.weights[slot])[0]
 
-    terms = split_terms(problem.expression)
+    terms = problem.terms
     text, slot = "", "opener"
     while len(terms) > 1:
         index = next_operator(terms, left_to_right=rng.random() < style.left_to_right)
@@ -190,19 +177,12 @@ def is_correct(text: str, answer: str) -> bool:
 
 
 def sample_problem(rng: random.Random, level: Level = "short") -> Problem:
-    if level == "short":
-        count = rng.choices((2, 3, 4), (0.2, 0.4, 0.4))[0]
-        terms = _flat_terms(rng, count)
-    else:
-        count = rng.randint(6, 8)
-        terms = _with_brackets(_flat_terms(rng, count), rng)
-    return Problem("".join(terms))
-
-
-def _flat_terms(rng: random.Random, operations: int) -> list[str]:
+    short = level == "short"
+    operations = rng.choices((2, 3, 4), (0.2, 0.4, 0.4))[0] if short else rng.randint(6, 8)
     numbers = [str(rng.randint(1, 9)) for _ in range(operations + 1)]
     operators = [rng.choice(OPERATORS) for _ in range(operations)]
-    return [numbers[0], *(term for pair in zip(operators, numbers[1:], strict=True) for term in pair)]
+    terms = [numbers[0], *chain(*zip(operators, numbers[1:], strict=True))]
+    return Problem("".join(terms if short else _with_brackets(terms, rng)))
 
 
 def _with_brackets(terms: list[str], rng: random.Random) -> list[str]:

@@ -33,12 +33,6 @@ def build_tokenizer(level: Level = "short") -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNK,
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_LENGTH[level],
-    )
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, padding_side="left",
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=MAX_LENGTH[level],
+    )  # fmt: skip

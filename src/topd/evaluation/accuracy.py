@@ -22,6 +22,7 @@ from topd.evaluation.statistics import (
     Interval,
     PairedDifference,
     percentiles,
+    problem_differences,
     resampled_means,
     sign_flip_p,
     table_of,
@@ -38,21 +39,17 @@ def accuracy_interval(
     0 or 1. Coverage in simulated studies of 30 problems and more: 94 to 97 %, compared with 90 to 96 % for a percentile
     interval (docs/evaluation.md).
 
-    Args:
-        benchmarks: a table per benchmark; they are resampled independently.
-        samples: number of draws.
-        level: probability inside the interval.
-        seed: the same seed gives the same interval.
-
-    Raises:
-        ValueError: a table is empty, ragged or not finite.
+    `benchmarks`: a table each; they are resampled independently. Raises `ValueError` for a table that is empty, ragged
+    or not finite.
     """
     rng = np.random.default_rng(seed)
     means = [table_of(table, "accuracy").mean(axis=1) for table in benchmarks]
-    drawn = np.zeros(samples)
-    for each in means:
-        drawn += _posterior_means(each, 1 / len(means), samples, rng) / len(means)
-    mean = _mean(means)
+    prior, drawn = 1 / len(means), np.zeros(samples)
+    for values in means:
+        distinct, place = np.unique(np.concatenate([values, [0.0, 1.0]]), return_inverse=True)
+        weight = np.bincount(place, np.concatenate([np.ones(len(values)), [prior, prior]]))
+        drawn += rng.dirichlet(weight, size=samples) @ distinct / len(means)
+    mean = float(np.mean([values.mean() for values in means]))
     low, high = percentiles(drawn, level)
     return Interval(mean, min(low, mean), max(high, mean), sum(map(len, means)))
 
@@ -65,57 +62,32 @@ def accuracy_difference(
     With few problems a percentile interval is too narrow, like a normal interval compared with Student's t. It is
     widened as in Hesterberg (2015, "What teachers should know about the bootstrap", section 5).
 
-    Args:
-        a: a table per benchmark.
-        b: the same benchmarks with the same problems in the same order; the numbers of samples may differ.
-        samples: bootstrap resamples, and sign assignments.
-        level: share of resampled means inside the interval.
-        seed: the same seed gives the same result.
-
-    Raises:
-        ValueError: the benchmarks or problems are not the same in number, or a table cannot be used.
+    `a`: a table per benchmark. `b`: the same benchmarks with the same problems in the same order; the numbers of
+    samples may differ. Raises `ValueError` for other numbers of benchmarks or problems.
     """
     differences = problem_differences(a, b)
     bootstrap, permutation = np.random.default_rng(seed).spawn(2)
     drawn = sum(resampled_means(each, samples, bootstrap) for each in differences) / len(differences)
     n = sum(map(len, differences))
-    low, high = percentiles(np.asarray(drawn), _widened(level, n))
+    if n > 1:  # the level at which a percentile interval of n values is as wide as Student's
+        level = float(2 * ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2)) - 1)
+    low, high = percentiles(np.asarray(drawn), level)
     weighted = np.concatenate([each / len(each) for each in differences])
     p = sign_flip_p(weighted, samples, permutation)
-    return PairedDifference(_mean(differences), low, high, p, n)
-
-
-def problem_differences(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> list[Floats]:
-    """For each benchmark, [problem] differences of the means over samples.
-
-    Raises:
-        ValueError: the benchmarks or problems are not the same in number, or a table cannot be used.
-    """
-    first, second = ([table_of(table, name).mean(axis=1) for table in side] for name, side in (("a", a), ("b", b)))
-    if [len(each) for each in first] != [len(each) for each in second]:
-        raise ValueError(
-            f"a has {[len(each) for each in first]} problems and b has {[len(each) for each in second]}: a comparison "
-            "needs the same benchmarks with the same problems in the same order."
-        )
-    return [one - other for one, other in zip(first, second, strict=True)]
+    return PairedDifference(float(np.mean([each.mean() for each in differences])), low, high, p, n)
 
 
 def sampling_error(right: ArrayLike) -> float | None:
     """Standard error of the accuracy on these problems due to sampling; None with one sample per problem."""
     table = table_of(right, "right")
     problems, k = table.shape
-    if k == 1:
-        return None
-    return math.sqrt(table.var(axis=1, ddof=1).sum() / k) / problems
+    return math.sqrt(table.var(axis=1, ddof=1).sum() / k) / problems if k > 1 else None
 
 
 def pass_at_k(right: ArrayLike, k: int) -> Floats:
     """[problem] unbiased probability that at least one of k samples is right.
 
     1 - C(n - c, k) / C(n, k) for c right ones among n (Chen et al. 2021, arXiv:2107.03374, equation 1).
-
-    Raises:
-        ValueError: k is below 1, or above the number of samples.
     """
     table = table_of(right, "right")
     n = table.shape[1]
@@ -128,10 +100,8 @@ def pass_at_k(right: ArrayLike, k: int) -> Floats:
 def majority_value(answers: Sequence[str | None], right: Sequence[bool]) -> float:
     """Probability that the most frequent answer to one problem is right: 0, 1, or a share for a tie.
 
-    Args:
-        answers: [sample] as extracted; None has no vote. All right answers count as one answer; wrong answers are
-            distinguished by their text.
-        right: [sample]
+    `answers`: [sample] as extracted; None has no vote. All right answers count as one answer; wrong answers are
+    distinguished by their text. `right`: [sample]
     """
     votes = Counter(
         True if is_right else answer
@@ -145,30 +115,10 @@ def majority_value(answers: Sequence[str | None], right: Sequence[bool]) -> floa
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values (Holm 1979): claims with a value below 0.05 contain an error with at most 5 % probability."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
-    return adjusted
-
-
-def _posterior_means(values: Floats, prior: float, samples: int, rng: np.random.Generator) -> Floats:
-    """[samples] means of [problem] values under Dirichlet weights; a 0 and a 1 have the prior weight `prior`."""
-    distinct, place = np.unique(np.concatenate([values, [0.0, 1.0]]), return_inverse=True)
-    weight = np.bincount(place, np.concatenate([np.ones(len(values)), [prior, prior]]))
-    return np.asarray(rng.dirichlet(weight, size=samples) @ distinct)
-
-
-def _widened(level: float, n: int) -> float:
-    """The level at which a percentile interval of n values is as wide as Student's."""
-    if n < 2:
-        return level
-    distance = math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2)
-    return float(2 * ndtr(distance) - 1)
-
-
-def _mean(tables: Sequence[Floats]) -> float:
-    return float(np.mean([table.mean() for table in tables]))
+    order, adjusted = np.argsort(p_values), np.empty(len(p_values))
+    factors = len(p_values) - np.arange(len(p_values))
+    adjusted[order] = np.maximum.accumulate(factors * np.asarray(p_values)[order]).clip(max=1.0)
+    return adjusted.tolist()
 
 
 FEWEST = 6
@@ -180,7 +130,7 @@ class Power:
     """The gain that a paired comparison of this size can detect.
 
     Attributes:
-        gain: the gain in question, in units of accuracy (0.044 is 4.4 points).
+        gain: in question, in units of accuracy (0.044 is 4.4 points).
         power: probability of detecting a gain (p < 0.05) if it exists.
         detectable: the smallest gain that is detected with that probability here.
         problems: number needed for `gain`, with as many samples as here.
@@ -203,18 +153,12 @@ def power_of(
     reduce too. Normal approximation with Guenther's (1981) correction for few problems; problems are spread evenly over
     benchmarks.
 
-    Args:
-        a: a table [problem, sample] per benchmark.
-        b: the same for the other model and the same problems.
-        gain: above 0, in units of accuracy.
-        power: wanted probability of detecting it.
-        alpha: significance level.
-
-    Raises:
-        ValueError: the tables are not of the same problems.
+    `a`, `b`: as in `accuracy_difference`. `gain`: above 0, in units of accuracy. `power`: wanted probability of
+    detecting it. `alpha`: significance level.
     """
     differences = problem_differences(a, b)
-    spread = float(np.mean([_variance(each) for each in differences]))
+    variances = [float(each.var(ddof=1)) if len(each) > 1 else 0.0 for each in differences]
+    spread = float(np.mean(variances))
     sampled = [_sampling_variance(first) + _sampling_variance(second) for first, second in zip(a, b, strict=True)]
     z_alpha, z_power = ndtri([1 - alpha / 2, power])
 
@@ -225,13 +169,9 @@ def power_of(
         problems = (z_alpha + z_power) ** 2 * variance / gain**2 + z_alpha**2 / 2
         return max(FEWEST, math.ceil(problems))
 
-    mean_variance = sum(_variance(each) / len(each) for each in differences) / len(differences) ** 2
+    of_mean = sum(each / len(found) for each, found in zip(variances, differences, strict=True)) / len(differences) ** 2
     at_best = None if math.isnan(sum(sampled)) else needed(max(0.0, spread - float(np.mean(sampled))))
-    return Power(gain, power, float((z_alpha + z_power) * math.sqrt(mean_variance)), needed(spread), at_best)
-
-
-def _variance(differences: Floats) -> float:
-    return float(differences.var(ddof=1)) if len(differences) > 1 else 0.0
+    return Power(gain, power, float((z_alpha + z_power) * math.sqrt(of_mean)), needed(spread), at_best)
 
 
 def _sampling_variance(right: ArrayLike) -> float:

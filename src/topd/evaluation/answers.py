@@ -32,9 +32,10 @@ class Verdict:
     Attributes:
         extracted: the answer as written, None if there is none.
         right: whether it is the wanted answer.
-        parsed: whether it could be parsed and compared; if not, `right` is False. Not parsed are: no box, a last box
-            that is never closed, a box without a number (rule "integer"), not LaTeX or not compared in time (rule
-            "math"), neither a box nor dollar signs (rule "lm_eval", unless the whole response is the answer).
+        parsed: whether it could be parsed and compared; if not, `right` is False. Not parsed are: no box, a
+            last box that is never closed, a box without a number (rule "integer"), not LaTeX or not compared in
+            time (rule "math"), neither a box nor dollar signs (rule "lm_eval", unless the whole response is the
+            answer).
     """
 
     extracted: str | None
@@ -43,16 +44,7 @@ class Verdict:
 
 
 def verdict(text: str, answer: str, rule: Rule) -> Verdict:
-    """Judge one response.
-
-    Args:
-        text: the whole response.
-        answer: the wanted answer, without a box.
-        rule: how to compare.
-
-    Raises:
-        TOPDError: rule "math" without the package math-verify.
-    """
+    """Judge one whole response; `answer` is the wanted one, without a box. Rule "math" needs math-verify."""
     if rule == "embedded":
         from topd.embedded.task import extract_answer
 
@@ -150,7 +142,6 @@ LM_EVAL_PROMPT = "Question: {problem}\nAnswer:"
 STOPS = ("Question:", "</s>", "<|im_end|>", "<|eot_id|>")
 """Generation ends at these; text after them is ignored."""
 
-_SPACE = " "
 _BOX = "\\boxed"
 _BEFORE_UNITS = (
     ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
@@ -183,8 +174,8 @@ def same_text(one: str, other: str) -> bool:
 
 def _last_box(text: str) -> str | None:
     """Content of the last box. `\\boxed 7`, up to the next dollar sign, takes precedence."""
-    if _BOX + _SPACE in text:
-        return text.rpartition(_BOX + _SPACE)[2].partition("$")[0]
+    if _BOX + " " in text:
+        return text.rpartition(_BOX + " ")[2].partition("$")[0]
     start = text.rfind(_BOX + "{")
     if start < 0 or start != text.rfind(_BOX):
         return None
@@ -199,8 +190,7 @@ def _last_box(text: str) -> str | None:
 def normalised(text: str) -> str:
     """MATH's normal form of an answer.
 
-    Raises:
-        ValueError: there is none (several units, an empty root or fraction, a quotient not of two integers).
+    Raises `ValueError` if there is none (several units, an empty root or fraction, a quotient not of two integers).
     """
     for old, new in _BEFORE_UNITS:
         text = text.replace(old, new)
@@ -216,8 +206,7 @@ def normalised(text: str) -> str:
         text = values[0]
     if re.search(r"\\sqrt(?:\Z|\\sqrt)", text):
         raise ValueError("A root of nothing.")
-    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(_SPACE, "")
-    text = _braced_fractions(text)
+    text = _braced_fractions(re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", ""))
     if text == "0.5":
         return "\\frac{1}{2}"
     if text.count("/") == 1:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from topd.embedded.task import DATA, make_problems
 from topd.errors import DataError, TOPDError
 from topd.evaluation.answers import LM_EVAL_PROMPT, Rule
 from topd.loading.data import load_prompts
@@ -87,70 +88,55 @@ def load_benchmark(
 ) -> ProblemSet:  # fmt: skip
     """The problems of a benchmark.
 
-    Args:
-        name: a known name; "NAME=SOURCE", a known benchmark from your own file or dataset, or your own name for it; or
-            just a source: a JSONL, JSON, CSV or Parquet file, a folder of `save_to_disk`, or a Hub dataset, with
-            `problem` (or `question`, `prompt`) and `answer`.
-        limit: keep only the first N.
-        split: of your own Hub dataset.
-        rule: for your own problems.
-        style: of the prompt and of extracting answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
-        option: the user's option that names the benchmark, for messages.
-
-    Raises:
-        TOPDError: the source cannot be read, a problem has no answer, a known benchmark has another size than expected,
-            or the style does not fit the benchmark.
+    `name`: a known name; "NAME=SOURCE", a known benchmark from your own file or dataset, or your own name for it; or
+    just a source: a JSONL, JSON, CSV or Parquet file, a folder of `save_to_disk`, or a Hub dataset, with `problem` (or
+    `question`, `prompt`) and `answer`. `limit`: keep only the first N. `split`: of your own Hub dataset. `rule`: for
+    your own problems. `style`: of the prompt and of extracting answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
+    `option`: the user's option that names the benchmark, for messages. Raises `TOPDError` if the source cannot be read,
+    a problem has no answer, a known benchmark has another size than expected, or the style does not fit the benchmark.
     """
-    label, source = _label_and_source(name)
+    given = label_and_file(name)  # the label also names files of records
+    label = name if name in BENCHMARKS else given[0] if given else Path(name.replace(":", "-")).name.split(".")[0]
     if style == "lm-eval" and label not in LM_EVAL_BENCHMARKS:
         raise TOPDError(
             f"--prompt-style lm-eval is for {', '.join(LM_EVAL_BENCHMARKS)}, not for {label}. To use a file with the "
             "problems of one of them: --benchmark aime24=FILE."
         )
     known = BENCHMARKS.get(label)
-    if known is not None and known.source is None and source is None:
-        rows = _embedded(label, limit or known.size)
-    elif known is not None and source is None:
-        rows = _rows(str(known.source), known.split, name, option)
+    if known is None or name != label:
+        rows = _rows(given[1] if given else name, split, name, option)
+    elif known.source is None:
+        problems = make_problems(limit or known.size, EMBEDDED_SEED, held_out=True, level=DATA[label])
+        rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
+    else:
+        rows = _rows(known.source, known.split, name, option)
         if len(rows) != known.size:
             raise TOPDError(
                 f"{known.source} has {len(rows)} problems where {label} has {known.size}: the dataset was changed. "
                 f"Name a copy of the right one: {option} {label}=FILE."
             )
-    else:
-        rows = _rows(str(source), split, name, option)
-    known = known or Benchmark(source, split, len(rows), rule, "of the user")
+    known = known or Benchmark(name, split, len(rows), rule, "of the user")
     if style == "lm-eval":
         known = replace(known, template=LM_EVAL_PROMPT, rule="lm_eval")
-        rows = [row | {"prompt": _bare(row["prompt"], name), "answer": _without_zeros(row["answer"])} for row in rows]
-    problems = [_problem(number, row, known.template) for number, row in enumerate(rows[:limit], 1)]
-    return ProblemSet(label, known.rule, known.max_new_tokens, tuple(problems))
+        rows = [_as_lm_eval_has_it(row, name) for row in rows]
+    numbered = [_problem(number, row, known.template) for number, row in enumerate(rows[:limit], 1)]
+    return ProblemSet(label, known.rule, known.max_new_tokens, tuple(numbered))
 
 
-def _label_and_source(name: str) -> tuple[str, str | None]:
-    """Name of a benchmark and of its files of records, and its source; None for the source in `BENCHMARKS`."""
-    if name in BENCHMARKS:
-        return name, None
+def label_and_file(name: str) -> tuple[str, str] | None:
+    """The parts of "LABEL=SOURCE"; None for any other name. A label names a folder or files, so it is never ".."."""
     match = re.fullmatch(r"([\w-][\w.-]*)=(.+)", name)
-    return (match[1], match[2]) if match else (Path(name.replace(":", "-")).name.split(".")[0], name)
-
-
-def _embedded(label: str, count: int) -> list[dict[str, Any]]:
-    from topd.embedded.task import DATA, make_problems
-
-    problems = make_problems(count, EMBEDDED_SEED, held_out=True, level=DATA[label])
-    return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
+    return (match[1], match[2]) if match else None
 
 
 def _rows(source: str, split: str, name: str, option: str) -> list[dict[str, Any]]:
     try:
-        data = load_prompts(source, split=split)
+        rows = list(load_prompts(source, split=split))
     except DataError as error:
         raise TOPDError(
             f"{option} {name}: {error} Known benchmarks are {', '.join(BENCHMARKS)}. Without a network, name a file "
             f"with `problem` and `answer`: {option} NAME=FILE."
         ) from error
-    rows = [dict(row) for row in data]
     missing = [number for number, row in enumerate(rows, 1) if not row.get("answer")]
     if missing:
         raise TOPDError(
@@ -160,15 +146,19 @@ def _rows(source: str, split: str, name: str, option: str) -> list[dict[str, Any
     return rows
 
 
-def _bare(prompt: Any, name: str) -> str:
-    """A problem's text without our instruction, which some files contain."""
+def _as_lm_eval_has_it(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """A problem without our instruction, which some files contain, and an answer without leading zeros.
+
+    The harness compares strings, and its datasets have no leading zeros.
+    """
+    prompt, answer = row["prompt"], row["answer"]
     text = prompt.removesuffix(INSTRUCTION) if isinstance(prompt, str) else ""
     if not text or r"\boxed" in text:
         raise TOPDError(
             f"--benchmark {name}: with --prompt-style lm-eval, problems must be text without an instruction of their "
             f"own. Remove the instruction from the problem that begins {str(prompt)[:60]!r}."
         )
-    return text
+    return {"prompt": text, "answer": str(int(answer)) if answer.strip().isdigit() else answer}
 
 
 def text_of(prompt: Any) -> str:
@@ -184,11 +174,6 @@ def question(prompt: Any) -> str:
 def spread(items: list[T], count: int) -> list[T]:
     """`count` of the items at equal distances, or all if there are fewer."""
     return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
-
-
-def _without_zeros(answer: str) -> str:
-    """025 -> 25: the harness compares strings, and its datasets have no leading zeros."""
-    return str(int(answer)) if answer.strip().isdigit() else answer
 
 
 def _problem(number: int, row: dict[str, Any], template: str) -> Problem:

@@ -18,13 +18,10 @@ PAPER_GAIN = 0.044
 
 def evaluation_folders(given: Sequence[Path]) -> list[Path]:
     """The models' folders among the given folders and in them."""
-    found: list[Path] = []
     for folder in given:
-        inside = evaluations_in(folder)
-        if not inside:
+        if not evaluations_in(folder):
             raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
-        found += [each for each in inside if each not in found]
-    return found
+    return list(dict.fromkeys(each for folder in given for each in evaluations_in(folder)))
 
 
 def evaluations_in(folder: Path) -> list[Path]:
@@ -33,15 +30,11 @@ def evaluations_in(folder: Path) -> list[Path]:
 
 
 def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dict[str, Any]:
-    """Compute and write `comparison.json`; return it.
+    """Compute `comparison.json`, write it to the folder `out` and return it.
 
-    Args:
-        folders: one per model, as `topd eval` wrote them; the others are compared with the first.
-        out: folder for it.
-        gain: for the power of each comparison, in units of accuracy.
-
-    Raises:
-        TOPDError: two folders have the same label, or different problems under the same name.
+    `folders`: one per model, as `topd eval` wrote them; the others are compared with the first. `gain`: for the power
+    of each comparison, in units of accuracy. Raises `TOPDError` if two folders have the same label, or different
+    problems under the same name.
     """
     found = comparison(dict(zip(labels(folders), map(read_results, folders), strict=True)), gain)
     write_json(found, out / COMPARISON)
@@ -49,28 +42,28 @@ def compare(folders: Sequence[Path], out: Path, gain: float = PAPER_GAIN) -> dic
 
 
 def comparison(models: Mapping[str, dict[str, Results]], gain: float = PAPER_GAIN) -> dict[str, Any]:
-    """Each model's accuracy by benchmark and on average, and its difference from the first model.
+    """Each model's accuracy by benchmark and on average, and its difference from the first model; see `compare`.
 
-    Args:
-        models: by label, as `read_results` returns them.
-        gain: for the power of each comparison, in units of accuracy.
-
-    Raises:
-        TOPDError: different problems under the same name.
+    `models`: by label, as `read_results` returns them.
     """
     columns = list(dict.fromkeys(name for results in models.values() for name in results))
-    rows = {label: _row(results, columns) for label, results in models.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for label, results in models.items():
+        rows[label] = {
+            name: asdict(accuracy_interval([r.right])) | {"samples": r.right.shape[1]} for name, r in results.items()
+        }
+        if len(columns) > 1 and len(results) == len(columns):  # the mean only if no benchmark is missing
+            rows[label][MEAN] = asdict(accuracy_interval([results[name].right for name in columns]))
     first, *others = models
-    comparisons = [
-        comparison
-        for other in others
-        for comparison in _differences(models[first], models[other], first, other, columns, gain)
-    ]
-    for comparison, adjusted in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
-        comparison["p_holm"] = adjusted
+    comparisons: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for other in others:
+        comparisons += _differences(models[first], models[other], first, other, columns, gain)
+        notes += _other_settings(models[first], models[other], first, other)
+    for each, adjusted in zip(comparisons, holm([each["p"] for each in comparisons]), strict=True):
+        each["p_holm"] = adjusted
     return {
-        "version": 1, "columns": columns, "models": rows, "first": first, "comparisons": comparisons,
-        "notes": [note for other in others for note in _other_settings(models[first], models[other], first, other)],
+        "version": 1, "columns": columns, "models": rows, "first": first, "comparisons": comparisons, "notes": notes,
     }  # fmt: skip
 
 
@@ -85,17 +78,6 @@ def labels(folders: Sequence[Path]) -> list[str]:
     if twice:
         raise TOPDError(f"More than one folder is called {twice[0]}. Rename one of them.")
     return found
-
-
-def _row(results: dict[str, Results], columns: list[str]) -> dict[str, Any]:
-    """Accuracy by column; the mean only if no benchmark is missing."""
-    row = {
-        name: asdict(accuracy_interval([each.right])) | {"samples": each.right.shape[1]}
-        for name, each in results.items()
-    }
-    if len(columns) > 1 and len(results) == len(columns):
-        row[MEAN] = asdict(accuracy_interval([results[name].right for name in columns]))
-    return row
 
 
 def _differences(

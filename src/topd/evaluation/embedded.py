@@ -14,13 +14,9 @@ MAX_NEW_TOKENS: dict[Level, int] = {"short": 96, "long": 224}
 
 @torch.no_grad()
 def answer_problems(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    *,
-    temperature: float = 0.0,
+    model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], *, temperature: float = 0.0,
     batch: int = 256,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """The model's solution to each problem: greedy at temperature 0, else sampled from the full distribution."""
     was_training = model.training
     model.eval()
@@ -35,10 +31,8 @@ def answer_problems(
                 input_ids=inputs["input_ids"].to(model.device),
                 attention_mask=inputs["attention_mask"].to(model.device),
                 max_new_tokens=max(MAX_NEW_TOKENS[problem.level] for problem in problems),
-                pad_token_id=padding_id(tokenizer),
-                eos_token_id=ends,
-                **decoding,
-            )
+                pad_token_id=padding_id(tokenizer), eos_token_id=ends, **decoding,
+            )  # fmt: skip
         solutions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(chosen, solutions, strict=True):
             texts[index] = text

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy
@@ -17,7 +17,6 @@ from topd.loading.prompts import prompt_ids
 from topd.near_future.model_parts import NEUTRAL, end_token_ids, grouped, left_padded, own_settings_only, padding_id
 from topd.near_future.sampling import generate_compactly
 from topd.near_future.self_check import batching_of
-from topd.near_future.ways import Batching
 
 SEED_STRIDE = 1_000_003
 """The seed of a response is `seed * SEED_STRIDE + number`."""
@@ -27,13 +26,14 @@ SEED_STRIDE = 1_000_003
 class Sampling:
     """How responses are sampled.
 
+    The first three defaults are our choice: the paper gives values for the warm start's teacher only.
+
     Attributes:
-        temperature: 0 is greedy. This and the next two values are our choice: the paper gives them for the warm start's
-            teacher only.
+        temperature: 0 is greedy.
         top_p: nucleus sampling.
         max_new_tokens: length limit of a response; a longer one is truncated and marked.
         seed: of the whole run; every response has its own random numbers.
-        chat_template_kwargs: for the chat template, such as {"enable_thinking": False}.
+        chat_template_kwargs: such as {"enable_thinking": False}.
     """
 
     temperature: float = 0.6
@@ -45,7 +45,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A requested response: the prompt (text or messages), and a number that, with the seed, fixes its randomness."""
+    """A requested response.
+
+    Attributes:
+        number: with the seed, it fixes the response's random numbers.
+        prompt: text or messages.
+    """
 
     number: int
     prompt: Any
@@ -72,11 +77,9 @@ class Engine(Protocol):
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Raise `TOPDError` if it is known in advance that it cannot respond."""
-        ...
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
         """Yield the responses of all requests, with their numbers, as they are ready."""
-        ...
 
 
 def ids_of(request: Request, tokenizer: Any, sampling: Sampling) -> list[int]:
@@ -92,16 +95,14 @@ def as_chat(prompt: Any, chat: bool) -> Any:
 class LocalEngine:
     """A transformers model in this process. Each response has its own random numbers, independent of its batch.
 
-    Args:
-        model: any causal language model, in evaluation mode.
-        together: number of prompts decoded together.
-        limited_by: the user's option for the limit on new tokens, for messages.
+    `model`: any causal language model, in evaluation mode. `together`: number of prompts decoded together.
+    `limited_by`: the user's option for the limit on new tokens, for messages.
     """
 
     def __init__(self, model: Any, tokenizer: Any, together: int = 32, limited_by: str = "--max-new-tokens") -> None:
         self.model, self.tokenizer, self.together, self.limited_by = model, tokenizer, together, limited_by
         self.eos = end_token_ids(model.generation_config, tokenizer)
-        self._tried: dict[int, Batching] = {}
+        self._batching = cache(partial(batching_of, model))  # tried once per length
         self._leaving = False
 
     def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
@@ -119,10 +120,7 @@ class LocalEngine:
         lengths = [len(ids_of(request, self.tokenizer, sampling)) for request in requests]
         groups, size = [list(range(len(requests)))], self.together
         if size > 1 and len(requests) > 1:
-            longest = max(lengths) + sampling.max_new_tokens
-            if longest not in self._tried:
-                self._tried[longest] = batching_of(self.model, longest)
-            batching = self._tried[longest]
+            batching = self._batching(max(lengths) + sampling.max_new_tokens)
             self._leaving = batching.leaving
             if not batching.padded:
                 groups = grouped(lengths)
@@ -206,14 +204,8 @@ class VllmEngine:
     """vLLM in this process. vLLM batches itself: `together` is only how many responses are saved at a time.
 
     vLLM gives each request its own random numbers, but its kernels may round differently in another batch, so sampled
-    responses are not always reproducible.
-
-    Args:
-        model: folder or Hub name.
-        options: for `vllm.LLM`, such as tensor_parallel_size.
-
-    Raises:
-        TOPDError: vLLM is not installed.
+    responses are not always reproducible. `model`: folder or Hub name. `options`: for `vllm.LLM`, such as
+    tensor_parallel_size. Raises `TOPDError` if vLLM is not installed.
     """
 
     def __init__(self, model: str, tokenizer: Any, config: Any, together: int = 256, **options: Any) -> None:
@@ -232,7 +224,7 @@ class VllmEngine:
         check_context(requests, sampling, self.tokenizer, self.config)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`. Yields in the order of the requests, or by length where padding changes responses."""
+        """See `Engine`. Yields in the order of the requests."""
         from vllm import SamplingParams
 
         for start in range(0, len(requests), self.together):

@@ -30,12 +30,8 @@ MEMORY_BYTES = 4 << 30
 def same_answer(wanted: str, given: str) -> bool | None:
     """Whether `given` equals `wanted`, both LaTeX without a box; None if the comparison ran out of time.
 
-    Args:
-        wanted: the benchmark's answer. A set, interval or equation may be written in any equivalent way.
-        given: the model's.
-
-    Raises:
-        TOPDError: math-verify is missing, or its process does not start.
+    A set, interval or equation may be written in any equivalent way. Raises `TOPDError` if math-verify is missing, or
+    its process does not start.
     """
     return _process(os.getpid()).ask(wanted, given)
 
@@ -127,8 +123,7 @@ def _compare(wanted: str, given: str) -> bool | None:
 def _compare_tiny_numbers_by_ratio() -> None:
     """In the child: make math-verify compare numbers below 0.001 by their ratio.
 
-    It compares by the difference, to six or fifteen decimal places, so that 1/2004! would equal 1/2006!, and 0.0000001
-    would equal 0.0000002.
+    It compares by the difference, to six or fifteen decimal places, so that 1/2004! would equal 1/2006!.
     """
     from math_verify import grader
 
@@ -152,16 +147,6 @@ def _tiny_and_apart(a: Any, b: Any) -> bool:
         return False
 
 
-def _serve() -> None:
-    """The child: answers each line with a line, until the parent closes the pipe or ends."""
-    _compare_tiny_numbers_by_ratio()  # imports math_verify, before memory is limited
-    _limit_memory()
-    answers, sys.stdout = sys.stdout, sys.stderr
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(_compare(*json.loads(line))), file=answers, flush=True)
-
-
 def _limit_memory() -> None:
     """Linux only: macOS rejects this limit and Windows has no `resource`. `HARD_SECONDS` applies everywhere."""
     if sys.platform == "linux":
@@ -170,5 +155,10 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
-if __name__ == "__main__":
-    _serve()
+if __name__ == "__main__":  # the child: answers each line with a line, until the parent closes the pipe or ends
+    _compare_tiny_numbers_by_ratio()  # imports math_verify, before memory is limited
+    _limit_memory()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_compare(*json.loads(line))), file=answers, flush=True)

@@ -1,6 +1,7 @@
 """From the samples in a folder to `eval.json`. Everything is computed from records, without a model."""
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ class Results:
 
     Attributes:
         model: its label, which is the folder's name.
-        benchmark: its name.
         settings: the sampling options, and the problems' ids and answers.
-        records: `[problem][sample]`
+        records: [problem][sample].
     """
 
     model: str
@@ -57,8 +57,7 @@ def benchmarks_in(folder: Path) -> list[str]:
 def read_results(folder: Path) -> dict[str, Results]:
     """Benchmark -> results; the paper's benchmarks first, in its order.
 
-    Raises:
-        TOPDError: the folder has no samples, or a problem of a benchmark has none.
+    Raises `TOPDError` if the folder has no samples, or a problem of a benchmark has none.
     """
     found = benchmarks_in(folder)
     if not found:
@@ -72,9 +71,7 @@ def _read(folder: Path, name: str) -> Results:
     by_problem: dict[str, dict[int, Any]] = {problem["id"]: {} for problem in settings["problems"]}
     for record in read_records(folder / f"{name}{SAMPLES}", RECORD_KEYS)[0]:
         by_problem.get(record["problem"], {})[record["sample"]] = record
-    complete = 0
-    while all(complete in samples for samples in by_problem.values()):
-        complete += 1
+    complete = next(k for k in count() if not all(k in samples for samples in by_problem.values()))
     if complete == 0:
         raise TOPDError(
             f"{folder}: not every problem of {name} has a sample yet. Run the same `topd eval` again to resume it."
@@ -85,8 +82,8 @@ def _read(folder: Path, name: str) -> Results:
 
 def write_result(folder: Path) -> dict[str, Any]:
     """Compute and write `eval.json`; return it."""
-    results = read_results(folder)
-    found = {"version": 1, "model": folder.name, "benchmarks": {name: summary(each) for name, each in results.items()}}
+    benchmarks = {name: summary(each) for name, each in read_results(folder).items()}
+    found = {"version": 1, "model": folder.name, "benchmarks": benchmarks}
     write_json(found, folder / RESULT)
     return found
 

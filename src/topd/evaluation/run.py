@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 from topd.evaluation.answers import verdict
-from topd.evaluation.benchmarks import ProblemSet
+from topd.evaluation.benchmarks import ProblemSet, label_and_file
 from topd.evaluation.engines import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
@@ -24,26 +23,16 @@ from topd.runs.provenance import versions
 from topd.runs.records import earlier_records
 
 _WEIGHTS = (
-    "*.safetensors",
-    "*.bin",
-    "*.gguf",
-    "config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-)
+    "*.safetensors", "*.bin", "*.gguf", "config.json", ADAPTER_CONFIG, "tokenizer.json", "chat_template.jinja",
+)  # fmt: skip
 _ENDS = 1 << 20
 """Bytes read at each end of a file. Training changes them, and large files stay fast."""
 
 
 def label_and_source(name: str) -> tuple[str, str]:
-    """Split "LABEL=SOURCE"; the label of a plain source is its last part. A label names a folder, so it is never "..".
-
-    Raises:
-        TOPDError: the source has no last part.
-    """
-    if match := re.fullmatch(r"([\w-][\w.-]*)=(.+)", name):
-        return match[1], match[2]
+    """Split "LABEL=SOURCE"; the label of a plain source is its last part (`TOPDError` if it has none)."""
+    if given := label_and_file(name):
+        return given
     label = Path(name.replace(":", "-")).name
     if label in ("", "..") and not (label := Path(os.path.abspath(name)).name):
         raise TOPDError(f"--model {name}: give it a name, as in --model my-model={name}.")
@@ -51,11 +40,7 @@ def label_and_source(name: str) -> tuple[str, str]:
 
 
 def labelled_models(names: list[str]) -> dict[str, str]:
-    """Label -> source.
-
-    Raises:
-        TOPDError: two models would have the same label.
-    """
+    """Label -> source. Raises `TOPDError` if two models would have the same label."""
     pairs = [label_and_source(name) for name in names]
     models = dict(pairs)
     if len(models) < len(pairs):
@@ -88,8 +73,6 @@ def fingerprint(source: str) -> str | None:
 
 SAMPLE_STRIDE = 100_000
 """A response's number is `sample * SAMPLE_STRIDE + problem`, independent of how many there are."""
-
-
 DECISIVE = ("torch", "transformers", "vllm", "math-verify")
 """Packages that can change a response or its verdict."""
 
@@ -118,8 +101,7 @@ class EvalRun:
 def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, console: Console) -> None:
     """Sample and judge the missing ones of `samples` responses per problem.
 
-    Raises:
-        TOPDError: the folder holds samples with other settings, or the engine cannot respond.
+    Raises `TOPDError` if the folder holds samples with other settings, or the engine cannot respond.
     """
     name, problems = run.problem_set.name, run.problem_set.problems
     file, settings_file = folder / f"{name}{SAMPLES}", folder / f"{name}{SETTINGS}"

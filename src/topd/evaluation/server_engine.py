@@ -15,26 +15,17 @@ LIMITS = Limits(timeout=3600.0, concurrency=64)
 class ServerEngine:
     """Text prompts go to /v1/completions, messages to /v1/chat/completions.
 
-    Args:
-        url: of the server, with or without /v1.
-        model: the name under which the server serves it.
-        key_variable: environment variable that holds the API key.
-        with_reasoning: refuse text without its reasoning, which a server's reasoning parser removes.
-
-    Raises:
-        ServerError: `url` is no address, or the variable holds no key.
+    `url`: of the server, with or without /v1. `model`: the name under which the server serves it. `key_variable`:
+    environment variable that holds the API key. `with_reasoning`: refuse text without its reasoning, which a server's
+    reasoning parser removes. Raises `ServerError` if `url` is no address, or the variable holds no key.
     """
 
     together = 1
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        limits: Limits = LIMITS,
-        key_variable: str | None = None,
+        self, url: str, model: str, limits: Limits = LIMITS, key_variable: str | None = None,
         with_reasoning: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         remedy = "Earlier responses are saved: fix the server or the request, and run the same command again to resume."
         self.model, self.with_reasoning = model, with_reasoning
         self.server = OpenAIServer(url, limits, remedy=remedy, key_variable=key_variable)
@@ -58,12 +49,9 @@ class ServerEngine:
     def _body(self, request: Request, sampling: Sampling) -> tuple[str, dict[str, Any]]:
         """Path and body."""
         body: dict[str, Any] = NEUTRAL | {
-            "model": self.model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": sampling.seed * SEED_STRIDE + request.number,
-        }
+            "model": self.model, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens, "seed": sampling.seed * SEED_STRIDE + request.number,
+        }  # fmt: skip
         if isinstance(request.prompt, str):
             return "/v1/completions", body | {"prompt": request.prompt}
         if sampling.chat_template_kwargs:

@@ -1,12 +1,13 @@
 """Intervals and tests of mean scores: bootstrap over problems, and a paired permutation test.
 
 The unit is the problem: a benchmark is a sample of the problems that could have been used. Nothing assumes a normal
-distribution, and every number is reproducible from a seed. scipy's bootstrap draws every problem of every resample;
+distribution, and every number is reproducible from a seed. `samples` are bootstrap resamples and sign assignments,
+`level` is the share of resampled means inside an interval. scipy's bootstrap draws every problem of every resample;
 here values that occur often (right or wrong) are drawn as multinomial counts, which follow the same law: 10,000
 resamples of 2,000 problems take milliseconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,21 +48,13 @@ class PairedDifference:
 def bootstrap_mean(values: ArrayLike, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
     """Mean and its percentile bootstrap interval.
 
-    Args:
-        values: [problem], 0/1 or any numbers. Or [problem, sample], several answers per problem: a problem is drawn
-            together with its answers, which covers both sources of variance (see `accuracy`).
-        samples: bootstrap resamples.
-        level: share of resampled means inside the interval.
-        seed: the same seed gives the same interval. The order of problems does not matter.
-
-    Raises:
-        ValueError: if `values` is empty, ragged or not finite, or `samples` or `level` is out of range.
+    `values`: [problem], 0/1 or any numbers. Or [problem, sample], several answers per problem: a problem is drawn
+    together with its answers, which covers both sources of variance (see `accuracy`). The order of problems does not
+    matter. Raises `ValueError` for values that are empty, ragged or not finite.
     """
     table = table_of(values, "values")
-    check_options(samples, level)
     means = resampled_means(table.mean(axis=1), samples, np.random.default_rng(seed))
-    low, high = percentiles(means, level)
-    return Interval(float(table.mean()), low, high, len(table))
+    return Interval(float(table.mean()), *percentiles(means, level), len(table))
 
 
 def paired_difference(
@@ -72,29 +65,27 @@ def paired_difference(
     The test: if the two arms do not differ, both signs of each problem's difference are equally likely. See
     `sign_flip_p`.
 
-    Args:
-        a: [problem], or [problem, sample]; each problem's answers are averaged first.
-        b: the same problems, in the same order, but not necessarily as many answers.
-        samples: bootstrap resamples, and sign assignments.
-        level: share of resampled means inside the interval.
-        seed: the same seed gives the same result. Exchanging a and b gives the same p.
-
-    Raises:
-        ValueError: if an input is empty, ragged or not finite, if the numbers of problems differ, or if `samples` or
-            `level` is out of range.
+    `a`: [problem], or [problem, sample]; each problem's answers are averaged first. `b`: the same problems, in the same
+    order, but not necessarily as many answers. Exchanging a and b gives the same p. Raises `ValueError` for other
+    numbers of problems, and as `bootstrap_mean`.
     """
-    first, second = table_of(a, "a").mean(axis=1), table_of(b, "b").mean(axis=1)
-    check_options(samples, level)
-    if len(first) != len(second):
-        raise ValueError(
-            f"a has {len(first)} problems and b has {len(second)}: a paired difference needs the same problems in the "
-            "same order. Keep those that both arms answered."
-        )
-    difference = first - second
+    (difference,) = problem_differences([a], [b])
     bootstrap, permutation = np.random.default_rng(seed).spawn(2)
     low, high = percentiles(resampled_means(difference, samples, bootstrap), level)
     p = sign_flip_p(difference, samples, permutation)
     return PairedDifference(float(difference.mean()), low, high, p, len(difference))
+
+
+def problem_differences(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> list[Floats]:
+    """For each benchmark, [problem] differences of the means over samples; `ValueError` for other problems in `b`."""
+    first, second = ([table_of(table, name).mean(axis=1) for table in side] for name, side in (("a", a), ("b", b)))
+    if list(map(len, first)) != list(map(len, second)):
+        counts = (" and ".join(str(len(each)) for each in side) for side in (first, second))
+        raise ValueError(
+            "a has {} problems and b has {}: a comparison needs the same benchmarks with the same problems in the same "
+            "order. Keep those that both answered.".format(*counts)
+        )
+    return [one - other for one, other in zip(first, second, strict=True)]
 
 
 def resampled_means(values: Floats, samples: int, rng: np.random.Generator) -> Floats:
@@ -161,10 +152,3 @@ def table_of(values: ArrayLike, name: str) -> Floats:
             f"{name} holds NaN or infinity. Count a missing answer as wrong (0), or leave the problem out."
         )
     return table[:, None] if table.ndim == 1 else table
-
-
-def check_options(samples: int, level: float) -> None:
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}; 10,000 is usual.")
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}; 0.95 is usual.")

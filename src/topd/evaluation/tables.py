@@ -23,7 +23,8 @@ POWER_LEGEND = (
 
 def result_table(result: dict[str, Any]) -> Group:
     """One model, one row per benchmark."""
-    table = _table("", "n x k", "right", "interval", "±", "pass@k", "maj@k", "truncated", "unparsed", "tokens")
+    shown = ("n x k", "right", "interval", "±", "pass@k", "maj@k", "truncated", "unparsed", "tokens")
+    table = open_table(["", *shown])
     for name, row in result["benchmarks"].items():
         error = row["sampling_error"]
         table.add_row(
@@ -50,7 +51,10 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
         table.add_row(label, *cells)
     parts: list[Any] = ["", "[bold]% right, 95 % intervals over problems[/bold]", table]
     if set(columns) & (TABLE_1["+ OPD"].keys() - {MEAN}):
-        parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", _paper_table(columns)]
+        paper = _labelled([name for name in columns if name in TABLE_1["+ OPD"]])
+        for label, row in TABLE_1.items():
+            paper.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
+        parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", paper]
     if comparison["comparisons"]:
         first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
         parts += ["", f"[bold]Difference from {first} in points, on the same problems; sign-flip test[/bold]"]
@@ -58,16 +62,9 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
     return Group(*parts, *(f"Note: {escape(note)}." for note in comparison["notes"]))
 
 
-def _paper_table(columns: list[str]) -> Table:
-    table = _labelled([name for name in columns if name in TABLE_1["+ OPD"]])
-    for label, row in TABLE_1.items():
-        table.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
-    return table
-
-
 def _difference_table(comparison: dict[str, Any]) -> Table:
     needed = ("min.\ndetectable", "problems\nneeded", "unlimited\nsamples")
-    table = _table("", "points", "95 % interval", "p", "Holm", *needed)
+    table = open_table(["", "points", "95 % interval", "p", "Holm", *needed])
     model = ""
     for row in comparison["comparisons"]:
         if row["model"] != model:
@@ -87,20 +84,17 @@ def _difference_table(comparison: dict[str, Any]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
-    return open_table(columns, padding=0, show_edge=False)
-
-
 def _labelled(columns: Sequence[str]) -> Table:
     """A table whose first column holds models, whose names are wrapped where they are too long."""
-    table = _table("", *columns)
+    table = open_table(["", *columns])
     table.columns[0].no_wrap = False
     return table
 
 
-def open_table(columns: Sequence[str], **style: Any) -> Table:
+def open_table(columns: Sequence[str], title: str | None = None) -> Table:
     """A table without a frame: the column without a name is on the left, the others are right-aligned."""
-    table = Table(box=box.SIMPLE_HEAD, **style)
+    style: dict[str, Any] = {"padding": (0, 1, 0, 0)} if title else {"padding": 0, "show_edge": False}
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", **style)
     for name in columns:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     return table

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from transformers import Trainer
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import accuracy_interval
 from topd.evaluation.benchmarks import ProblemSet, load_benchmark, spread, text_of
-from topd.evaluation.engines import Engine, LocalEngine, Request, Response, Sampling, check_context, ids_of
+from topd.evaluation.engines import LocalEngine, Request, Response, Sampling, check_context, ids_of
 from topd.evaluation.equivalence import check_installed
 from topd.evaluation.run import SAMPLE_STRIDE, record_of, requests_of
 from topd.loading.sharding import held_whole
@@ -41,27 +41,18 @@ up to 1,000 characters is found. Our choice."""
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The problems that the student answers at each evaluation, and how, which is `topd eval`'s way.
-
-    Attributes:
-        samples: responses per problem.
-        chat: whether text prompts go through the chat template as a user message.
-    """
+    """The problems that the student answers at each evaluation, and how, which is `topd eval`'s way."""
 
     problem_set: ProblemSet
-    samples: int
+    samples: int  # responses per problem
     sampling: Sampling
-    chat: bool
+    chat: bool  # whether text prompts go through the chat template as a user message
 
     @classmethod
     def of(cls, problem_set: ProblemSet, args: TOPDConfig, tokenizer: Any, config: Any) -> HeldOut:
-        """How a run answers these problems.
+        """How a run answers these problems; tokenizer and config are the student's.
 
-        Args:
-            tokenizer, config: the student's.
-
-        Raises:
-            ContextError: the longest problem and a response do not fit the student's context.
+        Raises `ContextError` if the longest problem and a response do not fit the student's context.
         """
         template_options: Any = args.chat_template_kwargs or {}
         sampling = Sampling(
@@ -115,8 +106,7 @@ class HeldOutAccuracy(Trainer):
     _held_out: HeldOut | None = None
     _engine: LocalEngine | None = None
     _evaluating = False
-    _due: str | None = None
-    """Prefix of the metrics of an evaluation whose problems are not answered yet."""
+    _due: str | None = None  # prefix of the metrics of an evaluation whose problems are not answered yet
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in TRL; of no batches where there are only problems to answer."""
@@ -155,8 +145,7 @@ class HeldOutAccuracy(Trainer):
         by_problem = sorted(gather_object(mine), key=lambda numbered: divmod(numbered[0], SAMPLE_STRIDE)[::-1])
         records = [record for _, record in by_problem]
         if self.accelerator.is_main_process:
-            kept = kept_responses(records, held_out.problem_set, held_out.samples, self.state.global_step)
-            append_records(kept, self._folder / EVAL_FILE)
+            append_records(kept_responses(records, held_out, self.state.global_step), self._folder / EVAL_FILE)
         return figures(records, held_out.samples)
 
     def _records(self, held_out: HeldOut) -> list[tuple[int, dict[str, Any]]]:
@@ -164,91 +153,63 @@ class HeldOutAccuracy(Trainer):
         count, each, here = len(held_out), self.accelerator.num_processes, self.accelerator.process_index
         places = range(here, count, each)
         even = [place % count for place in range(here, -(-count // each) * each, each)]
-        with self._answering(held_out) as engine:
-            batches = list(engine.respond(held_out.requests(even if self.use_vllm else places), held_out.sampling))
+        requests = held_out.requests(even if self.use_vllm else places)
         return [
             (number, record_of(held_out.problem_set, number, response))
-            for batch in batches
+            for batch in self._responses(requests, held_out.sampling)
             for number, response in batch
             if number % SAMPLE_STRIDE in places
         ]
 
-    @contextmanager
-    def _answering(self, held_out: HeldOut) -> Iterator[Engine]:
-        """The engine of the rollouts: vLLM, or the student itself, whole in every process."""
+    def _responses(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
+        """As `Engine.respond`: of vLLM, or of the student itself, whole in every process."""
         if self.use_vllm:
-            yield VllmOfTraining(self)
+            yield from self._by_vllm(requests, sampling)
             return
         with self._autocast(), held_whole(self.model_wrapped, self.accelerator):
             student = self.accelerator.unwrap_model(self.model)
             if self._engine is None or self._engine.model is not student:
                 self._engine = LocalEngine(student, self._tokenizer, self.args.eval_batch_size, LIMITED_BY)
-            yield self._engine
+            yield from self._engine.respond(requests, sampling)
 
+    def _by_vllm(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
+        """As `Engine.respond`, of the vLLM that training samples with; a sample of every problem at a time.
 
-class VllmOfTraining:
-    """The vLLM that training samples with, as an `Engine`.
-
-    All processes call it equally often and with equally many prompts: a server's responses are dealt out by number.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.together = trainer, 1
-
-    def check(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        """Nothing to check: `HeldOut.of` has compared the context."""
-
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`. Yields a sample of every problem at a time."""
-        trainer: Any = self.trainer
+        All processes call it equally often and with equally many prompts: a server's responses are dealt out by number.
+        """
+        trainer: Any = self
         trainer._last_loaded_step = -1  # the weights may be others than at the last rollout: those of the best step
+        settings: dict[str, Any] = {name: NEUTRAL[name] for name in ("top_k", "min_p", "repetition_penalty")} | {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, LIMITED_BY: sampling.max_new_tokens,
+            "generation_kwargs": {},
+        }  # fmt: skip
         for _, group in groupby(requests, key=lambda request: request.number // SAMPLE_STRIDE):
             batch = list(group)
-            prompts = [ids_of(request, trainer._tokenizer, sampling) for request in batch]
-            with _settings(trainer.vllm_generation, sampling):
-                responses = trainer._generate_single_turn(prompts, None, {})
-            yield [(one.number, self._response(list(ids))) for one, ids in zip(batch, responses, strict=True)]
-
-    def _response(self, ids: list[int]) -> Response:
-        text = self.trainer._tokenizer.decode(ids, skip_special_tokens=True)
-        return Response(str(text), truncated=not set(ids[-1:]) & set(self.trainer.eos_token_ids), tokens=len(ids))
-
-
-@contextmanager
-def _settings(vllm: Any, sampling: Sampling) -> Iterator[None]:
-    """Sample by these settings instead of the rollouts'."""
-    neutral = {name: NEUTRAL[name] for name in ("top_k", "min_p", "repetition_penalty")}
-    wanted = neutral | {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        LIMITED_BY: sampling.max_new_tokens,
-        "generation_kwargs": {},
-    }
-    before = {name: getattr(vllm, name) for name in wanted}
-    vars(vllm).update(wanted)
-    try:
-        yield
-    finally:
-        vars(vllm).update(before)
+            prompts = [ids_of(request, self._tokenizer, sampling) for request in batch]
+            with patch.multiple(trainer.vllm_generation, **settings):  # instead of the rollouts' settings
+                responses = map(list, trainer._generate_single_turn(prompts, None, {}))
+            found = []
+            for request, ids in zip(batch, responses, strict=True):
+                text = self._tokenizer.decode(ids, skip_special_tokens=True)
+                truncated = not set(ids[-1:]) & set(trainer.eos_token_ids)
+                found.append((request.number, Response(str(text), truncated, len(ids))))
+            yield found
 
 
 def figures(records: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
     """Accuracy with its 95 % interval over problems, and what the responses look like. Shares are from 0 to 1.
 
-    Args:
-        records: as `record_of` makes them, [problem x sample], the samples of a problem next to each other.
-        samples: of each problem.
+    `records`: as `record_of` makes them, [problem x sample], the samples of a problem next to each other.
     """
     right = np.array([record["right"] for record in records], dtype=float).reshape(-1, samples)
     found = accuracy_interval([right])
-    return {
-        "accuracy": found.mean,
-        "accuracy_low": found.low,
-        "accuracy_high": found.high,
-        "ended": float(np.mean([not record["truncated"] for record in records])),
-        "mean_length": float(np.mean([record["tokens"] for record in records])),
-        "repeated": float(np.mean([ends_in_a_loop(record["text"]) for record in records])),
+    responses = {
+        "ended": [not record["truncated"] for record in records],
+        "mean_length": [record["tokens"] for record in records],
+        "repeated": [ends_in_a_loop(record["text"]) for record in records],
     }
+    accuracy = {"accuracy": found.mean, "accuracy_low": found.low, "accuracy_high": found.high}
+    return accuracy | {name: float(np.mean(values)) for name, values in responses.items()}
 
 
 def ends_in_a_loop(text: str) -> bool:
@@ -263,25 +224,13 @@ def ends_in_a_loop(text: str) -> bool:
     return False
 
 
-def kept_responses(
-    records: Sequence[dict[str, Any]], problem_set: ProblemSet, samples: int, step: int
-) -> list[dict[str, Any]]:
-    """The first response to each of a few problems, spread over the set and the same at each evaluation.
-
-    Args:
-        records: as in `figures`.
-        step: optimizer steps so far.
-    """
-    first = list(zip(problem_set.problems, records[::samples], strict=True))
+def kept_responses(records: Sequence[dict[str, Any]], held_out: HeldOut, step: int) -> list[dict[str, Any]]:
+    """The first response to each of a few problems, spread over the set and the same at each evaluation."""
+    first = list(zip(held_out.problem_set.problems, records[:: held_out.samples], strict=True))
     return [
         {
-            "version": RECORD_VERSION,
-            "step": step,
-            "problem": text_of(problem.prompt),
-            "response": record["text"],
-            "answer": problem.answer,
-            "right": record["right"],
-            "ended": not record["truncated"],
+            "version": RECORD_VERSION, "step": step, "problem": text_of(problem.prompt), "response": record["text"],
+            "answer": problem.answer, "right": record["right"], "ended": not record["truncated"],
         }
         for problem, record in spread(first, KEPT_RESPONSES)
-    ]
+    ]  # fmt: skip

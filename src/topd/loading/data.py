@@ -8,12 +8,13 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import DataError
 from topd.lm.pair import data_file
-from topd.loading.readers import by_line, reader_of
+from topd.loading.readers import reader_of
 from topd.loading.rows import TEACHER_PROMPT, DataForm
 
 if TYPE_CHECKING:
@@ -48,21 +49,20 @@ def load_prompts(
     `DataError`.
     """
     parts, also = _parts(source, limit), also or {}
-    rows = {name: _all_rows(name, split, responses, also, form) for name in _names(parts)}
+    names = dict.fromkeys(name for part, _ in parts for name in part)
+    rows = {name: _all_rows(name, split, responses, also, form) for name in names}
     _check_one_kind({name: loaded[0][0] for name, loaded in rows.items()})
     columns = ("prompt", "answer", "response", *also)
-    empty = [
-        each for i, each in enumerate(columns) if all(row[i] is None for loaded in rows.values() for row in loaded)
-    ]
+    empty = [each for i, each in enumerate(columns) if all(row[i] is None for row in chain(*rows.values()))]
 
     def dataset(name: str) -> datasets.Dataset:
         import datasets
 
         values = dict(zip(columns, zip(*rows[name], strict=True), strict=True))
-        more = {each: list(values.pop(each)) for each in also}
-        data = datasets.Dataset.from_dict(values, features=_features(rows[name][0][0]))
-        for each, found in more.items():
-            data = data.add_column(each, found)
+        features = _features(rows[name][0][0])
+        data = datasets.Dataset.from_dict({each: values[each] for each in features}, features=features)
+        for each in also:
+            data = data.add_column(each, list(values[each]))
         return data.remove_columns(empty)
 
     data = _mixed([([dataset(name) for name in names], weight) for names, weight in parts])
@@ -80,7 +80,8 @@ def stream_prompts(
     import datasets
 
     parts, also = _parts(source, limit), dict(also or {})
-    first = {name: next(_rows(name, split, False, also, form, True))[1] for name in _names(parts)}
+    names = dict.fromkeys(name for part, _ in parts for name in part)
+    first = {name: next(_rows(name, split, False, also, form, True))[1] for name in names}
     _check_one_kind({name: row[0] for name, row in first.items()})
     text = datasets.Value("string")
     features: Any = dict(_features(next(iter(first.values()))[0]))
@@ -90,7 +91,7 @@ def stream_prompts(
     others = dict.fromkeys(also, text) | {name: features["prompt"] for name in also if name == TEACHER_PROMPT}
 
     def stream(name: str) -> datasets.IterableDataset:
-        given = {"name": name, "split": split, "also": also, "form": form, "is_text": isinstance(first[name][0], str)}
+        given = {"name": name, "split": split, "also": also, "form": form}
         columns = datasets.Features(features | others)
         return datasets.IterableDataset.from_generator(_streamed, gen_kwargs=given, features=columns)
 
@@ -103,9 +104,6 @@ def source_name(source: Source) -> str:
     if isinstance(source, Mapping):
         return " + ".join(f"{weight:g} {name}" for name, weight in source.items())
     return source if isinstance(source, str) else " + ".join(source)
-
-
-# Several sources
 
 
 def _parts(source: Source, limit: int | None) -> list[tuple[list[str], float | None]]:
@@ -135,10 +133,6 @@ def _expanded(name: str) -> list[str]:
     return files
 
 
-def _names(parts: Iterable[tuple[list[str], float | None]]) -> list[str]:
-    return list(dict.fromkeys(name for names, _ in parts for name in names))
-
-
 def _mixed(groups: list[tuple[list[Any], float | None]]) -> Any:
     """One after the other within a group; the groups by their weights."""
     import datasets
@@ -166,9 +160,6 @@ def _features(prompt: Any) -> datasets.Features:
     return datasets.Features(features | {"answer": text, "response": text})
 
 
-# The rows of one source
-
-
 def _rows(
     source: str, split: str, responses: bool, also: Mapping[str, Read], form: DataForm, streaming: bool
 ) -> Iterator[tuple[str, Any]]:
@@ -178,8 +169,7 @@ def _rows(
     """
     source, remedy = os.fspath(source), "Check the permissions."
     try:
-        reader, remedy = reader_of(source)
-        place, first = "line" if by_line(reader) else "row", None
+        (reader, place, remedy), first = reader_of(source), None
         given = reader(source, lambda found: form.columns(found, also), split, form.config, streaming)
         for number, row in given:
             try:
@@ -230,9 +220,7 @@ def _all_rows(
     return good
 
 
-def _streamed(
-    name: str, split: str, also: Mapping[str, Read], form: DataForm, is_text: bool
-) -> Iterator[dict[str, Any]]:
+def _streamed(name: str, split: str, also: Mapping[str, Read], form: DataForm) -> Iterator[dict[str, Any]]:
     """The rows of a source for a stream."""
     for _, (prompt, answer, _, *others) in _rows(name, split, False, also, form, True):
         yield {"prompt": prompt, "answer": answer} | dict(zip(also, others, strict=True))

@@ -7,24 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topd.errors import DataError
-from topd.loading.rows import PROMPT_COLUMNS, TEACHER_PROMPT
+from topd.loading.rows import CONVERSATION_COLUMNS, PROMPT_COLUMNS, TEACHER_PROMPT
 from topd.loading.teacher_prompts import columns_of
 
 COLUMN = "prompt"
-_REMEDIES = {
-    "messages": "dataset.map(lambda row: {'prompt': row['messages'][:-1]}) keeps all but the last answer",
-    "conversations": "dataset.map(lambda row: {'prompt': row['conversations'][:-1]}) keeps all but the last answer",
-} | {name: f"dataset.rename_column({name!r}, 'prompt')" for name in PROMPT_COLUMNS if name != COLUMN}
+_REMEDIES = {name: f"dataset.rename_column({name!r}, 'prompt')" for name in PROMPT_COLUMNS if name != COLUMN} | {
+    name: f"dataset.map(lambda row: {{'prompt': row[{name!r}][:-1]}}) keeps all but the last answer"
+    for name in CONVERSATION_COLUMNS
+}
 """Remedies if the prompts are in another column."""
 
 
 def check_datasets(train: Any, evaluation: Any) -> None:
     """Raise `DataError` unless a trainer's datasets hold prompts; the evaluation may be several datasets by name."""
-    parts = {"train_dataset": train}
-    if isinstance(evaluation, Mapping):
-        parts |= {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
-    else:
-        parts["eval_dataset"] = evaluation
+    several = isinstance(evaluation, Mapping)
+    evaluations = {f"eval_dataset[{name!r}]": each for name, each in evaluation.items()} if several else {}
+    parts = {"train_dataset": train} | (evaluations if several else {"eval_dataset": evaluation})
     parts = {name: dataset for name, dataset in parts.items() if dataset is not None}
     for name, dataset in parts.items():
         check_dataset(dataset, name)
@@ -122,9 +120,8 @@ def step_size(args: Any) -> tuple[int, str]:
     together = getattr(args, "generation_steps", accumulated)
     sizes = args.per_device_train_batch_size, together, args.world_size
     count, product = math.prod(sizes), " x ".join(map(str, sizes))
-    if together == accumulated:
-        return count, f"a step takes {count:,} prompts ({product}: per device, accumulated, processes)"
-    return count, f"a generation takes {count:,} prompts ({product}: per device, steps_per_generation, processes)"
+    what, factor = ("step", "accumulated") if together == accumulated else ("generation", "steps_per_generation")
+    return count, f"a {what} takes {count:,} prompts ({product}: per device, {factor}, processes)"
 
 
 def check_enough(dataset: Any, args: Any) -> None:

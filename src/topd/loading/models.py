@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
-from topd.loading.adapters import ADAPTER_CONFIG, base_of, is_adapter, merged, weights_of
+from topd.loading.adapters import base_of, is_adapter, merged, of_another_base, weights_of
 from topd.loading.by_name import SAFE, load_by_name
 from topd.loading.tokenizers import tokenizer_of
 
@@ -19,30 +19,20 @@ def loaded_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """Model (in evaluation mode, on the best device) and tokenizer, from safetensors only, without custom code.
 
     `name`: embedded model, Hub name, folder, or folder of an adapter (peft), which is merged into its base. `dtype`: of
-    the weights, or of that base.
-
-    Raises:
-        TOPDError: something cannot be loaded.
+    the weights, or of that base. Raises `TOPDError` where something cannot be loaded.
     """
     folder = resolve_model(name)
+    tokenizer = tokenizer_of(folder)
     if is_adapter(folder):
-        tokenizer, model = _adapter(folder, dtype)
+        base = base_of(folder)
+        try:
+            model = load_weights(base, dtype)
+        except TOPDError as error:
+            raise of_another_base(folder, base, error) from error
+        model = merged(model, folder)
     else:
-        tokenizer, model = tokenizer_of(folder), load_weights(folder, dtype)
+        model = load_weights(folder, dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def _adapter(folder: str, dtype: str) -> tuple[Any, Any]:
-    """The adapter's tokenizer, or else its base's, and the base with the adapter merged into it."""
-    tokenizer, base = tokenizer_of(folder), base_of(folder)
-    try:
-        model = load_weights(base, dtype)
-    except TOPDError as error:
-        raise TOPDError(
-            f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Correct "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}."
-        ) from error
-    return tokenizer, merged(model, folder)
 
 
 def load_weights(name: str, dtype: Any = "auto", **options: Any) -> Any:
@@ -59,8 +49,7 @@ def load_config(folder: str, **options: Any) -> Any:
 def model_to_train(role: str, model: Any) -> Any:
     """A student or teacher as a trainer takes it: embedded names become folders; loaded models are unchanged.
 
-    Raises:
-        TOPDError: it is the folder of an adapter that cannot be loaded, as far as this is known without weights.
+    Raises `TOPDError` for an adapter that cannot be loaded, as far as this is known without weights.
     """
     if not isinstance(model, str | os.PathLike):
         return model
@@ -71,5 +60,4 @@ def model_to_train(role: str, model: Any) -> Any:
 
 def names_of(**models: Any) -> dict[str, str | None]:
     """The names of models that were given by name."""
-    named = {role: os.fspath(model) for role, model in models.items() if isinstance(model, str | os.PathLike)}
-    return dict.fromkeys(models) | named
+    return {role: os.fspath(m) if isinstance(m, str | os.PathLike) else None for role, m in models.items()}

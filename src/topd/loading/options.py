@@ -22,6 +22,7 @@ SYNONYMS = (
     ("candidate_share", "share"), ("ground_cost", "cost"), ("output_dir", "out"),
 )  # fmt: skip
 """Names of one option: TRL's, and a short one. Every command accepts both."""
+_hints: Any = cache(get_type_hints)
 
 
 def spelling(name: str, known: Collection[str], synonyms: bool = True) -> str:
@@ -36,11 +37,7 @@ def spelling(name: str, known: Collection[str], synonyms: bool = True) -> str:
 
 
 def renamed(options: Mapping[Any, Any], spell: Callable[[str], str]) -> dict[str, Any]:
-    """The options of a file under the names that `spell` returns.
-
-    Raises:
-        TOPDError: two of them are the same option.
-    """
+    """The options of a file under the names that `spell` returns. Raises `TOPDError` if two are the same option."""
     found: dict[str, Any] = {}
     written: dict[str, str] = {}
     for name, value in options.items():
@@ -57,7 +54,7 @@ def check_value(name: str, value: Any, kinds: Any) -> None:
         if not isinstance(value, dict) or not all(re.fullmatch(r"\w+", str(key)) for key in value):
             raise TOPDError("env must hold `NAME: value` lines.")
         return
-    hint: Any = next((hints[name] for kind in kinds if name in (hints := get_type_hints(kind))), Any)
+    hint: Any = next((hints[name] for kind in kinds if name in (hints := _hints(kind))), Any)
     if isinstance(value, str) and "\0" not in value and not _is_text(hint):
         return  # argparse converts it
     if not _fits(value, hint):
@@ -66,10 +63,12 @@ def check_value(name: str, value: Any, kinds: Any) -> None:
 
 def check_kinds(config: Any) -> None:
     """Raise `ValueError` where a config's option of text, a number or a truth value has another kind of value."""
-    hints = _hints(type(config))  # type: ignore[arg-type]
+    hints = _hints(type(config))
+    plain = (int, float, bool, str, type(None))
     for option in fields(config):
         value, hint = getattr(config, option.name), hints[option.name]
-        if value is option.default or not _is_plain(hint) or (_is_text(hint) and isinstance(value, os.PathLike)):
+        simple = all(part in plain or get_origin(part) is Literal for part in _parts(hint))
+        if value is option.default or not simple or (_is_text(hint) and isinstance(value, os.PathLike)):
             continue
         if get_origin(hint) is Literal and isinstance(value, str):
             continue  # the config checks its choices itself
@@ -77,17 +76,8 @@ def check_kinds(config: Any) -> None:
             raise ValueError(f"{option.name} is {value!r:.60}; write {_in_words(hint)}.")
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _is_plain(hint: Any) -> bool:
-    return all(part in (int, float, bool, str, type(None)) or get_origin(part) is Literal for part in _parts(hint))
 
 
 def _is_text(hint: Any) -> bool:
@@ -96,26 +86,20 @@ def _is_text(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if origin is Literal:
+    parts = _parts(hint)
+    kind: Any = get_origin(hint) or hint
+    if len(parts) > 1:
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
         return value in get_args(hint)
-    if hint is Any:
-        return True
-    if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
-    if hint is str:
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and (kind is float or abs(int(value)) < 2**63)
+    if kind is str:
         return isinstance(value, str) and "\0" not in value
-    if hint is None or hint is type(None):
-        return value is None
-    kind = origin or hint
-    if kind is list:
-        items = get_args(hint)
-        return isinstance(value, list) and all(not items or _fits(item, items[0]) for item in value)
-    return isinstance(value, kind) if isinstance(kind, type) else True
+    if kind is list and isinstance(value, list):
+        return all(_fits(item, each) for each in get_args(hint) for item in value)
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _in_words(hint: Any) -> str:

@@ -14,22 +14,11 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from topd.errors import TokenizerMismatchError, TOPDError
+from topd.loading import shared_base
 from topd.loading.adapters import base_of, is_adapter, merged, weights_of, with_adapter
 from topd.loading.by_name import SAFE
 from topd.loading.models import loaded_model, model_to_train
 from topd.loading.sharding import shard_teacher, sharded
-from topd.loading.shared_base import (
-    NEW_ADAPTER,
-    ONE_MODEL,
-    base_of_student,
-    check_base_is_fixed,
-    refuse_two_adapters,
-    share_base,
-    shared_copy,
-    shared_note,
-    teacher_on_base,
-    trained_together,
-)
 from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
 from topd.logs import get_logger
@@ -51,15 +40,11 @@ class Prepared:
     shared: bool = False  # whether the teacher is the student's base, with one set of weights
 
     def report(self, in_parts: bool) -> None:
-        """Log the notes; call it after the trainer has been given the models.
-
-        Raises:
-            TOPDError: training would change the base, which is the teacher.
-        """
+        """Log the notes once the trainer has the models. Raises `TOPDError` if training would change the teacher."""
         for note in self.notes:
             logger.warning(note)
         if self.shared:
-            check_base_is_fixed(self.teacher, in_parts)
+            shared_base.check_base_is_fixed(self.teacher, in_parts)
 
 
 def prepared_models(
@@ -72,13 +57,10 @@ def prepared_models(
     compared. A head is never cut below the tokenizer. A loaded teacher is copied (all other weights are shared) and the
     copy is cut; a loaded student is changed in place, which the notes report.
 
-    Args:
-        student, teacher: a name, a folder, or a loaded model; the teacher may be None, or "self": a frozen copy of the
-            student, or its base if adapters are trained.
-        args: its `model_init_kwargs` and `teacher_model_init_kwargs` are completed.
-        tokenizer: the student's; None: it is loaded from the student's folder or Hub name.
-        peft: the `PeftConfig`, if new adapters are trained.
-        quantization: the student's, if it is loaded by name.
+    `student`, `teacher`: a name, a folder, or a loaded model; the teacher may be None, or "self": a frozen copy of the
+    student, or its base if adapters are trained. `args`: its `model_init_kwargs` and `teacher_model_init_kwargs` are
+    completed. `tokenizer`: the student's; None: it is loaded from the student's folder or Hub name. `peft`: the
+    `PeftConfig`, if new adapters are trained. `quantization`: the student's, if it is loaded by name.
 
     Raises:
         TOPDError: student and teacher are the same model with all weights trained, there is no tokenizer, or a dtype is
@@ -89,17 +71,22 @@ def prepared_models(
     student, teacher = model_to_train("student", student), None if itself else model_to_train("teacher", teacher)
     if isinstance(student, str):
         args.model_init_kwargs = _init_kwargs(args.model_init_kwargs)
-    if itself:
-        return _with_itself(student, args, peft, quantization)
     if isinstance(teacher, str):
         args.teacher_model_init_kwargs = _init_kwargs(args.teacher_model_init_kwargs)
-    if isinstance(student, str) and student == teacher and _revisions_are_one(args) and peft is None:
-        raise TOPDError(ONE_MODEL.format(what=f"model, {student}"))
-    shares = teacher is not None and share_base(student, teacher, args, peft, quantization)
-    if isinstance(student, str) and (is_adapter(student) or shares):
-        refuse_two_adapters(student, peft)
+    revisions = _dict(args.model_init_kwargs).get("revision") or "main", args.teacher_model_revision or "main"
+    if isinstance(student, str) and student == teacher and revisions[0] == revisions[1] and peft is None:
+        raise TOPDError(shared_base.ONE_MODEL.format(what=f"model, {student}"))
+    shares = teacher is not None and shared_base.share_base(student, teacher, args, peft, quantization)
+    if isinstance(student, str) and (itself or shares or is_adapter(student)):
+        shared_base.refuse_two_adapters(student, peft)
         tokenizer = tokenizer_of(student, args.trust_remote_code) if tokenizer is None else tokenizer
         student = _load_student(student, args, quantization)
+    if itself:
+        args.teacher_model_init_kwargs = None
+        if peft is None and not is_peft_model(student):
+            return Prepared(student, copy.deepcopy(student).requires_grad_(False))
+        base, note = shared_base.base_of_student(student, peft), shared_base.shared_note(student, student)
+        return Prepared(student, base, (note,), shared=True)
     if teacher is None:  # on a server
         return Prepared(student, teacher)
     if shares or not (isinstance(student, str) or isinstance(teacher, str)):
@@ -107,16 +94,13 @@ def prepared_models(
         if on_one_base is not None:
             return on_one_base
 
-    trust, options = args.trust_remote_code, _dict(args.model_init_kwargs)
-    ours, theirs = (
-        head_rows(student, trust, options.get("revision")), head_rows(teacher, trust, args.teacher_model_revision)
-    )  # fmt: skip
-    tokenizer = tokenizer_of(student, trust, options.get("revision")) if tokenizer is None else tokenizer
+    trust, revision = args.trust_remote_code, _dict(args.model_init_kwargs).get("revision")
+    ours, theirs = head_rows(student, trust, revision), head_rows(teacher, trust, args.teacher_model_revision)
+    tokenizer = tokenizer_of(student, trust, revision) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise TOPDError("The student's tokenizer is unknown: pass it to the trainer as processing_class=tokenizer.")
-    notes = [
-        compare_tokenizers(tokenizer, teacher, trust, args.teacher_model_revision), check_rows(tokenizer, ours, theirs)
-    ]  # fmt: skip
+    notes = [compare_tokenizers(tokenizer, teacher, trust, args.teacher_model_revision)]
+    notes.append(check_rows(tokenizer, ours, theirs))
     if ours > theirs:
         if isinstance(student, str):
             student = _load_student(student, args, quantization)
@@ -134,37 +118,21 @@ def prepared_models(
     return Prepared(student, teacher, tuple(filter(None, notes)))
 
 
-def _with_itself(student: Any, args: TOPDConfig, peft: Any, quantization: Any) -> Prepared:
-    """The student, and as its teacher what it is before training: its base if adapters are trained, else a copy."""
-    if isinstance(student, str):
-        refuse_two_adapters(student, peft)
-        student = _load_student(student, args, quantization)
-    args.teacher_model_init_kwargs = None
-    if peft is None and not is_peft_model(student):
-        return Prepared(student, copy.deepcopy(student).requires_grad_(False))
-    return Prepared(student, base_of_student(student, peft), (shared_note(student, student),), shared=True)
-
-
 def _on_one_base(student: Any, teacher: Any, args: TOPDConfig, tokenizer: Any, peft: Any) -> Prepared | None:
     """Both on one set of weights; None where the teacher needs its own."""
     if isinstance(teacher, str):
-        base = teacher_on_base(student, teacher)
+        base = shared_base.teacher_on_base(student, teacher)
         if base is None:
             return None
         args.teacher_model_init_kwargs = None
         if is_adapter(teacher) and tokenizer is not None:
             compare_tokenizers(tokenizer, teacher, args.trust_remote_code, None)
-    elif trained_together(student, teacher):
-        base = base_of_student(student, peft)
+    elif shared_base.trained_together(student, teacher):
+        base = shared_base.base_of_student(student, peft)
     else:
         return None
-    notes = shared_note(student, teacher), NEW_ADAPTER if peft is not None and not is_adapter(teacher) else ""
-    return Prepared(student, base, tuple(filter(None, notes)), shared=True)
-
-
-def _revisions_are_one(args: TOPDConfig) -> bool:
-    ours, theirs = _dict(args.model_init_kwargs).get("revision"), args.teacher_model_revision
-    return (ours or "main") == (theirs or "main")
+    new = (shared_base.NEW_ADAPTER,) if peft is not None and not is_adapter(teacher) else ()
+    return Prepared(student, base, (shared_base.shared_note(student, teacher), *new), shared=True)
 
 
 def _load_student(name: str, args: TOPDConfig, quantization: Any) -> Any:
@@ -181,9 +149,6 @@ def _load_teacher(name: str, args: TOPDConfig) -> Any:
     return load(name, args, options)
 
 
-# Output heads
-
-
 def heads_message(ours: int, theirs: int) -> str:
     return (
         f"The output heads have {ours:,} rows (student) and {theirs:,} (teacher); the larger one is cut to "
@@ -193,17 +158,16 @@ def heads_message(ours: int, theirs: int) -> str:
 
 def head_rows(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
     """Rows of a model's output head, for a name from its config."""
-    config = model.config if not isinstance(model, str) else None
-    config = config or AutoConfig.from_pretrained(
-        weights_of(model), trust_remote_code=trust_remote_code, revision=revision
-    )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    config = AutoConfig.from_pretrained(weights_of(model), **options) if isinstance(model, str) else model.config
     return int(config.get_text_config().vocab_size)
 
 
 def with_rows(teacher: Any, rows: int) -> Any:
     """A copy of a teacher with only the first rows of its head; all other weights are shared."""
     ends = teacher.get_input_embeddings(), teacher.get_output_embeddings()
-    teacher = shared_copy(teacher, own=tuple(p for end in ends if end is not None for p in end.parameters()))
+    own = tuple(parameter for end in ends if end is not None for parameter in end.parameters())
+    teacher = shared_base.shared_copy(teacher, own)
     teacher.resize_token_embeddings(rows)
     return teacher
 
@@ -211,8 +175,7 @@ def with_rows(teacher: Any, rows: int) -> Any:
 def load(name: str, args: Any, options: dict[str, Any], trained: bool = False) -> Any:
     """Load a model as TRL does: with several processes, each on its own device.
 
-    Args:
-        trained: an adapter is put on its base and trained; else it is merged, or left as it is on a quantized base.
+    `trained`: an adapter is put on its base and trained; else it is merged, or left as it is on a quantized base.
     """
     options = {"trust_remote_code": args.trust_remote_code} | options
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
@@ -226,50 +189,39 @@ def load(name: str, args: Any, options: dict[str, Any], trained: bool = False) -
 
 
 def load_pair(student_name: str, teacher_name: str, dtype: str = "auto") -> tuple[Any, Any, Any]:
-    """Both models with output heads of equal size, see `loaded_model`, and their common tokenizer.
-
-    Raises:
-        TOPDError: one cannot be loaded, or the tokenizers differ.
-    """
-    loaded = [loaded_model(name, dtype) for name in (student_name, teacher_name)]
-    models, (tokenizer, teacher_tokenizer) = [model for model, _ in loaded], [each for _, each in loaded]
+    """Both models with output heads of equal size, see `loaded_model`, and their common tokenizer."""
+    (student, tokenizer), (teacher, teacher_tokenizer) = (loaded_model(n, dtype) for n in (student_name, teacher_name))
     check_tokenizers(tokenizer, teacher_tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    rows = [head_rows(model) for model in models]
-    notes = [check_rows(tokenizer, *rows), heads_message(*rows) if rows[0] != rows[1] else None]
+    ours, theirs = head_rows(student), head_rows(teacher)
+    notes = [check_rows(tokenizer, ours, theirs), heads_message(ours, theirs) if ours != theirs else None]
     for note in filter(None, notes):
         print(f"topd: {note}", file=sys.stderr)
-    if rows[0] != rows[1]:
-        models[rows.index(max(rows))].resize_token_embeddings(min(rows))
-    return models[0], models[1], tokenizer
+    if ours != theirs:
+        (student if ours > theirs else teacher).resize_token_embeddings(min(ours, theirs))
+    return student, teacher, tokenizer
 
 
 def loaded_teacher(trainer: Any, teacher: Any, revision: str | None = None, remedy: str = "") -> Any:
     """A frozen teacher for a trainer's student: a name is loaded, the student's base is shared, padding rows are cut.
 
-    It is placed as the student is: whole in each process, or in parts with FSDP2 and DeepSpeed. `remedy`: for the
-    message where its head has too few rows.
-
-    Raises:
-        TOPDError: student and teacher are one model.
-        TokenizerMismatchError: their tokenizers differ, or the teacher's head has fewer rows than the student's.
+    It is placed as the student is: whole in each process, or in parts with FSDP2 and DeepSpeed. Raises `TOPDError` for
+    one model as both, `TokenizerMismatchError` for other tokenizers or a head with too few rows (with `remedy`).
     """
     student, args, accelerator = trainer.model, trainer.args, trainer.accelerator
-    note = compare_tokenizers(trainer._tokenizer, teacher, args.trust_remote_code, revision)
-    if note:
+    if note := compare_tokenizers(trainer._tokenizer, teacher, args.trust_remote_code, revision):
         logger.warning(note)
     in_parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    base = teacher_on_base(student, teacher) if share_base(student, teacher, args) else None
+    base = shared_base.teacher_on_base(student, teacher) if shared_base.share_base(student, teacher, args) else None
+    if not isinstance(teacher, str) and shared_base.trained_together(student, teacher):
+        base = shared_base.base_of_student(student)
     if base is not None:
         teacher = base
-        check_base_is_fixed(teacher, in_parts)
+        shared_base.check_base_is_fixed(teacher, in_parts)
     elif isinstance(teacher, str):
         options = SAFE | {"revision": revision} if revision else SAFE
         teacher = load(teacher, args, options | _dict(args.teacher_model_init_kwargs))
-    elif trained_together(student, teacher):
-        teacher = base_of_student(student)
-        check_base_is_fixed(teacher, in_parts)
     ours, theirs = head_rows(student), head_rows(teacher)
     if theirs < ours:
         raise TokenizerMismatchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 from unittest.mock import patch
@@ -63,8 +63,7 @@ class RoundingWarning(TrainerCallback):
             return
         self._done = True
         for dtype in {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}:
-            lost = lost_in_rounding(str(dtype).removeprefix("torch."), args.learning_rate)
-            if lost is not None:
+            if lost := lost_in_rounding(str(dtype).removeprefix("torch."), args.learning_rate):
                 logger.warning(f"{lost}. {REMEDY}")
 
 
@@ -80,15 +79,12 @@ def autocasting(models: Sequence[Any], accelerator: Accelerator) -> Iterator[Non
     with ExitStack() as stack:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if accelerator.native_amp and not sharded:
-            for model in models:
-                stack.enter_context(_autocasting(model, accelerator))
-                stack.enter_context(_autocasting(backbone_of(model), accelerator))
+            for module in (part for model in models for part in (model, backbone_of(model))):
+                stack.enter_context(patch.object(module, "forward", _autocast(module.forward, accelerator)))
         yield
 
 
-def _autocasting(module: Any, accelerator: Accelerator) -> AbstractContextManager[Any]:
-    usual: Callable[..., Any] = module.forward
-
+def _autocast(usual: Callable[..., Any], accelerator: Accelerator) -> Callable[..., Any]:
     @wraps(usual)
     def forward(*args: Any, **kwargs: Any) -> Any:
         with accelerator.autocast():
@@ -98,4 +94,4 @@ def _autocasting(module: Any, accelerator: Accelerator) -> AbstractContextManage
                 output.last_hidden_state = states.to(torch.get_autocast_dtype(states.device.type))
         return output
 
-    return patch.object(module, "forward", forward)
+    return forward

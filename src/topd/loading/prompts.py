@@ -29,16 +29,13 @@ def prompt_ids(
 
     Text that already begins with the tokenizer's BOS gets no second one.
     """
-    return one_beginning(
-        _tokens(tokenizer, prompt_text(tokenizer, prompt, template_options, answered), prompt), tokenizer
-    )
+    return _tokens(tokenizer, prompt_text(tokenizer, prompt, template_options, answered), prompt)
 
 
 def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any] | None, answered: bool = False) -> str:
     """The text of a prompt: text as it is, messages as the chat template renders them.
 
-    Raises:
-        TOPDError: there is no template; or it fails, takes too long, or writes too much or nothing.
+    Raises `TOPDError` if there is no template; or it fails, takes too long, or writes too much or nothing.
     """
     if isinstance(prompt, str):
         return prompt
@@ -90,14 +87,13 @@ def solution_ids(
     """
     ids, text = prompt_ids(tokenizer, prompt, template_options), prompt_text(tokenizer, prompt, template_options)
     response = response.removesuffix(tokenizer.decode([closing]))
-    if not isinstance(prompt, str):
-        response = _without_opening(text, response)
-    together = one_beginning(_tokens(tokenizer, text + response, prompt), tokenizer)
+    opened = None if isinstance(prompt, str) else _OPENED.search(text[-100:])
+    if opened and (repeated := re.match(rf"\s*<{opened[1]}>\s*", response)):
+        response = response[repeated.end() :]
+    together = _tokens(tokenizer, text + response, prompt)
     if together[: len(ids)] == ids:
-        written = together[len(ids) :]
-    else:
-        written = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    return ids, [*written, closing]
+        return ids, [*together[len(ids) :], closing]
+    return ids, [*tokenizer(response, add_special_tokens=False)["input_ids"], closing]
 
 
 def closing_id(tokenizer: Any, ends: Sequence[int], template_options: Mapping[str, Any], conversational: bool) -> int:
@@ -157,10 +153,4 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def _tokens(tokenizer: Any, text: str, prompt: Any) -> list[int]:
     """Token ids of a prompt's text; a template writes its own special tokens."""
-    return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
-
-
-def _without_opening(prompt: str, response: str) -> str:
-    opened = _OPENED.search(prompt[-100:])
-    repeated = opened and re.match(rf"\s*<{opened[1]}>\s*", response)
-    return response[repeated.end() :] if repeated else response
+    return one_beginning(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"], tokenizer)

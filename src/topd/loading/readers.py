@@ -23,23 +23,24 @@ Columns = Callable[[list[str]], list[str]]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 
 
-def reader_of(source: str) -> tuple[Any, str]:
-    """The function that reads a source, and the remedy if it fails."""
+def reader_of(source: str) -> tuple[Any, str, str]:
+    """The function that reads a source, what it numbers (lines of a text file, or rows), and the remedy if it fails."""
     ending = next((ending for ending in _READERS if source.lower().endswith(ending)), "")
     if os.path.isdir(source):
-        return _dataset, "Name a data file, a folder written by save_to_disk, or one that load_dataset reads."
+        return _dataset, "row", "Name a data file, a folder written by save_to_disk, or one that load_dataset reads."
     if os.path.isfile(source):
         if not ending:
             raise DataError(f"unknown kind of file. Known endings: {', '.join(_READERS)}.")
         if os.path.getsize(source) == 0:
             raise DataError("the file is empty. Write it again, or name another file.")
-        return _READERS[ending], "Check its permissions; if it is damaged, write or download it again."
+        return *_READERS[ending], "Check its permissions; if it is damaged, write or download it again."
     folder, name = os.path.split(source)
     near = difflib.get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
     missing = "There is no such file or folder" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ".")
     if ending or not _HUB_NAME.fullmatch(source):
         raise DataError(f"{missing} Hub names have the form owner/name.")
-    return _dataset, f"{missing} On the Hub: check owner/name:configuration, split, network, HF_HUB_OFFLINE, login."
+    remedy = f"{missing} On the Hub: check owner/name:configuration, split, network, HF_HUB_OFFLINE, login."
+    return _dataset, "row", remedy
 
 
 def _lines(path: str, bad: dict[int, DataError]) -> Iterator[str]:
@@ -63,9 +64,8 @@ def _parsed(text: str) -> Any:
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         return DataError(f"broken JSON at {where}: {error.msg}{hint}")
     except (ValueError, RecursionError) as error:
-        if "appears more than once" in str(error):
-            return DataError(str(error))
-        return DataError("JSON with a number too long, or lists nested too deep, to read")
+        twice = "appears more than once" in str(error)
+        return DataError(str(error) if twice else "JSON with a number too long, or lists nested too deep, to read")
 
 
 def _jsonl(path: str, *_: Any) -> Iterator[tuple[int, Any]]:
@@ -150,9 +150,7 @@ def _dataset(
     yield from enumerate(data, 1)
 
 
-_READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-
-
-def by_line(reader: Any) -> bool:
-    """Whether a reader numbers lines of a text file, not rows."""
-    return reader in (_jsonl, _csv)
+_READERS = {
+    ".jsonl": (_jsonl, "line"), ".jsonl.gz": (_jsonl, "line"), ".json": (_json, "row"), ".csv": (_csv, "line"),
+    ".parquet": (_parquet, "row"),
+}  # fmt: skip

@@ -112,12 +112,12 @@ def _content(content: object, what: str) -> object:
 
 
 def _response(row: dict[str, Any], answered: str | None) -> str:
-    column = next((name for name in RESPONSE_COLUMNS if name in row), None)
-    if column is None and answered is not None:
-        return read_text(answered, "the assistant's last message")
-    if column is None:
+    for column in RESPONSE_COLUMNS:
+        if column in row:
+            return read_text(row[column], f"the {column}")
+    if answered is None:
         raise DataError("no `response` or `completion`; write what the student answered as text")
-    return read_text(row[column], f"the {column}")
+    return read_text(answered, "the assistant's last message")
 
 
 def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
@@ -137,11 +137,10 @@ def has_half_character(text: str) -> bool:
 
 def read_flag(value: object, what: str) -> bool:
     """True or false; false for a missing value. CSV has words."""
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    if str(value).strip().lower() in ("true", "false", ""):
-        return str(value).strip().lower() == "true"
-    raise DataError(f"{what} is {value!r:.40}; write true or false")
+    text = "" if value is None else str(value).strip().lower()
+    if text not in ("true", "false", ""):
+        raise DataError(f"{what} is {value!r:.40}; write true or false")
+    return text == "true"
 
 
 def read_answer(value: object) -> str | None:

@@ -28,11 +28,7 @@ def sharded(args: Any = None) -> bool:
 
 @contextmanager
 def held_whole(model: Any, accelerator: Accelerator) -> Iterator[None]:
-    """Gather all parameters of a model in every process, so that the block needs no other process.
-
-    Args:
-        model: as wrapped by accelerate.
-    """
+    """Gather all parameters of a model, as accelerate wrapped it, in every process: the block needs no other one."""
     with unwrap_model_for_generation(model, accelerator) as unwrapped, unsharded(unwrapped):
         yield
 
@@ -43,7 +39,11 @@ def unsharded(model: Any) -> Iterator[None]:
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if parts:
         model._get_fsdp_state()._lazy_init()  # as before a first forward pass: see the end
-    resharding = {part: _reshards_after_forward(part) for part in parts if part is not model}  # the root never reshards
+    resharding = {  # there is no public API for this; the root never reshards
+        part: any(group.post_forward_mesh_info is not None for group in part._get_fsdp_state()._fsdp_param_groups)
+        for part in parts
+        if part is not model
+    }
     for part in resharding:
         part.set_reshard_after_forward(False, recurse=False)
     for part in parts:
@@ -59,20 +59,13 @@ def unsharded(model: Any) -> Iterator[None]:
             part.set_reshard_after_forward(reshards, recurse=False)
 
 
-def _reshards_after_forward(part: FSDPModule) -> bool:
-    groups = part._get_fsdp_state()._fsdp_param_groups  # there is no public API for this
-    return any(group.post_forward_mesh_info is not None for group in groups)
-
-
 def shard_teacher(teacher: Any, accelerator: Accelerator) -> Any:
     """Shard the teacher as accelerate shards the student. (TRL 1.16 leaves it unsharded, on its first device.)
 
-    Raises:
-        TOPDError: with FSDP1, whose shards cannot stay gathered during a forward pass.
+    Raises `TOPDError` with FSDP1, whose shards cannot stay gathered during a forward pass.
     """
     if not accelerator.is_fsdp2:
         raise TOPDError(
             "TOPD works with FSDP2, not with FSDP1: set fsdp_version to 2 in the accelerate config (--fsdp_version 2)."
         )
-    sharded = fsdp2_prepare_model(accelerator, teacher.requires_grad_(False))
-    return sharded.eval()
+    return fsdp2_prepare_model(accelerator, teacher.requires_grad_(False)).eval()

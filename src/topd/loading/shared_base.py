@@ -23,23 +23,18 @@ NEW_ADAPTER = (
     "A new adapter starts as the base itself, so the token losses and their gradients start at 0. Pass a PeftModel "
     "whose adapter is trained already, or another teacher."
 )
-
+TWO_ADAPTERS = (
+    "{student} holds an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
+    "merge the adapter first: topd merge {student} --out {student}-merged."
+)
 KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of peft's `init_lora_weights` that leave the base's weights as they are."""
-
-
-def two_adapters(student: Any) -> str:
-    """What is wrong with a new adapter on a student that is an adapter."""
-    return (
-        f"{student} holds an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
-        f"merge the adapter first: topd merge {student} --out {student}-merged."
-    )
 
 
 def refuse_two_adapters(student: Any, peft: Any) -> None:
     """Raise `TOPDError` if a new adapter would be trained on a student that is an adapter."""
     if peft is not None and is_adapter(student):
-        raise TOPDError(two_adapters(student))
+        raise TOPDError(TWO_ADAPTERS.format(student=student))
 
 
 def share_base(student: Any, teacher: Any, args: Any, peft: Any = None, quantization: Any = None) -> bool:
@@ -61,8 +56,10 @@ def share_base(student: Any, teacher: Any, args: Any, peft: Any = None, quantiza
     theirs = SAFE | dict(args.teacher_model_init_kwargs or {})
     revisions = {ours.pop("revision", None) or "main", theirs.pop("revision", None) or "main"}
     revisions.add(args.teacher_model_revision or "main")
+    # where the weights came from
+    places = str(student.config._name_or_path) if loaded else weights_of(student), weights_of(teacher)
     return (
-        place_of(student) == place_of(teacher)
+        len({os.path.realpath(place) if os.path.isdir(place) else place for place in places}) == 1
         and len(revisions) == 1
         and ours == theirs
         and quantization is None
@@ -70,12 +67,6 @@ def share_base(student: Any, teacher: Any, args: Any, peft: Any = None, quantiza
         and not changed_base(adapters)
         and not sharded(args)
     )
-
-
-def place_of(model: Any) -> str:
-    """Where the weights of a name's base, or of a loaded model, came from."""
-    name = weights_of(model) if isinstance(model, str) else str(model.config._name_or_path)
-    return os.path.realpath(name) if os.path.isdir(name) else name
 
 
 def teacher_on_base(student: Any, teacher: str) -> Any | None:
@@ -87,10 +78,10 @@ def teacher_on_base(student: Any, teacher: str) -> Any | None:
     base = without_adapters(student)
     if not is_adapter(teacher):
         return base
-    trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     adapted = with_adapter(base, teacher)
-    for parameter, requires_grad in trained:  # peft froze them; a student without adapters yet is wrapped later
-        parameter.requires_grad_(requires_grad)
+    for parameter in trained:  # peft froze them; a student without adapters yet is wrapped later
+        parameter.requires_grad_(True)
     ends = adapted.get_input_embeddings(), adapted.get_output_embeddings()
     return adapted.eval() if all(without_wrappers(end) is end for end in ends) else None
 
@@ -102,11 +93,7 @@ def trained_together(student: Any, teacher: Any) -> bool:
 
 
 def base_of_student(student: Any, peft: Any = None) -> Any:
-    """The teacher of a student that is its own teacher: its base.
-
-    Raises:
-        TOPDError: the student has no adapters, and `peft` adds none.
-    """
+    """The base of a student that is its own teacher. Raises `TOPDError` if neither it nor `peft` has adapters."""
     if peft is None and not is_peft_model(student):
         raise TOPDError(ONE_MODEL.format(what="model object, or share weights that are trained"))
     check_keeps_base([peft])
@@ -116,8 +103,7 @@ def base_of_student(student: Any, peft: Any = None) -> Any:
 def without_adapters(student: Any) -> Any:
     """The base of a model without its adapters: new modules on the same weights.
 
-    Raises:
-        TOPDError: the adapters' initialization changed the base's weights.
+    Raises `TOPDError` if the adapters' initialization changed the base's weights.
     """
     if not is_peft_model(student):
         return shared_copy(student)

@@ -33,9 +33,9 @@ def by_options(args: TOPDConfig) -> bool:
 def columns_of(dataset: Any) -> list[str]:
     """Names of the columns; of a stream that does not know them, those of its first row."""
     names = getattr(dataset, "column_names", None)
-    if names is None and dataset is not None:
-        names = next(iter(dataset), {})
-    return list(names or [])
+    if names is None:
+        names = next(iter(() if dataset is None else dataset), {})
+    return list(names)
 
 
 def check_options(args: TOPDConfig) -> None:
@@ -53,10 +53,7 @@ def check_options(args: TOPDConfig) -> None:
 def teacher_prompt(prompt: Any, own: Any, system: str | None) -> Any:
     """What the teacher reads: the row's own `teacher_prompt`, else (None) the student's, with its own system turn.
 
-    `system` replaces the system turn, or becomes the first one; None: it stays.
-
-    Raises:
-        TOPDError: a system turn for a prompt that is text.
+    `system` replaces the system turn, or becomes the first one (`TOPDError` for text); None: it stays.
     """
     chosen = prompt if own is None else own
     if system is None:

@@ -9,12 +9,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import ContextError, TokenizerMismatchError, TOPDError
-from topd.loading.adapters import ADAPTER_CONFIG, base_of, is_adapter
+from topd.loading.adapters import base_of, is_adapter, of_another_base
 from topd.loading.by_name import load_by_name
 
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """Files of which a folder with a tokenizer has at least one."""
-_NONE = "{} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...)."
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, show: int = 5) -> None:
@@ -27,11 +26,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         "only the teacher has": [f"{t!r} ({i})" for t, i in theirs.items() if t not in ours],
         "different ids": [f"{t!r} ({i} and {theirs[t]})" for t, i in ours.items() if theirs.get(t, i) != i],
     }
-    found = "; ".join(
-        f"{what}: {', '.join(sorted(tokens)[:show])}{f' and {len(tokens) - show} more' if len(tokens) > show else ''}"
-        for what, tokens in groups.items()
-        if tokens
-    )
+    found = "; ".join(f"{what}: {_some(sorted(tokens), show)}" for what, tokens in groups.items() if tokens)
     raise TokenizerMismatchError(
         f"Student and teacher do not share a tokenizer ({len(ours)} and {len(theirs)} tokens): {found}. "
         "The token loss compares probabilities token by token, so both must come from the same family; for different "
@@ -39,13 +34,14 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     )
 
 
+def _some(shown: list[str], count: int = 5) -> str:
+    return ", ".join(shown[:count]) + (f" and {len(shown) - count} more" if len(shown) > count else "")
+
+
 def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revision: str | None) -> str | None:
-    """Compare the student's tokenizer with the teacher's; return a note if the teacher's cannot be found.
+    """Raise `TokenizerMismatchError` if the teacher's tokenizer differs; return a note if it cannot be found.
 
     `teacher`: a name, or a loaded model, whose tokenizer is loaded from where the model came from.
-
-    Raises:
-        TokenizerMismatchError: they differ.
     """
     theirs = tokenizer_of(teacher, trust_remote_code, revision)
     if theirs is not None:
@@ -60,19 +56,17 @@ def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revisio
 def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:
     """The tokenizer of a name, or of the folder or Hub name that a loaded model came from (None if there is none).
 
-    Raises:
-        TOPDError: the name has no tokenizer.
+    Raises `TOPDError` if the name has no tokenizer.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if isinstance(model, str):
         options |= {"revision": revision} if revision else {}
         if is_adapter(model):
             return _of_adapter(model, options)
-        if Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name)):
-            raise TOPDError(_NONE.format(model))
-        tokenizer = load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
-        if not _has_vocabulary(tokenizer):
-            raise TOPDError(_NONE.format(model))
+        empty = Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name))
+        tokenizer = None if empty else load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
+        if tokenizer is None or not _has_vocabulary(tokenizer):
+            raise TOPDError(f"{model} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
         return tokenizer
     name = getattr(model.config, "_name_or_path", "")
     try:
@@ -88,12 +82,11 @@ def _of_adapter(folder: str, options: dict[str, Any]) -> Any:
     try:
         return load_by_name("tokenizer", folder if own else base, AutoTokenizer.from_pretrained, **options)
     except TOPDError as error:
+        if not own:
+            raise of_another_base(folder, base, error) from error
         raise TOPDError(
             f"{error} This is the adapter's own tokenizer: without a tokenizer_config.json there, that of its base "
             f"{base} is used."
-            if own
-            else f"The adapter in {folder} belongs to {base}, which cannot be loaded: {error} Correct "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}."
         ) from error
 
 
@@ -105,20 +98,17 @@ def _has_vocabulary(tokenizer: Any) -> bool:
 def check_rows(tokenizer: Any, ours: int, theirs: int) -> str | None:
     """Check that both output heads have a row for every token; return a note if only added tokens have none.
 
-    Args:
-        ours, theirs: rows of the student's and of the teacher's head. The larger head is cut to the smaller.
-
-    Raises:
-        TokenizerMismatchError: the student would be cut below its tokenizer, or tokens of the vocabulary have no row.
+    `ours`, `theirs`: rows of the student's and of the teacher's head; the larger one is cut to the smaller. Raises
+    `TokenizerMismatchError` if the student would be cut below its tokenizer, or tokens of the vocabulary have no row.
     """
     kept = min(ours, theirs)
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= kept}
     if not beyond:
         return None
-    shown = ", ".join(f"{token!r} ({i})" for token, i in sorted(beyond.items(), key=lambda item: item[1])[:5])
+    shown = [f"{token!r} ({i})" for token, i in sorted(beyond.items(), key=lambda item: item[1])]
     found = (
         f"The {'teacher' if theirs < ours else 'student'}'s output head has {kept:,} rows, and the student's tokenizer "
-        f"has tokens beyond: {shown}{f' and {len(beyond) - 5} more' if len(beyond) > 5 else ''}"
+        f"has tokens beyond: {_some(shown)}"
     )
     if theirs < ours or not set(beyond.values()) <= set(tokenizer.added_tokens_decoder):
         raise TokenizerMismatchError(

@@ -33,8 +33,7 @@ DIED = "a worker was killed, which stops all workers; memory may be too small fo
 def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     """Run the missing runs, write `study.json` after each, print the tables; return the content of `study.json`.
 
-    Raises:
-        TOPDError: a model or the data cannot be used; or a run failed. Finished runs are saved and reused.
+    Raises `TOPDError` if a model or the data cannot be used, or a run failed. Finished runs are saved and reused.
     """
     console = Console()
     for remains in [*out.rglob(f"*{SCRATCH}"), *out.rglob(f"*{PART}")]:  # of a killed study
@@ -67,17 +66,14 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
         return {}
     console.print(f"Tuning: {len(jobs)} runs, on problems that are not held out.")
     records = _run_all(plan, list(jobs.values()), workers, console, lambda found: None)
-    tuning: dict[str, list[dict[str, Any]]] = {}
-    for arm in (arm for arm in plan.arms if arm.choices):
-        of_seeds = [[_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds]
-                    for index in range(len(arm.choices))]  # fmt: skip
-        scores: list[dict[str, Any]] = [
-            {"choice": choice, "accuracy": sum(some) / len(some)}
-            for choice, some in zip(arm.choices, of_seeds, strict=True)
-        ]
-        tuning[arm.name] = scores
+    tuning: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in plan.arms if arm.choices}
+    for arm in plan.arms:
+        for index, choice in enumerate(arm.choices):
+            of_seeds = [_accuracy(records[jobs[arm.name, index, seed].file]) for seed in plan.tune_seeds]
+            tuning[arm.name].append({"choice": choice, "accuracy": sum(of_seeds) / len(of_seeds)})
+    for name, scores in tuning.items():
         tried = ", ".join(f"{_words(each['choice'])}: {each['accuracy']:.1%}" for each in scores)
-        console.print(f"  {arm.name}: {_words(best(scores))}  ({tried})")
+        console.print(f"  {name}: {_words(best(scores))}  ({tried})")
     for line in unequal(tuning):
         console.print(f"  {line}", markup=False)
     return tuning
@@ -105,14 +101,10 @@ def _accuracy(record: dict[str, Any]) -> float:
 
 
 def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out: Path, steps: int = 0) -> Job:
-    choice = _applying(tuned.get(arm.tuned_as or arm.name, {}), arm)
+    choice = dict(tuned.get(arm.tuned_as or arm.name, {}))
+    if arm.options.get("method", "topd") != "topd":  # another arm's lambda does not apply without guidance
+        choice.pop("guidance_weight", None)
     return job_of(plan, arm, seed, choice, out / "runs" / slug(arm.name) / f"{seed}.json", steps)
-
-
-def _applying(choice: dict[str, Any], arm: ArmPlan) -> dict[str, Any]:
-    """The part of another arm's choice that applies to this one: lambda only if the arm uses guidance."""
-    guides = arm.options.get("method", "topd") == "topd"
-    return {name: value for name, value in choice.items() if guides or name != "guidance_weight"}
 
 
 def _timed(
@@ -156,8 +148,8 @@ def _outcomes(plan: StudyPlan, jobs: list[Job], workers: int) -> Iterable[tuple[
             yield job, _guarded(plan, job)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch can hang
-    free = context.SimpleQueue()
-    for gpu in islice(cycle(gpus), workers):  # none without GPUs
+    free = context.SimpleQueue()  # of GPUs, if there are any
+    for gpu in islice(cycle(gpus), workers):
         free.put(gpu)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(free,)) as pool:
         futures = {pool.submit(_guarded, plan, job): job for job in jobs}
@@ -175,18 +167,19 @@ def _gpus() -> list[str]:
 
 
 def _begin_worker(free: Any) -> None:
-    """Start a worker, before it uses a GPU: it ends with the study, and gets one GPU if there are any."""
-    Thread(target=_end_with_study, daemon=True).start()
+    """Start a worker, before it uses a GPU: it gets one GPU if there are any.
+
+    It ends when the study is killed; it would otherwise wait forever and keep its memory.
+    """
+
+    def end_with_study() -> None:
+        if (study := multiprocessing.parent_process()) is not None:
+            study.join()
+            os._exit(1)
+
+    Thread(target=end_with_study, daemon=True).start()
     if not free.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
-
-
-def _end_with_study() -> None:
-    """End the worker when the study is killed; it would otherwise wait forever and keep its memory."""
-    study = multiprocessing.parent_process()
-    if study is not None:
-        study.join()
-        os._exit(1)
 
 
 def _guarded(plan: StudyPlan, job: Job) -> Any:
@@ -207,27 +200,24 @@ def _write(plan: StudyPlan, tuning: dict[str, Any], records: dict[Path, dict[str
         how: summarise({name: {seed: r["right"][how] for seed, r in runs.items()} for name, runs in by_arm.items()})
         for how in WAYS
     }
+    arms: dict[str, dict[str, Any]] = {}
+    for name, runs in by_arm.items():
+        by_seed = {str(seed): record for seed, record in runs.items()}
+        arms[name] = {how: found[how][name] for how in WAYS} | {
+            "right": {
+                seed: {how: "".join(str(int(each)) for each in r["right"][how]) for how in WAYS}
+                for seed, r in by_seed.items()
+            },
+            "curve": {seed: r["curve"] for seed, r in by_seed.items()},
+            "metrics": {seed: r.get("metrics", {}) for seed, r in by_seed.items()},
+            "seconds_training": {seed: r["seconds_training"] for seed, r in by_seed.items()},
+            "steps": {seed: r["settings"]["arm_steps"] for seed, r in by_seed.items()},
+        }
+    tuned = {name: best(scores) for name, scores in tuning.items()}
     result = {
-        "version": STUDY_VERSION,
-        "plan": asdict(plan),
-        "tuning": tuning,
-        "tuned": {name: best(scores) for name, scores in tuning.items()},
-        "arms": {
-            name: {how: found[how][name] for how in WAYS}
-            | {
-                "right": {
-                    str(seed): {how: "".join(str(int(each)) for each in r["right"][how]) for how in WAYS}
-                    for seed, r in runs.items()
-                },
-                "curve": {str(seed): r["curve"] for seed, r in runs.items()},
-                "metrics": {str(seed): r.get("metrics", {}) for seed, r in runs.items()},
-                "seconds_training": {str(seed): r["seconds_training"] for seed, r in runs.items()},
-                "steps": {str(seed): r["settings"]["arm_steps"] for seed, r in runs.items()},
-            }
-            for name, runs in by_arm.items()
-        },
+        "version": STUDY_VERSION, "plan": asdict(plan), "tuning": tuning, "tuned": tuned, "arms": arms,
         "versions": versions(("torch", "transformers", "trl")),
-    }
+    }  # fmt: skip
     write_json(result, out / RESULT, indent=None)
     return result
 

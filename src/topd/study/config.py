@@ -19,65 +19,43 @@ OWN_DATA = ("data", "benchmark", "tune_benchmark", "rule", "sampling")
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm.
-
-    Attributes:
-        options: of `TOPDConfig`; they override the study's.
-        choices: option sets that tuning chooses from: the arm's own, equally many in each arm, or the study's grid.
-        time_of: another arm; this one takes as many steps as fit into that arm's time with the same seed.
-        tuned_as: another arm, whose tuned options this one uses.
-        steps_factor: the number of steps as a multiple of the study's.
-    """
+    """One arm."""
 
     name: str
-    options: dict[str, Any]
+    options: dict[str, Any]  # of `TOPDConfig`; they override the study's
+    # option sets that tuning chooses from: the arm's own, equally many in each arm, or the study's grid
     choices: tuple[dict[str, Any], ...] = ()
-    time_of: str | None = None
-    tuned_as: str | None = None
-    steps_factor: float = 1.0
+    time_of: str | None = None  # another arm; this one takes as many steps as fit into its time with the same seed
+    tuned_as: str | None = None  # another arm, whose tuned options this one uses
+    steps_factor: float = 1.0  # the number of steps as a multiple of the study's
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Arms and seeds that share everything else.
+    """Arms and seeds that share everything else."""
 
-    Attributes:
-        student, teacher: model names; each run starts from the same student.
-        seeds: of prompts and sampling; an arm's run and OPD's run with the same seed are a pair.
-        steps: optimizer steps of a run.
-        held_out: number of problems that each run answers at its end, the same for all.
-        curve_every, curve_problems: interval in steps, and number of problems, of the learning curves.
-        tune_seeds, tune_problems: for tuning; its problems are neither trained on nor held out.
-        options: of `TOPDConfig`, common to all arms.
-        grid: values of `TOPDConfig` options; arms without `choices`, `time_of` and `tuned_as` choose from all
-            combinations. `guidance_weight` is varied for method topd only.
-        level: of the embedded task's problems, short or long.
-        data: prompts to train on, as for `topd train`; without it, the embedded task is used.
-        benchmark, tune_benchmark: with `data`: the held-out problems and those for tuning, as for `topd eval`.
-        rule: how answers to a benchmark of your own are compared.
-        lora: options of `peft.LoraConfig`; each run then trains an adapter. Without it, all weights.
-        sampling: with `data`: options of the one sample per problem (`topd.evaluation.engines.Sampling`).
-    """
-
-    student: str
+    student: str  # model names; each run starts from the same student
     teacher: str
-    seeds: tuple[int, ...]
-    steps: int
+    seeds: tuple[int, ...]  # of prompts and sampling; an arm's run and OPD's run with the same seed are a pair
+    steps: int  # optimizer steps of a run
     arms: tuple[ArmPlan, ...]
-    held_out: int = 1000
-    curve_every: int = 10
+    held_out: int = 1000  # number of problems that each run answers at its end, the same for all
+    curve_every: int = 10  # interval of the learning curves, in steps
     curve_problems: int = 200
     tune_seeds: tuple[int, ...] = (100,)
-    tune_problems: int = 500
-    options: dict[str, Any] = field(default_factory=dict)
+    tune_problems: int = 500  # neither trained on nor held out
+    options: dict[str, Any] = field(default_factory=dict)  # of `TOPDConfig`, common to all arms
+    # values of `TOPDConfig` options; arms without `choices`, `time_of` and `tuned_as` choose from all combinations.
+    # `guidance_weight` is varied for method topd only.
     grid: dict[str, Any] = field(default_factory=dict)
-    level: Literal["short", "long"] = "short"
-    data: str | None = None
-    benchmark: str | None = None
-    tune_benchmark: str | None = None
-    rule: Literal["math", "integer", "gsm8k"] = "math"
+    level: Literal["short", "long"] = "short"  # of the embedded task's problems
+    data: str | None = None  # prompts to train on, as for `topd train`; without it, the embedded task is used
+    benchmark: str | None = None  # with `data`: the held-out problems, as for `topd eval`
+    tune_benchmark: str | None = None  # with `data`: those for tuning
+    rule: Literal["math", "integer", "gsm8k"] = "math"  # how answers to a benchmark of your own are compared
+    # with `data`: options of the one sample per problem (`topd.evaluation.engines.Sampling`)
     sampling: dict[str, Any] = field(default_factory=dict)
-    lora: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)  # of `peft.LoraConfig`, for adapters instead of all weights
 
     def settings(self) -> dict[str, Any]:
         """What two records must share to be comparable: everything but the seeds and arms."""
@@ -87,11 +65,7 @@ class StudyPlan:
 
 
 def read_plan(path: Path, given: Mapping[str, Any] | None = None) -> StudyPlan:
-    """Read and check a study's YAML. `given` overrides its entries.
-
-    Raises:
-        TOPDError: it cannot be read, an option is unknown, or the arms cannot be compared.
-    """
+    """Read and check a study's YAML. `given` overrides its entries. Raises `TOPDError` for what does not fit."""
     try:
         found = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -109,12 +83,10 @@ def plan_of(found: Any) -> StudyPlan:
     known = {each.name for each in fields(StudyPlan)}
     found = renamed(found, lambda name: spelling(name, known))
     found |= {name: _run_options(found[name]) for name in ("options", "grid") if isinstance(found.get(name), Mapping)}
-    unknown = sorted(set(found) - known)
-    if unknown:
-        raise ValueError(f"unknown: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
-    missing = sorted({"student", "teacher", "seeds", "steps"} - set(found))
-    if missing:
-        raise ValueError(f"missing: {', '.join(missing)}.")
+    if unknown := ", ".join(sorted(set(found) - known)):
+        raise ValueError(f"unknown: {unknown}. Known: {', '.join(sorted(known))}.")
+    if missing := ", ".join(sorted({"student", "teacher", "seeds", "steps"} - set(found))):
+        raise ValueError(f"missing: {missing}.")
     grid = found.get("grid", {})
     arms = tuple(_arm(str(name), options or {}, grid) for name, options in found["arms"].items())
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
@@ -127,10 +99,16 @@ def _arm(name: str, options: Any, grid: Any) -> ArmPlan:
     if not isinstance(options, Mapping):
         raise ValueError(f"arm {name}: its options are not a mapping.")
     own = _run_options(options)
-    choices, time_of, tuned_as = own.pop("choices", []), own.pop("time_of", None), own.pop("tuned_as", None)
-    factor = own.pop("steps_factor", 1.0)
+    choices, factor = own.pop("choices", []), own.pop("steps_factor", 1.0)
+    time_of, tuned_as = own.pop("time_of", None), own.pop("tuned_as", None)
     if grid and not (choices or time_of or tuned_as):
-        choices = _combinations(name, grid, guided=own.get("method", "topd") == "topd")
+        if not isinstance(grid, Mapping) or not all(isinstance(values, list) and values for values in grid.values()):
+            raise ValueError(
+                f"arm {name}: grid must map options to lists of values, such as learning_rate: [1e-4, 2e-4]."
+            )
+        guided = own.get("method", "topd") == "topd"
+        names = [option for option in grid if guided or option != "guidance_weight"]
+        choices = [dict(zip(names, values, strict=True)) for values in product(*(grid[option] for option in names))]
     if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
         raise ValueError(f"arm {name}: choices must be a list of option mappings.")
     if not isinstance(factor, int | float) or factor <= 0:
@@ -146,14 +124,6 @@ def _run_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return renamed(options, lambda name: spelling(name, known))
 
 
-def _combinations(arm: str, grid: Any, guided: bool) -> list[dict[str, Any]]:
-    """All combinations of the grid's values."""
-    if not isinstance(grid, Mapping) or not all(isinstance(values, list) and values for values in grid.values()):
-        raise ValueError(f"arm {arm}: grid must map options to lists of values, such as learning_rate: [1e-4, 2e-4].")
-    names = [name for name in grid if guided or name != "guidance_weight"]
-    return [dict(zip(names, values, strict=True)) for values in product(*(grid[name] for name in names))]
-
-
 def _check(plan: StudyPlan) -> None:
     from topd.training import TOPDConfig
 
@@ -163,54 +133,47 @@ def _check(plan: StudyPlan) -> None:
     for name in ("steps", "held_out", "curve_every", "curve_problems", "tune_problems"):
         if not isinstance(getattr(plan, name), int) or getattr(plan, name) < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {getattr(plan, name)!r}.")
-    for name in ("seeds", "tune_seeds"):
-        seeds = getattr(plan, name)
-        if not isinstance(seeds, tuple) or not seeds or len(set(seeds)) < len(seeds) or not all(
-            isinstance(seed, int) for seed in seeds
-        ):  # fmt: skip
+    for name, seeds in (("seeds", plan.seeds), ("tune_seeds", plan.tune_seeds)):
+        whole = isinstance(seeds, tuple) and all(isinstance(seed, int) for seed in seeds)
+        if not whole or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f"{name} must be a list of different whole numbers.")
     for name in ("options", "sampling", "lora"):
         if not isinstance(getattr(plan, name), dict):
             raise ValueError(f"{name} must be `name: value` lines; got {getattr(plan, name)!r}.")
     known = {each.name for each in fields(TOPDConfig)}
-    for where, options in [("options", plan.options)] + [
-        (f"arm {arm.name}", choice) for arm in plan.arms for choice in (arm.options, *arm.choices)
-    ]:
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(
-                f"{where}: {', '.join(unknown)} is no option of TOPDConfig. `topd train --help` lists all."
-            )
+    of_arms = [(f"arm {arm.name}", choice) for arm in plan.arms for choice in (arm.options, *arm.choices)]
+    for where, options in [("options", plan.options), *of_arms]:
+        if unknown := ", ".join(sorted(set(options) - known)):
+            raise ValueError(f"{where}: {unknown} is no option of TOPDConfig. `topd train --help` lists all.")
         server = str(options.get("teacher_model_server_url"))
         if without_secrets(server) != server:  # options are written into every record
             raise ValueError(
                 f"{where}: leave the password or key out of teacher_model_server_url ({without_secrets(server)}); "
                 "teacher_server_key_env names the environment variable that holds a key."
             )
-    _check_own_data(plan)
+    _check_data(plan)
     tuned = [arm for arm in plan.arms if arm.time_of is None and arm.tuned_as is None]
     if not plan.grid and len({len(arm.choices) for arm in tuned}) > 1:
         raise ValueError("the arms have different numbers of choices: tuning must cost each arm the same.")
-    for arm in plan.arms:
-        if arm.tuned_as is not None and (arm.choices or arm.tuned_as not in [each.name for each in tuned]):
-            raise ValueError(f"arm {arm.name}: tuned_as must name an arm that is tuned, in place of choices.")
     plain = [arm.name for arm in plan.arms if arm.time_of is None]
     if REFERENCE not in plain:
         raise ValueError(f"arm {REFERENCE}: the reference cannot have time_of.")
     for arm in plan.arms:
+        if arm.tuned_as is not None and (arm.choices or arm.tuned_as not in [each.name for each in tuned]):
+            raise ValueError(f"arm {arm.name}: tuned_as must name an arm that is tuned, in place of choices.")
         if arm.time_of is not None and arm.time_of not in plain:
             raise ValueError(f"arm {arm.name}: time_of {arm.time_of!r} must name another arm without time_of.")
         if arm.time_of is not None and arm.choices:
             raise ValueError(f"arm {arm.name}: with time_of it uses the tuned options of {REFERENCE}: no choices.")
 
 
-def _check_own_data(plan: StudyPlan) -> None:
+def _check_data(plan: StudyPlan) -> None:
     from topd.evaluation.engines import Sampling
 
     if plan.data is None:
-        given = [name for name in ("benchmark", "tune_benchmark", "sampling") if getattr(plan, name)]
-        if given:
-            raise ValueError(f"{given[0]} needs `data`, the prompts to train on; without it the embedded task is used.")
+        for name in ("benchmark", "tune_benchmark", "sampling"):
+            if getattr(plan, name):
+                raise ValueError(f"{name} needs `data`, the prompts to train on; without it the embedded task is used.")
         return
     if plan.benchmark is None:
         raise ValueError("data needs `benchmark`: the held-out problems, such as math500 or a file with answers.")
@@ -219,6 +182,6 @@ def _check_own_data(plan: StudyPlan) -> None:
     if plan.rule not in ("math", "integer", "gsm8k"):
         raise ValueError(f"rule must be math, integer or gsm8k; got {plan.rule!r}.")
     known = [each.name for each in fields(Sampling)]
-    unknown = sorted(set(plan.sampling) - set(known))
-    if unknown:
-        raise ValueError(f"sampling: {unknown[0]!r} is unknown. Known: {', '.join(known)}.")
+    for name in plan.sampling:
+        if name not in known:
+            raise ValueError(f"sampling: {name!r} is unknown. Known: {', '.join(known)}.")

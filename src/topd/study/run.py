@@ -18,21 +18,14 @@ SCRATCH = ".scratch"
 
 @dataclass(frozen=True)
 class Job:
-    """An arm with a seed.
-
-    Attributes:
-        options: the arm's own, including tuned ones.
-        steps: optimizer steps.
-        file: where its record is written.
-        held_out: whether it answers the held-out problems, or the tuning problems.
-    """
+    """An arm with a seed."""
 
     arm: str
     seed: int
-    options: dict[str, Any]
-    steps: int
-    file: Path
-    held_out: bool = True
+    options: dict[str, Any]  # the arm's own, including tuned ones
+    steps: int  # optimizer steps
+    file: Path  # where its record is written
+    held_out: bool = True  # whether it answers the held-out problems, or the tuning problems
 
 
 def job_of(plan: StudyPlan, arm: ArmPlan, seed: int, options: dict[str, Any], file: Path, steps: int = 0) -> Job:
@@ -93,25 +86,20 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
             right["greedy"] = task.right(trainer.model, tokenizer, asked, sampled=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    log, seconds = trainer.state.log_history, time.perf_counter() - started
     record = {
         "version": 1,
         "settings": settings_of(plan, job),
         "right": {how: [int(each) for each in answers] for how, answers in right.items()},
-        "curve": curve.with_tokens(trainer.state.log_history),
-        "metrics": metrics_of(trainer.state.log_history),
-        "seconds_training": curve.seconds,
-        "seconds": time.perf_counter() - started,
-    }
+        "curve": curve.with_tokens(log), "metrics": metrics_of(log),
+        "seconds_training": curve.seconds, "seconds": seconds,
+    }  # fmt: skip
     write_json(record, job.file, indent=None)
     return record
 
 
 def adapter_of(plan: StudyPlan) -> Any:
-    """The adapter that runs train, or None.
-
-    Raises:
-        TOPDError: peft is not installed, or an option is not one of `LoraConfig`.
-    """
+    """The adapter that runs train, or None. Raises `TOPDError` without peft, or for an unknown option."""
     if not plan.lora:
         return None
     try:
@@ -133,11 +121,11 @@ KEPT_METRICS = (
 
 def metrics_of(log: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Values by metric and step."""
-    return {
+    found = {
         name: {str(entry["step"]): float(f"{entry[name]:.4g}") for entry in log if entry.get(name) is not None}
         for name in KEPT_METRICS
-        if any(entry.get(name) is not None for entry in log)
     }
+    return {name: values for name, values in found.items() if values}
 
 
 def scratch_folder(job: Job) -> Path:
@@ -155,9 +143,7 @@ def pair_tokenizer(plan: StudyPlan) -> Any:
 
     names = {"student": plan.student, "teacher": plan.teacher}
     student, teacher = (tokenizer_of(model_to_train(role, name)) for role, name in names.items())
-    assert student is not None
-    assert teacher is not None
-    check_tokenizers(student, teacher)
+    check_tokenizers(student, teacher)  # type: ignore[arg-type]  # of names they are never None
     return student
 
 
@@ -169,8 +155,7 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
 
     quiet: dict[str, Any] = {
         "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "bf16": False,
-        "opd_loss": "trl",
-        "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, job.steps // 20),
+        "opd_loss": "trl", "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(),
+        "lr_scheduler_type": "cosine", "warmup_steps": max(1, job.steps // 20),
     }  # fmt: skip
     return TOPDConfig(str(folder), **quiet | plan.options | job.options | {"max_steps": job.steps, "seed": job.seed})

@@ -24,35 +24,25 @@ def summarise(
 ) -> dict[str, Any]:
     """Each arm's accuracy and difference from a reference arm.
 
-    Args:
-        right: by arm and training seed, 0 or 1 for each held-out problem (the same problems for all).
+    `right`: by arm and training seed, 0 or 1 for each held-out problem (the same problems for all).
 
-    Returns:
-        By arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but the reference `beside_opd` (with the
-        reference's name) {mean, low, high, p, p_holm, seeds, ahead}, over the seeds that both arms have. Intervals
-        (95 %) are over seeds and problems, see `crossed_interval`. p is of a sign-flip test over seeds, see
-        `sign_flip_p`; with n seeds it is at least 2 / 2^n. p_holm is adjusted for the number of comparisons (Holm).
+    Returns, by arm: `seeds`, `accuracy` {mean, low, high, by_seed}, and for all but the reference `beside_opd` (with
+    the reference's name) {mean, low, high, p, p_holm, seeds, ahead}, over the seeds that both arms have. Intervals
+    (95 %) are over seeds and problems, see `crossed_interval`. p is of a sign-flip test over seeds, see `sign_flip_p`;
+    with n seeds it is at least 2 / 2^n. p_holm is adjusted for the number of comparisons (Holm).
     """
     found: dict[str, Any] = {}
-    key = difference_key(reference)
+    key = f"beside_{reference}"
     for arm, by_seed in right.items():
         table = np.array([by_seed[each] for each in sorted(by_seed)], dtype=float)
         low, high = crossed_interval(table)
-        found[arm] = {
-            "seeds": sorted(by_seed),
-            "accuracy": {
-                "mean": float(table.mean()),
-                "low": max(low, 0.0),
-                "high": min(high, 1.0),
-                "by_seed": table.mean(1).tolist(),
-            },
-        }
+        accuracy = {"mean": float(table.mean()), "low": max(low, 0.0), "high": min(high, 1.0)}
+        found[arm] = {"seeds": sorted(by_seed), "accuracy": accuracy | {"by_seed": table.mean(1).tolist()}}
         common = sorted(by_seed.keys() & right.get(reference, {}).keys())
         if arm == reference or not common:
             continue
-        difference = np.array([by_seed[each] for each in common], dtype=float) - np.array(
-            [right[reference][each] for each in common], dtype=float
-        )
+        ours, theirs = (np.array([side[each] for each in common], float) for side in (by_seed, right[reference]))
+        difference = ours - theirs
         low, high = crossed_interval(difference)
         means = difference.mean(1)
         p = sign_flip_p(means, 20_000, np.random.default_rng(seed))
@@ -64,11 +54,6 @@ def summarise(
     for arm, p in zip(compared, holm([found[arm][key]["p"] for arm in compared]), strict=True):
         found[arm][key]["p_holm"] = p
     return found
-
-
-def difference_key(reference: str) -> str:
-    """The key of an arm's difference from the reference, as records name it."""
-    return f"beside_{reference}"
 
 
 def answers(result: Mapping[str, Any], how: str) -> dict[str, dict[int, list[int]]]:
@@ -121,12 +106,10 @@ def print_tables(result: dict[str, Any], against: str = REFERENCE) -> None:
         raise TOPDError(f"There is no arm {against!r} in this study; there are: {', '.join(result['arms'])}.")
     for how in WAYS:
         title = f"{how}, {result['plan']['held_out']} held-out problems, 95 % intervals over seeds and problems"
-        columns = ("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s")
-        table = open_table(columns, title=title, title_justify="left", padding=(0, 1, 0, 0))
+        table = open_table(("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s"), title)
         for row in study_rows(result, how, against):
             table.add_row(*row)
-        console = Console()
-        Console(width=max(112, console.width)).print(table)
+        Console(width=max(112, Console().width)).print(table)
 
 
 def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) -> list[list[str]]:
@@ -137,18 +120,15 @@ def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) ->
         found = summarise(answers(result, how), against)
     rows = []
     for name, arm in found.items():
-        accuracy, difference = arm["accuracy"], arm.get(difference_key(against))
+        accuracy, difference = arm["accuracy"], arm.get(f"beside_{against}")
         seconds = list(result["arms"][name]["seconds_training"].values())
-        rows.append(
-            [
-                name,
-                f"{accuracy['mean']:.1%} ({_range(accuracy)})",
-                f"{100 * difference['mean']:+.1f} ({_range(difference, '+')})" if difference else "",
-                f"{difference['p_holm']:.2g}" if difference else "",
-                f"{difference['ahead']}/{len(difference['seeds'])}" if difference else f"{len(arm['seeds'])} seeds",
-                f"{sum(seconds) / len(seconds):.0f}",
-            ]
-        )
+        compared = ["", "", f"{len(arm['seeds'])} seeds"]
+        if difference:
+            gain = f"{100 * difference['mean']:+.1f} ({_range(difference, '+')})"
+            ahead = f"{difference['ahead']}/{len(difference['seeds'])}"
+            compared = [gain, f"{difference['p_holm']:.2g}", ahead]
+        right = f"{accuracy['mean']:.1%} ({_range(accuracy)})"
+        rows.append([name, right, *compared, f"{sum(seconds) / len(seconds):.0f}"])
     return rows
 
 

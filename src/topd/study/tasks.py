@@ -15,10 +15,8 @@ class EmbeddedTask:
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Rows with `prompt`, drawn by seed; disjoint from the problems."""
-        return [
-            {"prompt": problem.prompt}
-            for problem in make_problems(count, seed=seed, held_out=False, level=self.plan.level)
-        ]
+        problems = make_problems(count, seed=seed, held_out=False, level=self.plan.level)
+        return [{"prompt": problem.prompt} for problem in problems]
 
     def held_out(self) -> list[Any]:
         return make_problems(self.plan.held_out, seed=1_000_000, held_out=True, level=self.plan.level)
@@ -63,8 +61,7 @@ class OwnTask:
         self.tuned = plan.tune_benchmark and load_benchmark(
             plan.tune_benchmark, limit=plan.tune_problems, rule=plan.rule
         )
-        sets = [self.held, self.tuned] if self.tuned else [self.held]
-        self.rules = {problem.id: each.rule for each in sets for problem in each.problems}
+        self.rules = {each.id: found.rule for found in (self.held, self.tuned) if found for each in found.problems}
         tuning = {question(problem.prompt) for problem in self.tuning()}
         held_out = {question(problem.prompt) for problem in self.held.problems}
         trained = {question(row["prompt"]) for row in self.rows}
@@ -100,9 +97,8 @@ class OwnTask:
         from topd.evaluation.answers import verdict
         from topd.evaluation.engines import LocalEngine, Request, Sampling, as_chat
 
-        sampling = Sampling(**{"max_new_tokens": self.held.max_new_tokens} | self.plan.sampling)
-        if not sampled:
-            sampling = Sampling(**vars(sampling) | {"temperature": 0.0})
+        greedy = {} if sampled else {"temperature": 0.0}
+        sampling = Sampling(**{"max_new_tokens": self.held.max_new_tokens} | self.plan.sampling | greedy)
         chat = tokenizer.chat_template is not None
         requests = [Request(place, as_chat(problem.prompt, chat)) for place, problem in enumerate(problems)]
         engine = LocalEngine(model, tokenizer, together=64, limited_by="sampling.max_new_tokens")
@@ -111,10 +107,8 @@ class OwnTask:
         model.eval()
         answers = {number: response for batch in engine.respond(requests, sampling) for number, response in batch}
         model.train(was_training)
-        return [
-            verdict(answers[place].text, problem.answer, self.rules[problem.id]).right
-            for place, problem in enumerate(problems)
-        ]
+        texts = [answers[place].text for place in range(len(problems))]
+        return [verdict(t, p.answer, self.rules[p.id]).right for t, p in zip(texts, problems, strict=True)]
 
 
 Task = EmbeddedTask | OwnTask

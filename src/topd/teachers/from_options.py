@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 def teacher_server(options: TOPDConfig, has_weights: bool, patience: float | None = None) -> OpenAIServer | None:
     """The server, reached and with the teacher on it, or None where none is named or needed. Needs no models.
 
-    Args:
-        patience: seconds, instead of the option.
-
-    Raises:
-        ServerError: there is no such server, or it does not serve the teacher.
+    `patience`: seconds, instead of the option. Raises `ServerError` if there is no such server, or it does not serve
+    the teacher; `TOPDError` for unknown or not positive values of `teacher_server_kwargs`.
     """
     if options.teacher_model_server_url is None or (has_weights and not options.looks_ahead):
         return None
-    limits = limits_of(options.teacher_server_kwargs)
-    limits = limits if patience is None else replace(limits, patience=patience)
+    given: Any = options.teacher_server_kwargs or {}
+    known = [field.name for field in fields(Limits)]
+    wrong = [f"{name}: {value}" for name, value in given.items() if name not in known or not 0 < value < float("inf")]
+    if wrong:
+        raise TOPDError(f"teacher_server_kwargs takes positive values of {', '.join(known)}; got {', '.join(wrong)}.")
+    limits = Limits(**given | ({} if patience is None else {"patience": patience}))
     server = OpenAIServer(
         options.teacher_model_server_url, limits, "The teacher's server", REMEDY, options.teacher_server_key_env
     )
@@ -40,23 +41,10 @@ def teacher_server(options: TOPDConfig, has_weights: bool, patience: float | Non
     return server
 
 
-def limits_of(given: Any) -> Limits:
-    """`teacher_server_kwargs` as limits. Raises `TOPDError` for unknown names and values that are not positive."""
-    given = given or {}
-    known = [field.name for field in fields(Limits)]
-    wrong = [f"{name}: {value}" for name, value in given.items() if name not in known or not 0 < value < float("inf")]
-    if wrong:
-        raise TOPDError(f"teacher_server_kwargs takes positive values of {', '.join(known)}; got {', '.join(wrong)}.")
-    return replace(Limits(), **given)
-
-
 def contexts(student: Any, teacher: Any, server: ServerWindows | None) -> dict[str, PreTrainedConfig]:
     """Configs that say how many tokens each of them takes; of None, none."""
-    configs: dict[str, Any] = {}
-    if student is not None:
-        configs["student"] = student.config
-    if teacher is not None:
-        configs["teacher"] = teacher.config
+    models = {"student": student, "teacher": teacher}
+    configs: dict[str, Any] = {role: model.config for role, model in models.items() if model is not None}
     if server is not None:
         limit: dict[str, Any] = {"max_position_embeddings": server.context}
         configs["teacher's server"] = PreTrainedConfig(**limit)

@@ -74,7 +74,7 @@ class Limits:
 
     Attributes:
         timeout: seconds for one request, from connecting to the last byte of the answer.
-        patience: seconds from the first failure on, without any answer since, after which a server is given up.
+        patience: seconds without any answer since the first failure, after which a server is given up.
         concurrency: requests at a time, from this process.
     """
 
@@ -86,19 +86,10 @@ class Limits:
 class OpenAIServer:
     """JSON in, JSON out.
 
-    Args:
-        url: with or without `/v1`; it may hold a user and password, or keys in its query.
-        name: of the server, for messages.
-        remedy: what to do when it refuses a request or is given up, for messages.
-        key_variable: environment variable that holds the API key.
-
-    Attributes:
-        url: without secrets.
-        named: name and URL, for messages.
-        stopped: whether to stop waiting for answers; it is asked every `LISTENING` seconds.
-
-    Raises:
-        ServerError: see `parse_address`.
+    `url`: with or without `/v1`; it may hold a user and password, or keys in its query (the attribute has none).
+    `name`: of the server, for messages; with the URL it is the attribute `named`. `remedy`: what to do when it refuses
+    a request or is given up, for messages. `key_variable`: environment variable that holds the API key. Raises
+    `ServerError`: see `parse_address`.
     """
 
     def __init__(
@@ -108,7 +99,7 @@ class OpenAIServer:
         self._address = parse_address(url, name, key_variable)
         self.url = self._address.url
         self.limits, self.named, self._remedy = limits, f"{name} at {self.url}", remedy
-        self.stopped: Callable[[], bool] = lambda: False
+        self.stopped: Callable[[], bool] = lambda: False  # whether to stop waiting; asked every `LISTENING` seconds
         self._jitter = random.Random()  # its own: training's random numbers must not depend on failures
         self._reached, self._last_message = False, 0.0
         self._failing_since: float | None = None
@@ -121,10 +112,9 @@ class OpenAIServer:
     def post(self, path: str, body: Any, read: Read = _as_it_is) -> Any:
         """The answer to one request.
 
-        Raises:
-            ServerError: the server refuses the request, does not speak JSON, has never answered within `FIRST_CONTACT`
-                seconds, or not for `patience` seconds, or `TRIES` answers were unusable; or `read` raised it.
-            WaitingStopped: see `stopped`.
+        Raises `ServerError` if the server refuses the request, does not speak JSON, has never answered within
+        `FIRST_CONTACT` seconds, or not for `patience` seconds, or `TRIES` answers were unusable, or if `read` raised
+        it; `WaitingStopped`: see `stopped`.
         """
         return self.post_all(path, [body], read)[0]
 
@@ -164,18 +154,17 @@ class OpenAIServer:
         with start_blocking_portal() as portal:  # cancels what is under way when this is left early
             whole = portal.start_task_soon(self._ask_all, requests, read, arrived.put)
             whole.add_done_callback(lambda _: arrived.put(None))
-            while (answer := self._next(arrived)) is not None:
+            while True:
+                if self.stopped():
+                    raise WaitingStopped
+                try:
+                    answer = arrived.get(timeout=LISTENING)
+                except Empty:
+                    continue
+                if answer is None:
+                    break
                 yield answer
             whole.result()
-
-    def _next(self, arrived: SimpleQueue[tuple[int, Any] | None]) -> tuple[int, Any] | None:
-        while True:
-            if self.stopped():
-                raise WaitingStopped
-            try:
-                return arrived.get(timeout=LISTENING)
-            except Empty:
-                continue
 
     async def _ask_all(
         self, requests: Sequence[tuple[str, str, Any]], read: Read, keep: Callable[[tuple[int, Any]], None]
@@ -217,9 +206,17 @@ class OpenAIServer:
             left = self._seconds_left(began)
             if unusable >= TRIES:
                 raise ServerError(f"{self.named} {problem} ({path}, asked {unusable} times). {self._remedy}")
+            if (left <= 0 or stop.is_set()) and not self._reached:
+                raise ServerError(
+                    f"{self.named} cannot be reached ({path}: {problem}). Start it first, or correct the address: "
+                    "http://HOST:PORT, as it is seen from this machine."
+                )
             if left <= 0 or stop.is_set():
-                raise self._given_up(path, problem)
-            self._say(f"{self.named} fails ({problem}); trying for {left:.0f} s more.")
+                patience = f"{self.limits.patience:g} s"
+                raise ServerError(f"{self.named} has not answered for {patience} ({path}: {problem}). {self._remedy}")
+            if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
+                self._last_message = time.monotonic()
+                logger.warning(visible(f"{self.named} fails ({problem}); trying for {left:.0f} s more."))
             with anyio.move_on_after(min(left, wait)):
                 await stop.wait()
         raise AssertionError("waits never end")
@@ -235,11 +232,8 @@ class OpenAIServer:
     async def _attempt(self, client: httpx2.AsyncClient, method: str, path: str, body: Any) -> Any:
         """The JSON of one answer.
 
-        Raises:
-            httpx2.TransportError: there is no whole answer.
-            TemporaryFailure: see `TEMPORARY`.
-            UnusableAnswer: it cannot be decompressed.
-            ServerError: it is a refusal, too large, or not JSON.
+        Raises `httpx2.TransportError` if there is no whole answer, `TemporaryFailure` (see `TEMPORARY`),
+        `UnusableAnswer` if it cannot be decompressed, `ServerError` if it is a refusal, too large, or not JSON.
         """
         seconds = self.limits.timeout if method == "POST" else min(ASKING, self.limits.timeout)
         timeout = httpx2.Timeout(seconds, connect=min(CONNECTING, seconds))
@@ -260,21 +254,19 @@ class OpenAIServer:
         except httpx2.DecodingError as error:
             self._reached, self._failing_since = True, None
             raise UnusableAnswer(f"sends an answer that cannot be decompressed: {error}") from error
+        text = content[:5000].decode(errors="replace")
         if response.status_code in TEMPORARY:
-            raise TemporaryFailure(f"HTTP {response.status_code}: {_text(content)}")
+            raise TemporaryFailure(f"HTTP {response.status_code}: {text}")
         self._reached, self._failing_since = True, None
-        return self._json(response.status_code, content, path)
-
-    def _json(self, status: int, content: bytearray, path: str) -> Any:
-        if not 200 <= status < 300:
-            said = self.shown(_text(content), 500)
-            raise ServerError(f"{self.named} refuses {path}: HTTP {status}, {said}. {self._remedy}")
+        if not response.is_success:
+            said = f"HTTP {response.status_code}, {self.shown(text, 500)}"
+            raise ServerError(f"{self.named} refuses {path}: {said}. {self._remedy}")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ServerError(
-                f"{self.named} answers {path} with '{self.shown(_text(content), 80)}', not JSON. Is it an "
-                "OpenAI-compatible server?"
+                f"{self.named} answers {path} with '{self.shown(text, 80)}', not JSON. Is it an OpenAI-compatible "
+                "server?"
             ) from error
 
     def _seconds_left(self, began: float) -> float:
@@ -284,21 +276,6 @@ class OpenAIServer:
         if not self._reached:
             return min(FIRST_CONTACT, self.limits.patience) - (now - began)
         return self.limits.patience - (now - since)
-
-    def _given_up(self, path: str, problem: str) -> ServerError:
-        if not self._reached:
-            return ServerError(
-                f"{self.named} cannot be reached ({path}: {problem}). Start it first, or correct the address: "
-                "http://HOST:PORT, as it is seen from this machine."
-            )
-        return ServerError(
-            f"{self.named} has not answered for {self.limits.patience:g} s ({path}: {problem}). {self._remedy}"
-        )
-
-    def _say(self, message: str) -> None:
-        if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
-            self._last_message = time.monotonic()
-            logger.warning(visible(message))
 
 
 def refuse_unfinished(reason: object) -> None:
@@ -323,7 +300,3 @@ def _served(number: int, answer: Any) -> dict[str, dict[str, Any]]:
     if not all(isinstance(name, str) for name in served):
         raise TypeError
     return served
-
-
-def _text(content: bytearray) -> str:
-    return content[:5000].decode(errors="replace")

@@ -24,25 +24,19 @@ class Teacher(Protocol):
     @property
     def cache_bytes_per_token(self) -> float:
         """Bytes that a kept prefix takes per token; 0 where none is kept."""
-        ...
 
     def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
         """Read rollouts. `Prefill.states` is batch-first, so that it can travel with the batch to the loss."""
-        ...
 
     def scores(
         self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], tokens: Tensor, direction: Direction = "reverse"
     ) -> TokenScores:
         """Token losses without gradients, in nats.
 
-        Args:
-            hidden: [token, width] the student's states that predict the tokens.
-            head: the student's.
-            states: the teacher's `Prefill.states` at the same tokens.
-            tokens: [token] the sampled ones.
-            direction: reverse, KL(student || teacher), or forward, KL(teacher || student).
+        `hidden`: [token, width] the student's states that predict the tokens. `head`: the student's. `states`: the
+        teacher's `Prefill.states` at the same tokens. `tokens`: [token] the sampled ones. `direction`: reverse,
+        KL(student || teacher), or forward, KL(teacher || student).
         """
-        ...
 
     def loss(
         self, hidden: Tensor, head: Head, states: Mapping[str, Tensor], weights: Tensor,
@@ -53,18 +47,14 @@ class Teacher(Protocol):
         `hidden`: [row, width]; its first rows meet the teacher. `states`, and the `weights` [token] of the token
         losses, are those of these rows. `terms`: of the trajectory loss. The rest is as in `scores`.
         """
-        ...
 
     def continue_(self, places: Places, length: int, prefill: Prefill | None = None) -> Windows:
         """The teacher's greedy continuation of the student's prefix at each place, at most `length` tokens."""
-        ...
 
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
         """[rollout, branch, window_position, width] the states that predict the windows' tokens, no gradient."""
-        ...
 
     def window_costs(
         self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
     ) -> Tensor:
         """Ground costs by this teacher's embeddings or hidden states. See `DistilledModel.window_costs`."""
-        ...

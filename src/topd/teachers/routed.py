@@ -21,16 +21,19 @@ class RoutedTeacher(FullVocabulary):
 
     The teachers' states lie side by side: a rollout's are in the columns of its teacher, with zeros in the others'; the
     output heads lie side by side likewise, so that one product gives each rollout the logits of its own teacher. That
-    multiplies with all heads, and a state is as wide as all teachers together.
-
-    Raises:
-        TOPDError: the teachers' heads treat logits differently, or have other vocabularies.
+    multiplies with all heads, and a state is as wide as all teachers together. Raises `TOPDError` if the teachers'
+    heads treat logits differently, or have other vocabularies.
     """
 
     def __init__(self, teachers: Sequence[DistilledModel]) -> None:
         self.teachers = tuple(teachers)
         heads = [teacher.head() for teacher in teachers]
-        self._head = side_by_side(heads)
+        alike = {(head.scale, head.softcap, head.temperature, head.bias is None) for head in heads}
+        if len(alike) > 1 or heads[0].bias is not None:
+            raise TOPDError("Several teachers must treat logits alike: no bias, the same scale and soft cap.")
+        if len({head.weight.shape[0] for head in heads}) > 1:
+            raise TOPDError("Several teachers must have output heads of the same vocabulary.")
+        self._head = replace(heads[0], weight=torch.cat([head.weight.detach() for head in heads], dim=1))
         self._widths = [head.weight.shape[1] for head in heads]
 
     @property
@@ -92,13 +95,3 @@ class RoutedTeacher(FullVocabulary):
             first = sum(self._widths[: self.teachers.index(teacher)])
             out[rows, ..., first : first + part.shape[-1]] = part.to(out.dtype)
         return out
-
-
-def side_by_side(heads: Sequence[Head]) -> Head:
-    """One head for states that lie side by side."""
-    alike = {(head.scale, head.softcap, head.temperature, head.bias is None) for head in heads}
-    if len(alike) > 1 or heads[0].bias is not None:
-        raise TOPDError("Several teachers must treat logits alike: no bias, the same scale and soft cap.")
-    if len({head.weight.shape[0] for head in heads}) > 1:
-        raise TOPDError("Several teachers must have output heads of the same vocabulary.")
-    return replace(heads[0], weight=torch.cat([head.weight.detach() for head in heads], dim=1))

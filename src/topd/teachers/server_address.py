@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import os
 import re
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +21,8 @@ HIDDEN = "***"
 
 _given: dict[str, str] = {}
 """Addresses with secrets that this process was given, by what is written in their place."""
+_certificates = cache(httpx2.create_ssl_context)
+"""The machine's, read once: that takes some 30 ms."""
 
 
 def without_secrets(url: str) -> str:
@@ -39,26 +40,17 @@ def without_secrets(url: str) -> str:
 
 @dataclass(frozen=True)
 class Address:
-    """A server's address, taken apart.
+    """A server's address, taken apart."""
 
-    Attributes:
-        url: scheme, host, port and path, without `/v1` and without secrets.
-        secrets: texts that must not be shown.
-    """
-
-    url: str
+    url: str  # scheme, host, port and path, without `/v1` and without secrets
     auth: tuple[str, str] | None = field(default=None, repr=False)
     query: Mapping[str, str] = field(default_factory=dict, repr=False)
     key: str | None = field(default=None, repr=False)
 
     @property
     def secrets(self) -> tuple[str, ...]:
+        """Texts that must not be shown."""
         return tuple(text for text in (*(self.auth or ()), *self.query.values(), self.key) if text)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        kind = {"Content-Type": "application/json"}
-        return kind | {"Authorization": f"Bearer {self.key}"} if self.key else kind
 
     @property
     def is_loopback(self) -> bool:
@@ -71,11 +63,12 @@ class Address:
     def client(self, connections: int) -> httpx2.AsyncClient:
         """An HTTP client for it. Proxies of the environment are not used for this machine itself."""
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=60)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         host = httpx2.URL(self.url).host
         direct = {f"all://[{host}]" if ":" in host else f"all://{host}": None} if self.is_loopback else None
         try:
             return httpx2.AsyncClient(
-                base_url=self.url, auth=self.auth, params=self.query, headers=self.headers, limits=limits,
+                base_url=self.url, auth=self.auth, params=self.query, headers=headers, limits=limits,
                 mounts=direct, verify=_certificates(),
             )  # fmt: skip
         except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the message may hold the proxy's password
@@ -88,13 +81,9 @@ class Address:
 def parse_address(url: str, name: str, key_variable: str | None = None) -> Address:
     """Take an address apart; warn of a password or key that would travel unencrypted.
 
-    Args:
-        url: with or without `/v1`, or what `without_secrets` made of it.
-        name: of the server, for messages.
-        key_variable: environment variable that holds the API key, sent as `Authorization: Bearer KEY`.
-
-    Raises:
-        ServerError: `url` is no address, its secrets are not known any more, or the variable holds no key.
+    `url`: with or without `/v1`, or what `without_secrets` made of it. `name`: of the server, for messages.
+    `key_variable`: environment variable that holds the API key, sent as `Authorization: Bearer KEY`. Raises
+    `ServerError` if `url` is no address, its secrets are not known any more, or the variable holds no key.
     """
     shown = without_secrets(url)
     try:
@@ -105,7 +94,10 @@ def parse_address(url: str, name: str, key_variable: str | None = None) -> Addre
     if not good:
         raise ServerError(f"{name}: {shown!r} is no address. Write http://HOST:PORT (or https).")
     auth = (parsed.username, parsed.password) if parsed.userinfo else None
-    query, key = dict(parsed.params), _key(name, key_variable)
+    query, key = dict(parsed.params), os.environ.get(key_variable or "", "").strip() or None
+    if key_variable and not (key and key.isascii() and key.isprintable()):
+        state = "holds characters that no key has" if key else "is not set"
+        raise ServerError(f"{name}: the environment variable {key_variable!r} {state}. Put the API key into it.")
     if HIDDEN in (*(auth or ()), *query, *query.values()):
         raise ServerError(
             f"{name}: {shown!r} lacks its password or key, which is never written down. Give the address anew, or the "
@@ -119,19 +111,3 @@ def parse_address(url: str, name: str, key_variable: str | None = None) -> Addre
         what = "The password" if auth else "The key"
         logger.warning(f"{what} of {name[0].lower() + name[1:]} at {plain} travels unencrypted over http. Use https.")
     return address
-
-
-def _key(name: str, variable: str | None) -> str | None:
-    if not variable:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        state = "holds characters that no key has" if key else "is not set"
-        raise ServerError(f"{name}: the environment variable {variable!r} {state}. Put the API key into it.")
-    return key
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """The machine's, read once: that takes some 30 ms."""
-    return httpx2.create_ssl_context()

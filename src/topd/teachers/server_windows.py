@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,63 +29,32 @@ KNOWN_TEXTS = (
 class ServerWindows:
     """Continues prefixes on a server greedily, token ids in and out.
 
-    Args:
-        server: where.
-        model: the name under which it serves the teacher.
-        eos_token_ids: ids that end a window; the one that was generated is part of it.
-        context: tokens that the server takes for prompt and continuation, or None if it does not say.
-        vocabulary: token ids are below this; None accepts any.
-
-    Attributes:
-        together: entered around each use of the server. The trainer makes all processes fail if one does.
+    `model`: the name under which the server serves the teacher. `eos_token_ids`: ids that end a window; the one that
+    was generated is part of it. `context`: tokens that the server takes for prompt and continuation, or None if it does
+    not say. `vocabulary`: token ids are below this; None accepts any.
     """
 
     def __init__(
-        self,
-        server: OpenAIServer,
-        model: str,
-        eos_token_ids: Sequence[int],
-        context: int | None = None,
+        self, server: OpenAIServer, model: str, eos_token_ids: Sequence[int], context: int | None = None,
         vocabulary: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.server, self.model, self.context, self.vocabulary = server, model, context, vocabulary
         self.eos_token_ids = list(eos_token_ids)
+        # entered around each use of the server; the trainer makes all processes fail if one does
         self.together: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def continue_(self, prefixes: list[Tensor], length: int) -> Windows:
         """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first.
 
-        Raises:
-            ServerError: see `OpenAIServer.post`; or the answer is not in token ids, is to another prompt, or is cut
-                short each time.
+        Raises `ServerError`: see `OpenAIServer.post`; or if the answer is not in token ids, is to another prompt, or is
+        cut short each time.
         """
-        device = prefixes[0].device if prefixes else None
-        tokens = torch.zeros(len(prefixes), length, dtype=torch.long)
-        given = torch.zeros(len(prefixes), length, dtype=torch.bool)
-        with self.together():
-            windows = self._complete([prefix.tolist() for prefix in prefixes], length)
-        for row, new in enumerate(windows):
-            tokens[row, : len(new)] = torch.tensor(new)
-            given[row, : len(new)] = True
-        mask = given & until_eos(tokens, torch.tensor(self.eos_token_ids))
-        return Windows((tokens * mask).to(device), mask.to(device))
-
-    def knows(self, token: object) -> bool:
-        """Whether it is a token id."""
-        return type(token) is int and token >= 0 and (self.vocabulary is None or token < self.vocabulary)
-
-    def _complete(self, prompts: list[list[int]], length: int) -> list[list[int]]:
-        """New token ids of each prompt."""
+        device, prompts = prefixes[0].device if prefixes else None, [prefix.tolist() for prefix in prefixes]
         asked = [prompts[start : start + PREFIXES_A_REQUEST] for start in range(0, len(prompts), PREFIXES_A_REQUEST)]
         settings = NEUTRAL | {
-            "model": self.model,
-            "max_tokens": length,
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "stop_token_ids": self.eos_token_ids,
-            "return_token_ids": True,
-        }
-        bodies = [settings | {"prompt": prompts} for prompts in asked]
+            "model": self.model, "max_tokens": length, "temperature": 0.0, "top_p": 1.0,
+            "stop_token_ids": self.eos_token_ids, "return_token_ids": True,
+        }  # fmt: skip
 
         def read(number: int, answer: Any) -> list[list[int]]:
             sent, choices = asked[number], sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -92,8 +62,17 @@ class ServerWindows:
                 raise self._unfit(f"answers {len(sent)} prompts with {len(choices)} completions")
             return [self._checked(choice, prompt, length) for prompt, choice in zip(sent, choices, strict=True)]
 
-        answers = self.server.post_all("/v1/completions", bodies, read)
-        return [window for windows in answers for window in windows]
+        bodies = [settings | {"prompt": some} for some in asked]
+        with self.together():
+            windows = [*chain.from_iterable(self.server.post_all("/v1/completions", bodies, read))]
+        padded = [[*new, *[-1] * (length - len(new))] for new in windows]
+        tokens = torch.tensor(padded, dtype=torch.long).reshape(len(prefixes), length)
+        mask = (tokens >= 0) & until_eos(tokens, torch.tensor(self.eos_token_ids))
+        return Windows((tokens * mask).to(device), mask.to(device))
+
+    def knows(self, token: object) -> bool:
+        """Whether it is a token id."""
+        return type(token) is int and token >= 0 and (self.vocabulary is None or token < self.vocabulary)
 
     def _checked(self, choice: dict[str, Any], prompt: list[int], length: int) -> list[int]:
         """The new token ids. Raises `UnusableAnswer` for a window that is cut short, `ServerError` for another form."""
@@ -121,24 +100,15 @@ class ServerWindows:
 
 
 def connect(
-    server: OpenAIServer,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_token_ids: Sequence[int],
-    model: str | None = None,
+    server: OpenAIServer, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], model: str | None = None,
     vocabulary: int | None = None,
-) -> ServerWindows:
+) -> ServerWindows:  # fmt: skip
     """Ask a server whether it is the teacher's, before it is needed.
 
-    Args:
-        server: that is asked.
-        tokenizer: the student's.
-        eos_token_ids: ids that end a window.
-        model: the name under which the teacher must be served; None takes the only one there is.
-        vocabulary: rows of the student's head; None: as many as its tokenizer has tokens.
-
-    Raises:
-        ServerError: no such model, several to choose from, or answers without token ids.
-        TokenizerMismatchError: the server cuts text into other tokens than the student's tokenizer.
+    `tokenizer`: the student's. `eos_token_ids`: ids that end a window. `model`: the name under which the teacher must
+    be served; None takes the only one there is. `vocabulary`: rows of the student's head; None: as many as its
+    tokenizer has tokens. Raises `ServerError` for no such model, several to choose from, or answers without token ids;
+    `TokenizerMismatchError` if the server cuts text into other tokens than the student's tokenizer.
     """
     name, context = served_as(server, model)
     check_tokenizer(server, name, tokenizer)
@@ -165,16 +135,16 @@ def served_as(server: OpenAIServer, model: str | None) -> tuple[str, int | None]
 
 def check_tokenizer(server: OpenAIServer, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `TokenizerMismatchError` unless the server cuts known texts into the same token ids."""
+
+    def read(number: int, answer: Any) -> list[int]:
+        return [int(token) for token in answer["tokens"]]
+
     for text in (*KNOWN_TEXTS, "".join(tokenizer.all_special_tokens)):
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        theirs, ours = server.post("/tokenize", body, _token_ids), tokenizer.encode(text, add_special_tokens=False)
+        theirs, ours = server.post("/tokenize", body, read), tokenizer.encode(text, add_special_tokens=False)
         if theirs != ours:
             raise TokenizerMismatchError(
                 f"{server.named} ({model}) and the student do not share a tokenizer: {text!r} is "
                 f"{theirs[:12]} there and {ours[:12]} here. Both models must come from the same family; serve the "
                 "teacher that belongs to this student (and its own tokenizer, without --tokenizer)."
             )
-
-
-def _token_ids(number: int, answer: Any) -> list[int]:
-    return [int(token) for token in answer["tokens"]]

@@ -32,9 +32,7 @@ ROUNDING = 1e-4
 class TopKTeacher:
     """A teacher behind a server, of which the most likely tokens of each position are known. A `Teacher`.
 
-    Args:
-        windows: the server.
-        known: tokens of each position whose probability the server is asked for, in addition to the sampled one.
+    `known`: tokens of each position whose probability the server is asked for, in addition to the sampled one.
     """
 
     cache_bytes_per_token = 0.0
@@ -43,11 +41,7 @@ class TopKTeacher:
         self.windows, self.known = windows, known
 
     def prefill(self, rollouts: Rollouts, keep_prefix: bool = True) -> Prefill:
-        """`KnownTokens` of each response token; the server keeps the prefix itself.
-
-        Raises:
-            ServerError: see `known_tokens`.
-        """
+        """See `known_tokens`; the server keeps the prefix itself."""
         return Prefill(self.known_tokens(rollouts)._asdict())
 
     def scores(
@@ -75,14 +69,13 @@ class TopKTeacher:
     def known_tokens(self, rollouts: Rollouts) -> KnownTokens:
         """[rollout, position, known + 1] of each response token; one sure token where it is masked.
 
-        Raises:
-            ServerError: see `OpenAIServer.post`; or it gives no log-probabilities of prompts, or values that are none.
+        Raises `ServerError`: see `OpenAIServer.post`; or for no log-probabilities of prompts, or values that are none.
         """
         real = rollouts.response_mask.bool()
-        prompts = [rollouts.prefix(row, int(real[row].sum())).tolist() for row in range(len(rollouts))]
+        lengths = real.sum(1).tolist()
+        prompts = [rollouts.prefix(row, length).tolist() for row, length in enumerate(lengths)]
         body = {"model": self.windows.model, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": self.known}
         bodies = [body | {"prompt": prompt} for prompt in prompts]
-        lengths = real.sum(1).tolist()
 
         def read(row: int, answer: Any) -> list[list[tuple[int, float]]]:
             return self._of_response(answer, prompts[row], lengths[row])
@@ -94,8 +87,9 @@ class TopKTeacher:
             answers = self.windows.server.post_all("/v1/completions", bodies, read)
         for row, positions in enumerate(answers):
             for position, found in enumerate(positions):
-                tokens[row, position, : len(found)] = torch.tensor([token for token, _ in found])
-                log_probs[row, position, : len(found)] = torch.tensor([log_prob for _, log_prob in found])
+                known, values = zip(*found, strict=True)
+                tokens[row, position, : len(found)] = torch.tensor(known)
+                log_probs[row, position, : len(found)] = torch.tensor(values)
         device = rollouts.response_ids.device
         return KnownTokens(tokens.to(device), log_probs.to(device))
 
@@ -123,11 +117,6 @@ class TopKTeacher:
                 raise ServerError(
                     f"{named} gives {value} as the log-probability of token {token}: the teacher computes NaN or "
                     "infinity there. Serve it in bfloat16 or float32; float16 overflows."
-                )
-            if value > ROUNDING:
-                raise ServerError(
-                    f"{named} gives {value} as the log-probability of token {token}, which is above 0. Serve the "
-                    "teacher with raw log-probabilities (vLLM: --logprobs-mode raw_logprobs)."
                 )
             if not self.windows.knows(token):
                 raise ServerError(

@@ -10,11 +10,7 @@ from trl import SFTConfig
 
 @dataclass
 class WarmStartConfig(SFTConfig):
-    """Options of `WarmStartTrainer`, on top of TRL's `SFTConfig`. Defaults are the paper's (appendix B.1).
-
-    Raises:
-        ValueError: `kd_ratio` is not in [0, 1], or is combined with a TRL loss that has no teacher.
-    """
+    """Options of `WarmStartTrainer`, on top of TRL's `SFTConfig`. Defaults are the paper's (appendix B.1)."""
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "chat_template_kwargs"]
 

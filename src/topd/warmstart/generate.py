@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,15 @@ class GenerateRun:
 def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, console: Console | None = None) -> None:
     """Respond to all prompts, resuming an interrupted run; then write `out` and its settings.
 
-    Args:
-        prompts: rows with `prompt` and optionally `answer`; repeated prompts are dropped.
-        out: .jsonl or .parquet. `.records.jsonl` (every response) and `.settings.json` are written next to it.
-
-    Raises:
-        TOPDError: `out` was started with other settings or prompts, or no solution is left after cleaning.
+    `prompts`: rows with `prompt` and optionally `answer`; repeated prompts are dropped. `out`: .jsonl or .parquet;
+    `.records.jsonl` (every response) and `.settings.json` are written next to it. Raises `TOPDError` if `out` was
+    started with other settings or prompts, or no solution is left after cleaning.
     """
     console = console or Console()
-    rows = different(prompts)
+    different: dict[str, dict[str, Any]] = {}
+    for row in prompts:
+        different.setdefault(json.dumps(row["prompt"]), row)
+    rows = list(different.values())
     requests = [Request(i, rows[i // run.samples]["prompt"]) for i in range(len(rows) * run.samples)]
     records_file, settings_file = out.with_suffix(".records.jsonl"), out.with_suffix(".settings.json")
     settings = {
@@ -58,9 +57,14 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     )
     if missing:
         teacher.check(missing, run.sampling)
-    for batch in _responses(teacher, missing, len(requests), run.sampling, console):
-        append_records(batch, records_file)
-        records += batch
+    tokens = 0
+    with progress(console, "responses", len(requests), len(requests) - len(missing)) as advance:
+        for batch in teacher.respond(missing, run.sampling):
+            fresh = [{"number": n, "prompt": requests[n].prompt, **asdict(response)} for n, response in batch]
+            append_records(fresh, records_file)
+            records += fresh
+            tokens += sum(response.tokens for _, response in batch)
+            advance(len(batch), f"{tokens} tokens")
 
     wanted = sorted((record for record in records if record["number"] < len(requests)), key=lambda r: r["number"])
     answers = [rows[record["number"] // run.samples].get("answer") for record in wanted]
@@ -68,26 +72,6 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, con
     write_solutions(solutions, out)
     write_json(settings | {"filter": run.filter, "counts": counts}, settings_file)
     console.print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
-
-
-def _responses(
-    teacher: Engine, missing: list[Request], total: int, sampling: Sampling, console: Console
-) -> Iterator[list[dict[str, Any]]]:
-    """Records as they are ready, with a progress bar."""
-    prompt, tokens = {request.number: request.prompt for request in missing}, 0
-    with progress(console, "responses", total, total - len(missing)) as advance:
-        for batch in teacher.respond(missing, sampling):
-            yield [{"number": n, "prompt": prompt[n], **asdict(response)} for n, response in batch]
-            tokens += sum(response.tokens for _, response in batch)
-            advance(len(batch), f"{tokens} tokens")
-
-
-def different(prompts: Any) -> list[dict[str, Any]]:
-    """The rows without repeated prompts; the first row of a prompt stays."""
-    first: dict[str, dict[str, Any]] = {}
-    for row in prompts:
-        first.setdefault(json.dumps(row["prompt"]), row)
-    return list(first.values())
 
 
 def check_prompts(records: list[dict[str, Any]], requests: list[Request], out: Path) -> None:

@@ -47,11 +47,7 @@ def clean(
 
 
 def write_solutions(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write a .jsonl or .parquet file; see `replacing`.
-
-    Raises:
-        TOPDError: there are no rows.
-    """
+    """Write a .jsonl or .parquet file; see `replacing`. Raises `TOPDError` if there are no rows."""
     if not rows:
         raise TOPDError(f"No solution is left to write to {out}. Look at the responses in {out.stem}.records.jsonl.")
     if out.suffix != ".parquet":
@@ -70,10 +66,7 @@ def load_solutions(
     """Prompts and completions in TRL's form, text or messages, from any source that `load_prompts` takes.
 
     `truncated`: keep responses that the length limit truncated. They would teach the student to stop there, because
-    every completion gets an end token.
-
-    Raises:
-        DataError: a row is broken, or none is left.
+    every completion gets an end token. Raises `DataError` if a row is broken, or none is left.
     """
     data = load_prompts(source, split=split, limit=limit, responses=True, also={"truncated": read_flag}, form=form)
     kept = data if truncated else data.filter(lambda row: not row["truncated"], desc="Dropping truncated solutions")

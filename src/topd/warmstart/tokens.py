@@ -21,10 +21,7 @@ def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_o
     Prompts are text or messages; a completion is text, or one assistant message. Other datasets are returned unchanged.
     `dataset`: of `datasets`, also a streamed one. `ends`: ids that end a response. `completion_only`: whether
     the loss excludes the prompt. `template`: options of the chat template for every row; a row's own
-    `chat_template_kwargs` override them.
-
-    Raises:
-        TOPDError: there is no end token.
+    `chat_template_kwargs` override them. Raises `TOPDError` if there is no end token.
     """
     first = next(iter(dataset))
     if not _is_solution(first):
@@ -35,7 +32,9 @@ def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_o
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
         options = template | (row.get("chat_template_kwargs") or {})
         closing = closing_id(tokenizer, ends, options, not isinstance(row["prompt"], str))
-        prompt, written = solution_ids(tokenizer, row["prompt"], _text(row["completion"]), options, closing)
+        completion = row["completion"]
+        text = completion if isinstance(completion, str) else completion[0]["content"]
+        prompt, written = solution_ids(tokenizer, row["prompt"], text, options, closing)
         labels = [-100] * len(prompt) if completion_only else prompt
         return {"input_ids": prompt + written, "labels": labels + written}
 
@@ -58,11 +57,7 @@ def endings(dataset: Any, ends: Sequence[int]) -> tuple[int, int, list[int]]:
 
 
 def check_that_it_can_stop(dataset: Any, tokenizer: Any, ends: Sequence[int], max_length: int | None) -> str | None:
-    """A warning if some solutions train no end token.
-
-    Raises:
-        TOPDError: no solution does, so the student would not learn to stop.
-    """
+    """A warning if some solutions train no end token. Raises `TOPDError` if none does."""
     count, ended, other = endings(dataset, ends)
     if ended == count:
         return None
@@ -92,7 +87,3 @@ def _is_solution(row: dict[str, Any]) -> bool:
         and isinstance(completion[0].get("content"), str)
         and not completion[0].get("tool_calls")
     )
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[0]["content"])

@@ -83,7 +83,10 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
             model, args.model_init_kwargs = load(model, args, SAFE | (init_kwargs or {}), trained=True), None
         super().__init__(model, args, *rest, **kwargs)
         args.model_init_kwargs = init_kwargs
-        self._warn_of_solutions_without_end()
+        dataset: Any = self.train_dataset
+        labelled = dataset is not None and "labels" in (dataset.column_names or ["labels"])
+        if labelled and (note := check_that_it_can_stop(dataset, self._tokenizer, self._ends(), args.max_length)):
+            logger.warning(note)
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
         watch_rounding(self)
         self.teacher_model: Any = None
@@ -106,8 +109,6 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
     def _prompts(self) -> Any:
         return self.train_dataset if self._given_dataset is None else self._given_dataset
 
-    # The solutions
-
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         """TRL's, with solutions as the token ids of generation."""
         if not (args.assistant_only_loss or self._is_vision_dataset):
@@ -117,16 +118,6 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
 
     def _ends(self) -> list[int]:
         return end_token_ids(self._generation, self._tokenizer)
-
-    def _warn_of_solutions_without_end(self) -> None:
-        dataset: Any = self.train_dataset
-        if dataset is None or "labels" not in (dataset.column_names or ["labels"]):
-            return
-        warning = check_that_it_can_stop(dataset, self._tokenizer, self._ends(), self.args.max_length)
-        if warning:
-            logger.warning(warning)
-
-    # The loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -140,7 +131,9 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         loss, sums = self._forward_redirection(model, student, self._distil, student, inputs, num_tokens)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages over processes
-        self._record(torch.cat([sums, torch.stack([tokens, count_inputs(inputs)]).to(sums)]))
+        mask = inputs.get("attention_mask")
+        read = inputs["input_ids"].numel() if mask is None else mask.sum()
+        self._record(torch.cat([sums, torch.stack([tokens, torch.as_tensor(read, device=tokens.device)]).to(sums)]))
         return (loss, None) if return_outputs else loss
 
     def _distil(self, student: Any, inputs: dict[str, Any], num_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +163,7 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
             return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
     def _record(self, sums: Tensor) -> None:
-        """Log metrics from the sums over all processes: forward KL, cross-entropy, completion tokens, input tokens."""
+        """Log metrics from the sums of a process: forward KL, cross-entropy, completion tokens, input tokens."""
         mode = "train" if self.model.training else "eval"
         kl, nll, tokens, inputs = self.accelerator.gather(sums[None]).sum(0).tolist()
         self._metrics[mode]["forward_kl"].append(kl / max(tokens, 1))
@@ -197,9 +190,3 @@ def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | 
         return GenerationConfig.from_pretrained(weights_of(model), revision=given.get("revision") or "main")
     except OSError:
         return None
-
-
-def count_inputs(inputs: dict[str, Any]) -> Tensor:
-    """Number of input tokens, without padding."""
-    mask = inputs.get("attention_mask")
-    return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).sum()
