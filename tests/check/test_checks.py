@@ -105,7 +105,7 @@ def test_pad_that_is_end_is_no_problem(tmp_path):
     change(teacher / "generation_config.json", pad_token_id=1)
     finding = tokens.special_tokens(setup_for(student, teacher))
     assert finding.verdict == "ok"
-    assert "masks do not depend" in finding.found
+    assert "pad '<eos>', end '<eos>'" in finding.found
 
 
 def test_heads_padded_to_different_sizes_are_said_and_one_too_small_refused(tmp_path):
@@ -363,12 +363,11 @@ def models():
 
 def test_a_few_rollouts_of_the_embedded_pair(embedded, models):
     torch.manual_seed(0)
-    rollouts = quality.sampled(embedded, models[0], 8, 96)
-    finding = quality.rollout_figures(embedded, *models, rollouts)
+    finding = quality.rollout_figures(embedded, *models, 8, 96)
     assert finding.verdict == "ok"
     assert "8 rollouts" in finding.found
     assert " 0 not ended" in finding.found
-    short = quality.rollout_figures(embedded, *models, quality.sampled(embedded, models[0], 8, 5))
+    short = quality.rollout_figures(embedded, *models, 8, 5)
     assert " 8 not ended after 5" in short.found
 
 
@@ -376,11 +375,10 @@ def test_models_that_do_not_agree_at_all(embedded, models):
     from tiny import tiny_model
 
     stranger = tiny_model(3)
-    rollouts = quality.sampled(embedded, stranger, 4, 20)
-    assert quality.rollout_figures(embedded, stranger, models[1], rollouts).verdict == "warning"
+    assert quality.rollout_figures(embedded, stranger, models[1], 4, 20).verdict == "warning"
     with torch.no_grad():
         stranger.lm_head.weight[3, 0] = torch.nan
-    finding = quality.rollout_figures(embedded, stranger, models[1], rollouts)
+    finding = quality.rollout_figures(embedded, models[0], stranger, 4, 20)
     assert finding.verdict == "error"
     assert "NaN" in finding.remedy
 

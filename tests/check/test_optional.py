@@ -57,9 +57,8 @@ def test_what_cannot_be_sampled_is_an_error(options):
 
 
 def test_evaluation_without_data_and_data_without_evaluation(tmp_path):
-    missing = found(optional.evaluation, "--eval_data", str(tmp_path / "nope.jsonl"), "--eval_strategy", "steps")
-    assert missing.verdict == "error"
-    assert_says(missing, "nope.jsonl.*no such file", "--eval_data")
+    with pytest.raises(TOPDError, match=r"nope\.jsonl.*no such file"):
+        found(optional.evaluation, "--eval_data", str(tmp_path / "nope.jsonl"), "--eval_strategy", "steps")
     assert_says(found(optional.evaluation, "--eval_strategy", "steps"), "no prompts for it", "--eval_data")
     unused = found(optional.evaluation, "--eval_data", "embedded")
     assert unused.verdict == "warning"
@@ -138,11 +137,11 @@ def test_rollouts_that_are_all_cut_are_a_warning():
 
     student, teacher, _ = load_pair(*PAIR)
     setup = setup_for(*PAIR, "--max_completion_length", "5")
-    cut = quality.rollout_figures(setup, student, teacher, quality.sampled(setup, student, 4, 5))
+    cut = quality.rollout_figures(setup, student, teacher, 4, 5)
     assert cut.verdict == "warning"
     assert_says(cut, "every rollout is truncated; 4 rollouts.* 4 not ended after 5", "Raise --max_completion_length")
     setup.config.max_completion_length = 96
-    short = quality.rollout_figures(setup, student, teacher, quality.sampled(setup, student, 4, 5))
+    short = quality.rollout_figures(setup, student, teacher, 4, 5)
     assert_says(short, "every rollout is truncated", "--max-new-tokens 96")
 
 

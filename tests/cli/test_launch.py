@@ -16,10 +16,10 @@ from topd.cli import launch as module
 from topd.cli.launch import TYPED, launch, split
 from topd.cli.main import main
 from topd.cli.options import option_names
-from topd.cli.train import kinds, parse
+from topd.cli.train import page, parse
 from topd.errors import TOPDError
 
-KNOWN = option_names(kinds()) | {"config"}
+KNOWN = option_names(page().kinds) | {"config"}
 
 
 @pytest.fixture

@@ -122,10 +122,6 @@ DAMAGES = {
     "no optimizer's state": lambda folder: (folder / "optimizer.pt").unlink(),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "nothing but the name": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "a missing shard": lambda folder: (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
-    ),
-    "an unreadable index": lambda folder: (folder / "model.safetensors.index.json").write_text("[1]"),
 }
 
 
@@ -149,14 +145,9 @@ def test_a_lost_scheduler_is_seen_at_first_sight(copy):
     )
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth"])
-def test_without_checksums_damaged_states_are_found_by_their_own(copy, file):
-    """As in checkpoints of TRL's own trainers."""
+def test_a_checkpoint_of_another_trainer_has_no_checksums(copy):
     (copy / "checkpoint-3" / CHECKSUMS).unlink()
     assert damage(copy / "checkpoint-3", thorough=True) is None
-    flip(copy / "checkpoint-3" / file)
-    assert damage(copy / "checkpoint-3", thorough=True) == f"{file} is damaged"
-    assert newest_whole(copy, thorough=True)[0] == copy / "checkpoint-2"
 
 
 def test_damage_that_is_found_while_loading_is_called_damage(copy, monkeypatch):

@@ -106,15 +106,6 @@ def test_one_arm_alone_is_a_run(tmp_path: Path) -> None:
     assert len(page.all("details", "card")) == 1
 
 
-def test_the_password_of_an_older_run_s_server_is_not_shown(tmp_path: Path) -> None:
-    write_arm(
-        tmp_path / "topd", [record(1)], logged=5, teacher_model_server_url="http://kim:s3cret@host:8000/v1?key=abc3"
-    )
-    page = write_report(tmp_path / "topd").read_text(encoding="utf-8")
-    assert "http://***@host:8000/v1?key=***" in page
-    assert not {"kim", "s3cret", "abc3"} & set(re.findall(r"\w+", page))
-
-
 def test_the_page_is_written_where_asked_and_is_the_same_each_time(demo: Path, page: Page, tmp_path: Path) -> None:
     out = tmp_path / "new" / "page.html"
     assert write_report(demo, out) == out

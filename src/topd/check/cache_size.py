@@ -20,14 +20,12 @@ TOKENS = 4
 class CacheSize:
     """Bytes of one row.
 
-    Attributes:
-        layers: of each layer with keys and values (or latents), the bytes of a token and how many tokens it keeps.
-        states: of all recurrent layers, at any length.
-        prefix: of one token of a prefix over which windows are decoded, whose keys and values are whole.
+    `layers`: of each layer with keys and values (or latents), the bytes of a token and how many tokens it keeps.
+    `prefix`: of one token of a prefix over which windows are decoded, whose keys and values are whole.
     """
 
     layers: tuple[tuple[float, float], ...]
-    states: float
+    states: float  # of all recurrent layers, at any length
     prefix: float
 
     def of(self, tokens: float) -> float:
@@ -72,7 +70,6 @@ def tried_cache(model: Any) -> CacheSize | None:
 
 
 def _filled_cache(backbone: Any) -> DynamicCache:
-    """The cache after the row that is tried."""
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device=next(backbone.parameters()).device)
     cache = empty_cache(backbone)
     backbone(**{"input_ids": ids, "use_cache": True, cache_argument(backbone): cache})

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from topd.check import machine, optional, prompts, quality, tokens
-from topd.check.findings import Finding, failure
+from topd.check.findings import Finding, failure, worst
 from topd.check.setup import Setup
 from topd.errors import TOPDError
 
@@ -37,29 +36,23 @@ QUICK: dict[str, Callable[[Setup], Finding | None]] = {
 
 
 def quick_findings(setup: Setup) -> list[Finding]:
-    """The findings without weights."""
-    return _findings({name: partial(check, setup) for name, check in QUICK.items()})
+    return _findings(QUICK, setup)
 
 
 def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> list[Finding]:
-    """The findings of a few rollouts."""
-    ways = _findings({"ways": partial(quality.ways, student, teacher)})
-    if ways and ways[0].verdict == "error":
+    ways = _findings({"ways": quality.ways}, student, teacher)
+    if worst(ways) == "error":
         return ways  # a model that cannot be distilled
-
-    def rollouts() -> Finding:
-        return quality.rollout_figures(setup, student, teacher, quality.sampled(setup, student, count, max_new_tokens))
-
-    teacher_ = partial(quality.teacher_knows_more, setup, student, teacher, count, max_new_tokens)
-    return ways + _findings({"rollouts": rollouts, "teacher": teacher_})
+    checks = {"rollouts": quality.rollout_figures, "teacher": quality.teacher_knows_more}
+    return ways + _findings(checks, setup, student, teacher, count, max_new_tokens)
 
 
-def _findings(checks: dict[str, Callable[[], Finding | None]]) -> list[Finding]:
+def _findings(checks: dict[str, Any], *given: Any) -> list[Finding]:
     """What the checks found; the `TOPDError` of a check is a finding too."""
     found = []
     for name, check in checks.items():
         try:
-            finding = check()
+            finding = check(*given)
         except TOPDError as error:
             finding = failure(error)
         if finding is not None:

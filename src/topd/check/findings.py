@@ -7,6 +7,7 @@ from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from topd.visible import visible
 
@@ -16,19 +17,12 @@ _ORDER: tuple[Verdict, ...] = ("ok", "warning", "error")
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        check: the name of the check.
-        verdict: error: the run would fail or train wrongly; warning: worth a look.
-        found: what was found, with numbers.
-        remedy: what to do; empty for "ok".
-    """
-
-    check: str
-    verdict: Verdict
-    found: str
-    remedy: str = ""
+    check: str  # its name
+    verdict: Verdict  # error: the run would fail or train wrongly; warning: worth a look
+    found: str  # with numbers
+    remedy: str = ""  # what to do; empty for "ok"
 
 
 # What a check returns; the table of checks adds its name.
@@ -64,47 +58,25 @@ def findings_table(findings: Sequence[Finding], title: str) -> Table:
         "check", "verdict", "found", "what to do", title=escape(visible(title)), title_justify="left", show_lines=True
     )
     for finding in findings:
-        colour = _COLOURS[finding.verdict]
-        table.add_row(
-            finding.check,
-            f"[{colour}]{finding.verdict}[/{colour}]",
-            escape(visible(finding.found)),
-            escape(visible(finding.remedy)),
-        )
+        verdict = Text(finding.verdict, _COLOURS[finding.verdict])
+        table.add_row(finding.check, verdict, Text(visible(finding.found)), Text(visible(finding.remedy)))
     return table
 
 
 def verdict_line(findings: Sequence[Finding]) -> str:
-    """All findings in one line."""
-    named = {
-        verdict: [finding.check for finding in findings if finding.verdict == verdict]
-        for verdict in ("error", "warning")
-    }
-    if named["error"]:
-        return f"Check failed: {_counted(named['error'], 'error')}."
-    if named["warning"]:
-        return f"Passed with {_counted(named['warning'], 'warning')}."
+    for verdict, words in (("error", "Check failed:"), ("warning", "Passed with")):
+        names = [finding.check for finding in findings if finding.verdict == verdict]
+        if names:
+            return f"{words} {len(names)} {verdict}{'s' * (len(names) > 1)} ({', '.join(names)})."
     return f"All {len(findings)} checks passed."
 
 
 def errors_message(findings: Sequence[Finding]) -> str:
-    """The errors, for a command that stops on them."""
     lines = [f"  {f.check}: {f.found}. {f.remedy}" for f in findings if f.verdict == "error"]
     return "\n".join(["Pre-flight failed:", *lines])
 
 
-def _counted(names: list[str], noun: str) -> str:
-    return f"{len(names)} {noun}{'s' * (len(names) > 1)} ({', '.join(names)})"
-
-
 def findings_json(findings: Sequence[Finding]) -> str:
-    return json.dumps(
-        {
-            "version": 1,
-            "verdict": worst(findings),
-            "line": verdict_line(findings),
-            "findings": [asdict(finding) for finding in findings],
-        },
-        indent=1,
-        ensure_ascii=False,
-    )
+    rows = [asdict(finding) for finding in findings]
+    told = {"version": 1, "verdict": worst(findings), "line": verdict_line(findings), "findings": rows}
+    return json.dumps(told, indent=1, ensure_ascii=False)

@@ -55,20 +55,13 @@ class Shape:
     bytes: int
     layers: int
     hidden: int
-    feed_forward: int
-    queries: int
-    keys: int
+    layer_elements: int  # values kept for the backward pass, per token and layer
     vocabulary: int
     cache: CacheSize
 
     @property
     def weights(self) -> float:
         return self.parameters * self.bytes
-
-    @property
-    def layer_elements(self) -> float:
-        """Values kept for the backward pass, per token and layer."""
-        return 8 * self.hidden + 4 * self.feed_forward + 4 * self.queries + 4 * self.keys
 
 
 @cache
@@ -88,17 +81,11 @@ def shape(model: ModelInfo, dtype: str) -> Shape:
         feed_forward = experts * config.moe_intermediate_size
     keys = (getattr(config, "num_key_value_heads", None) or heads) * width
     per_token = 2.0 * config.num_hidden_layers * keys * BYTES[stored]
-    return Shape(
-        sum(p.numel() for p in empty.parameters()),
-        BYTES[stored],
-        config.num_hidden_layers,
-        config.hidden_size,
-        feed_forward,
-        heads * width,
-        keys,
-        config.vocab_size,
-        tried_cache(empty) or CacheSize(((per_token, math.inf),), 0.0, per_token),
-    )
+    elements = 8 * config.hidden_size + 4 * feed_forward + 4 * heads * width + 4 * keys
+    parameters = sum(p.numel() for p in empty.parameters())
+    kept = tried_cache(empty) or CacheSize(((per_token, math.inf),), 0.0, per_token)
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    return Shape(parameters, BYTES[stored], layers, hidden, elements, config.vocab_size, kept)
 
 
 def stored_dtype(model: ModelInfo, dtype: str) -> str:
@@ -179,7 +166,6 @@ def available(setup: Setup) -> tuple[float, str]:
 
 
 def memory(setup: Setup) -> Finding:
-    """Compare the estimate with the free memory."""
     try:
         shapes = [shape(model, setup.dtypes[model.role]) for model in setup.pair]
     except (ValueError, AttributeError, KeyError) as error:
@@ -196,23 +182,25 @@ def memory(setup: Setup) -> Finding:
     )
     if sharded():
         return ok(f"{found}. Sharding, which divides weights, gradients and optimizer, is not counted")
-    remedy = _remedy(setup, max((always | largest).items(), key=lambda part: part[1])[0])
+    remedy = _REMEDIES.get(
+        max((always | largest).items(), key=lambda part: part[1])[0],
+        "A smaller --per_device_train_batch_size or --max_completion_length.",
+    )
     if total > 1.5 * free:
         return fails(found, remedy)
     return warns(found, remedy) if total > 0.9 * free else ok(found)
 
 
-def _remedy(setup: Setup, part: str) -> str:
-    known = {
-        "optimizer": "Train adapters (--use_peft true) or use --optim adamw_torch_8bit, or shard with FSDP.",
-        "student": "Train adapters (--use_peft true) with --dtype bfloat16, or shard with FSDP.",
-        "gradients": "Train adapters (--use_peft true), or shard with FSDP.",
-        "teacher": '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\', or shard with FSDP.',
-        "activations": "--gradient_checkpointing true, or a smaller --per_device_train_batch_size with more "
-        "--gradient_accumulation_steps.",
-        "keys and values": "A smaller --per_device_train_batch_size, --max_completion_length or --window_memory.",
-    }
-    return known.get(part, "A smaller --per_device_train_batch_size or --max_completion_length.")
+_REMEDIES = {
+    "optimizer": "Train adapters (--use_peft true) or use --optim adamw_torch_8bit, or shard with FSDP.",
+    "student": "Train adapters (--use_peft true) with --dtype bfloat16, or shard with FSDP.",
+    "gradients": "Train adapters (--use_peft true), or shard with FSDP.",
+    "teacher": '--teacher_model_init_kwargs \'{"dtype": "bfloat16"}\', or shard with FSDP.',
+    "activations": "--gradient_checkpointing true, or a smaller --per_device_train_batch_size with more "
+    "--gradient_accumulation_steps.",
+    "keys and values": "A smaller --per_device_train_batch_size, --max_completion_length or --window_memory.",
+}
+"""By the largest part of the estimate."""
 
 
 def human_size(size: float) -> str:

@@ -43,8 +43,7 @@ def one_model(setup: Setup) -> Finding | None:
 def teacher_prompt(setup: Setup) -> Finding | None:
     """The first of the teacher's own prompts. An error where one is empty, or where `self` has none.
 
-    Raises:
-        TOPDError: options do not fit, a row has no prompt for the teacher, or the chat template fails.
+    Raises `TOPDError` if options do not fit, a row has no prompt for the teacher, or the chat template fails.
     """
     itself = setup.config.teacher_model_name_or_path == SELF
     if not setup.prompted:
@@ -108,19 +107,18 @@ def packages(setup: Setup) -> dict[str, str]:
 def sampling(setup: Setup) -> Finding | None:
     """Whether rollouts can be sampled."""
     config = setup.config
-    if not 0 < config.top_p <= 1 or (config.max_completion_length or 0) < 1:
-        return fails(
-            f"top_p is {config.top_p}, max_completion_length {config.max_completion_length}: nothing can be sampled",
-            "--top_p in (0, 1], --max_completion_length at least 1.",
-        )
-    return None
+    top_p, length = config.top_p, config.max_completion_length
+    if 0 < top_p <= 1 and (length or 0) >= 1:
+        return None
+    return fails(
+        f"top_p is {top_p}, max_completion_length {length}: nothing can be sampled",
+        "--top_p in (0, 1], --max_completion_length at least 1.",
+    )
 
 
 def evaluation(setup: Setup) -> Finding | None:
     """Whether there is data for the evaluation loss, and an evaluation to use it."""
     strategy = str(getattr(setup.config.eval_strategy, "value", setup.config.eval_strategy))
-    if isinstance(setup.evaluation, Exception):
-        return fails(str(setup.evaluation), "Name an existing file or dataset: --eval_data.")
     if setup.evaluation is None:
         if strategy == "no" or setup.config.eval_benchmark is not None:
             return None
@@ -200,17 +198,13 @@ def hub(setup: Setup) -> Finding | None:
     return ok(f"pushed to {setup.config.hub_model_id or 'a repository named like the output folder'}")
 
 
-PATIENCE = 10.0
-"""Seconds for which the server may fail here; training waits longer."""
-
-
 def server(setup: Setup) -> Finding | None:
     """Raises `TOPDError` unless the server serves the teacher, tokenizes as the student does, and returns token ids."""
     if setup.config.teacher_model_server_url is None:
         return None
     if not setup.teacher_here:
         check_without_weights(setup.config)
-    found = teacher_server(setup.config, setup.teacher_here, patience=PATIENCE)
+    found = teacher_server(setup.config, setup.teacher_here, patience=10.0)  # seconds; training waits longer
     if found is None:
         return ok(f"method={setup.config.method} does not use it")
     rows = setup.student.text_config.vocab_size

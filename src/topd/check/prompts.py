@@ -57,7 +57,6 @@ def _beginning(setup: Setup) -> tuple[str, str] | None:
 
 
 def shown(text: str) -> str:
-    """The beginning and the end of a text."""
     return f"{text if len(text) <= 240 else text[:160] + ' ... ' + text[-60:]!r}"
 
 

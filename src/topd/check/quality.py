@@ -20,8 +20,6 @@ from topd.near_future.model_parts import left_padded, padding_id
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.near_future.ways import notice_of, ways_of
 
-LARGE_KL = 3.0
-"""Mean token loss (nats) above which something is usually wrong with a pair. Our choice."""
 JUDGED: dict[Rule, str] = {
     "embedded": "the last words of each, as in the embedded task",
     "gsm8k": "the number behind the last #### of each",
@@ -30,7 +28,7 @@ JUDGED: dict[Rule, str] = {
 """What part of a response is judged, by rule."""
 
 
-def sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
+def _sampled(setup: Setup, student: Any, count: int, max_new_tokens: int) -> Rollouts:
     """The student's responses to prompts spread over the data, with what the teacher reads before them."""
     rows = spread(list(setup.sample), count)
     prompts, temperature = _prompts(setup.sample, rows, student), setup.config.temperature
@@ -50,20 +48,17 @@ def _prompts(sample: Mapping[int, list[int]], rows: list[int], model: Any) -> li
 
 def ways(student: Any, teacher: Any) -> Finding:
     """Which fast ways of running both models are exact, found by trying them."""
-    found, notices = [], []
-    for role, model in (("student", student), ("teacher", teacher)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the finding reports it
-            notice = notice_of(model, ways_of(model))
-        found.append(f"{role}: {'windows over one prefix, guided windows in one row' if notice is None else notice}")
-        notices += [notice] if notice else []
-    if not notices:
-        return ok("; ".join(found))
-    return warns("; ".join(found), "Results do not change; steps take longer.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the finding reports it
+        notices = [notice_of(model, ways_of(model)) for model in (student, teacher)]
+    shown = [notice or "windows over one prefix, guided windows in one row" for notice in notices]
+    found = f"student: {shown[0]}; teacher: {shown[1]}"
+    return warns(found, "Results do not change; steps take longer.") if any(notices) else ok(found)
 
 
-def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts) -> Finding:
+def rollout_figures(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> Finding:
     """Mean token loss, the teacher's log-likelihood of the student's responses, and how many responses do not end."""
+    rollouts = _sampled(setup, student, count, max_new_tokens)
     models = local_pair(student, teacher, setup.student.tokenizer, micro_batch=4)
     mask = rollouts.loss_mask.bool()
     hidden = [models[0].hidden(rollouts)[mask], models[1].hidden(rollouts.as_teacher_reads)[mask]]
@@ -80,7 +75,7 @@ def rollout_figures(setup: Setup, student: Any, teacher: Any, rollouts: Rollouts
     if not bool(scores.kl.isfinite().all()):
         return fails(found, "A model gives NaN or infinite logits: load it in float32 or bfloat16.")
     remedies = []
-    if kl > LARGE_KL:
+    if kl > 3.0:  # nats; our choice
         remedies.append(
             "The models hardly agree: see tokenizer, template and end tokens above, or warm up the student first."
         )

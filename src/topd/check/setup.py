@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from topd.embedded.pair import resolve_model
-from topd.errors import DataError, TOPDError
+from topd.errors import TOPDError
 from topd.loading.adapters import weights_of
 from topd.loading.dataset_checks import check_teacher_prompts
 from topd.loading.models import load_config
@@ -24,17 +24,11 @@ SAMPLE = 256
 
 @dataclass(frozen=True, eq=False)
 class ModelInfo:
-    """A model without its weights.
+    """A model without its weights."""
 
-    Attributes:
-        role: "student" or "teacher".
-        name: as given.
-        folder: as `from_pretrained` takes it.
-    """
-
-    role: str
-    name: str
-    folder: str
+    role: str  # "student" or "teacher"
+    name: str  # as given
+    folder: str  # as `from_pretrained` takes it
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
     generation: GenerationConfig
@@ -51,35 +45,21 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """A planned run.
-
-    Attributes:
-        prompts: text, or messages; all of them.
-        answers: of the prompts; None for a prompt without one.
-        data: the source of the prompts, as given.
-        config: the options of `topd train`.
-        dtypes: of the student's and the teacher's weights: "float32", "bfloat16", "float16" or "auto".
-        adapters: whether only adapters are trained (PEFT).
-        one_base: whether student and teacher are on one set of weights.
-        teacher_here: whether the teacher's weights are available; else `teacher` describes what the server serves.
-        model: TRL's `ModelConfig`: how the student is loaded, and its adapters.
-        teacher_prompts: the column of that name; None: there is none.
-        evaluation: number of prompts for the evaluation loss, or why they cannot be read; None if there are none.
-    """
+    """A planned run."""
 
     student: ModelInfo
     teacher: ModelInfo
-    config: TOPDConfig
-    prompts: Sequence[Any]
-    answers: Sequence[str | None]
-    data: str
-    dtypes: Mapping[str, str]
-    adapters: bool = False
-    one_base: bool = False
-    teacher_here: bool = True
-    model: Any = None
-    evaluation: int | DataError | None = None
-    teacher_prompts: Sequence[Any] | None = None
+    config: TOPDConfig  # the options of `topd train`
+    prompts: Sequence[Any]  # all of them, text or messages
+    answers: Sequence[str | None]  # of the prompts; None for a prompt without one
+    data: str  # the source of the prompts, as given
+    dtypes: Mapping[str, str]  # of the weights of both roles: "float32", "bfloat16", "float16" or "auto"
+    adapters: bool = False  # whether only adapters are trained (PEFT)
+    one_base: bool = False  # whether student and teacher are on one set of weights
+    teacher_here: bool = True  # whether its weights are available; else `teacher` is what the server serves
+    model: Any = None  # TRL's `ModelConfig`: how the student is loaded, and its adapters
+    evaluation: int | None = None  # number of prompts for the evaluation loss; None: there are none
+    teacher_prompts: Sequence[Any] | None = None  # the column of that name; None: there is none
 
     @property
     def pair(self) -> tuple[ModelInfo, ModelInfo]:
@@ -104,17 +84,12 @@ class Setup:
 
     @property
     def prompted(self) -> bool:
-        """Whether the teacher has a prompt of its own."""
         return by_options(self.config) or self.teacher_prompts is not None
 
     @cached_property
     def teacher_sample(self) -> dict[int, list[int]]:
         """What the teacher reads: `sample` where it has no prompts of its own, else the same rows of its prompts and
-        the longest of them last.
-
-        Raises:
-            DataError: a row has none.
-            TOPDError: the chat template fails.
+        the longest of them last. Raises `TOPDError` if a row has none, or the chat template fails.
         """
         if not self.prompted:
             return self.sample

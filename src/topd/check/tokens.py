@@ -86,7 +86,7 @@ def end_tokens(setup: Setup) -> Finding:
 
 def special_tokens(setup: Setup) -> Finding:
     """BOS, EOS and padding tokens of tokenizers and generation configs."""
-    differ = []
+    differ, tokenizer = [], setup.student.tokenizer
     for what in ("bos_token", "eos_token", "pad_token"):
         ours, theirs = (getattr(model.tokenizer, what) for model in setup.pair)
         if ours != theirs:
@@ -95,21 +95,13 @@ def special_tokens(setup: Setup) -> Finding:
         declared, own = model.generation.pad_token_id, model.tokenizer.pad_token_id
         if declared is not None and own is not None and declared != own:
             differ.append(f"{model.role}'s pad token: {own} (tokenizer), {declared} (generation config)")
-    pad = setup.student.tokenizer.pad_token
-    note = (
-        "no pad token: the end token is used"
-        if pad is None
-        else f"pad and end are both {pad!r}: masks do not depend on the ids"
-        if pad == setup.student.tokenizer.eos_token
-        else f"pad {pad!r}, end {setup.student.tokenizer.eos_token!r}"
-    )
     if differ:
         return warns(
             "; ".join(differ),
             "The student's are used for both. If the teacher's are correct, save its tokenizer into the "
             "student's folder.",
         )
-    return ok(f"the same in both; {note}")
+    return ok(f"the same in both; pad {tokenizer.pad_token!r}, end {tokenizer.eos_token!r}")
 
 
 def _named(model: ModelInfo, ids: Sequence[int]) -> str:

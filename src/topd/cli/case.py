@@ -5,14 +5,12 @@ from pathlib import Path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder that topd correct wrote")
     parser.add_argument("--fork", type=int, help="which, from 1 (default: the typical one)")
     parser.add_argument("--out", type=Path, help="picture: .svg, .png or .pdf (default: RUN/case.svg)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print one fork and draw it."""
     from rich.console import Console
 
     from topd.report.case import draw_case, load_case, print_case

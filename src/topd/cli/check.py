@@ -7,13 +7,6 @@ from typing import Any
 from topd.cli.options import Parser, check_at_least_one
 from topd.errors import TOPDError
 
-EMBEDDED_RUN = {
-    "model_name_or_path": "embedded:long-student", "teacher_model_name_or_path": "embedded:long-teacher",
-    "data": "embedded-long", "max_completion_length": "224", "window_length": "32",
-    "learning_rate": "3e-4", "bf16": "false",
-}  # fmt: skip
-"""What is checked without options: whether this installation works."""
-
 ABOUT = "do student, teacher, data and machine fit? Takes every option of topd train"
 
 
@@ -42,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     own, others = check_parser().parse_known_args(argv)
     check_at_least_one(own, "samples", "max_new_tokens")
     if not others:
-        others = [f"--{option}={value}" for option, value in EMBEDDED_RUN.items()]
+        others = ["--config", "recipe:embedded-long"]
 
     from rich.console import Console
 

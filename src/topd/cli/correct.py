@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     add_pair_options(parser, out="runs/correct")
     parser.add_argument("--steps", type=int, default=5, help="gradient steps on a window (default: 5, the paper's M)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
@@ -28,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the options, load, find forks, correct them."""
     import torch
     from rich.console import Console
 

@@ -1,28 +1,32 @@
 """Options of all commands that read data: in which form people have it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from topd.loading.rows import DataForm
 
-FORM = {
-    "prompt_column": "Name of the column with the prompt. Default: the first of prompt, problem, question, messages, "
-    "conversations.",
-    "system_prompt": "A system prompt for conversations that have none. A prompt that is text becomes the user's "
-    "message after it.",
-    "data_config": "Configuration of a dataset on the Hub, or of a folder that load_dataset reads.",
-}
-"""Options and their help."""
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options; `text`: its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class FormArguments:
     """How rows become prompts."""
 
-    prompt_column: str | None = field(default=None, metadata={"help": FORM["prompt_column"]})
-    system_prompt: str | None = field(default=None, metadata={"help": FORM["system_prompt"]})
-    data_config: str | None = field(default=None, metadata={"help": FORM["data_config"]})
+    prompt_column: str | None = option(
+        None,
+        "Name of the column with the prompt. Default: the first of prompt, problem, question, messages, conversations.",
+    )
+    system_prompt: str | None = option(
+        None,
+        "A system prompt for conversations that have none. A prompt that is text becomes the user's message after it.",
+    )
+    data_config: str | None = option(
+        None, "Configuration of a dataset on the Hub, or of a folder that load_dataset reads."
+    )
 
     def __post_init__(self) -> None:
         for name in ("data", "eval_data"):
@@ -31,28 +35,24 @@ class FormArguments:
 
 def add_form_options(parser: Any) -> None:
     """The same options for a parser of argparse."""
-    for name, text in FORM.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text[0].lower()}{text[1:].removesuffix('.')}")
+    for each in fields(FormArguments):
+        text = each.metadata["help"].removesuffix(".")
+        parser.add_argument(f"--{each.name.replace('_', '-')}", help=f"{text[0].lower()}{text[1:]}")
 
 
 def form_of(options: Any) -> DataForm:
-    """The form that a command's options give."""
     return DataForm(options.prompt_column, options.system_prompt, options.data_config)
 
 
 def source_of(given: Any) -> Any:
     """A source as `load_prompts` takes it: of one word of a command line, the word, or the mixture that it writes.
 
-    Raises:
-        ValueError: it begins with { and is no JSON object.
+    Raises `ValueError` if it begins with { and is no JSON object.
     """
     if not isinstance(given, list) or len(given) != 1:
         return given or None
-    word = given[0]
-    if not (isinstance(word, str) and word.lstrip().startswith("{")):
-        return word
+    (word,) = given
     try:
-        mixture = json.loads(word)
+        return json.loads(word) if word.lstrip().startswith("{") else word
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data is {word:.60}; write a JSON object of sources and weights, or a name.") from error
-    return mixture

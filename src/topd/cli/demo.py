@@ -5,7 +5,6 @@ from pathlib import Path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a shorter run, at most two minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling (default: %(default)s)")
@@ -19,7 +18,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the demo."""
     from topd.demo.run import run_demo
 
     run_demo(options.out, quick=options.quick, seed=options.seed, steps=options.steps)

@@ -11,15 +11,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print versions, devices and CPU features as a Markdown list."""
-    print("\n".join(f"- {name}: {value}" for name, value in environment().items()))
-
-
-def environment() -> dict[str, str]:
-    """Versions of the packages, platform, devices, and the instructions of the CPU that matter for bfloat16."""
     from topd.runs.provenance import PACKAGES, versions
 
     found = versions()
-    return {
+    shown = {
         "topd": found["topd"],
         **{name: found.get(name, "not installed") for name in PACKAGES},
         "Python": found["python"],
@@ -27,6 +22,7 @@ def environment() -> dict[str, str]:
         "devices": devices(),
         "CPU": cpu(),
     }
+    print("\n".join(f"- {name}: {value}" for name, value in shown.items()))
 
 
 def devices() -> str:

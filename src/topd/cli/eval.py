@@ -15,7 +15,6 @@ EMBEDDED_MODEL = "embedded:long-student"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
         "--model", "--student", "--model-name-or-path", nargs="+", action="extend", metavar="M",
@@ -59,7 +58,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the options, load, sample and print; or only compare."""
     from rich.console import Console
 
     console = Console()
@@ -95,7 +93,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _evaluate(source: str, sets: list[Any], options: argparse.Namespace, folder: Path, console: Any) -> None:
-    """Sample one model on all benchmarks."""
     from topd.evaluation.engines import Sampling
     from topd.evaluation.run import EvalRun, run_benchmark
 

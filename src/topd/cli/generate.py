@@ -11,7 +11,6 @@ from topd.runs.sole_writer import sole_writer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     parser.add_argument("--teacher", required=True, help="folder, Hub name, embedded model, or the server's model name")
     parser.add_argument(
         "--data", required=True, nargs="+",
@@ -32,7 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the options, load, generate."""
     from topd.loading.data import source_name
 
     source = source_of(options.data)

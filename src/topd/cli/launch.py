@@ -10,7 +10,7 @@ import importlib.resources
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -27,12 +27,8 @@ _KINDS = ("--multi_gpu", "--use_fsdp", "--use_deepspeed", "--use_megatron_lm", "
 def launch(command: str, argv: Sequence[str], in_file: Mapping[str, Any], known: Collection[str]) -> int | None:
     """Start the processes that the options ask for, wait, and return their exit status; None: run in this one.
 
-    Args:
-        in_file: options of the command's YAML file.
-        known: names of the command's own options.
-
-    Raises:
-        TOPDError: accelerate does not accept the options; or it has started this process, and the words ask for more.
+    `in_file`: options of the command's YAML file; `known`: names of the command's own. Raises `TOPDError` if accelerate
+    does not accept the options; or if it has started this process, and the words ask for more.
     """
     own, words = split(argv, known)
     if TYPED in os.environ or "LOCAL_RANK" in os.environ:
@@ -40,7 +36,10 @@ def launch(command: str, argv: Sequence[str], in_file: Mapping[str, Any], known:
             raise TOPDError(f"This process was started by a launcher: give {words[0]} to it, not to topd {command}.")
         return None
     typed = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    words = [*_from_file(in_file, known, typed), *words]
+    for name, value in in_file.items():
+        plain = str(name).replace("-", "_")
+        if is_launch_option(plain, known) and plain not in typed and value is not False:
+            words.insert(0, f"--{plain}" if value is True else f"--{plain}={value}")
     if not words or words in (["--num_processes", "1"], ["--num_processes=1"]):
         return None
     for word in own:
@@ -92,14 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _from_file(in_file: Mapping[str, Any], known: Collection[str], typed: Collection[str]) -> Iterator[str]:
-    """The launcher's options of the YAML file, without those that are typed."""
-    for name, value in in_file.items():
-        plain = str(name).replace("-", "_")
-        if is_launch_option(plain, known) and plain not in typed and value is not False:
-            yield f"--{plain}" if value is True else f"--{plain}={value}"
-
-
 def _resolved(words: Sequence[str]) -> list[str]:
     """`--accelerate_config NAME` as accelerate's `--config_file FILE`."""
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -122,17 +113,12 @@ def _complete(words: list[str]) -> list[str]:
         if not given & set(_KINDS):
             words = ["--multi_gpu", *words]  # processes, also on CPUs
     elif "--num_processes" not in given:
-        defaults["--num_processes"] = str(_devices())
+        import torch
+
+        if not torch.accelerator.is_available():
+            raise TOPDError("There is no accelerator here: add --num_processes N.")
+        defaults["--num_processes"] = str(torch.accelerator.device_count())
     return [*words, *(word for name, value in defaults.items() if name not in given for word in (name, value))]
-
-
-def _devices() -> int:
-    import torch
-
-    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if not found:
-        raise TOPDError("There is no accelerator here: add --num_processes N.")
-    return found
 
 
 def _started(arguments: list[str], environment: Mapping[str, str]) -> int:
@@ -149,17 +135,13 @@ def _started(arguments: list[str], environment: Mapping[str, str]) -> int:
     try:
         with patch_environment(**environment):
             launch_command(options)
+            return 0
     except ChildFailedError as error:
-        return _status(error.get_first_failure()[1].exitcode)
+        status = error.get_first_failure()[1].exitcode
     except subprocess.CalledProcessError as error:
-        return _status(error.returncode)
+        status = error.returncode
     except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+        status = -int(stopped.sigval)
     except (ValueError, ConnectionError) as error:
         raise TOPDError(f"accelerate's launcher: {' '.join(str(error).split())[:300]}") from error
-    return 0
-
-
-def _status(code: int) -> int:
-    """A shell's exit status of a process: 128 + the signal that ended it."""
-    return code if code >= 0 else 128 - code
+    return status if status >= 0 else 128 - status  # as a shell: 128 + the signal that ended it

@@ -1,6 +1,5 @@
 """The `topd` command: the table of commands, and how each ends. Imports are lazy, so that help is quick."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -71,15 +70,11 @@ def _run(words: list[str]) -> int:
         return int(import_module(f"topd.cli.{words[0]}").main(words[1:]))
     options = parser().parse_args(words)
     writes = getattr(options, "lock_out", False)
-    with guarded(_folder(options), remove=writes), sole_writer(options.out) if writes else nullcontext():
+    out: Path | None = getattr(options, "out", None) or getattr(options, "run_folder", None)
+    folder = out.parent if out is not None and out.suffix in FILES else out
+    with guarded(folder, remove=writes), sole_writer(options.out) if writes else nullcontext():
         options.run(options)
     return 0
-
-
-def _folder(options: argparse.Namespace) -> Path | None:
-    """The folder that a command writes into."""
-    out: Path | None = getattr(options, "out", None) or getattr(options, "run_folder", None)
-    return out.parent if out is not None and out.suffix in FILES else out
 
 
 def parser() -> Parser:

@@ -7,7 +7,6 @@ from topd.errors import TOPDError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder that PEFT or topd train saved")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument(
@@ -17,7 +16,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load the base, merge, save."""
     from topd.loading.adapters import base_of, is_adapter
     from topd.loading.models import loaded_model
     from topd.runs.checkpoints import saving

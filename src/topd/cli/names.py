@@ -12,7 +12,6 @@ SAME = {
     "eval_batch_size": "per_device_eval_batch_size",
     "evaluation_strategy": "eval_strategy",
     "gradient_accumulation": "gradient_accumulation_steps",
-    "kl_beta": "beta",
     "lora": "use_peft",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
@@ -23,8 +22,6 @@ SAME = {
     "no_cuda": "use_cpu",
     "num_epochs": "num_train_epochs",
     "optimizer": "optim",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
     "resume": "resume_from_checkpoint",
     "revision": "model_revision",
     "steps": "max_steps",
@@ -55,11 +52,8 @@ INSTEAD = {
     "num_gpus": "write --num_processes N; CUDA_VISIBLE_DEVICES chooses the GPUs",
     "num_generations": "one response is sampled per prompt and visit: raise --num_train_epochs",
     "overwrite_output_dir": "name another --output_dir, or delete the old one",
-    "rank": "write --lora_r N",
     "seq_kd": "use topd generate and topd warmstart, which train on the teacher's responses",
-    "teacher_column": "the data's column is called teacher (or teacher_id)",
     "teacher_dtype": 'write --teacher_model_init_kwargs \'{"dtype": "bfloat16"}\'',
-    "teacher_routing_column": "the data's column is called teacher (or teacher_id)",
     "tokenizer": "both models use the student's tokenizer: leave it out",
     "tokenizer_name_or_path": "both models use the student's tokenizer: leave it out",
     "train_batch_size": "write --per_device_train_batch_size N; it is that of one process",
@@ -72,8 +66,7 @@ INSTEAD = {
 def known_name(name: str, known: Collection[str], program: str) -> str:
     """The known spelling of an option that is typed as `--name`. `known`: names with underscores.
 
-    Raises:
-        TOPDError: the option is unknown; the message says what to write, or suggests close names.
+    Raises `TOPDError` if it is unknown; the message says what to write, or suggests close names.
     """
     found = spelling(name, known)
     plain = name.replace("-", "_")

@@ -21,15 +21,13 @@ from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
 from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
-from topd.parsing import read_json, read_yaml
+from topd.parsing import read_yaml
 from topd.runs.guard import guarded
 from topd.runs.sole_writer import sole_writer
 
 if TYPE_CHECKING:
     from topd.runs.recorded import StartRecord
 
-EMBEDDED_PROMPTS = 4096
-"""Prompts drawn from the embedded task where `data_limit` is not given."""
 MOST_EMBEDDED = 100_000
 """There are some millions of problems; drawing most of them without repeats would take long."""
 SEVERAL = ("report_to", "data", "eval_data")
@@ -69,26 +67,22 @@ def option_names(kinds: Any) -> set[str]:
     return {option.name for option in options} | {f"no_{option.name}" for option in options if option.default is True}
 
 
-def run_training(argv: Sequence[str], page: Callable[[], Page], kinds: Callable[[], Any], train: Any) -> int:
+def run_training(argv: Sequence[str], page: Callable[[], Page], train: Any) -> int:
     """Print the help, if it is asked for; start the processes, if there are to be several; else train in this one.
 
-    Args:
-        page, kinds: the command's help and the classes of its options; functions, since they import TRL.
-        train: called with the words of the command and an instance of each class, the output folder locked.
-
-    Returns:
-        The exit status.
+    `page` is a function, since it imports TRL. `train` is called with the words of the command and an instance of each
+    class of options, the output folder locked. Returns the exit status.
     """
     from topd.runs.checkpoints import check_writable
     from topd.runs.console import hide_progress_bars
 
     hide_progress_bars()
-    shown, classes = page(), kinds()
-    show_help(argv, shown, classes)
-    status = launch(shown.name, argv, read_config(argv)[1], option_names(classes) | {"config"})
+    shown = page()
+    show_help(argv, shown)
+    status = launch(shown.name, argv, read_config(argv)[1], option_names(shown.kinds) | {"config"})
     if status is not None:
         return status
-    data, config, model = parse_options(argv, classes, f"topd {shown.name}")
+    data, config, model = parse_options(argv, shown)
     check_writable(config)
     folder = Path(config.output_dir)
     with guarded(folder, remove=True), sole_writer(folder) if config.process_index == 0 else nullcontext():
@@ -96,20 +90,15 @@ def run_training(argv: Sequence[str], page: Callable[[], Page], kinds: Callable[
     return 0
 
 
-def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
-    """Options from `--config FILE.yaml` and the command line, which wins, by TRL's parser.
+def parse_options(argv: Sequence[str], page: Page) -> Any:
+    """Options from `--config FILE.yaml` and the command line, which wins, by TRL's parser: one instance of each class.
 
-    Options of accelerate's launcher are left out: see `topd.cli.launch`.
-
-    Args:
-        kinds: dataclasses; one instance of each is returned.
-        program: its name, for messages.
-
-    Raises:
-        TOPDError: an option is unknown (the message suggests close names), of the wrong kind, or conflicts with others.
+    Options of accelerate's launcher are left out: see `topd.cli.launch`. Raises `TOPDError` if an option is unknown, of
+    the wrong kind, or conflicts with others.
     """
     from trl import TrlParser
 
+    kinds, program = page.kinds, f"topd {page.name}"
     parser: Any = TrlParser(kinds, prog=program, add_help=False)
 
     def refuse(message: str) -> None:
@@ -125,19 +114,14 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
         return known_name(name, known, program)
 
     words, in_file = read_config(argv)
-    words, in_file = (
-        split(words, known)[0],
-        {name: value for name, value in in_file.items() if not is_launch_option(str(name).replace("-", "_"), known)},
-    )
-    words, in_file = respelled(words, spell), renamed(in_file, spell)
+    words = respelled(split(words, known)[0], spell)
+    ours = [name for name in in_file if not is_launch_option(str(name).replace("-", "_"), known)]
+    in_file = renamed({name: in_file[name] for name in ours}, spell)
     for name, value in in_file.items():
         check_value(name, value, kinds)
-    given = [*_given(words), *in_file.items()]
-    for name, text in given:
-        _check_json(name, text, kinds)
-    names = [name for name, _ in given]
-    lora = next((name for name in names if name.startswith("lora_")), None)
-    if lora is not None and "use_peft" not in names:
+    given = [*(word[2:].partition("=")[0] for word in words if word.startswith("--")), *in_file]
+    lora = next((name for name in given if name.startswith("lora_")), None)
+    if lora is not None and "use_peft" not in given:
         raise TOPDError(f"{lora} does nothing without use_peft: add --use_peft true, or leave it out.")
     os.environ.update({name: str(value) for name, value in in_file.pop("env", {}).items()})
     try:
@@ -145,6 +129,8 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
         return parser.parse_args_into_dataclasses(args=words)
     except TOPDError:
         raise
+    except json.JSONDecodeError as error:
+        raise TOPDError(f"{error.doc:.60} is not JSON: {error}.") from error
     except (ValueError, TypeError) as error:
         if left := re.search(r"not used by the HfArgumentParser: (.*)", str(error)):
             raise TOPDError(
@@ -164,24 +150,14 @@ def parse_options(argv: Sequence[str], kinds: Any, program: str) -> Any:
 def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The words without `--config FILE` (or a first word FILE.yaml), and the options of the file, if one is named.
 
-    The entry `provenance` of a run's `run.yaml` is not an option and is left out.
-
-    Raises:
-        TOPDError: the file cannot be read, or several are named.
+    The entry `provenance` of a run's `run.yaml` is not an option and is left out. Raises `TOPDError` if the file cannot
+    be read, or several are named.
     """
-    words: list[str] = []
-    names: list[str] = []
-    waiting = list(argv)
-    if waiting and not waiting[0].startswith("-"):
-        names.append(waiting.pop(0))
-    while waiting:
-        word = waiting.pop(0)
-        if word == "--config":
-            names.append(waiting.pop(0) if waiting else "(nothing)")
-        elif word.startswith("--config="):
-            names.append(word.partition("=")[2])
-        else:
-            words.append(word)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    first = [] if not argv or argv[0].startswith("-") else ["--config"]
+    given, words = parser.parse_known_args([*first, *argv])
+    names = given.config
     if not names:
         return words, {}
     if len(names) > 1:
@@ -198,26 +174,6 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if isinstance(resume, bool):
         config["resume_from_checkpoint"] = str(resume).lower()  # the option is text: true, auto or a folder
     return words, config
-
-
-def _given(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The options of a command line whose value is one word, with it."""
-    pairs = [(word[2:].partition("="), after) for word, after in zip(words, [*words[1:], ""], strict=False)
-             if word.startswith("--")]  # fmt: skip
-    return [(name, value if equals else after) for (name, equals, value), after in pairs]
-
-
-def _check_json(name: str, text: Any, kinds: Any) -> None:
-    """Raise `TOPDError` where an option's JSON object is broken or has a name twice."""
-    if not isinstance(text, str) or not text.lstrip().startswith("{"):
-        return
-    try:
-        read_json(text)
-    except json.JSONDecodeError as error:
-        if any(name in getattr(kind, "_VALID_DICT_FIELDS", ()) for kind in kinds):
-            raise TOPDError(f"--{name} is {text:.60}, which is not JSON: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise TOPDError(f"--{name}: {text[:60]}: {error}.") from error
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -245,14 +201,16 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
 def data_source(given: Any, *models: str) -> Any:
     """Where the prompts come from. Embedded models and `lm:` models have a task of their own; others no default."""
     embedded = [model.removeprefix(PREFIX) for model in models if model.startswith(PREFIX)]
-    if given is None and not embedded and not models[0].startswith(LM):
+    if given:
+        return given
+    if models[0].startswith(LM):
+        return "lm"
+    if not embedded:
         raise TOPDError(
             f"Name the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
             "embedded is the embedded task)."
         )
-    if given is None and models[0].startswith(LM):
-        return "lm"
-    return given or ("embedded-long" if any(name.startswith("long") for name in embedded) else "embedded")
+    return "embedded-long" if any(name.startswith("long") for name in embedded) else "embedded"
 
 
 def prompts(
@@ -277,11 +235,11 @@ def prompts(
     absent += ["system prompt"] if form and form.system is not None else []
     if absent:
         raise TOPDError(f"The embedded task has no {absent[0]}. Name a file that has it: --data FILE.jsonl.")
-    problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
+    problems = make_problems(limit or 4096, seed=0, held_out=False, level=DATA[source])
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 
 
-# How a run was started, and where it resumes
+# How a run is started, and where it resumes
 
 
 def start_record(words: Sequence[str], *parts: Any) -> StartRecord:
@@ -296,11 +254,9 @@ def start_record(words: Sequence[str], *parts: Any) -> StartRecord:
 def resume_from(config: Any) -> str | bool | None:
     """The checkpoint to resume from: a named one, or True for the newest whole one; None to start from scratch.
 
-    `auto` resumes if there is a whole checkpoint. The trainer compares checksums later.
-
-    Raises:
-        ResumeError: there is no checkpoint; or the folder holds checkpoints and the option is not given, since the new
-            run's checkpoints would be mixed with them; or a trained model, which a new run would replace.
+    `auto` resumes if there is a whole checkpoint. The trainer compares checksums later. Raises `ResumeError` if there
+    is no checkpoint; or the folder holds checkpoints and the option is not given, since the new run's would be mixed
+    with them; or a trained model, which a new run would replace.
     """
     from topd.runs.checkpoints import AUTO, checkpoint_to_resume, newest_whole, refuse_second_run, refuse_to_overwrite
 
@@ -313,3 +269,35 @@ def resume_from(config: Any) -> str | bool | None:
     newest = wanted.lower() in ("true", AUTO)
     checkpoint, _ = checkpoint_to_resume(newest or wanted, folder, thorough=False)
     return newest or str(checkpoint)
+
+
+def trained(
+    kind: Any, names: str, config: Any, model: Any, record: StartRecord, resume: str | bool | None,
+    teacher: Any, train_dataset: Any, eval_dataset: Any,
+) -> tuple[Any, int]:  # fmt: skip
+    """Load the models into a trainer of this kind and train; the trainer, and the step after which it resumed.
+
+    `names`: of student and teacher, for messages; `teacher`: its name, names by their column, or None.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from topd.embedded.pair import resolve_model
+    from topd.loading.by_name import SAFE, load_by_name
+    from topd.loading.tokenizers import tokenizer_of
+    from topd.runs.console import ConsoleCallback, loading
+
+    student = model.model_name_or_path
+    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
+    config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
+    lines = ConsoleCallback()
+    with loading(names, config.process_index == 0):
+        trainer = load_by_name(
+            "models", names, kind, student, teacher_model=teacher, args=config, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, callbacks=[lines], peft_config=get_peft_config(model),
+            processing_class=tokenizer_of(resolve_model(student), config.trust_remote_code, model.model_revision),
+            quantization_config=get_quantization_config(model),
+        )  # fmt: skip
+    trainer.start_record = record
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, lines.first

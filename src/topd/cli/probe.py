@@ -1,11 +1,12 @@
 """`topd probe`: from names to loaded models and token ids, also for `topd correct`. The analysis is in `analysis/`."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from topd.cli.check import parsed
-from topd.cli.data_options import add_form_options, form_of, source_of
+from topd.cli.data_options import FormArguments, add_form_options, form_of, source_of
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
 
@@ -22,7 +23,6 @@ STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     add_pair_options(parser, out="runs/probe")
     parser.add_argument(
         "--embedding", nargs="+", default=["student"], help="the main one first (default: %(default)s)",
@@ -46,7 +46,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the options, load, probe."""
     from topd.analysis.probe import ProbeOptions
     from topd.analysis.probe_command import ProbeRun, run_probe
     from topd.loading.pair import load_pair
@@ -60,20 +59,15 @@ def run(options: argparse.Namespace) -> None:
         for row in rows:
             row["response_ids"] = row["response_ids"][: options.max_new_tokens]
     check_length(rows, tokenizer, options, student, teacher)
+    windows: Any = [kind for name in options.student_window for kind in (STUDENT_WINDOWS if name == "all" else [name])]
     probe_run = ProbeRun(
         names["student"], names["teacher"], options.data, options.rollouts, options.batch, options.max_new_tokens,
         options.temperature, options.given_responses,
         ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
-                     options.seed, options.candidate_ranking, _windows(options.student_window)),
+                     options.seed, options.candidate_ranking, tuple(dict.fromkeys(windows))),
         options.chat_template_kwargs,
     )  # fmt: skip
     run_probe(probe_run, student, teacher, tokenizer, rows, options.out)
-
-
-def _windows(chosen: list[str]) -> tuple[Any, ...]:
-    """The kinds that are wanted, each once; "all" stands for those not named."""
-    every = [kind for name in chosen for kind in (STUDENT_WINDOWS if name == "all" else (name,))]
-    return tuple(dict.fromkeys(every))
 
 
 def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
@@ -133,6 +127,7 @@ def checked(options: argparse.Namespace) -> dict[str, str]:
 
 
 def check_length(rows: list[dict[str, Any]], tokenizer: Any, options: Any, student: Any, teacher: Any) -> None:
+    """Raise `ContextError` where the longest prompt leaves too little room."""
     from topd.loading.tokenizers import check_context
 
     most = max(rows, key=lambda row: len(row["prompt_ids"]))["prompt_ids"]
@@ -158,7 +153,7 @@ def token_ids(
 
 
 class FromRecipe(argparse.Action):
-    """`--config` of the analyses: pair, prompts, template and windows of a training run. Options after it override."""
+    """`--config` of the analyses: sets the options below from a file of `topd train`. Options after it override."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for name, value in recipe_options(values).items():
@@ -174,9 +169,7 @@ def recipe_options(file: str) -> dict[str, Any]:
         "teacher": config.teacher_model_name_or_path,
         "data": data.data,
         "split": data.data_split,
-        "prompt_column": data.prompt_column,
-        "system_prompt": data.system_prompt,
-        "data_config": data.data_config,
+        **{option.name: getattr(data, option.name) for option in fields(FormArguments)},
         "chat_template_kwargs": config.chat_template_kwargs or None,
         "max_new_tokens": config.max_completion_length,
         "temperature": config.temperature,

@@ -13,24 +13,18 @@ def recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 
-def recipe_list() -> str:
-    """The package's recipes, one line each: its name and its first comment."""
-    first = {name: file.read_text(encoding="utf-8").partition("\n")[0].strip("# ") for name, file in recipes().items()}
-    width = max(map(len, first))
-    lines = [f"  {PREFIX}{name:{width}}  {comment}" for name, comment in first.items()]
-    return "\n".join(["Recipes of the package:", *lines, f"The files are in {FOLDER}."])
-
-
 def config_file(name: str) -> Path:
-    """The file that `--config` names.
+    """The file that `--config` names. For `recipe:` alone, prints the recipes and exits.
 
-    Raises:
-        TOPDError: there is no such file or recipe.
-        SystemExit: the name is `recipe:` alone, after printing the recipes.
+    Raises `TOPDError` if there is no such file or recipe.
     """
     known, file = recipes(), Path(name)
     if name == PREFIX:
-        print(recipe_list())
+        print("Recipes of the package:")
+        for recipe, path in known.items():
+            comment = path.read_text(encoding="utf-8").partition("\n")[0].strip("# ")
+            print(f"  {PREFIX}{recipe:{max(map(len, known))}}  {comment}")
+        print(f"The files are in {FOLDER}.")
         raise SystemExit(0)
     if name.startswith(PREFIX):
         recipe = name.removeprefix(PREFIX)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     parser.add_argument(
         "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, eval, study, probe or correct wrote"
     )
@@ -16,7 +15,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page."""
     from topd.report.page import write_report
 
     print(f"Wrote {write_report(options.run_folder, options.out, options.compare)}")

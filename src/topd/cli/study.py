@@ -10,7 +10,6 @@ from topd.runs.sole_writer import sole_writer
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="YAML with models, arms and seeds, as in studies/")
     what.add_argument("--show", type=Path, metavar="study.json", help="print the tables of a finished study")
@@ -25,7 +24,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read the plan, choose arms and seeds, run."""
     from topd.study.config import REFERENCE, read_plan
     from topd.study.summary import print_tables, read_study
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topd.cli.data_options import FormArguments, form_of
+from topd.cli.data_options import FormArguments, form_of, option
 from topd.cli.help import RUN, Page
-from topd.cli.options import data_source, parse_options, prompts, resume_from, run_training, start_record
+from topd.cli.options import data_source, parse_options, prompts, resume_from, run_training, start_record, trained
 from topd.embedded.task import DATA
-from topd.errors import DataError, TOPDError
+from topd.errors import TOPDError
 from topd.visible import visible
 
 if TYPE_CHECKING:
@@ -23,34 +23,27 @@ if TYPE_CHECKING:
 class DataArguments(FormArguments):
     """Where prompts come from."""
 
-    data: dict[str, float] | str | list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Training prompts: JSONL, JSON, CSV or Parquet files (names or patterns such as 'part-*.jsonl'), a "
-            "folder, or a Hub dataset, with prompts as text or messages and optionally a column `answer`; several; or "
-            "a mixture, {source: weight}; or `embedded` or `embedded-long`, the embedded task. Default for embedded "
-            "models: their task; required for others."
-        },
+    data: dict[str, float] | str | list[str] | None = option(
+        None,
+        "Training prompts from JSONL, JSON, CSV or Parquet files (names or patterns such as 'part-*.jsonl'), a folder, "
+        "or a Hub dataset: text or messages, optionally with a column `answer`. Also several of them; or a mixture, "
+        "{source: weight}; or `embedded` or `embedded-long`, the embedded task. Default for embedded models: their "
+        "task; required for others.",
     )
-    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or a folder."})
-    data_limit: int | None = field(default=None, metadata={"help": "Use only the first N prompts."})
-    data_streaming: bool = field(
-        default=False,
-        metadata={"help": "Read rows when they are needed, instead of all before training. Needs max_steps."},
+    data_split: str = option("train", "Split of a Hub dataset or a folder.")
+    data_limit: int | None = option(None, "Use only the first N prompts.")
+    data_streaming: bool = option(
+        False, "Read rows when they are needed, instead of all before training. Needs max_steps."
     )
-    eval_data: dict[str, float] | str | list[str] | None = field(
-        default=None, metadata={"help": "Prompts for the evaluation loss, named as in `data`."}
+    eval_data: dict[str, float] | str | list[str] | None = option(
+        None, "Prompts for the evaluation loss, named as in `data`."
     )
-    preflight: bool = field(
-        default=True,
-        metadata={
-            "help": "Check pair, data and machine before training (the quick part of topd check), and stop on errors."
-        },
+    preflight: bool = option(
+        True, "Check pair, data and machine before training (the quick part of topd check), and stop on errors."
     )
 
 
 def page() -> Page:
-    """What `topd train --help` lists."""
     from topd.training.config import TOPDConfig
     from topd.training.option_checks import CONTROLS
 
@@ -67,35 +60,26 @@ def page() -> Page:
         ),
         "Run": RUN,
     }  # fmt: skip
-    about = (
-        "Distil a student from a teacher, by plain on-policy distillation (OPD) or with near-future guidance (TOPD)."
-    )
-    own = {TOPDConfig: "Method", DataArguments: "Data"}
-    short = {"data": "Prompts: a JSONL, JSON, CSV or Parquet file, a Hub dataset, or embedded (the embedded task)"}
-    return Page("train", about, groups, own, tuple(CONTROLS), short)
+    about = "Distil a student from a teacher, by on-policy distillation (OPD) or with near-future guidance (TOPD)."
+    own = {DataArguments: "Data", TOPDConfig: "Method"}
+    return Page("train", about, groups, own, hidden=tuple(CONTROLS))
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    return run_training(argv, page, kinds, _train)
+    return run_training(argv, page, _train)
 
 
 def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -> None:
-    from trl import get_peft_config, get_quantization_config
-
-    from topd.embedded.pair import resolve_model
-    from topd.loading.by_name import load_by_name
     from topd.loading.data import source_name
-    from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import ConsoleCallback, loading
     from topd.runs.summary import print_summary, where_to_look
     from topd.training.several_teachers import MOPDTrainer
     from topd.training.trainer import TOPDTrainer
 
     student, teachers = named(config, model)
-    teacher_name = next(iter(teachers.values()), None)
-    kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, teacher_name)
+    one = next(iter(teachers.values()), None)
+    kind, teacher = (MOPDTrainer, teachers) if config.teachers else (TOPDTrainer, one)
     data.data = data_source(data.data, student, *teachers.values())
     record = start_record(words, data, config, model)
     check_streaming(data, config)
@@ -104,28 +88,15 @@ def _train(words: Sequence[str], data: DataArguments, config: Any, model: Any) -
     resume = resume_from(config)
     if data.preflight:
         before_training(data, config, model, train_dataset, eval_dataset)
-
-    tokenizer = tokenizer_of(resolve_model(student), config.trust_remote_code, model.model_revision)
-    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    config.model_init_kwargs = init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
-    config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
-    lines = ConsoleCallback()
-    with loading(" and ".join([student, *teachers.values()]), config.process_index == 0):
-        trainer = load_by_name(
-            "models", f"{student} and {teacher_name or 'the teacher'}", kind,
-            teacher_model=teacher, args=config, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=tokenizer, peft_config=get_peft_config(model),
-            quantization_config=get_quantization_config(model), callbacks=[lines],
-        )  # fmt: skip
-    trainer.start_record = record
-    trainer.train(resume_from_checkpoint=resume)
+    names = " and ".join([student, *teachers.values()])
+    trainer, first = trained(kind, names, config, model, record, resume, teacher, train_dataset, eval_dataset)
     with saving(f"The trained model in {config.output_dir}", Path(config.output_dir)):
         trainer.save_model(config.output_dir)
         trainer.save_state()  # for topd report
         trainer.create_model_card(model_name=Path(config.output_dir).name)
     if trainer.is_world_process_zero():
-        lines_at_end = where_to_look(Path(config.output_dir))
-        print_summary(trainer.state.log_history, lines_at_end, trainer.state.global_step, lines.first)
+        at_end = where_to_look(Path(config.output_dir))
+        print_summary(trainer.state.log_history, at_end, trainer.state.global_step, first)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=source_name(data.data))
     trainer.end()
@@ -148,18 +119,8 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     return model.model_name_or_path, teachers
 
 
-def kinds() -> tuple[Any, Any, Any]:
-    """The classes of the options of `topd train`."""
-    from trl import ModelConfig
-
-    from topd.training.config import TOPDConfig
-
-    return DataArguments, TOPDConfig, ModelConfig
-
-
 def parse(argv: Sequence[str]) -> tuple[DataArguments, Any, Any]:
-    """The options of `topd train`."""
-    return parse_options(argv, kinds(), "topd train")
+    return parse_options(argv, page())
 
 
 # The data
@@ -204,11 +165,8 @@ def setups_of(
 ) -> dict[str, Setup]:
     """What is known about a run without weights: by the teacher's name in the data, "" for a single teacher.
 
-    Args:
-        dataset, evaluation: the prompts, and those of the evaluation loss, if they are loaded already.
-
-    Raises:
-        TOPDError: something cannot be read.
+    `dataset`, `evaluation`: the prompts, and those of the evaluation loss, if they are loaded already. Raises
+    `TOPDError` if something cannot be read.
     """
     from datasets import Dataset
     from trl import get_peft_config, get_quantization_config
@@ -233,6 +191,8 @@ def setups_of(
     data.data = data_source(data.data, name, *teachers.values())
     check_streaming(data, config)
     dataset = dataset if dataset is not None else load(data, config)
+    if evaluation is None and data.eval_data:
+        evaluation = evaluation_prompts(data)
     if data.data_streaming:  # enough rows for the checks
         dataset = Dataset.from_list(list(dataset.take(max(1024, step_size(config)[0]))))
     student = describe("student", name, trust, model.model_revision)
@@ -242,35 +202,23 @@ def setups_of(
             return replace(student, role="teacher")
         return describe("teacher", teacher, trust, config.teacher_model_revision)
 
-    quantization = get_quantization_config(model)
+    def column(name: str) -> Any:
+        return dataset[name][:] if name in dataset.column_names else None
+
+    def one_base(teacher: str) -> bool:
+        names = name, name if teacher == SELF else teacher
+        return share_base(*names, config, get_peft_config(model), get_quantization_config(model))
+
     return {
         key: Setup(
-            student,
-            described(teacher),
-            config,
-            dataset["prompt"][:],
-            dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset),
-            source_name(data.data),
-            {role: dtype or "auto" for role, dtype in dtypes.items()},
-            adapters=model.use_peft or is_adapter(name),
-            one_base=share_base(
-                name, name if teacher == SELF else teacher, config, get_peft_config(model), quantization
-            ),
-            teacher_here=teacher_here,
-            model=model,
-            evaluation=_evaluation(data) if evaluation is None else len(evaluation),
-            teacher_prompts=dataset[TEACHER_PROMPT][:] if TEACHER_PROMPT in dataset.column_names else None,
+            student, described(teacher), config, column("prompt"), column("answer") or [None] * len(dataset),
+            source_name(data.data), {role: dtype or "auto" for role, dtype in dtypes.items()},
+            adapters=model.use_peft or is_adapter(name), one_base=one_base(teacher), teacher_here=teacher_here,
+            model=model, evaluation=None if evaluation is None else len(evaluation),
+            teacher_prompts=column(TEACHER_PROMPT),
         )
         for key, teacher in teachers.items()
-    }
-
-
-def _evaluation(data: Any) -> int | DataError | None:
-    """Number of prompts for the evaluation loss, or why they cannot be read; None where none are named."""
-    try:
-        return len(evaluation_prompts(data)) if data.eval_data else None
-    except DataError as error:
-        return error
+    }  # fmt: skip
 
 
 def before_training(data: Any, config: Any, model: Any, dataset: Any, evaluation: Any = None) -> None:

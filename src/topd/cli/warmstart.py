@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topd.cli.data_options import FormArguments, form_of
+from topd.cli.data_options import FormArguments, form_of, option
 from topd.cli.help import RUN, Page
-from topd.cli.options import parse_options, resume_from, run_training, start_record
+from topd.cli.options import parse_options, resume_from, run_training, start_record, trained
 from topd.errors import TOPDError
 
 
@@ -16,30 +16,23 @@ from topd.errors import TOPDError
 class SolutionArguments(FormArguments):
     """Where solutions come from."""
 
-    data: dict[str, float] | str | list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Solutions: what `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
-            "dataset with the columns `prompt` (text or messages) and `completion` (text), or with conversations that "
-            "end with the answer; several, or a mixture, {source: weight}."
-        },
+    data: dict[str, float] | str | list[str] | None = option(
+        None,
+        "Solutions that `topd generate` wrote, or any JSONL, JSON, CSV or Parquet file, folder or Hub "
+        "dataset with the columns `prompt` (text or messages) and `completion` (text), or with conversations that "
+        "end with the answer; several, or a mixture, {source: weight}.",
     )
-    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    data_limit: int | None = field(default=None, metadata={"help": "Use only the first N solutions."})
-    eval_data: dict[str, float] | str | list[str] | None = field(
-        default=None, metadata={"help": "Solutions for the evaluation loss."}
-    )
-    keep_truncated: bool = field(
-        default=False,
-        metadata={
-            "help": "Also train on responses that the length limit truncated. They teach the student to stop there; "
-            "our choice: no."
-        },
+    data_split: str = option("train", "Split of a Hub dataset.")
+    data_limit: int | None = option(None, "Use only the first N solutions.")
+    eval_data: dict[str, float] | str | list[str] | None = option(None, "Solutions for the evaluation loss.")
+    keep_truncated: bool = option(
+        False,
+        "Also train on responses that the length limit truncated. They teach the student to stop there; "
+        "our choice: no.",
     )
 
 
 def page() -> Page:
-    """What `topd warmstart --help` lists."""
     from topd.warmstart.config import WarmStartConfig
 
     groups = {
@@ -53,25 +46,18 @@ def page() -> Page:
         "Run": RUN,
     }  # fmt: skip
     about = "Stage 1: train the student on a teacher's solutions, with forward KL and cross-entropy."
-    own = {WarmStartConfig: "Method", SolutionArguments: "Data"}
-    short = {"data": "Solutions: the file that topd generate wrote, or one with columns prompt and completion"}
-    return Page("warmstart", about, groups, own, ("prediction_loss_only",), short)
+    own = {SolutionArguments: "Data", WarmStartConfig: "Method"}
+    return Page("warmstart", about, groups, own, hidden=("prediction_loss_only",))
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, load, train, save; the exit status. Raises `TOPDError` for every user-fixable error."""
-    return run_training(argv, page, kinds, _train)
+    return run_training(argv, page, _train)
 
 
 def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: Any) -> None:
-    from trl import get_peft_config, get_quantization_config
-
-    from topd.embedded.pair import resolve_model
     from topd.loading.adapters import weights_of
-    from topd.loading.by_name import SAFE, load_by_name
-    from topd.loading.tokenizers import tokenizer_of
     from topd.runs.checkpoints import saving
-    from topd.runs.console import ConsoleCallback, loading
     from topd.runs.summary import print_summary, where_weights_are
     from topd.warmstart.trainer import WarmStartTrainer
 
@@ -85,43 +71,22 @@ def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: An
     if config.distils:
         weights_of(config.teacher_model_name_or_path)
     resume = resume_from(config)
-    student_name = model.model_name_or_path
-    teacher_name = config.teacher_model_name_or_path if config.distils else None
+    teacher = config.teacher_model_name_or_path if config.distils else None
     datasets = {"train": data.data, "eval": data.eval_data}
     loaded = {part: solutions(source, data, config) for part, source in datasets.items() if source}
-    tokenizer = tokenizer_of(resolve_model(student_name), config.trust_remote_code, model.model_revision)
-    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    config.model_init_kwargs = SAFE | init | {"revision": model.model_revision} | (config.model_init_kwargs or {})
-    config.teacher_model_init_kwargs = init | (config.teacher_model_init_kwargs or {})
-    lines, folder = ConsoleCallback(), Path(config.output_dir)
-    names = f"{student_name} and {teacher_name}" if teacher_name else student_name
-    with loading(names, config.process_index == 0):
-        trainer = load_by_name(
-            "models", names, WarmStartTrainer, student_name, teacher_model=teacher_name, args=config,
-            train_dataset=loaded["train"], eval_dataset=loaded.get("eval"), processing_class=tokenizer,
-            peft_config=get_peft_config(model), quantization_config=get_quantization_config(model), callbacks=[lines],
-        )  # fmt: skip
-    trainer.start_record = record
-    trainer.train(resume_from_checkpoint=resume)
+    names, folder = " and ".join(filter(None, (model.model_name_or_path, teacher))), Path(config.output_dir)
+    trainer, first = trained(
+        WarmStartTrainer, names, config, model, record, resume, teacher, loaded["train"], loaded.get("eval")
+    )
     with saving(f"The trained model in {folder}", folder):
         save(trainer, folder)
     if trainer.is_world_process_zero():
         at_end = [*where_weights_are(folder), f"Next: topd train --student {shlex.quote(str(folder))}"]
-        print_summary(trainer.state.log_history, at_end, trainer.state.global_step, lines.first)
-
-
-def kinds() -> tuple[Any, Any, Any]:
-    """The classes of the options of `topd warmstart`."""
-    from trl import ModelConfig
-
-    from topd.warmstart.config import WarmStartConfig
-
-    return SolutionArguments, WarmStartConfig, ModelConfig
+        print_summary(trainer.state.log_history, at_end, trainer.state.global_step, first)
 
 
 def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
-    """The options of `topd warmstart`."""
-    return parse_options(argv, kinds(), "topd warmstart")
+    return parse_options(argv, page())
 
 
 def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:

@@ -11,19 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from topd.embedded import task
 from topd.embedded.pair import pair_folder
-from topd.embedded.task import (
-    LONG_STUDENT,
-    STUDENTS,
-    TEACHER,
-    Level,
-    Style,
-    make_problems,
-    sample_problem,
-    write_solution,
-)
 from topd.embedded.tokenizer import MAX_LENGTH, build_tokenizer
 from topd.evaluation.embedded import greedy_accuracy
 from topd.runs.files import write_json
@@ -31,32 +23,25 @@ from topd.runs.files import write_json
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an embedded model is trained: AdamW (betas 0.9, 0.98), one-cycle cosine, cross-entropy on solutions.
+    """How an embedded model is trained: AdamW (betas 0.9, 0.98), one-cycle cosine, cross-entropy on solutions."""
 
-    Attributes:
-        style: of the solutions.
-        width, layers: of the model.
-        after: the embedded model to continue from; empty: from scratch.
-        level: of the problems.
-    """
-
-    style: Style
+    style: task.Style  # of the solutions
     steps: int
     learning_rate: float
     seed: int
     width: int = 128
     layers: int = 3
     batch: int = 96
-    after: str = ""
-    level: Level = "short"
+    after: str = ""  # the embedded model to continue from; empty: from scratch
+    level: task.Level = "short"  # of the problems
 
 
 RECIPES = {
-    "teacher": Recipe(TEACHER, 2400, 2e-3, seed=1, width=160, layers=4),
-    "student-easy": Recipe(STUDENTS["easy"], 2000, 2e-3, seed=2),
-    "student-standard": Recipe(STUDENTS["standard"], 400, 5e-4, seed=3, after="student-easy"),
-    "long-teacher": Recipe(TEACHER, 900, 1e-3, seed=7, batch=32, after="teacher", level="long"),
-    "long-student": Recipe(LONG_STUDENT, 600, 1e-3, seed=8, batch=32, after="student-easy", level="long"),
+    "teacher": Recipe(task.TEACHER, 2400, 2e-3, seed=1, width=160, layers=4),
+    "student-easy": Recipe(task.STUDENTS["easy"], 2000, 2e-3, seed=2),
+    "student-standard": Recipe(task.STUDENTS["standard"], 400, 5e-4, seed=3, after="student-easy"),
+    "long-teacher": Recipe(task.TEACHER, 900, 1e-3, seed=7, batch=32, after="teacher", level="long"),
+    "long-student": Recipe(task.LONG_STUDENT, 600, 1e-3, seed=8, batch=32, after="student-easy", level="long"),
 }
 """Recipes by folder name, in order: a model follows the one that it continues from."""
 
@@ -65,19 +50,11 @@ def new_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qw
     """A random Qwen3 with tied embeddings and heads of 32."""
     heads = width // 32
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=32,
-        max_position_embeddings=MAX_LENGTH["short"],
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=32, tie_word_embeddings=True,
+        max_position_embeddings=MAX_LENGTH["short"], pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
 
@@ -86,21 +63,17 @@ def solution_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [batch, length] of prompt + solution + EOS, right-padded, and labels with the prompt masked (-100)."""
     rows: list[torch.Tensor] = []
-    starts: list[int] = []
+    labels: list[torch.Tensor] = []
     while len(rows) < recipe.batch:
-        problem = sample_problem(rng, recipe.level)
+        problem = task.sample_problem(rng, recipe.level)
         if problem.held_out:
             continue
         prompt = tokenizer(problem.prompt)["input_ids"]
-        solution = tokenizer(write_solution(problem, recipe.style, rng))["input_ids"]
-        starts.append(len(prompt))
+        solution = tokenizer(task.write_solution(problem, recipe.style, rng))["input_ids"]
         rows.append(torch.tensor([*prompt, *solution, tokenizer.eos_token_id]))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    position = torch.arange(ids.shape[1])
-    labels = ids.clone()
-    for row, (tokens, start) in enumerate(zip(rows, starts, strict=True)):
-        labels[row, (position < start) | (position >= len(tokens))] = -100
-    return ids, labels
+        labels.append(torch.tensor([*[-100] * len(prompt), *solution, tokenizer.eos_token_id]))
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return ids, pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def train_on_solutions(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
@@ -131,7 +104,7 @@ def save(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, loss: float, folder: Path
 ) -> None:
     """Write weights (safetensors), tokenizer and `build.json`."""
-    problems = make_problems(1000, seed=0, held_out=True, level=recipe.level)
+    problems = task.make_problems(1000, seed=0, held_out=True, level=recipe.level)
     accuracy = greedy_accuracy(model, tokenizer, problems)
     print(f"{folder.name}: greedy accuracy {accuracy:.3f} on 1000 held-out problems", flush=True)
     model.generation_config.do_sample = False

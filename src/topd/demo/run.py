@@ -26,6 +26,7 @@ from topd.loading.tokenizers import tokenizer_of
 from topd.runs.console import progress, silence_libraries
 from topd.runs.files import write_json
 from topd.runs.provenance import PACKAGES, versions
+from topd.runs.records import AUDIT_FILE, EVAL_FILE
 from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.config import MethodName
 
@@ -34,8 +35,6 @@ ARMS: tuple[MethodName, ...] = ("opd", "topd")
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a demo."""
-
     steps: int
     held_out: int
     sampled: int
@@ -47,8 +46,6 @@ FULL = Size(steps=40, held_out=500, sampled=2, probe_rollouts=64)
 QUICK = Size(steps=6, held_out=150, sampled=1, probe_rollouts=16)
 
 STUDENT, TEACHER = "long-student", "long-teacher"
-CURVE_PROBLEMS = 100
-"""Number of held-out problems answered every quarter of the training, for the curve on the page."""
 WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 32, 0.0225, 0.03
 """The task's responses have about 145 tokens, the paper's 9,688, so windows are shorter."""
 
@@ -85,7 +82,12 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, steps: int | None
     }
     write_json(results, out / "results.json")
     console.print(results_table(results))
-    _write_report(out, console)
+    try:
+        from topd.report.page import write_report
+
+        console.print(f"Open {write_report(out)} to see the forks. Results: {out / 'results.json'}.")
+    except ImportError as error:
+        console.print(f"No report page: it needs {error.name} (pip install 'topd\\[report]').")
     return results
 
 
@@ -117,7 +119,8 @@ def _train(
     name: MethodName, tokenizer: PreTrainedTokenizerBase, out: Path, size: Size, steps: int, seed: int, console: Console
 ) -> tuple[Any, dict[str, Any]]:
     """Distil one arm; return the student and its row of the results."""
-    (out / "audit.jsonl").unlink(missing_ok=True)
+    for file in (AUDIT_FILE, EVAL_FILE):
+        (out / file).unlink(missing_ok=True)
     problems = make_problems(steps * size.batch, seed=seed, held_out=False, level="long")
     trainer = TOPDTrainer(
         model=_load(STUDENT),
@@ -129,8 +132,6 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     with progress(console, f"{name:5}", steps) as advance:
         trainer.add_callback(_ShowProgress(advance))
-        curve = make_problems(CURVE_PROBLEMS, seed=5, held_out=True, level="long")
-        trainer.add_callback(_Accuracy(tokenizer, curve, every=max(1, steps // 4)))
         trainer.train()
     trainer.save_model(str(out))
     trainer.save_state()
@@ -142,63 +143,28 @@ def _train(
 def arm_config(name: MethodName, out: Path, *, steps: int, batch: int, seed: int) -> TOPDConfig:
     """Options of one arm. Both arms share all but `method`."""
     return TOPDConfig(
-        str(out),
-        method=name,
-        window_length=WINDOW_LENGTH,
-        candidate_share=CANDIDATE_SHARE,
-        guidance_weight=GUIDANCE_WEIGHT,
-        per_device_train_batch_size=batch,
-        max_steps=steps,
-        learning_rate=5e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        adam_beta2=0.98,
-        max_completion_length=MAX_NEW_TOKENS["long"],
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=max(1, steps // 2),
-        save_total_limit=2,
-        audit_steps=max(1, steps // 6),
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to=[],
-        seed=seed,
-    )
+        str(out), method=name, window_length=WINDOW_LENGTH, candidate_share=CANDIDATE_SHARE,
+        guidance_weight=GUIDANCE_WEIGHT, max_completion_length=MAX_NEW_TOKENS["long"],
+        # training
+        per_device_train_batch_size=batch, max_steps=steps, learning_rate=5e-4, lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20), adam_beta2=0.98, bf16=False, gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(), seed=seed,
+        # records
+        logging_steps=1, audit_steps=max(1, steps // 6), save_strategy="steps", save_steps=max(1, steps // 2),
+        save_total_limit=2, disable_tqdm=True, report_to=[],
+        # the curve on the page, of other problems than the final table
+        eval_benchmark="embedded-long", eval_benchmark_limit=100, per_device_eval_batch_size=100,
+        eval_strategy="steps", eval_steps=max(1, steps // 4), eval_on_start=True,
+    )  # fmt: skip
 
 
 class _ShowProgress(TrainerCallback):
-    """Advances a progress bar with each step."""
-
     def __init__(self, advance: Any) -> None:
         self.advance = advance
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
             self.advance(1, f"loss {kwargs['logs']['loss']:.3f}")
-
-
-class _Accuracy(TrainerCallback):
-    """Logs greedy accuracy with its interval, before the first step and every `every` steps.
-
-    The problems are not those of the final table.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], every: int) -> None:
-        self.tokenizer, self.problems, self.every = tokenizer, problems, every
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._answer(state, kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
-            self._answer(state, kwargs["model"])
-
-    def _answer(self, state: Any, model: Any) -> None:
-        found = bootstrap_mean([float(right) for right in correct_answers(model, self.tokenizer, self.problems)])
-        shown = {"eval_accuracy": found.mean, "eval_accuracy_low": found.low, "eval_accuracy_high": found.high}
-        state.log_history.append({"step": state.global_step} | shown)
 
 
 def _answers(
@@ -221,15 +187,6 @@ def _load(name: str) -> Any:
     return load_weights(str(pair_folder(name)), torch.float32)
 
 
-def _write_report(out: Path, console: Console) -> None:
-    try:
-        from topd.report.page import write_report
-    except ImportError as error:
-        console.print(f"No report page: it needs {error.name} (pip install 'topd\\[report]').")
-        return
-    console.print(f"Open {write_report(out)} to see the forks. Results: {out / 'results.json'}.")
-
-
 def results_table(results: dict[str, Any]) -> Group:
     """Accuracy with 95 % intervals, the paired difference, s/step and the overhead."""
     table = Table(title="Embedded task, held-out problems", title_justify="left")
@@ -244,7 +201,9 @@ def results_table(results: dict[str, Any]) -> Group:
             _with_interval(arm["sampled"]),
             f"{arm['seconds_per_step']:.2f}",
         )
-    return Group(table, *(_verdict(how, results["difference"][how]) for how in ("greedy", "sampled")), _cost(results))
+    cost = f"A TOPD step takes {results['overhead']:.2f} x an OPD step (paper: 1.41 x); "
+    cost += f"{results['seconds_total']:.0f} s in total."
+    return Group(table, *(_verdict(how, results["difference"][how]) for how in ("greedy", "sampled")), cost)
 
 
 def _with_interval(value: dict[str, float]) -> str:
@@ -258,8 +217,3 @@ def _verdict(how: str, difference: dict[str, float]) -> str:
         f"TOPD - OPD, {how}: {mean:+.1f} points ({low:+.1f} to {high:+.1f}, p = {difference['p']:.3f}, "
         f"n = {difference['n']} problems, one training seed{clear})"
     )
-
-
-def _cost(results: dict[str, Any]) -> str:
-    overhead, seconds = results["overhead"], results["seconds_total"]
-    return f"A TOPD step takes {overhead:.2f} x an OPD step (paper: 1.41 x); {seconds:.0f} s in total."

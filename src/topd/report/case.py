@@ -16,7 +16,7 @@ from rich.text import Text
 from topd.paper import LOCAL_CORRECTION
 from topd.report.distances import correct_figure
 from topd.report.elements import Group, Section, Table, decimals, interval_of, numbers, p_value
-from topd.report.reading import ReportError, check_version, clean, mapping, number, read_lines, read_object, strings
+from topd.report.reading import ReportError, clean, mapping, number, read_lines, read_object, strings
 from topd.report.rollouts import visible
 from topd.report.svg import BLUE, INK
 from topd.runs.files import replacing
@@ -41,6 +41,11 @@ class Window:
     distance: float | None
     right: bool | None
 
+    @property
+    def note(self) -> str:
+        distance = "" if self.distance is None else f"D_OT {self.distance:.3f}"
+        return distance + ("" if self.right is None else ", ends right" if self.right else ", ends wrong")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -52,31 +57,26 @@ class Case:
     teacher: tuple[str, ...]
     windows: tuple[Window, ...]
 
+    @property
+    def title(self) -> str:
+        return f"Rollout {self.rollout + 1}, token {self.position + 1}"
+
+    @property
+    def strips(self) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+        """Name, note and tokens of each window; True: the teacher's window has the token too, in the same order."""
+        strips = [("teacher", "", [(visible(token), True) for token in self.teacher])]
+        for window in self.windows:
+            shared = SequenceMatcher(None, self.teacher, window.tokens, autojunk=False).get_matching_blocks()
+            same = {place for block in shared for place in range(block.b, block.b + block.size)}
+            tokens = [(visible(token), place in same) for place, token in enumerate(window.tokens)]
+            strips.append((window.name, window.note, tokens))
+        return strips
+
 
 @dataclass
 class CorrectRecords:
-    """A local correction: `correct.json`, and its forks."""
-
     result: Mapping[str, Any]
     cases: list[Case]
-
-
-@dataclass(frozen=True)
-class Strip:
-    """A window token by token; True: the teacher's window has the token too, in the same order."""
-
-    name: str
-    note: str
-    tokens: list[tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class CaseText:
-    """A fork as the page shows it."""
-
-    title: str
-    prefix: str
-    strips: list[Strip]
 
 
 def load_correct(folder: Path, notes: list[str]) -> CorrectRecords | None:
@@ -85,7 +85,6 @@ def load_correct(folder: Path, notes: list[str]) -> CorrectRecords | None:
     result = read_object(folder / "correct.json", notes)
     if not result:
         return None
-    check_version(result, folder / "correct.json")
     return CorrectRecords(
         result, list(read_lines(folder / "correct_records.jsonl", "correct_records.jsonl", notes, _case))
     )
@@ -95,10 +94,11 @@ def _case(record: Mapping[str, Any]) -> Case:
     outcomes = {"before": mapping(record.get("before"))} | {
         str(arm): mapping(outcome) for arm, outcome in mapping(record.get("after")).items()
     }
+    prefix = clean(record.get("prefix") or "")
     return Case(
         rollout=int(record.get("rollout") or 0),
         position=int(record.get("position") or 0),
-        prefix=clean(record.get("prefix") or ""),
+        prefix=prefix if len(prefix) <= 240 else f"…{prefix[-240:]}",
         teacher=strings(record.get("teacher_window")),
         windows=tuple(
             Window(clean(name), strings(outcome.get("window")), number(outcome.get("distance")), outcome.get("right"))
@@ -132,7 +132,7 @@ def correct_section(correct: CorrectRecords, index: int = 0, of: str = "") -> Se
     head = ("", "Mean", "95 % interval", "Quartiles", "Minus OPD", "p", "Paper")
     caption = "Means over forks with 95 % bootstrap intervals; difference from OPD: paired, p by random sign flips."
     section.add("table", Table("Table of local correction", head, groups, caption, paper=True))
-    section.add("cases", [case_text(case) for case in correct.cases[:MOST_CASES]])
+    section.add("cases", correct.cases[:MOST_CASES])
     left_out = len(correct.cases) - MOST_CASES
     more = "1 more case in" if left_out == 1 else f"{left_out:,} more cases in"
     return section.add("note", f"{more} the records." if left_out > 0 else "")
@@ -152,27 +152,10 @@ def _rows(measure: Mapping[str, Any], paper: Mapping[str, float]) -> list[tuple[
     return rows
 
 
-def case_text(case: Case) -> CaseText:
-    """The teacher's window and each of the student's, one strip each."""
-    strips = [Strip("teacher", "", [(visible(token), True) for token in case.teacher])]
-    for window in case.windows:
-        shared = SequenceMatcher(None, case.teacher, window.tokens, autojunk=False).get_matching_blocks()
-        same = {place for block in shared for place in range(block.b, block.b + block.size)}
-        note = "" if window.distance is None else f"D_OT {window.distance:.3f}"
-        note += "" if window.right is None else ", ends right" if window.right else ", ends wrong"
-        tokens = [(visible(token), place in same) for place, token in enumerate(window.tokens)]
-        strips.append(Strip(window.name, note, tokens))
-    prefix = case.prefix if len(case.prefix) <= 240 else f"…{case.prefix[-240:]}"
-    return CaseText(f"Rollout {case.rollout + 1}, token {case.position + 1}", prefix, strips)
-
-
 def load_case(folder: Path, fork: int | None = None) -> tuple[int, Case]:
-    """A fork of a local correction, numbered from 1; by default the typical one.
+    """A fork of a local correction, numbered from 1; by default the `typical` one.
 
-    Typical: the median fork by D_OT after TOPD minus D_OT after OPD, among those where either changed the window.
-
-    Raises:
-        ReportError: there is no such fork, or no local correction in the folder.
+    Raises `ReportError` if there is no such fork, or no local correction in the folder.
     """
     correct = load_correct(Path(folder), [])
     if correct is None or not correct.cases:
@@ -202,33 +185,31 @@ def typical(cases: Sequence[Case]) -> int:
 
 def print_case(case: Case, console: Console) -> None:
     """The prefix, then each window; tokens in brackets are not the teacher's."""
-    shown = case_text(case)
-    console.print(Text(shown.title, style="bold"))
-    console.print(Text(f"… {shown.prefix}"))
-    widest = max(len(strip.name) for strip in shown.strips)
-    for strip in shown.strips:
-        line = Text(f"{strip.name:{widest}}  ")
-        for token, same in strip.tokens:
+    console.print(Text(case.title, style="bold"))
+    console.print(Text(f"… {case.prefix}"))
+    widest = max(len(name) for name, _, _ in case.strips)
+    for name, note, tokens in case.strips:
+        line = Text(f"{name:{widest}}  ")
+        for token, same in tokens:
             line.append(token if same else f"[{token}]", style="" if same else "bold")
             line.append(" ")
-        line.append(strip.note, style="dim")
+        line.append(note, style="dim")
         console.print(line, soft_wrap=True)
 
 
 def draw_case(case: Case, path: Path) -> Path:
     """The same as a picture: .svg, .png or .pdf. Raises `ReportError` for a kind that cannot be drawn."""
-    shown = case_text(case)
-    widths = [[_LETTER * max(2, len(token)) + 0.14 for token, _ in strip.tokens] for strip in shown.strips]
+    strips = case.strips
+    widths = [[_LETTER * max(2, len(token)) + 0.14 for token, _ in tokens] for _, _, tokens in strips]
     width = _LEFT + max(sum(row) + 0.06 * len(row) for row in widths) + 0.2
-    height = _ROW * (len(shown.strips) + 2) + 0.1
+    height = _ROW * (len(strips) + 2) + 0.1
     canvas = Canvas(figsize=(width, height))
     axes = canvas.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    axes.text(
-        0.1, _ROW * 0.6, f"…{shown.prefix[-int(width / _LETTER) + 4 :]}", parse_math=False, va="center", fontsize=9
-    )
-    for row, (strip, sizes) in enumerate(zip(shown.strips, widths, strict=True)):
-        _draw(axes, strip, sizes, _ROW * (row + 1.7))
+    prefix = f"…{case.prefix[-int(width / _LETTER) + 4 :]}"
+    axes.text(0.1, _ROW * 0.6, prefix, parse_math=False, va="center", fontsize=9)
+    for row, (strip, sizes) in enumerate(zip(strips, widths, strict=True)):
+        _draw(axes, *strip, sizes, _ROW * (row + 1.7))
     kind = path.suffix[1:] or "no ending"
     try:
         with replacing(path) as aside:
@@ -238,11 +219,11 @@ def draw_case(case: Case, path: Path) -> Path:
     return path
 
 
-def _draw(axes: Axes, strip: Strip, sizes: list[float], at: float) -> None:
-    axes.text(0.1, at, strip.name, va="center", fontsize=9, fontweight="bold")
-    axes.text(_LEFT - 0.08, at, strip.note.partition(",")[0], va="center", ha="right", fontsize=6.5, color=INK)
+def _draw(axes: Axes, name: str, note: str, tokens: list[tuple[str, bool]], sizes: list[float], at: float) -> None:
+    axes.text(0.1, at, name, va="center", fontsize=9, fontweight="bold")
+    axes.text(_LEFT - 0.08, at, note.partition(",")[0], va="center", ha="right", fontsize=6.5, color=INK)
     left = _LEFT
-    for (token, same), size in zip(strip.tokens, sizes, strict=True):
+    for (token, same), size in zip(tokens, sizes, strict=True):
         face = to_rgba(BLUE, 0.22) if same else "none"
         box = FancyBboxPatch(
             (left, at - 0.11), size, 0.22, boxstyle="round,pad=0,rounding_size=0.04", linewidth=0.8,

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import binned_statistic, rankdata
 
 from topd.paper import GROUPS, LOCAL_CORRECTION, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.report.elements import Figure, decimals
@@ -16,8 +16,6 @@ from topd.report.svg import BLUE, GREEN, INK, ORANGE, VERMILION, drawing, legend
 
 Floats = NDArray[np.float64]
 
-SCATTER_UP_TO = 400
-"""More candidates than this are drawn as a density."""
 _MOST_DOTS = 300
 """Values shown as dots behind a box."""
 BINS, BIN_PLACES = 8, 5
@@ -79,8 +77,9 @@ def scatter(points: Sequence[Candidate], axis: str = "Token loss", name: str = "
     alt = f"{axis} against transport distance of {len(known)} candidates: {related}."
     with drawing(name, alt) as figure:
         axes = figure.axes[0]
-        if len(known) > SCATTER_UP_TO:
-            _density(axes, loss, distance)
+        if len(known) > 400:
+            shades = LinearSegmentedColormap.from_list("density", [to_rgba(BLUE, 0.12), to_rgba(BLUE)])
+            axes.hexbin(loss, distance, gridsize=(36, 18), mincnt=1, linewidths=0, bins="log", cmap=shades)
         else:
             _dots(axes, loss, distance, [row[2] for row in known])
         if np.ptp(loss) > 0:
@@ -104,13 +103,6 @@ def scatter(points: Sequence[Candidate], axis: str = "Token loss", name: str = "
     )
 
 
-def _density(axes: Axes, x: Floats, y: Floats) -> None:
-    cells = axes.hexbin(x, y, gridsize=(36, 18), mincnt=1, linewidths=0)
-    density = np.log1p(np.asarray(cells.get_array(), dtype=float))
-    cells.set_array(None)
-    cells.set_facecolor([to_rgba(BLUE, 0.12 + 0.88 * share) for share in density / density.max()])
-
-
 def _dots(axes: Axes, x: Floats, y: Floats, kinds: Sequence[str]) -> None:
     for kind, label in (("alarm", "false alarm"), ("fork", "fork")):
         chosen = np.array([each == kind for each in kinds])
@@ -120,14 +112,10 @@ def _dots(axes: Axes, x: Floats, y: Floats, kinds: Sequence[str]) -> None:
 
 def binned_means(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
     """Of `BINS` bins of equal width in x: mean of x, mean of y, standard error of the latter; sparse ones left out."""
-    bins = np.clip(((x - x.min()) / np.ptp(x) * BINS).astype(int), 0, BINS - 1)
-    rows = []
-    for number in range(BINS):
-        here = bins == number
-        if here.sum() >= BIN_PLACES:
-            rows.append((x[here].mean(), y[here].mean(), y[here].std(ddof=1) / np.sqrt(here.sum())))
-    centre, mean, error = np.array(rows, dtype=float).reshape(-1, 3).T
-    return centre, mean, error
+    count = binned_statistic(x, y, "count", BINS).statistic
+    enough = count >= BIN_PLACES
+    (centre, mean), (_, deviation) = (binned_statistic(x, [x, y], of, BINS).statistic for of in ("mean", "std"))
+    return centre[enough], mean[enough], deviation[enough] / np.sqrt(count[enough] - 1)
 
 
 def correlation(a: Floats, b: Floats) -> str:

@@ -36,20 +36,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that scrolls sideways where it is too wide.
+    """A table that scrolls sideways where it is too wide."""
 
-    Attributes:
-        label: its name for screen readers.
-        head: column headings, the first one over the row headers.
-        caption: may hold markup of ours.
-        paper: the last column holds the paper's figures.
-    """
-
-    label: str
-    head: Sequence[str]
+    label: str  # its name for screen readers
+    head: Sequence[str]  # column headings, the first one over the row headers
     groups: Sequence[Group]
-    caption: str = ""
-    paper: bool = False
+    caption: str = ""  # may hold markup of ours
+    paper: bool = False  # the last column holds the paper's figures
 
     @property
     def scores(self) -> bool:
@@ -86,7 +79,6 @@ class Section:
 
     @property
     def id(self) -> str:
-        """The title as an id."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
@@ -96,7 +88,6 @@ def decimals(value: float | None, digits: int = 3) -> str:
 
 
 def plain(value: float | None) -> str:
-    """One decimal."""
     return decimals(value, 1)
 
 
@@ -110,14 +101,6 @@ def signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # never -0.0
 
 
-def span(values: Mapping[str, Any], form: Callable[[float], str] = plain) -> str:
-    """A share in percent with its interval, or with `signed` a difference in points; a dash where a part is missing."""
-    mean, low, high = (number(values.get(name)) for name in ("mean", "low", "high"))
-    if mean is None or low is None or high is None:
-        return "–"
-    return f"{form(100 * mean)} ({form(100 * low)} to {form(100 * high)})"
-
-
 def p_value(value: Any) -> str:
     """Two digits; empty where not known."""
     p = number(value)
@@ -125,7 +108,6 @@ def p_value(value: Any) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """1 fork, 2 forks."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -134,27 +116,24 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def value_with_interval(values: Mapping[str, float], digits: int = 3, key: str = "value") -> str:
-    """0.25 (0.20 to 0.30); empty where there is no value."""
-    interval = interval_of(values, digits)
-    return decimals(values.get(key), digits) + (f" ({interval})" if interval else "") if key in values else ""
-
-
-def interval_of(values: Mapping[str, float], digits: int = 3) -> str:
+def interval_of(values: Mapping[str, Any], form: Callable[[float], str] = decimals) -> str:
     """0.20 to 0.30; empty where not known."""
-    known = "low" in values and "high" in values
-    return f"{decimals(values['low'], digits)} to {decimals(values['high'], digits)}" if known else ""
+    low, high = number(values.get("low")), number(values.get("high"))
+    return "" if low is None or high is None else f"{form(low)} to {form(high)}"
+
+
+def with_interval(values: Mapping[str, Any], form: Callable[[float], str] = decimals, key: str = "value") -> str:
+    """0.25 (0.20 to 0.30); empty where there is no value."""
+    value, interval = number(values.get(key)), interval_of(values, form)
+    return "" if value is None else form(value) + (f" ({interval})" if interval else "")
+
+
+def span(values: Any, form: Callable[[float], str] = plain) -> str:
+    """A share in percent with its interval, or with `signed` a difference in points; a dash where not known."""
+    return with_interval(percent(values), form, "mean") or "–"
 
 
 def numbers(found: Any) -> dict[str, float]:
-    """The numbers of a JSON object."""
     found = found if isinstance(found, dict) else {}
     return {name: value for name, raw in found.items() if (value := number(raw)) is not None}
 
@@ -165,5 +144,4 @@ def percent(found: Any) -> dict[str, float]:
 
 
 def joined(options: Mapping[Any, Any]) -> str:
-    """name value, name value"""
     return ", ".join(f"{name} {value}" for name, value in options.items())

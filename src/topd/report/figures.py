@@ -1,7 +1,6 @@
 """The figures of training: curves by step, and seconds by stage. What has no data is left out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,114 +15,98 @@ from topd.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, dr
 Floats = NDArray[np.float64]
 
 QUANTILES = (("token_loss/q99", "99 %", ":"), ("token_loss/q90", "90 %", "--"), ("token_loss/q50", "50 %", "-"))
-STAGES = (
-    ("seconds/rollout", "rollout", SKY),
-    ("seconds/scoring", "scoring", BLUE),
-    ("seconds/windows", "windows", ORANGE),
-    ("seconds/calibration", "calibration", INK),
-    ("seconds/transport", "transport", PURPLE),
-    ("seconds/loss", "loss", GREEN),
-    ("seconds/backward", "backward", VERMILION),
-)
+STAGES = {
+    "rollout": SKY, "scoring": BLUE, "windows": ORANGE, "calibration": INK, "transport": PURPLE, "loss": GREEN,
+    "backward": VERMILION,
+}  # fmt: skip
 _MOST_POINTS = 300
 """A longer curve is drawn as the means of so many equal parts."""
 _NEAR_ZERO = 0.3
 """An axis starts at 0 where the lowest value is below this share of the highest; otherwise the change is shown."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One metric by step, one line per arm; `band`: the metrics of its lower and upper bound."""
-
-    name: str
-    key: str
-    title: str
-    unit: str
-    caption: str
-    band: tuple[str, str] | None = None
-
-
 CURVES = (
-    Curve(
+    (
         "loss", "token_loss/mean", "Token loss", "nats",
         "{direction} over the full vocabulary, mean over all response tokens of the student's rollouts in a step.",
     ),
-    Curve(
+    (
         "forward-kl", "forward_kl", "Forward KL", "nats",
         "KL(teacher ‖ student) of the warm start, mean over the tokens of the teacher's solutions in a step.",
     ),
-    Curve(
+    (
         "cross-entropy", "cross_entropy", "Cross-entropy", "nats",
         "Mean negative log-probability that the student gives to the tokens of the solutions in a step.",
     ),
-    Curve(
+    (
         "eval-loss", "eval_loss", "Evaluation loss", "nats",
         "The trainer's evaluation loss on the evaluation data set, at each evaluation.",
     ),
-    Curve(
+    (
         "accuracy", "eval_accuracy", "Accuracy", "share",
         "Share of held-out problems solved during training. Band: 95 % interval over problems.",
         ("eval_accuracy_low", "eval_accuracy_high"),
     ),
-    Curve(
+    (
         "distance", "distance/q50", "Transport distance of candidates", "D_OT",
         "Median D_OT between the student's and the teacher's next tokens, over all candidates of a step. Band: the "
         "middle half of the candidates.",
         ("distance/q25", "distance/q75"),
     ),
-    Curve(
+    (
         "alarms", "false_alarm_share", "False alarms among candidates", "share",
         "Share of all candidates of a step that are not forks. With fork_rule batch_quantile the rule fixes this "
         "share; with the other rules it is a measurement.",
     ),
-    Curve(
+    (
         "own-token", "guidance/own_token_share", "Own-token share", "share",
         "Share of the guidance target that is the student's own token. This part only sharpens the student.",
     ),
-    Curve(
+    (
         "guidance-loss", "guidance/loss", "Guidance loss", "nats",
         "KL(aligned target ‖ student), mean over guided window positions, before it is multiplied by λ.",
     ),
-    Curve(
+    (
         "length", "completions/mean_length", "Response length", "tokens",
         "Mean length of the student's responses. A sudden change often explains a change of the loss.",
     ),
 )  # fmt: skip
+"""Of each: the arguments of `_curve`."""
 
 
 def curve_figures(arms: Sequence[Arm]) -> list[Figure]:
-    """What was logged by step."""
-    figures = [_curve(curve, arms) for curve in CURVES]
+    figures = [_curve(arms, *curve) for curve in CURVES]
     return [figure for figure in [figures[0], _quantiles(arms), *figures[1:], _seconds(arms)] if figure]
 
 
-def _curve(curve: Curve, arms: Sequence[Arm]) -> Figure | None:
-    shown = [arm for arm in arms if arm.series(curve.key)[0]]
+def _curve(
+    arms: Sequence[Arm], name: str, key: str, title: str, unit: str, caption: str, band: tuple[str, ...] = ()
+) -> Figure | None:
+    """One metric by step, one line per arm; `band`: the metrics of its lower and upper bound."""
+    shown = [arm for arm in arms if arm.series(key)[0]]
     if not shown:
         return None
-    lines = {arm.name: thin(*arm.series(curve.key)) for arm in shown}
-    described = "; ".join(f"{name} {_ends(*line)}" for name, line in lines.items())
-    with drawing(curve.name, f"{curve.title} by training step, in {curve.unit}: {described}.") as figure:
+    lines = {arm.name: thin(*arm.series(key)) for arm in shown}
+    described = "; ".join(f"{arm} {_ends(*line)}" for arm, line in lines.items())
+    with drawing(name, f"{title} by training step, in {unit}: {described}.") as figure:
         axes = figure.axes[0]
         for arm in shown:
             colour, style = arm_styles(arms)[arm.name]
-            if curve.band:
-                low, high = (dict(zip(*arm.series(key), strict=True)) for key in curve.band)
+            if band:
+                low, high = (dict(zip(*arm.series(bound), strict=True)) for bound in band)
                 both = sorted(low.keys() & high.keys())
                 steps, bottom = thin(both, [low[step] for step in both])
                 top = thin(both, [high[step] for step in both])[1]
                 axes.fill_between(steps, bottom, top, color=colour, alpha=0.16, linewidth=0)
             line = lines[arm.name]
             axes.plot(*line, style, color=colour, marker="o", markersize=2.5 if len(line[0]) < 4 else 0)
-        _by_step(axes, curve.unit)
-        from_zero = _fit(axes, top=1.0 if curve.unit == "share" else None)
+        _by_step(axes, unit)
+        from_zero = _fit(axes, top=1.0 if unit == "share" else None)
         if len(arms) > 1:
-            label_lines(axes, [(line[1][-1], name, arm_styles(arms)[name][0]) for name, line in lines.items()])
+            label_lines(axes, [(line[1][-1], arm, arm_styles(arms)[arm][0]) for arm, line in lines.items()])
     forward = any(number(arm.options.get("beta")) == 0 for arm in arms)
-    caption = curve.caption.format(direction="KL(teacher ‖ student)" if forward else "KL(student ‖ teacher)")
-    return Figure(
-        curve.title, figure.svg, caption if from_zero else f"{caption} The vertical axis does not start at 0."
-    )
+    caption = caption.format(direction="KL(teacher ‖ student)" if forward else "KL(student ‖ teacher)")
+    return Figure(title, figure.svg, caption if from_zero else f"{caption} The vertical axis does not start at 0.")
 
 
 def _quantiles(arms: Sequence[Arm]) -> Figure | None:
@@ -161,20 +144,19 @@ def _quantiles(arms: Sequence[Arm]) -> Figure | None:
 
 
 def _seconds(arms: Sequence[Arm]) -> Figure | None:
-    table = {arm.name: [arm.mean(key) or 0.0 for key, _, _ in STAGES] for arm in arms}
+    table = {arm.name: [arm.mean(f"seconds/{stage}") or 0.0 for stage in STAGES] for arm in arms}
     table = {name: seconds for name, seconds in table.items() if sum(seconds) > 0}
     if not table:
         return None
-    names = [label for _, label, _ in STAGES]
     described = "; ".join(
-        f"{name}: " + ", ".join(f"{label} {value:.3g}" for label, value in zip(names, seconds, strict=True) if value)
+        f"{name}: " + ", ".join(f"{stage} {value:.3g}" for stage, value in zip(STAGES, seconds, strict=True) if value)
         for name, seconds in table.items()
     )
     with drawing("seconds", f"Mean seconds per step by stage: {described}.", height=1.5 + 0.6 * len(table)) as figure:
         axes = figure.axes[0]
         widths = np.array(list(table.values()))
         starts = np.cumsum(widths, axis=1) - widths
-        for stage, (_, label, colour) in enumerate(STAGES):
+        for stage, (label, colour) in enumerate(STAGES.items()):
             if widths[:, stage].any():
                 axes.barh(list(table), widths[:, stage], left=starts[:, stage], height=0.55, color=colour, label=label)
         for row, total in enumerate(widths.sum(axis=1)):
@@ -198,7 +180,6 @@ def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[Floats, Floats]
 
 
 def _ends(steps: Sequence[float] | Floats, values: Sequence[float] | Floats) -> str:
-    """A curve in words."""
     if len(steps) == 1:
         return f"{values[0]:.3g} at step {steps[0]:.0f}"
     return f"from {values[0]:.3g} at step {steps[0]:.0f} to {values[-1]:.3g} at step {steps[-1]:.0f}"

@@ -23,22 +23,13 @@ from topd.report.summary import counts, evaluation_verdicts, lede, option_rows, 
 from topd.runs.files import write_text
 
 _HERE = Path(__file__).parent
-MOST_TOKENS = 30
-"""Tokens offered in the filter, the most frequent candidates first."""
-AT_FIRST = 10
-"""Candidates, and rollouts, shown before the reader asks for more."""
 
 
 def write_report(run: Path, out: Path | None = None, compare: Sequence[Path] = ()) -> Path:
-    """Write the report of a run folder and return where it is.
+    """Write the report of a run folder to `out`, by default its `report.html`, and return where it is.
 
-    Args:
-        run: a demo folder (with `results.json`), one trainer output folder, or what an analysis wrote.
-        out: the HTML file; by default `report.html` in `run`.
-        compare: more runs, shown on the same axes.
-
-    Raises:
-        ReportError: if there is nothing to report, or the records are newer than this version of topd.
+    `compare`: more runs, shown on the same axes. Raises `ReportError` if there is nothing to report, or the records are
+    newer than this version of topd.
     """
     out = Path(run) / "report.html" if out is None else Path(out)
     html = render(load_runs([Path(run), *map(Path, compare)]))
@@ -69,7 +60,7 @@ def render(runs: Sequence[Run], *, limit: int = MAX_CANDIDATES) -> str:
         notes=notes,
         sections=sections,
         counts=counts(runs),
-        at_first=AT_FIRST,
+        at_first=10,  # candidates, and rollouts, before the reader asks for more
         levels=LEVELS,
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -127,7 +118,7 @@ def _forks(runs: Sequence[Run], limit: int) -> dict[str, object]:
         "cards": cards,
         "kinds": Counter(card.candidate.kind for card in cards),
         "sources": Counter(sorted(card.arm for card in cards)),
-        "tokens": Counter(card.token for card in cards).most_common(MOST_TOKENS),
+        "tokens": Counter(card.token for card in cards).most_common(30),  # offered in the filter
         "futures": [card.alignment.data if card.alignment else None for card in cards],
         "left_out": sum(len(arm.points) for arm in arms) - len(cards),
         "farthest": max(known, default=0.0) or 1.0,

@@ -7,28 +7,19 @@ from typing import Any
 
 from topd.paper import CORRELATIONS, GROUPS, NEAR_ZERO, NEAR_ZERO_SHARES, PROBE
 from topd.report.distances import groups_figure, readings_figure, scatter
-from topd.report.elements import Group, Section, Table, decimals, numbers, percent, share, value_with_interval
-from topd.report.reading import check_version, clean, mapping, mappings, number, read_lines, read_object
+from topd.report.elements import Group, Section, Table, decimals, percent, plain, share, with_interval
+from topd.report.reading import clean, mapping, mappings, number, read_lines, read_object
 from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of, visible
-
-MOST_TOKENS = 24
 
 
 @dataclass
 class ProbeRecords:
-    """A probe.
+    """`distances`: by reading of the student's window, the main one first, and by group, D_OT of each position."""
 
-    Attributes:
-        result: `probe.json`.
-        distances: by reading of the student's window, the main one first, and by group, D_OT of each position.
-        points: high-loss positions.
-        rollouts: those that are kept, high-loss positions as candidates.
-    """
-
-    result: Mapping[str, Any]
+    result: Mapping[str, Any]  # `probe.json`
     distances: dict[str, dict[str, list[float]]]
-    points: list[Candidate] = field(default_factory=list)
-    rollouts: list[Rollout] = field(default_factory=list)
+    points: list[Candidate] = field(default_factory=list)  # high-loss positions
+    rollouts: list[Rollout] = field(default_factory=list)  # those that are kept, high-loss positions as candidates
 
 
 def load_probe(folder: Path, notes: list[str], keep: int) -> ProbeRecords | None:
@@ -37,7 +28,6 @@ def load_probe(folder: Path, notes: list[str], keep: int) -> ProbeRecords | None
     result = read_object(folder / "probe.json", notes)
     if not result:
         return None
-    check_version(result, folder / "probe.json")
     variant, threshold = str(result.get("variant")), number(result.get("threshold"))
     readings = {clean(kind): str(name) for kind, name in mapping(result.get("readings")).items()} or {"": variant}
     found = ProbeRecords(result, {kind: {group: [] for group in GROUPS} for kind in readings})
@@ -114,26 +104,26 @@ def _quantities(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """A row per quantity that is recorded: its value in each reading, and the paper's."""
     rows: list[tuple[str, ...]] = []
 
-    def add(words: str, found: list[dict[str, float]], paper: str, digits: int = 3, key: str = "value") -> None:
+    def add(words: str, found: Sequence[Any], paper: str, form: Any = decimals, key: str = "value") -> None:
         if any(key in each for each in found):
-            rows.append((words, *(value_with_interval(each, digits, key) for each in found), paper))
+            rows.append((words, *(with_interval(each, form, key) for each in found), paper))
 
     groups = {group: [mapping(mapping(each.get("groups")).get(group)) for each in results] for group in GROUPS}
     for group, words in GROUPS.items():
         n = number(groups[group][0].get("n"))
         of = "" if n is None else f" (n = {n:.0f})"
-        add(f"Median D_OT, {words}{of}", [numbers(each) for each in groups[group]], decimals(PROBE[group]), 3, "median")
+        add(f"Median D_OT, {words}{of}", groups[group], decimals(PROBE[group]), key="median")
     for group, words in GROUPS.items():
         near = [percent(each.get("near_zero")) for each in groups[group]]
-        add(f"D_OT below {NEAR_ZERO}, {words}, %", near, decimals(100 * NEAR_ZERO_SHARES[group], 1), 1)
+        add(f"D_OT below {NEAR_ZERO}, {words}, %", near, share(NEAR_ZERO_SHARES[group]), plain)
     for name, words in CORRELATIONS.items():
         paper = decimals(PROBE[name.removesuffix("_nll")])
-        add(words, [numbers(each.get(name)) for each in results], paper)
+        add(words, [mapping(each.get(name)) for each in results], paper)
     alarms = [percent(each.get("false_alarm_share")) for each in results]
-    add("False alarms among high-loss tokens, %", alarms, decimals(100 * PROBE["false_alarm_share"], 1), 1)
+    add("False alarms among high-loss tokens, %", alarms, share(PROBE["false_alarm_share"]), plain)
     for group, words in GROUPS.items():
         begins = [percent(each.get("begins_with_candidate")) for each in groups[group]]
-        add(f"Window begins with the candidate, {words}, %", begins, "", 1)
+        add(f"Window begins with the candidate, {words}, %", begins, "", plain)
     return rows
 
 
@@ -148,7 +138,7 @@ def _variant(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
 def _tokens(result: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:
     """Token, times it had a high loss, times it was a false alarm, the same as a percentage."""
     rows = []
-    for entry in mappings(result.get("tokens"))[:MOST_TOKENS]:
+    for entry in mappings(result.get("tokens"))[:24]:
         n, alarms = int(number(entry.get("n")) or 0), int(number(entry.get("false_alarms")) or 0)
         if n:
             rows.append((visible(clean(entry.get("token", ""))), n, alarms, 100 * alarms / n))

@@ -22,8 +22,8 @@ class ReportError(TOPDError, ValueError):
     """The records of a run cannot be used."""
 
 
-def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON file's object; empty if there is none."""
+def read_object(path: Path, notes: list[str], newest: int = RECORD_VERSION) -> dict[str, Any]:
+    """A JSON file's object; empty if there is none. Raises `ReportError` for a version after `newest`."""
     if not path.is_file():
         return {}
     try:
@@ -31,6 +31,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
+        check_version(value, path, newest)
         return value
     notes.append(f"{path.parent.name}/{path.name} is not a JSON object; it was left out.")
     return {}
@@ -97,10 +98,4 @@ def mappings(value: Any) -> list[Mapping[str, Any]]:
 
 
 def strings(values: Any) -> tuple[str, ...]:
-    """Cleaned texts of a list."""
     return tuple(clean(value) for value in values or ())
-
-
-def plan(values: Any) -> tuple[tuple[int, int, float], ...]:
-    """(student position, teacher position, mass) of a transport plan's entries."""
-    return tuple((int(i), int(j), mass) for i, j, value in values or () if (mass := number(value)))

@@ -14,51 +14,33 @@ from typing import Any
 
 from topd.evaluation.compare import COMPARISON, evaluations_in
 from topd.report.case import CorrectRecords, load_correct
-from topd.report.held_out import Row, load_responses
+from topd.report.elements import plural
 from topd.report.probe import ProbeRecords, load_probe
-from topd.report.reading import (
-    ReportError,
-    check_version,
-    clean,
-    mapping,
-    mappings,
-    number,
-    read_lines,
-    read_object,
-    read_run_file,
-)
+from topd.report.reading import ReportError, clean, mapping, mappings, number, read_lines, read_object, read_run_file
 from topd.report.rollouts import Candidate, Rollout, candidate_of, point_of, rollout_of
 from topd.report.study import load_study
-from topd.teachers.server_address import without_secrets
 
 MAX_CANDIDATES = 2000
 """Candidates kept with their windows, newest steps first. Losses and distances of all others are kept as numbers."""
 
 
+Row = tuple[str, str, str, str]
+"""Problem, response, wanted answer, verdict."""
+
+
 @dataclass
 class Arm:
-    """One trainer output folder.
-
-    Attributes:
-        log: metrics by step, oldest first.
-        options: topd's own options of the run.
-        settings: all options of the run, from its `run.yaml`.
-        provenance: models, data and versions, from its `run.yaml`.
-        rollouts: the newest audited rollouts, newest first.
-        points: all audited candidates, also those of rollouts that are not kept.
-        audited: number of audited rollouts.
-        responses: title and rows of those kept of the newest evaluation during training.
-    """
+    """One trainer output folder."""
 
     name: str
-    log: list[dict[str, Any]] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    rollouts: list[Rollout] = field(default_factory=list)
-    points: list[Candidate] = field(default_factory=list)
-    audited: int = 0
-    responses: tuple[str, list[Row]] = ("", [])
+    log: list[dict[str, Any]] = field(default_factory=list)  # metrics by step, oldest first
+    options: dict[str, Any] = field(default_factory=dict)  # topd's own
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all options, from its `run.yaml`
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # models, data and versions, from its `run.yaml`
+    rollouts: list[Rollout] = field(default_factory=list)  # the newest audited ones, newest first
+    points: list[Candidate] = field(default_factory=list)  # all audited candidates, also of rollouts that are not kept
+    audited: int = 0  # number of audited rollouts
+    responses: tuple[str, list[Row]] = ("", [])  # title and rows of those kept of the newest evaluation
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and is finite."""
@@ -68,7 +50,6 @@ class Arm:
         return sorted(values), [values[step] for step in sorted(values)]
 
     def mean(self, key: str) -> float | None:
-        """Mean of a metric over the logged steps, None if it was never logged."""
         values = self.series(key)[1]
         return sum(values) / len(values) if values else None
 
@@ -103,8 +84,6 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
     ]
     arm.options = read_object(folder / "topd_config.json", notes)
     arm.settings, arm.provenance = read_run_file(folder, notes)
-    if isinstance(server := arm.options.get("teacher_model_server_url"), str):
-        arm.options["teacher_model_server_url"] = without_secrets(server)  # an older run may have kept them
     for rollout in read_lines(folder / "audit.jsonl", f"{arm.name}/audit.jsonl", notes, _rollout):
         arm.audited += 1
         arm.points += map(point_of, rollout.candidates)
@@ -112,8 +91,31 @@ def load_arm(folder: Path, notes: list[str], keep: int) -> Arm:
         if len(arm.rollouts) % 256 == 0:  # a long run's windows need not all stay in memory
             arm.rollouts = _newest(arm.rollouts, keep)
     arm.rollouts = _newest(arm.rollouts, keep)
-    arm.responses = load_responses(folder / "eval_responses.jsonl", arm.name, notes)
+    arm.responses = _responses(folder / "eval_responses.jsonl", arm.name, notes)
     return arm
+
+
+def _responses(file: Path, arm: str, notes: list[str]) -> tuple[str, list[Row]]:
+    """The title of the newest evaluation's table, and its rows in the order of the problems."""
+    newest = 0
+    rows: dict[str, Row] = {}
+    for step, problem, row in read_lines(file, f"{arm}/{file.name}", notes, _response):
+        if step > newest:
+            newest = step
+            rows.clear()
+        rows[problem] = row  # an evaluation can be repeated at a step
+    return f"{plural(len(rows), 'response')} to held-out problems, step {newest}", list(rows.values())
+
+
+def _response(record: Mapping[str, Any]) -> tuple[int, str, Row]:
+    """The step, the problem in full, and the row; long texts without their middle."""
+
+    def shown(text: str) -> str:
+        return text if len(text) <= 600 else f"{text[:300]} … {text[-300:]}"
+
+    problem, response, answer = (clean(record[name]) for name in ("problem", "response", "answer"))
+    verdict = ("right" if record["right"] else "wrong") + ("" if record.get("ended", True) else ", truncated")
+    return int(record["step"]), problem, (shown(problem), shown(response), answer, verdict)
 
 
 def _trainer_state(folder: Path) -> Path:
@@ -155,8 +157,7 @@ class Run:
 def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     """Read a run folder. At least `keep` candidates of each arm stay with their windows, newest steps first.
 
-    Raises:
-        ReportError: if there is nothing to read in `folder`, or a record is newer than `RECORD_VERSION`.
+    Raises `ReportError` if there is nothing to read, or a record is newer than `RECORD_VERSION`.
     """
     if not folder.is_dir():
         raise ReportError(
@@ -164,7 +165,6 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
         )
     notes: list[str] = []
     results = read_object(folder / "results.json", notes)
-    check_version(results, folder / "results.json")
     folders = [path for path in sorted(folder.iterdir()) if is_arm(path) and not path.name.startswith("checkpoint-")]
     named = [arm["name"] for arm in mappings(results.get("arms")) if isinstance(arm.get("name"), str)]
     folders.sort(key=lambda path: named.index(path.name) if path.name in named else len(named))
@@ -179,7 +179,8 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
         )
     probe, correct = load_probe(folder, notes, keep), load_correct(folder, notes)
     study = load_study(folder, notes)
-    evaluations = _evaluations(folder, notes)
+    order = list(mapping(read_object(folder / COMPARISON, notes).get("models")))
+    evaluations = sorted(evaluations_in(folder), key=lambda path: [*order, path.name].index(path.name))
     if not (folders or results or probe or correct or study or evaluations):
         raise ReportError(
             f"{folder} holds no records of a run: expected results.json, trainer_state.json, audit.jsonl, study.json, "
@@ -199,12 +200,6 @@ def _made_of(folder: Path) -> tuple[Any, ...]:
     keys = (("student", "weights"), ("teacher", "weights"), ("data", "digest"))
     found = tuple(mapping(made_of.get(part)).get(key) for part, key in keys)
     return found if any(found) else ()
-
-
-def _evaluations(folder: Path, notes: list[str]) -> list[Path]:
-    """The models' folders in a folder, in the order of its comparison, if there is one."""
-    order = list(mapping(read_object(folder / COMPARISON, notes).get("models")))
-    return sorted(evaluations_in(folder), key=lambda path: order.index(path.name) if path.name in order else len(order))
 
 
 def load_runs(folders: list[Path], *, keep: int = MAX_CANDIDATES) -> list[Run]:

@@ -15,13 +15,12 @@ from topd.evaluation.compare import labels
 from topd.evaluation.results import SETTINGS, Results, benchmarks_in, read_results, summary
 from topd.paper import MEAN, PROBE, TABLE_1
 from topd.report.elements import Figure, Group, Row, Score, Section, Table, percent, plain, share, signed, span
-from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
+from topd.report.reading import clean, mapping, mappings, number, read_object
 from topd.report.svg import Estimate, forest
 
 _STUDENT, _OPD, _TOPD = (row[MEAN] for row in TABLE_1.values())
 PAPER_SCORES = {"student": _STUDENT, "opd": _OPD, "opd-capped": 48.2, "topd": _TOPD}
 """Percent, mean of AIME24, AIME25 and HMMT25-Feb (Tables 1 and 2 of the paper). Another pair, another task."""
-PAPER_OVERHEAD = "1.41 ×"
 NAMES = {
     "teacher": "Teacher",
     "student": "Student, before training",
@@ -34,19 +33,6 @@ PAPER_NOTE = Markup(
     "AIME24, AIME25 and HMMT25-Feb in percent; its share of false alarms is that of high-loss tokens below the upper "
     "quartile of distances at low-loss tokens. Compare the direction of the effects, not the numbers."
 )
-SHARED = ("temperature", "top_p", "max_new_tokens", "engine")
-"""Settings that the page names, where all samples share them."""
-
-
-@dataclass(frozen=True)
-class Headline:
-    """A number in large type. `source`: what it was measured on; `paper`: the paper's value for its own setting."""
-
-    label: str
-    value: str
-    detail: str
-    source: str
-    paper: str
 
 
 # results.json of a demo
@@ -66,7 +52,8 @@ def results_section(results: Mapping[str, Any], of: str = "") -> Section:
     return section.add("note", PAPER_NOTE) if section.blocks else section
 
 
-def _headlines(results: Mapping[str, Any]) -> list[Headline]:
+def _headlines(results: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Numbers in large type: label, value, detail, what it was measured on, the paper's value for its own setting."""
     found = []
     difference = mapping(mapping(results.get("difference")).get("greedy"))
     count = problems(results)
@@ -74,28 +61,24 @@ def _headlines(results: Mapping[str, Any]) -> list[Headline]:
         p = number(difference.get("p"))
         detail = _interval(difference, signed) + ("" if p is None else f", p = {p:.2g}")
         on = f"{count:,} held-out problems" if count else "held-out problems"
-        found.append(
-            Headline(
-                "TOPD minus OPD", f"{signed(100 * mean)} points", detail.lstrip(", "),
-                f"{on} after training, greedy", f"{signed(_TOPD - _OPD)} points",
-            )
-        )  # fmt: skip
+        found.append((
+            "TOPD minus OPD", f"{signed(100 * mean)} points", detail.lstrip(", "), f"{on} after training, greedy",
+            f"{signed(_TOPD - _OPD)} points",
+        ))  # fmt: skip
     alarms = mapping(results.get("false_alarm_share"))
     if (value := number(alarms.get("value"))) is not None:
-        found.append(
-            Headline(
-                "False alarms among high-loss tokens", f"{100 * value:.1f} %", _interval(alarms),
-                "the probe of the pair, before training", f"{100 * PROBE['false_alarm_share']:.2f} %",
-            )
-        )  # fmt: skip
+        found.append((
+            "False alarms among high-loss tokens", f"{100 * value:.1f} %", _interval(alarms),
+            "the probe of the pair, before training", f"{100 * PROBE['false_alarm_share']:.2f} %",
+        ))  # fmt: skip
     if (overhead := number(results.get("overhead"))) is not None:
         source = "the whole run: medians over all training steps"
-        found.append(Headline("Step time, TOPD relative to OPD", f"{overhead:.2f} ×", "", source, PAPER_OVERHEAD))
+        found.append(("Step time, TOPD relative to OPD", f"{overhead:.2f} ×", "", source, "1.41 ×"))
     return found
 
 
 def _score_rows(results: Mapping[str, Any]) -> list[Row]:
-    """Teacher, student and arms next to the paper's; empty if nothing was evaluated."""
+    """Empty if nothing was evaluated."""
     arms = {str(arm.get("name")): arm for arm in mappings(results.get("arms"))}
     scored = {name: mapping(results.get(name)) for name in ("teacher", "student")} | arms
     rows: list[Row] = []
@@ -109,7 +92,6 @@ def _score_rows(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _difference_row(results: Mapping[str, Any]) -> Row | None:
-    """TOPD minus OPD by decoding."""
     differences = [mapping(mapping(results.get("difference")).get(how)) for how in ("greedy", "sampled")]
     cells = [score(each, signed=True) if each else None for each in differences]
     return ("TOPD minus OPD, points", *cells, signed(_TOPD - _OPD)) if any(cells) else None
@@ -123,13 +105,11 @@ def problems(results: Mapping[str, Any]) -> int | None:
 
 
 def score(value: Any, signed: bool = False) -> Score | None:
-    """A share, bare or with its interval."""
     found = percent(value) if isinstance(value, dict) else percent({"mean": value})
     if "mean" not in found:
         return None
-    both = "low" in found and "high" in found
     p = found["p"] / 100 if "p" in found else None
-    return Score(found["mean"], found["low"] if both else None, found["high"] if both else None, p, signed)
+    return Score(found["mean"], found.get("low"), found.get("high"), p, signed)
 
 
 def _interval(entry: Mapping[str, Any], form: Callable[[float], str] = plain) -> str:
@@ -152,14 +132,12 @@ class Evaluated:
 def load_evaluations(folders: Sequence[Path], notes: list[str]) -> list[Evaluated]:
     """What can be read of the models' folders; the rest is named in `notes`.
 
-    Raises:
-        ReportError: a newer version wrote one of them.
-        TOPDError: two folders have the same name.
+    Raises `ReportError` if a newer version wrote one of them, `TOPDError` if two have the same name.
     """
     found = []
     for label, folder in zip(labels(folders), folders, strict=True):
         for name in benchmarks_in(folder):
-            check_version(read_object(folder / f"{name}{SETTINGS}", []), folder / f"{name}{SETTINGS}")
+            read_object(folder / f"{name}{SETTINGS}", [])  # refuses a newer version
         try:
             results = read_results(folder)
             found.append(Evaluated(clean(label), results, {name: summary(each) for name, each in results.items()}))
@@ -215,7 +193,7 @@ def shared_settings(models: Sequence[Evaluated]) -> list[str]:
     """The sampling settings that all models share, in words."""
     summaries = [each for model in models for each in model.summaries.values()]
     shared = []
-    for name in SHARED:
+    for name in ("temperature", "top_p", "max_new_tokens", "engine"):
         values = {str(each["settings"].get(name)) for each in summaries}
         if len(values) == 1 and (value := values.pop()) != "None":
             shared.append(f"{name} {clean(value)}")

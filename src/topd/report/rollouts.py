@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from topd.report.reading import clean, number, plan, strings
+from topd.report.reading import clean, number, strings
 
 if TYPE_CHECKING:
     from topd.report.records import Arm
@@ -38,10 +38,8 @@ class Candidate:
     weight: float = 1.0
     student_window: tuple[str, ...] = ()
     teacher_window: tuple[str, ...] = ()
-    plan: tuple[tuple[int, int, float], ...] = ()
-    """(student position, teacher position, mass)"""
-    teacher_nll: float | None = None
-    """-log p_T of the token, nats; a probe records it."""
+    plan: tuple[tuple[int, int, float], ...] = ()  # student position, teacher position, mass
+    teacher_nll: float | None = None  # -log p_T of the token, nats; a probe records it
 
     @property
     def kind(self) -> str:
@@ -61,12 +59,10 @@ class Rollout:
     tokens: tuple[str, ...]
     token_loss: tuple[float | None, ...]
     candidates: tuple[Candidate, ...]
-    title: str = ""
-    """Heading on the page; empty: the step."""
+    title: str = ""  # heading on the page; empty: the step
 
     @property
     def heading(self) -> str:
-        """The heading on the page."""
         return self.title or f"Step {self.step:,}"
 
 
@@ -83,7 +79,7 @@ def candidate_of(record: Mapping[str, Any], decision: str = "none") -> Candidate
         weight=1.0 if weight is None else weight,
         student_window=strings(record.get("student_window")),
         teacher_window=strings(record.get("teacher_window")),
-        plan=plan(record.get("plan")),
+        plan=tuple((int(i), int(j), mass) for i, j, value in record.get("plan") or () if (mass := number(value))),
         teacher_nll=number(record.get("teacher_nll")),
     )
 
@@ -120,27 +116,17 @@ class Piece:
     card: int | None = None
     skipped: int = 0
 
-    def joins(self, level: int) -> bool:
-        """Whether a token of this light shade can be added."""
-        return self.level == level and self.loss is None and self.card is None and not self.skipped
-
 
 @dataclass(frozen=True)
 class Alignment:
-    """Two windows side by side, and the plan as links; the page draws them when the candidate is opened.
-
-    Attributes:
-        links: (student position, teacher position, share of the student token's mass).
-        best: for each student position with mass, the teacher position that has most of it.
-        faint: whether links were left out for carrying little mass.
-    """
+    """Two windows side by side, and the plan as links; the page draws them when the candidate is opened."""
 
     student: list[str]
     teacher: list[str]
-    links: list[tuple[int, int, float]]
-    best: dict[int, int]
+    links: list[tuple[int, int, float]]  # student position, teacher position, share of the student token's mass
+    best: dict[int, int]  # by student position with mass, the teacher position that has most of it
     same: int
-    faint: bool
+    faint: bool  # whether links were left out for carrying little mass
 
     @property
     def data(self) -> list[object]:
@@ -167,7 +153,6 @@ class Card:
 
     @property
     def token(self) -> str:
-        """The candidate's own token, made visible."""
         return visible(self.candidate.token)
 
     @property
@@ -261,7 +246,7 @@ def _pieces(rollout: Rollout, marks: dict[int, int]) -> list[Piece]:
             pieces.append(Piece(text, level, rollout.token_loss[index], marks[index]))
         elif level >= NAMED_FROM:
             pieces.append(Piece(text, level, rollout.token_loss[index]))
-        elif pieces and pieces[-1].joins(level):
+        elif pieces and pieces[-1] == Piece(pieces[-1].text, level):  # neither named nor a gap
             pieces[-1] = Piece(pieces[-1].text + text, level)
         else:
             pieces.append(Piece(text, level))

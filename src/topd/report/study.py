@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from topd.report.elements import Figure, Group, Section, Table, joined, p_value, share, signed, span
-from topd.report.reading import check_version, clean, mapping, mappings, number, read_object
+from topd.report.reading import clean, mapping, mappings, number, read_object
 from topd.report.svg import BLUE, INK, Drawing, Estimate, drawing, forest
 from topd.version import STUDY_VERSION
 
@@ -30,9 +30,7 @@ _WIDTH, _PANELS = 9.4, 4
 
 def load_study(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     """`study.json` of a folder; None if there is none."""
-    result = read_object(folder / "study.json", notes)
-    check_version(result, folder / "study.json", STUDY_VERSION)
-    return result or None
+    return read_object(folder / "study.json", notes, STUDY_VERSION) or None
 
 
 def study_section(result: Mapping[str, Any], index: int = 0, of: str = "") -> Section:
@@ -49,20 +47,13 @@ def study_section(result: Mapping[str, Any], index: int = 0, of: str = "") -> Se
     section = Section(f"Study{of}", lede)
     figure = _differences(arms, index)
     section.add("figures", [figure] if figure else [])
-    for how, words in _ways(plan).items():
+    temperature = mapping(plan.get("sampling")).get("temperature") if plan.get("data") else 1  # of the embedded task
+    sampled = "Sampled" if temperature is None else f"Sampled, temperature {clean(temperature)}"
+    for how, words in (("greedy", "Greedy"), ("sampled", sampled)):
         section.add("table", _accuracies(words, {name: mapping(arm.get(how)) for name, arm in arms.items()}))
     section.add("table", _costs(arms, tuned, tuning))
     section.add("tried", [(name, _tried(tuning[name], tuned.get(name, {}))) for name in arms if tuning.get(name)])
     return section.add("figures", [figure for axis in AXES if (figure := _curves(arms, *axis, index))])
-
-
-def _ways(plan: Mapping[str, Any]) -> dict[str, str]:
-    """Title of the table of each decoding. The embedded task is sampled at temperature 1."""
-    temperature = mapping(plan.get("sampling")).get("temperature") if plan.get("data") else 1
-    return {
-        "greedy": "Greedy",
-        "sampled": "Sampled" + ("" if temperature is None else f", temperature {clean(temperature)}"),
-    }
 
 
 def _accuracies(words: str, arms: Arms) -> Table:
@@ -71,7 +62,7 @@ def _accuracies(words: str, arms: Arms) -> Table:
         compared = mapping(found.get("beside_opd"))
         ahead = f"{number(compared.get('ahead')) or 0:.0f} of {len(compared.get('seeds') or ())}" if compared else ""
         rows.append((
-            name, span(mapping(found.get("accuracy"))), span(compared, signed) if compared else "",
+            name, span(found.get("accuracy")), span(compared, signed) if compared else "",
             p_value(compared.get("p")), p_value(compared.get("p_holm")),
             ahead or f"{len(found.get('seeds') or ())} seeds",
         ))  # fmt: skip
@@ -133,7 +124,6 @@ def _mean(by_seed: Any) -> float | None:
 
 
 def _differences(arms: Arms, index: int) -> Figure | None:
-    """Each arm minus OPD, by decoding."""
     rows: dict[str, dict[str, Estimate]] = {}
     for name, arm in arms.items():
         for how in ("greedy", "sampled"):

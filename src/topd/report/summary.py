@@ -5,25 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topd.paper import MEAN
-from topd.report.elements import (
-    Group,
-    Table,
-    decimals,
-    duration,
-    joined,
-    listed,
-    percent,
-    plural,
-    signed,
-    value_with_interval,
-)
+from topd.report.elements import Group, Table, decimals, joined, listed, percent, plain, plural, signed, with_interval
 from topd.report.reading import clean, mapping, mappings, number
 from topd.report.records import Arm, Run
 from topd.report.results import NAMES, Evaluated, problems, shared_settings
 
-LEVEL = 0.05
-"""A difference is significant if its 95 % interval excludes 0 and p, where recorded (after Holm), is below this."""
-MOST_VERDICTS = 4
 LONGEST = 600
 """Characters of a value that are shown."""
 ByArm = list[tuple[str, list[str], bool]]
@@ -35,30 +21,22 @@ ByArm = list[tuple[str, list[str], bool]]
 
 def verdicts(run: Run) -> list[str]:
     """What a demo and a study say about TOPD and OPD, one sentence each; none where nothing was compared."""
-    found = []
     difference = mapping(mapping(run.results.get("difference")).get("greedy"))
     count = problems(run.results)
-    if text := _verdict(
-        "TOPD", "OPD on this pair", difference, ["greedy", plural(count, "problem") if count else "", "1 training seed"]
-    ):
-        found.append(text)
-    return found + ([text] if run.study and (text := _study_verdict(run.study)) else [])
+    on = ["greedy", plural(count, "problem") if count else "", "1 training seed"]
+    found = _verdict("TOPD", "OPD on this pair", difference, on), _study_verdict(run.study or {})
+    return [text for text in found if text]
 
 
 def _study_verdict(study: Mapping[str, Any]) -> str:
-    """TOPD against OPD, and how many of the other arms differ."""
     arms = {clean(name): mapping(mapping(arm).get("greedy")) for name, arm in mapping(study.get("arms")).items()}
     compared = {name: mapping(arm.get("beside_opd")) for name, arm in arms.items()}
     compared = {name: each for name, each in compared.items() if number(each.get("mean")) is not None}
     held_out = number(mapping(study.get("plan")).get("held_out"))
     parts = []
     if topd := compared.pop("topd", None):
-        on = [
-            "greedy",
-            plural(int(held_out), "problem") if held_out else "",
-            plural(len(topd.get("seeds") or ()), "training seed"),
-        ]
-        parts.append(_verdict("TOPD", "OPD on this pair", topd, on))
+        count, seeds = plural(int(held_out or 0), "problem"), plural(len(topd.get("seeds") or ()), "training seed")
+        parts.append(_verdict("TOPD", "OPD on this pair", topd, ["greedy", count if held_out else "", seeds]))
     if compared:
         different = [name for name, each in compared.items() if significant(each)]
         of = f"{plural(len(compared), 'other arm')}" if parts else plural(len(compared), "arm")
@@ -80,16 +58,15 @@ def evaluation_verdicts(models: Sequence[Evaluated], found: Mapping[str, Any]) -
         count = sum(model.summaries[name]["problems"] for name in shared)
         names = "mean of " * (len(shared) > 1) + listed([clean(name) for name in shared])
         verdicts.append(_verdict(model.label, models[0].label, row, [names, *settings, plural(count, "problem")]))
-    left = len(verdicts) - MOST_VERDICTS
-    return verdicts[:MOST_VERDICTS] + (
-        [f"The Evaluation section has {plural(left, 'more comparison')}."] if left > 0 else []
-    )
+    if len(verdicts) <= 4:
+        return verdicts
+    return [*verdicts[:4], f"The Evaluation section has {plural(len(verdicts) - 4, 'more comparison')}."]
 
 
 def significant(difference: Mapping[str, Any]) -> bool:
-    """Whether the 95 % interval excludes 0 and p, after Holm's correction where there is one, is below `LEVEL`."""
+    """Whether the 95 % interval excludes 0 and p, after Holm's correction where there is one, is below 0.05."""
     low, high, p = number(difference.get("low")), number(difference.get("high")), _p(difference)
-    return low is not None and high is not None and (low > 0 or high < 0) and (p is None or p < LEVEL)
+    return low is not None and high is not None and (low > 0 or high < 0) and (p is None or p < 0.05)
 
 
 def _p(difference: Mapping[str, Any]) -> float | None:
@@ -116,7 +93,6 @@ def _verdict(what: str, other: str, difference: Mapping[str, Any], on: Sequence[
 
 
 def lede(arms: Sequence[Arm]) -> str:
-    """What was trained, in a sentence."""
     if not arms:
         return ""
     steps = sorted({arm.steps for arm in arms})
@@ -131,10 +107,8 @@ def setup(runs: Sequence[Run]) -> list[tuple[str, str]]:
     for run in runs:
         for name, value in (item for part in (*map(facts, run.arms), _of_run(run)) for item in part.items()):
             found.setdefault(name, {})[value] = None
-    return [(name, "; ".join(found[name])[:LONGEST]) for name in _SETUP if name in found]
-
-
-_SETUP = ("Pair", "Data", "Batch", "Precision", "Device", "Seed", "Total time", "Versions")
+    shown = ("Pair", "Data", "Batch", "Precision", "Device", "Seed", "Total time", "Versions")
+    return [(name, "; ".join(found[name])[:LONGEST]) for name in shown if name in found]
 
 
 def facts(arm: Arm) -> dict[str, str]:
@@ -167,10 +141,16 @@ def _of_run(run: Run) -> dict[str, str]:
     found = {
         "Pair": " distilled from ".join(pair) if len(pair) == 2 and not any("Pair" in each for each in known) else "",
         "Seed": str(run.results.get("seed", "")),
-        "Total time": "" if seconds is None else duration(seconds),
+        "Total time": "" if seconds is None else _duration(seconds),
         "Versions": "" if any("Versions" in each for each in known) else joined(mapping(run.results.get("versions"))),
     }
     return {name: clean(value) for name, value in found.items() if value}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _short(model: Mapping[str, Any]) -> str:
@@ -221,7 +201,7 @@ def _counts(run: Run, of: str) -> list[tuple[str, ...]]:
     if run.probe:
         rollouts = number(run.probe.result.get("rollouts"))
         *kinds, counted = _kinds([point.kind for point in run.probe.points])
-        known = value_with_interval(percent(run.probe.result.get("false_alarm_share")), 1) or counted
+        known = with_interval(percent(run.probe.result.get("false_alarm_share")), plain) or counted
         rows.append((f"{of}probe before training", "–" if rollouts is None else f"{rollouts:,.0f}", *kinds, known))
     return rows
 

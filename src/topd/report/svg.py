@@ -94,9 +94,7 @@ def legend(figure: Drawing) -> None:
 def label_lines(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Name lines at their right ends instead of in a legend; names that would overlap are moved apart.
 
-    Args:
-        axes: with its limits and scale set.
-        ends: y of the line's end, its name and its colour.
+    `axes`: with its limits and scale set; `ends`: y of the line's end, its name and its colour.
     """
     height = 72 * axes.get_figure().get_figheight() * 0.72 / axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
     gap = 10.5 / height
@@ -125,10 +123,7 @@ Estimate = tuple[float, float, float]
 def forest(name: str, alt: str, rows: Mapping[str, Mapping[str, Estimate]], unit: str, *, width: float = 4.6) -> str:
     """Differences as dots with intervals, one row each, about the line of no difference.
 
-    Args:
-        name, alt, width: see `drawing`.
-        rows: by label, from the top; by series, which may be missing in some.
-        unit: of the estimates.
+    `rows`: by label, from the top; by series, which may be missing in some. The rest: see `drawing`.
     """
     series = list(dict.fromkeys(one for row in rows.values() for one in row))
     height = 0.75 + len(rows) * (_ROW + _SERIES * len(series)) + 0.2 * (len(series) > 1)

@@ -6,11 +6,8 @@ A checkpoint is written into `unfinished/`, flushed to the disk and then renamed
 
 import json
 import os
-import re
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from topd.errors import ResumeError, SavingError, TOPDError
 from topd.runs.files import flush, write_json
@@ -43,11 +40,8 @@ _PARTS = {
 def damage(checkpoint: Path, thorough: bool = False) -> str | None:
     """Why a run cannot resume from a checkpoint; None if the checkpoint is whole.
 
-    Checks which files exist, the headers of the weights (which give the file's length), and the ends of other files.
-
-    Args:
-        thorough: also read every byte and compare checksums. A checkpoint without checksums (of an earlier version or
-            another trainer) is checked by those inside its .pt files; weights have none.
+    Checks which files exist and their sizes. What is broken in a checkpoint without checksums, of another trainer, is
+    found where it is loaded. `thorough`: also read every byte and compare checksums.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
@@ -60,41 +54,16 @@ def damage(checkpoint: Path, thorough: bool = False) -> str | None:
         if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
             cause = "; --save_only_model true saves none" if part != "weights in safetensors" else ""
             return f"there is no file with {part}{cause}"
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError):
-            return f"{path.name} is cut off or broken"
-    missing = [name for name in _shards(checkpoint) if not (checkpoint / name).is_file()]
-    if missing:
-        return f"{missing[0]} is missing"
-    for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
-        if path.is_file() and not zipfile.is_zipfile(path):
-            return f"{path.name} is cut off or broken"
-    return _changed(checkpoint) if thorough else None
-
-
-def _changed(checkpoint: Path) -> str | None:
-    """The first file that differs from its checksum."""
     if not (checkpoint / CHECKSUMS).exists():
-        for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
-            try:
-                with zipfile.ZipFile(path) as parts:
-                    broken = parts.testzip()
-            except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error):
-                broken = "unreadable"
-            if broken is not None:
-                return f"{path.name} is damaged"
         return None
     try:
-        wanted = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-        for name, (length, digest) in wanted.items():
-            if not (checkpoint / name).is_file():
+        for name, (length, digest) in json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")).items():
+            file = checkpoint / name
+            if not file.is_file():
                 return f"{name} is missing"
-            found = (checkpoint / name).stat()
-            if found.st_size != length or _digest(checkpoint / name, found.st_size, found.st_mtime_ns) != digest:
-                return f"{name} is damaged: its checksum differs from {CHECKSUMS}"
+            found = file.stat()
+            if found.st_size != length or (thorough and _digest(file, length, found.st_mtime_ns) != digest):
+                return f"{name} is damaged: it differs from {CHECKSUMS}"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} or a file that it lists cannot be read"
     return None
@@ -110,33 +79,16 @@ def _digest(path: Path, length: int, changed: int) -> str:
     return digest.hexdigest()
 
 
-def _shards(checkpoint: Path) -> set[str]:
-    """The files listed in the index of sharded weights."""
-    index = checkpoint / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return {f"a readable {index.name}"}
-
-
-def _step(checkpoint: Path) -> int:
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match else -1
-
-
 def checkpoints(run_folder: Path) -> list[Path]:
     """All checkpoints of a run, whole or not, by step."""
-    return sorted(run_folder.glob("checkpoint-*"), key=_step)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in run_folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def newest_whole(run_folder: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None; and a line about each later damaged one. `thorough`: see `damage`."""
     skipped: list[str] = []
     for path in reversed(checkpoints(run_folder)):
-        if _step(path) < 0 or not path.is_dir():
-            continue
         found = damage(path, thorough)
         if found is None:
             return path, skipped
@@ -202,16 +154,13 @@ def saving(what: str, run_folder: Path) -> Iterator[None]:
 def saving_error(what: str, run_folder: Path, error: BaseException) -> SavingError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     newest, _ = newest_whole(run_folder)
+    kept, then = "There is no earlier checkpoint", "start again"
+    if newest:
+        kept = f"The last whole checkpoint is {newest}"
+        then = "run the same command with --resume_from_checkpoint true; --save_total_limit 2 keeps the disk from "
+        then += "filling up"
     return SavingError(
-        f"{what} could not be written ({reason}). "
-        + (f"The last whole checkpoint is {newest}. " if newest else "There is no earlier checkpoint. ")
-        + f"Free space on the disk of {run_folder}"
-        + (
-            ", then run the same command with --resume_from_checkpoint true; --save_total_limit 2 keeps the disk from "
-            "filling up."
-            if newest
-            else ", then start again."
-        )
+        f"{what} could not be written ({reason}). {kept}. Free space on the disk of {run_folder}, then {then}."
     )
 
 

@@ -11,28 +11,34 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-FIELDS = (
-    ("loss", "loss {:7.4f}"),
-    ("eval_loss", "evaluation loss {:.4f}"),
-    ("eval_accuracy", "accuracy {0:.1%} ({1[eval_accuracy_low]:.1%} to {1[eval_accuracy_high]:.1%})"),
-    ("eval_ended", "ended {:.1%}"),
-    ("eval_repeated", "repeated {:.1%}"),
-    ("eval_mean_length", "{:5.0f} tokens"),
-    ("token_loss/mean", "token loss {:7.4f}"),
-    ("forward_kl", "forward KL {:7.4f}"),
-    ("cross_entropy", "cross-entropy {:7.4f}"),
-    ("false_alarm_share", "false alarms {:4.0%}"),
-    ("forks/per_rollout", "forks {:4.1f}"),
-    ("completions/mean_length", "{:5.0f} tokens"),
-    ("learning_rate", "lr {:.1e}"),
-    ("step_time", "{:6.2f} s/step"),
-)
-"""Metrics of a log line, in order, as templates of the value and the whole log; those not logged are left out."""
+METRICS = {
+    "loss": ("loss {:7.4f}", "loss, nats", "{:.4f}"),
+    "eval_loss": ("evaluation loss {:.4f}", "evaluation loss, nats", "{:.4f}"),
+    "eval_accuracy": (
+        "accuracy {0:.1%} ({1[eval_accuracy_low]:.1%} to {1[eval_accuracy_high]:.1%})", "accuracy, held-out problems",
+        "{:.1%}",
+    ),
+    "eval_ended": ("ended {:.1%}", "", ""),
+    "eval_repeated": ("repeated {:.1%}", "", ""),
+    "eval_mean_length": ("{:5.0f} tokens", "", ""),
+    "token_loss/mean": ("token loss {:7.4f}", "token loss, nats", "{:.4f}"),
+    "forward_kl": ("forward KL {:7.4f}", "forward KL, nats", "{:.4f}"),
+    "cross_entropy": ("cross-entropy {:7.4f}", "cross-entropy, nats", "{:.4f}"),
+    "false_alarm_share": ("false alarms {:4.0%}", "false alarms among candidates", "{:.1%}"),
+    "forks/per_rollout": ("forks {:4.1f}", "forks/rollout", "{:.2f}"),
+    "completions/mean_length": ("{:5.0f} tokens", "tokens/response", "{:.1f}"),
+    "learning_rate": ("lr {:.1e}", "", ""),
+    "step_time": ("{:6.2f} s/step", "s/step", "{:.2f}"),
+}  # fmt: skip
+"""What a log line shows of a metric (a template of the value and the whole log); and, for those that the table at the
+end has, their name and format there. In order; what is not logged is left out."""
 
 
 class ConsoleCallback(TrainerCallback):
@@ -80,51 +86,40 @@ class ConsoleCallback(TrainerCallback):
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def give_header(trainer: Any, header: Callable[[], Sequence[str]]) -> None:
-    """Prepare a trainer that has a `ConsoleCallback`: give it the header, remove the libraries' progress bars."""
-    ours = [each for each in trainer.callback_handler.callbacks if isinstance(each, ConsoleCallback)]
-    if ours and trainer.is_world_process_zero():
-        for callback in ours:
-            callback.header = header()
-    for kind in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK) if ours else ():
-        trainer.remove_callback(kind)
+def give_header(trainer: Any, words: Mapping[str, str]) -> None:
+    """Give a trainer's `ConsoleCallback`, if it has one, the header, and remove the libraries' progress bars."""
+    width = max(map(len, words))
+    for callback in trainer.callback_handler.callbacks[:]:
+        if isinstance(callback, ConsoleCallback):
+            callback.header = [f"{name:{width}}  {line}" for name, line in words.items()]
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
 
 
-def header_lines(options: Mapping[str, Any], made_of: Mapping[str, Any], args: Any) -> list[str]:
-    """What a run trains, before its first step: pair, data, batch, precision. `made_of`: its record in `run.yaml`."""
-    lines = {}
-    for role, model in models_in(made_of).items():
-        partly = f" ({model['trained']:,} trained)" if 0 < model["trained"] < model["parameters"] else ""
-        lines[role] = f"{model['name']}, {model['parameters']:,} parameters{partly}, {model['dtype']}"
+def run_in_words(options: Mapping[str, Any], made_of: Mapping[str, Any], args: Any) -> dict[str, str]:
+    """What a run trains: pair, data, method, batch, precision. `made_of`: its record in `run.yaml`."""
+    words = {}
+    for role, model in made_of.items():
+        if isinstance(model, Mapping) and "weights" in model:
+            name = f"{model['name']} at {model['revision']}" if model["revision"] else model["name"]
+            partly = f" ({model['trained']:,} trained)" if 0 < model["trained"] < model["parameters"] else ""
+            words[role] = f"{name}, {model['parameters']:,} parameters{partly}, {model['dtype']}"
     if "teacher" not in made_of and getattr(args, "teacher_model_server_url", None):
-        lines["teacher"] = args.teacher_model_server_url
-    lines["data"] = data_in_words(options, made_of)
+        words["teacher"] = args.teacher_model_server_url
+    rows = made_of["data"]["rows"]
+    words["data"] = f"{options.get('data') or 'a dataset'}, {'a stream' if rows is None else f'{rows:,} rows'}"
     if method := getattr(args, "method", None):
-        windows = f", windows of {args.window_length} tokens" if args.looks_ahead else ""
-        lines["method"] = f"{method}{windows}"
+        words["method"] = f"{method}, windows of {args.window_length} tokens" if args.looks_ahead else method
     sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     per_step = f"{math.prod(sizes)} rows per step ({sizes[0]} per process and batch"
-    lines["batch"] = f"{per_step}, {sizes[1]} accumulated, {sizes[2]} process{'es' * (sizes[2] > 1)})"
-    lines["computed"] = f"{made_of['precision']['computed']}, on {made_of['device']}"
-    width = max(map(len, lines))
-    return [f"{name:{width}}  {line}" for name, line in lines.items()]
-
-
-def models_in(made_of: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The models of a run's record, by role."""
-    return {role: part for role, part in made_of.items() if isinstance(part, Mapping) and "weights" in part}
-
-
-def data_in_words(options: Mapping[str, Any], made_of: Mapping[str, Any]) -> str:
-    rows = made_of["data"]["rows"]
-    return f"{options.get('data') or 'a dataset'}, {'a stream' if rows is None else f'{rows:,} rows'}"
+    words["batch"] = f"{per_step}, {sizes[1]} accumulated, {sizes[2]} process{'es' * (sizes[2] > 1)})"
+    words["computed"] = f"{made_of['precision']['computed']}, on {made_of['device']}"
+    return words
 
 
 @contextmanager
 def loading(what: str, show: bool) -> Iterator[None]:
     """Say that models are loaded, and how long it took; on a terminal with the libraries' bars. Only with `show`."""
-    import transformers
-
     started = time.monotonic()
     if show:
         print(f"Loading {what} ...", flush=True)
@@ -139,12 +134,10 @@ def loading(what: str, show: bool) -> Iterator[None]:
 
 
 def formatted(logs: Mapping[str, Any]) -> list[str]:
-    """The metrics of a log entry as text."""
-    return [words.format(float(logs[key]), logs) for key, words in FIELDS if key in logs]
+    return [line.format(float(logs[key]), logs) for key, (line, _, _) in METRICS.items() if key in logs]
 
 
 def evaluation_seconds(logs: Mapping[str, Any]) -> float:
-    """What the evaluations in a log entry took."""
     return sum(float(value) for key, value in logs.items() if key.startswith("eval_") and key.endswith("_runtime"))
 
 
@@ -159,8 +152,6 @@ def duration(seconds: float) -> str:
 
 def silence_libraries() -> None:
     """Hide the libraries' warnings and progress bars; errors and download bars stay."""
-    import transformers
-
     hide_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -168,9 +159,6 @@ def silence_libraries() -> None:
 
 def hide_progress_bars() -> None:
     """Hide the libraries' progress bars and FutureWarnings; other warnings and download bars stay."""
-    import transformers
-    from huggingface_hub.utils import enable_progress_bars
-
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     enable_progress_bars()

@@ -51,13 +51,11 @@ def write_text(text: str, file: Path) -> None:
 
 
 def write_json(value: Any, file: Path, indent: int | None = 1) -> None:
-    """Replace a file by a JSON value."""
     with replacing(file) as aside:
         aside.write_bytes(as_json(value, indent))
 
 
 def write_records(records: Iterable[dict[str, Any]], file: Path) -> None:
-    """Replace a JSON-lines file."""
     with replacing(file) as aside:
         aside.write_bytes(b"".join(map(as_json, records)))
 
@@ -75,11 +73,7 @@ def as_json(value: Any, indent: int | None = None) -> bytes:
 
 
 def read_json(file: Path, remedy: str) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        TOPDError: the file is missing, cut off, or nested too deep; with the remedy, a sentence.
-    """
+    """The value in a JSON file. Raises `TOPDError` with the remedy, a sentence, if it is missing or broken."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -98,9 +92,7 @@ def read_records(file: Path, needs: Iterable[str] = ()) -> tuple[list[dict[str, 
     """The records of a JSON-lines file, and the numbers (from 1) of its broken lines. Both are empty if it is missing.
 
     Only "\\n" ends a line: a record may contain other characters that Python treats as line ends, such as U+2028.
-
-    Args:
-        needs: keys that every record has.
+    `needs`: keys that every record has.
     """
     records: list[dict[str, Any]] = []
     broken: list[int] = []

@@ -29,11 +29,9 @@ _REMEDIES = {
 
 @contextmanager
 def guarded(folder: Path | None, remove: bool = False) -> Iterator[None]:
-    """Turn every unforeseen error into a `TOPDError`, and write its traceback to a file.
+    """Turn every unforeseen error into a `TOPDError`, and write its traceback to a file in the command's folder.
 
-    Args:
-        folder: where the command writes, and so the traceback; None: there is none yet.
-        remove: where nothing goes wrong, remove the traceback that an earlier command left there.
+    `remove`: where nothing goes wrong, remove the traceback that an earlier command left there.
     """
     try:
         yield
@@ -46,7 +44,6 @@ def guarded(folder: Path | None, remove: bool = False) -> Iterator[None]:
 
 
 def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
-    """The message for an error: what it means and what to do."""
     if isinstance(error, ImportError) and error.name in REPORT_NEEDS:
         return TOPDError(f"this needs {error.name}: {install('report')}.")
     reason = " ".join(str(error).split())[:400]
@@ -58,7 +55,8 @@ def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
     if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
         return TOPDError(f"{error.filename}: {error.strerror}. {_REMEDIES[error.errno]}")
     where = _write_traceback(folder)
-    if type(error).__module__.partition(".")[0] == "jinja2" and not _is_of_the_report(error):
+    folders = [Path(frame.filename).parent.name for frame in traceback.extract_tb(error.__traceback__)]
+    if type(error).__module__.partition(".")[0] == "jinja2" and "report" not in folders:
         return TOPDError(
             f"The chat template rejects a prompt, or is broken ({type(error).__name__}: {reason}). Change the prompts "
             f"or the template's options, or fix the template.{where}"
@@ -67,11 +65,6 @@ def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
         f"Stopped by {type(error).__name__}: {reason} If this names an option, correct it; otherwise it may be a bug."
         f"{where}"
     )
-
-
-def _is_of_the_report(error: Exception) -> bool:
-    """Whether the error is in a template of the report page."""
-    return any(Path(frame.filename).parent.name == "report" for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _write_traceback(folder: Path | None) -> str:
@@ -87,16 +80,11 @@ def _write_traceback(folder: Path | None) -> str:
     return ""
 
 
-CLOSED = 128 + 13
-"""Exit status of a program ended by SIGPIPE."""
-
-
 @contextmanager
 def output_may_close(continues: bool) -> Iterator[None]:
     """While the block runs, a closed standard output or error is no error, as in `topd train | head`.
 
-    Args:
-        continues: whether the command continues without output (as training does) or exits with status 141.
+    `continues`: whether the command continues without output (as training does) or exits with status 141.
     """
     before = sys.stdout, sys.stderr
     streams = [_Stream(stream, continues) for stream in before]
@@ -142,7 +130,7 @@ class _Stream:
             os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
         if not self._continues:
-            raise SystemExit(CLOSED)
+            raise SystemExit(128 + 13)  # as of a program that SIGPIPE ended
         if self is sys.stdout:
             print("topd: the output is closed (a pipe, as `| head`); the run continues without it.", file=sys.stderr)
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from topd.errors import RunInterrupted
@@ -21,20 +22,14 @@ class StopWhenAsked(TrainerCallback):
     """Handles signals while a run trains. A second Ctrl-C stops it at once.
 
     SIGTERM may arrive more than once, and launchers forward signals that workers already got from the terminal. So a
-    second signal counts only if it is Ctrl-C and arrives at least a second later.
-
-    Args:
-        any_process: whether a value is true on any process: all must stop after the same step.
-
-    Attributes:
-        received: the first signal that this process got.
-        stopped: whether a signal, to any process, ended the run.
+    second signal counts only if it is Ctrl-C and arrives at least a second later. `any_process`: whether a value is
+    true on any process, since all must stop after the same step.
     """
 
     def __init__(self, any_process: Callable[[bool], bool]) -> None:
         self.any_process = any_process
-        self.received: int | None = None
-        self.stopped = False
+        self.received: int | None = None  # the first signal that this process got
+        self.stopped = False  # whether a signal, to any process, ended the run
         self._since = 0.0
 
     @contextmanager
@@ -64,9 +59,7 @@ class StopWhenAsked(TrainerCallback):
         with suppress(OSError):  # the output may be closed
             os.write(2, text.encode())  # print is not reentrant
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.any_process(self.received is not None) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
         return control

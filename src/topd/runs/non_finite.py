@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from topd.errors import NonFiniteError
 from topd.near_future import Rollouts
@@ -19,12 +19,10 @@ from topd.runs.files import write_json
 def non_finite_error(
     what: str, step: int, output_dir: str, rollouts: Rollouts | None, row_loss: torch.Tensor | None, decode: Any
 ) -> NonFiniteError:
-    """The error to raise: it names the step and the rollouts at fault, which are written to `non_finite.json`.
+    """The error to raise: it names `what`, the step, and the rollouts at fault, which are written to `non_finite.json`.
 
-    Args:
-        what: "loss", "gradient of layer X", ...
-        row_loss: [rollout] mean token loss (nats). Rows that are not finite are at fault, or else the largest.
-        decode: token ids to text.
+    `row_loss`: [rollout] mean token loss (nats). Rows that are not finite are at fault, or else the largest. `decode`:
+    token ids to text.
     """
     newest, _ = newest_whole(Path(output_dir))
     kept = f"the last whole checkpoint is {newest}" if newest else "no checkpoint was saved yet"
@@ -71,9 +69,7 @@ class StopOnNonFiniteGradient(TrainerCallback):
     def __init__(self, raise_error: Any) -> None:
         self.raise_error = raise_error
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:
             return
         name = _first({n: p.grad for n, p in kwargs["model"].named_parameters() if p.grad is not None})
@@ -95,9 +91,7 @@ def _held_here(weight: Any) -> torch.Tensor:
 def non_finite_weights(name: str, step: int, what: str, output_dir: Path) -> NonFiniteError:
     """The error for weights that must not be saved."""
     newest, _ = newest_whole(output_dir)
-    remedy = (
-        f"Resume from {newest}, the last whole checkpoint," if newest else "No checkpoint was saved yet. Start again"
-    )
+    remedy = f"Resume from {newest}, the last whole checkpoint," if newest else "Without a checkpoint, start again"
     return NonFiniteError(
         f"The weight {name} is not finite after step {step}, so {what} was not saved. {remedy} with a lower "
         "learning_rate."

@@ -30,8 +30,6 @@ RUN_FILE = "run.yaml"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft", "vllm")
 SECRET = re.compile(r"(hub_|auth_|^)token$|password|secret|api_key", re.IGNORECASE)
 """Names of options whose values are never recorded."""
-NOT_OPTIONS = ("resume_from_checkpoint",)
-"""Options of how a run is started, which are not recorded."""
 SAMPLED = 16
 """Values of each parameter that go into its digest."""
 
@@ -40,10 +38,10 @@ SAMPLED = 16
 
 
 def options_of(*parts: Any) -> dict[str, Any]:
-    """Every option of these dataclasses as YAML values, without secrets and `NOT_OPTIONS`."""
+    """Every option of these dataclasses as YAML values, without secrets and how it was started."""
     found = {option.name: getattr(part, option.name) for part in parts for option in fields(part) if option.init}
-    kept = {name: value for name, value in found.items() if not SECRET.search(name) and name not in NOT_OPTIONS}
-    return {name: plain(value) for name, value in kept.items()}
+    found.pop("resume_from_checkpoint", None)
+    return {name: plain(value) for name, value in found.items() if not SECRET.search(name)}
 
 
 def changed_options(options: Mapping[str, Any], *parts: Any) -> list[str]:
@@ -110,7 +108,7 @@ def model_record(model: Any, name: str | None) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "trained": sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad),
         "dtype": str(next(iter(parameters.values())).dtype).removeprefix("torch."),
-        "shapes": _digest(f"{each} {tuple(parameter.shape)}" for each, parameter in sorted(parameters.items())),
+        "shapes": digest(f"{each} {tuple(parameter.shape)}" for each, parameter in sorted(parameters.items())),
         "weights": weights_digest(parameters),
         "frozen": weights_digest({n: p for n, p in parameters.items() if not p.requires_grad}),
     }
@@ -140,19 +138,15 @@ def data_record(dataset: Any) -> dict[str, Any]:
         return {"rows": None, "columns": names, "digest": None}
     read = [name for name in ("prompt", "completion", "teacher", "teacher_prompt") if name in names]
     values = (json.dumps(value, sort_keys=True, default=str) for name in read for value in dataset[name])
-    return {"rows": len(dataset), "columns": names, "digest": _digest(values)}
+    return {"rows": len(dataset), "columns": names, "digest": digest(values)}
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of every token and its id."""
-    return _digest(f"{i} {token}" for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-
-
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 of lines, 16 hexadecimal digits."""
+    found = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()[:16]
+        found.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()[:16]
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -207,11 +201,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 Run = tuple[Mapping[str, Any], Mapping[str, Any]]
 """Options and provenance, as `provenance.read_run` returns them."""
 
-NOT_COMPARED = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "preflight", "hub_model_id")
-"""Options that do not affect training."""
+NOT_COMPARED = (
+    "output_dir", "logging_dir", "run_name", "disable_tqdm", "preflight", "hub_model_id", "student's weights",
+)  # fmt: skip
+"""Options that do not affect training; and a fully trained student gets the checkpoint's weights."""
 BATCH = ("per_device_train_batch_size:", "gradient_accumulation_steps:", "processes:")
 """Changes of the number of rows per step."""
-_MODEL = ("name", "revision", "architecture", "parameters", "trained", "dtype")
 
 
 def compared(before: Run, now: Run) -> tuple[list[str], list[str]]:
@@ -220,32 +215,29 @@ def compared(before: Run, now: Run) -> tuple[list[str], list[str]]:
     A student of other shapes, other weights under its adapters, and another tokenizer are refused. Other differences
     may be intended and are reported.
     """
+    old, new = _flat(*before), _flat(*now)
     changes = [
-        f"{name}: {_shown(before[0][name])} -> {_shown(now[0][name])}"
-        for name in now[0]
-        if name in before[0] and name not in NOT_COMPARED and before[0][name] != now[0][name]
+        f"{name}: {_shown(old[name])} -> {_shown(value)}"
+        for name, value in new.items()
+        if name in old and name not in NOT_COMPARED and old[name] != value
     ]
-    changes += _environment(before[1], now[1])
     if any(change.startswith(BATCH) for change in changes):
         changes.append("the batch has another size: its steps are counted as before, so that some rows of the data are "
                        "seen twice or not at all in this epoch")  # fmt: skip
-    rows, now_rows = _part(before[1], "data"), _part(now[1], "data")
-    if _differ(rows, now_rows, "digest"):
-        changes.append(f"data: other prompts, {_shown(rows.get('rows'))} -> {_shown(now_rows.get('rows'))} rows")
-    for role in sorted({*before[1], *now[1]}):
-        old, new = _part(before[1], role), _part(now[1], role)
-        if "weights" not in old or "weights" not in new:
-            continue
-        changes += [f"{role}'s {name}: {_shown(old[name])} -> {_shown(new[name])}" for name in _MODEL
-                    if _differ(old, new, name)]  # fmt: skip
-        # a fully trained student gets the checkpoint's weights, whatever it started from
-        if role != "student" and old.get("dtype") == new.get("dtype") and _differ(old, new, "weights"):
-            changes.append(f"{role}: other weights")
     return changes, _refused(before[1], now[1])
 
 
+def _flat(options: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, and what is known of the rest by names such as "teacher's dtype"."""
+    found = {**options, **{name: made_of[name] for name in ("device", "processes") if name in made_of}}
+    for part, values in made_of.items():
+        if isinstance(values, Mapping):
+            found |= {f"{part}'s {name}": value for name, value in values.items() if value is not None}
+    return found
+
+
 def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = _part(before, "student"), _part(now, "student")
+    old, new = before.get("student", {}), now["student"]
     refused = []
     if _differ(old, new, "shapes"):
         sizes = " -> ".join(f"{_shown(each.get('parameters'))} parameters" for each in (old, new))
@@ -255,19 +247,6 @@ def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if _differ(before, now, "tokenizer"):
         refused.append("the tokenizer is another one")
     return refused
-
-
-def _environment(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = _part(before, "versions"), _part(now, "versions")
-    changed = [f"{name} {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in sorted({*old, *new})
-               if old.get(name) != new.get(name)]  # fmt: skip
-    return changed + [f"{name}: {_shown(before[name])} -> {_shown(now[name])}" for name in ("device", "processes")
-                      if _differ(before, now, name)]  # fmt: skip
-
-
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = record.get(name)
-    return part if isinstance(part, Mapping) else {}
 
 
 def _differ(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> bool:

@@ -11,69 +11,53 @@ from typing import Any
 import torch
 import yaml
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 
 from topd.errors import ResumeError
 from topd.logs import get_logger
 from topd.runs import provenance
 from topd.runs.checkpoints import AUTO, newest_whole, refuse_second_run, saving
-from topd.runs.console import data_in_words, give_header, header_lines, models_in
+from topd.runs.console import give_header, run_in_words
 from topd.runs.provenance import compared
+from topd.runs.resumable_trainer import ResumableTrainer
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class StartRecord:
-    """How a run was started, from the command line or by the user's own program.
+    """How a run was started, from the command line or by the user's own program."""
 
-    Attributes:
-        options: every option, as `--config` takes it.
-        changed: names of the options that differ from their defaults.
-        command: as typed.
-    """
-
-    options: Mapping[str, Any]
-    changed: list[str]
-    command: str
+    options: Mapping[str, Any]  # every one, as `--config` takes it
+    changed: list[str]  # names of those that differ from their defaults
+    command: str  # as typed
 
 
-class RecordedTrainer(Trainer):
+class RecordedTrainer(ResumableTrainer):
     """Records the run. Put it before the other base classes of a trainer, as in `TOPDTrainer`.
 
-    Raises:
-        ResumeError: from `train`: the folder holds the checkpoints of another run, or the checkpoint to resume from
-            belongs to another model.
+    `train` raises `ResumeError` if the folder holds the checkpoints of another run, or the checkpoint to resume from
+    belongs to another model.
     """
 
-    start_record: StartRecord | None = None
-    """Set by the command line; otherwise derived from `args`."""
+    start_record: StartRecord | None = None  # set by the command line; otherwise derived from `args`
     _names: Mapping[str, str | None] = {}
     _begun: dict[str, Any] | None = None
     _changes: tuple[str, ...] = ()
-    _on_any_process: Any
-    """Whether a value is true on any process: see `ResumableTrainer`."""
-    _locked_folder: Any
-    """Locks the output folder: see `ResumableTrainer`."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `resume_from_checkpoint="auto"` resumes if there is a whole checkpoint."""
-        folder = Path(str(self.args.output_dir))
         resume = resume_from_checkpoint or None
         if resume == AUTO:
-            resume = True if newest_whole(folder)[0] else None
+            resume = True if newest_whole(self._folder)[0] else None
         with self._locked_folder():
             if resume is None:
-                refuse_second_run(folder)
+                refuse_second_run(self._folder)
                 self._write_run(None)
             else:
-                self._compare_with(folder if resume is True else Path(os.fspath(resume)).absolute().parent)
-            give_header(self, self._header)
+                self._compare_with(self._folder if resume is True else Path(os.fspath(resume)).absolute().parent)
+            started, made_of = self._run_record()
+            give_header(self, run_in_words(started.options, made_of, self.args))
             return super().train(resume, *args, **kwargs)
-
-    def _header(self) -> list[str]:
-        started, made_of = self._run_record()
-        return header_lines(started.options, made_of, self.args)
 
     # The record
 
@@ -85,14 +69,16 @@ class RecordedTrainer(Trainer):
         """How the run was started, and what it is made of; models as they were before the first step."""
         if self._begun is None:
             tokenizer: Any = getattr(self, "_tokenizer", self.processing_class)
+            tokens = [(i, token) for token, i in getattr(tokenizer, "tokenizer", tokenizer).get_vocab().items()]
             unwrapped = {role: self.accelerator.unwrap_model(m) for role, m in self._models().items() if m is not None}
             models = {role: provenance.model_record(m, self._names.get(role)) for role, m in unwrapped.items()}
+            computed = "bfloat16 autocast" if self.args.bf16 else "float16 autocast" if self.args.fp16 else "as stored"
             self._begun = {
                 "versions": provenance.versions(),
-                "precision": {role: model["dtype"] for role, model in models.items()} | {"computed": self._computed()},
+                "precision": {role: model["dtype"] for role, model in models.items()} | {"computed": computed},
                 "device": torch.cuda.get_device_name() if self.args.device.type == "cuda" else self.args.device.type,
                 "processes": self.args.world_size,
-                "tokenizer": provenance.tokenizer_digest(getattr(tokenizer, "tokenizer", tokenizer)),
+                "tokenizer": provenance.digest(f"{i} {token}" for i, token in sorted(tokens)),
                 **models,
                 "data": provenance.data_record(self._prompts()),
             }
@@ -101,9 +87,6 @@ class RecordedTrainer(Trainer):
     def _prompts(self) -> Any:
         """The dataset as given by the user."""
         return self.train_dataset
-
-    def _computed(self) -> str:
-        return "bfloat16 autocast" if self.args.bf16 else "float16 autocast" if self.args.fp16 else "as stored"
 
     def _start_record_from_args(self) -> StartRecord:
         names = {"model_name_or_path": self._names.get("student")}
@@ -120,7 +103,7 @@ class RecordedTrainer(Trainer):
         if not self.accelerator.is_main_process:
             return
         started, made_of = self._run_record()
-        folder = Path(str(self.args.output_dir))
+        folder = self._folder
         earlier = provenance.read_run(folder)[1].get("resumed") or [] if checkpoint else []
         if checkpoint:
             earlier = [*earlier, {"from": checkpoint, "time": provenance.now(), "changed": list(self._changes)}]
@@ -132,12 +115,17 @@ class RecordedTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with the student's name and a section with the run's record."""
         super().create_model_card(*args, **kwargs)
-        card = Path(str(self.args.output_dir)) / "README.md"
+        card = self._folder / "README.md"
         if self.is_world_process_zero() and card.is_file():
             started, made_of = self._run_record()
-            text = card.read_text(encoding="utf-8").replace(_NOBODY, f"`{_name(made_of['student'])}`")
-            before, framework, after = text.partition("### Framework versions")
-            section = run_section(started.options, started.changed, made_of)
+            student = made_of["student"]["name"].replace("`", "")
+            before, framework, after = card.read_text(encoding="utf-8").partition("### Framework versions")
+            rows = run_in_words(started.options, made_of, self.args)
+            rows["data"] += f", digest {made_of['data']['digest']}"
+            rows["versions"] = ", ".join(f"{name} {version}" for name, version in made_of["versions"].items())
+            given = {name: value for name, value in started.options.items() if name in started.changed}
+            section = run_section(rows, given)
+            before = before.replace("[None](https://huggingface.co/None)", f"`{student}`")
             card.write_text(f"{before}{section}\n{framework}{after}", encoding="utf-8")
 
     # Resuming
@@ -180,24 +168,16 @@ class RecordedTrainer(Trainer):
 def apply_given(optimizer: Any, scheduler: Any, given: list[dict[str, Any]]) -> None:
     """Restore an optimizer's own settings, `given`, after a checkpoint has replaced its groups.
 
-    The learning rate follows from the scheduler, which is at the checkpoint's step.
+    The learning rate follows from the schedule's formula, at the checkpoint's step; without one it is the checkpoint's.
     """
     for group, settings in zip(optimizer.param_groups, given, strict=True):
-        before = group.get("initial_lr")
         group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
-        if not isinstance(scheduler, LambdaLR) and before:  # a schedule without a formula: scale in proportion
-            group["lr"] = group["lr"] * (group["initial_lr"] / before)
-    rates = [group["lr"] for group in optimizer.param_groups]
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    elif hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    if hasattr(scheduler, "_last_lr"):
-        scheduler._last_lr = rates
+        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
 
 PAPER = {
@@ -213,28 +193,12 @@ PAPER = {
 }
 """The method's paper, in the form that TRL's card cites it."""
 
-_NOBODY = "[None](https://huggingface.co/None)"
 
-
-def run_section(options: Mapping[str, Any], changed: list[str], provenance: Mapping[str, Any]) -> str:
-    """The run as Markdown: models, data, precision, versions, and the options that were set."""
-    models = models_in(provenance)
-    rows = {role: f"`{_name(model)}`, {model['parameters']:,} parameters" for role, model in models.items()}
-    rows["data"] = f"{data_in_words(options, provenance)}, digest `{provenance['data']['digest']}`"
-    rows["precision"] = ", ".join(f"{name}: {value}" for name, value in provenance["precision"].items())
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    given = {name: options[name] for name in options if name in set(changed)}
-    dumped = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
+def run_section(rows: Mapping[str, str], given: Mapping[str, Any]) -> str:
+    """The run as Markdown: what it was made of, and the options that were set."""
+    cells = {name: " ".join(value.split()).replace("|", "\\|") for name, value in rows.items()}
+    table = "\n".join(f"| {name} | {cell} |" for name, cell in cells.items())
+    dumped = yaml.safe_dump(dict(given), sort_keys=False, allow_unicode=True, width=120)
     return (
         f"## The run\n\n| | |\n|---|---|\n{table}\n\nOptions (all of them are in `run.yaml`):\n\n```yaml\n{dumped}```\n"
     )
-
-
-def _name(model: Mapping[str, Any]) -> str:
-    revision = f" at {model['revision']}" if model["revision"] else ""
-    return f"{model['name']}{revision}".replace("`", "")
-
-
-def _cell(text: Any) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")

@@ -33,8 +33,7 @@ def earlier_records(
         keep: selects the records to keep; the others are made again.
         may_change: an option that may differ, because it only sets the number of records.
 
-    Raises:
-        TOPDError: the folder holds records with other options, or the options file is damaged.
+    Raises `TOPDError` if the folder holds records with other options, or the options file is damaged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():

@@ -146,17 +146,6 @@ class ResumableTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in stored]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; an unreachable Hub ends in a message that names it."""
-        try:
-            super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # of the client's library: no network, no token, no such name
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise TOPDError(
-                f"push_to_hub: the repository on the Hub cannot be created ({reason}). Be online and logged in "
-                "(hf auth login), or leave --push_to_hub out."
-            ) from error
-
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

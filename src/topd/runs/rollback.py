@@ -27,9 +27,7 @@ CONTINUES, STOPPED, LOST = range(3)
 class RollbackTrainer(ResumableTrainer):
     """See the module. A trainer that uses a server calls `_use_server`.
 
-    Raises:
-        ServerError: from `train`, in all processes, after a checkpoint of the steps so far.
-        RunInterrupted: likewise.
+    `train` raises `ServerError` and `RunInterrupted` in all processes, after a checkpoint of the steps so far.
     """
 
     _server: ServerWindows | None = None

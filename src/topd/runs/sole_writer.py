@@ -17,13 +17,8 @@ _held: set[Path] = set()
 def sole_writer(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Lock a folder while the block runs. The system releases the lock when the process ends, for whatever reason.
 
-    A process may lock the same folder more than once.
-
-    Args:
-        name: of the lock file. Commands that write different files into one folder use different locks.
-
-    Raises:
-        TOPDError: another process holds the lock.
+    A process may lock the same folder more than once. `name`: of the lock file; commands that write different files
+    into one folder use different locks. Raises `TOPDError` if another process holds the lock.
     """
     from filelock import FileLock, Timeout  # slow to import
 

@@ -10,32 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from topd.runs.checkpoints import checkpoints
-from topd.runs.console import STAGES, duration, evaluation_seconds
+from topd.runs.console import METRICS, STAGES, duration, evaluation_seconds
 from topd.runs.records import AUDIT_FILE, EVAL_FILE
-
-ROWS = (
-    ("loss", "loss, nats", "{:.4f}"),
-    ("token_loss/mean", "token loss, nats", "{:.4f}"),
-    ("forward_kl", "forward KL, nats", "{:.4f}"),
-    ("cross_entropy", "cross-entropy, nats", "{:.4f}"),
-    ("eval_loss", "evaluation loss, nats", "{:.4f}"),
-    ("eval_accuracy", "accuracy, held-out problems", "{:.1%}"),
-    ("false_alarm_share", "false alarms among candidates", "{:.1%}"),
-    ("forks/per_rollout", "forks/rollout", "{:.2f}"),
-    ("completions/mean_length", "tokens/response", "{:.1f}"),
-    ("step_time", "s/step", "{:.2f}"),
-)
 
 Log = Sequence[dict[str, Any]]
 
 
 def print_summary(log: Log, where: Sequence[str], steps: int, resumed: int = 0, console: Console | None = None) -> None:
-    """Print how a run went, where the time went, and where its files are.
-
-    Args:
-        where: lines that name the files.
-        resumed: the step after which this start resumed.
-    """
+    """Print how a run went, where the time went, and `where` its files are. `resumed`: after which step."""
     console = console or Console()
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     for table in (metrics_table(log, steps, seconds, resumed), stages_table(log)):
@@ -55,8 +37,8 @@ def metrics_table(log: Log, steps: int, seconds: float | None, resumed: int = 0)
     evaluating = sum(map(evaluation_seconds, here))
     took += f", {duration(evaluating)} of them evaluation" if took and evaluating else ""
     table = _table(f"{steps} steps{took}", ("", "first", "last", "mean"))
-    for key, words, form in ROWS:
-        if values := values_of(log, key):
+    for key, (_, words, form) in METRICS.items():
+        if words and (values := values_of(log, key)):
             table.add_row(words, *map(form.format, (values[0], values[-1], sum(values) / len(values))))
     return table
 
@@ -74,7 +56,6 @@ def stages_table(log: Log) -> Table | None:
 
 
 def where_weights_are(folder: Path) -> list[str]:
-    """Lines that name the model and its checkpoints."""
     steps = [path.name.rpartition("-")[2] for path in checkpoints(folder)]
     listed = steps if len(steps) <= 6 else [*steps[:2], "...", steps[-1]]
     saved = [f"Checkpoints: {folder}/checkpoint-N, after steps {', '.join(listed)}"] if steps else []
@@ -95,19 +76,14 @@ def where_to_look(folder: Path) -> list[str]:
 
 
 def values_of(log: Log, key: str) -> list[float]:
-    """The values logged under a name, in order."""
     return [float(entry[key]) for entry in log if key in entry]
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(
-        title=f"[bold]{title}[/bold]",
-        title_style="",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        title=f"[bold]{title}[/bold]", title_style="", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
         show_edge=False,
-    )
+    )  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     return table
