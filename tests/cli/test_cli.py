@@ -123,6 +123,7 @@ FILES = [
     ("seed: " + "9" * 5000 + "\n", "cannot be read as int"),
     ("seed: 0x" + "f" * 5000 + "\n", "too large"),
     ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *a]\n" for i in range(20)), "Unknown"),
+    ('model_init_kwargs: \'{"a": 1, "a": 2}\'\n', "'a' appears more than once"),
 ]
 
 
@@ -131,6 +132,11 @@ def test_a_config_file_that_means_two_things_or_nothing_is_refused(tmp_path, cap
     file = tmp_path / "mine.yaml"
     file.write_text(text + f"output_dir: {tmp_path}\n")
     assert found in message(capsys, "train", "--config", str(file))
+
+
+def test_json_on_the_command_line_with_a_name_twice_is_refused(capsys):
+    recipe = ("train", "--config", "recipe:embedded")
+    assert "'a' appears more than once" in message(capsys, *recipe, "--chat_template_kwargs", '{"a": 1, "a": 2}')
 
 
 def test_only_embedded_models_have_prompts_without_being_asked(capsys, tmp_path):

@@ -203,3 +203,19 @@ def test_conversations_in_a_stream_train_with_several_updates(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.used[0] == trainer.used[1] != trainer.used[2] == trainer.used[3]
+
+
+def test_pixels_of_images_stay_with_their_rows(tmp_path, monkeypatch):
+    """Plain OPD on images, as in TRL: pixels are [patch, feature], with as many patches per row as its images have."""
+    trainer = tiny_trainer(tmp_path, method="opd", per_device_train_batch_size=1, gradient_accumulation_steps=3)
+    grids = torch.tensor([[1, 1, 1], [1, 2, 2], [1, 1, 3]])
+    row = torch.arange(3).repeat_interleave(grids.prod(-1))
+    batch = {
+        "row": torch.arange(3), "pixel_values": row[:, None].float(), "image_grid_thw": grids, "num_images": [1, 1, 1]
+    }  # fmt: skip
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", lambda _: batch)
+    trainer.model.train()
+    trainer._prepare_inputs([])
+    for part in trainer._buffered_inputs:
+        expected = [float(part["row"])] * int(part["image_grid_thw"].prod())
+        assert part["pixel_values"].flatten().tolist() == expected

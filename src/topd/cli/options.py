@@ -21,7 +21,7 @@ from topd.embedded.pair import PREFIX
 from topd.errors import TOPDError
 from topd.lm.pair import PREFIX as LM
 from topd.loading.options import PROVENANCE, check_value, renamed, spelling
-from topd.parsing import read_yaml
+from topd.parsing import read_json, read_yaml
 from topd.runs.guard import guarded
 from topd.runs.sole_writer import sole_writer
 
@@ -119,9 +119,12 @@ def parse_options(argv: Sequence[str], page: Page) -> Any:
     in_file = renamed({name: in_file[name] for name in ours}, spell)
     for name, value in in_file.items():
         check_value(name, value, kinds)
-    given = [*(word[2:].partition("=")[0] for word in words if word.startswith("--")), *in_file]
-    lora = next((name for name in given if name.startswith("lora_")), None)
-    if lora is not None and "use_peft" not in given:
+    given = [*_given(words), *in_file.items()]
+    for name, text in given:
+        _check_json(name, text, kinds)
+    names = [name for name, _ in given]
+    lora = next((name for name in names if name.startswith("lora_")), None)
+    if lora is not None and "use_peft" not in names:
         raise TOPDError(f"{lora} does nothing without use_peft: add --use_peft true, or leave it out.")
     os.environ.update({name: str(value) for name, value in in_file.pop("env", {}).items()})
     try:
@@ -129,8 +132,6 @@ def parse_options(argv: Sequence[str], page: Page) -> Any:
         return parser.parse_args_into_dataclasses(args=words)
     except TOPDError:
         raise
-    except json.JSONDecodeError as error:
-        raise TOPDError(f"{error.doc:.60} is not JSON: {error}.") from error
     except (ValueError, TypeError) as error:
         if left := re.search(r"not used by the HfArgumentParser: (.*)", str(error)):
             raise TOPDError(
@@ -174,6 +175,26 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if isinstance(resume, bool):
         config["resume_from_checkpoint"] = str(resume).lower()  # the option is text: true, auto or a folder
     return words, config
+
+
+def _given(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The options of a command line whose value is one word, with it."""
+    pairs = [(word[2:].partition("="), after) for word, after in zip(words, [*words[1:], ""], strict=False)
+             if word.startswith("--")]  # fmt: skip
+    return [(name, value if equals else after) for (name, equals, value), after in pairs]
+
+
+def _check_json(name: str, text: Any, kinds: Any) -> None:
+    """Raise `TOPDError` where an option's JSON object is broken or has a name twice."""
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        return
+    try:
+        read_json(text)
+    except json.JSONDecodeError as error:
+        if any(name in getattr(kind, "_VALID_DICT_FIELDS", ()) for kind in kinds):
+            raise TOPDError(f"--{name} is {text:.60}, which is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise TOPDError(f"--{name}: {text[:60]}: {error}.") from error
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -168,16 +168,24 @@ class RecordedTrainer(ResumableTrainer):
 def apply_given(optimizer: Any, scheduler: Any, given: list[dict[str, Any]]) -> None:
     """Restore an optimizer's own settings, `given`, after a checkpoint has replaced its groups.
 
-    The learning rate follows from the schedule's formula, at the checkpoint's step; without one it is the checkpoint's.
+    The learning rate follows from the scheduler, which is at the checkpoint's step.
     """
     for group, settings in zip(optimizer.param_groups, given, strict=True):
+        before = group.get("initial_lr")
         group.update({name: value for name, value in settings.items() if name not in ("params", "lr")})
+        if not isinstance(scheduler, LambdaLR) and before:  # a schedule without a formula: scale in proportion
+            group["lr"] = group["lr"] * (group["initial_lr"] / before)
+    rates = [group["lr"] for group in optimizer.param_groups]
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+        rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    elif hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if hasattr(scheduler, "_last_lr"):
+        scheduler._last_lr = rates
 
 
 PAPER = {

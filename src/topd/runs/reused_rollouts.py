@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from transformers import Trainer
-from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset, shuffle_sequence_dict, split_tensor_dict
+from trl.trainer.utils import (
+    RepeatSampler,
+    repeat_iterable_dataset,
+    shuffle_sequence_dict,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
 from topd.logs import get_logger
 
@@ -78,8 +85,10 @@ class ReusedRollouts(Trainer):
             return super()._prepare_inputs(generation_batch)
         pieces = self.args.generation_steps
         if self._step % self._micro_batches == 0 or self._buffered_inputs is None:
-            batch: Any = self._in_order(shuffle_sequence_dict(self._generate_and_score_completions(generation_batch)))
-            self._buffered_inputs = split_tensor_dict(batch, pieces)
+            batch: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            batch = self._in_order(shuffle_sequence_dict(batch))
+            parts: Any = split_tensor_dict(batch, pieces)  # with pixels of one image per row (plain OPD on images)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
         return self._buffered_inputs[self._step % pieces]
 
     def _in_order(self, batch: dict[str, Any]) -> dict[str, Any]:
