@@ -183,10 +183,19 @@ def test_messages_name_the_option_as_typed(capsys: Any, tmp_path: Path) -> None:
     (["--teacher-model", "T"], 1, "teacher_model_name_or_path", "T"),
     (["--teacher_models", '{"a": "A"}'], 1, "teachers", {"a": "A"}),
     (["--warmup_ratio", "0.1"], 1, "warmup_steps", 0.1),
-    (["--lora_rank", "3"], 2, "lora_r", 3),
+    (["--lora_rank", "3", "--lora"], 2, "lora_r", 3),
 ])  # fmt: skip
 def test_names_of_the_same_meaning_are_accepted(words: list[str], part: int, name: str, value: Any) -> None:
     assert getattr(train.parse([*words, *CPU])[part], name) == value
+
+
+@pytest.mark.parametrize("parse", [train.parse, warmstart.parse])
+def test_lora_without_adapters_is_not_ignored(tmp_path: Path, parse: Any) -> None:
+    with pytest.raises(TOPDError, match="lora_r does nothing without use_peft: add --use_peft true"):
+        parse(["--lora_rank", "3", *CPU])
+    (tmp_path / "own.yaml").write_text("use_peft: true\nlora_alpha: 8\n")
+    words = ["--config", str(tmp_path / "own.yaml"), "--use_peft", "false", *CPU]
+    assert not parse(words)[2].use_peft  # a file's adapters may be switched off
 
 
 @pytest.mark.parametrize(("name", "told"), [

@@ -68,3 +68,12 @@ def test_a_streams_prompts_are_checked_as_they_come(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "what is 1+1?"}, {"prompt": ""}] * 8))
     with pytest.raises(DataError, match="the batch has prompts that cannot be used: row"):
         tiny_trainer(tmp_path, dataset=stream, shuffle_dataset=False).train()
+
+
+def test_rows_without_a_prompt_are_named_wherever_they_come_from(tmp_path):
+    trainer = tiny_trainer(tmp_path, dataset=IterableDataset.from_generator(lambda: iter([{"question": "1+1?"}] * 8)))
+    with pytest.raises(DataError, match=r"the batch has no column 'prompt'.*rename_column\('question', 'prompt'\)"):
+        trainer.train()
+    for evaluate in (trainer.evaluate, trainer.predict):
+        with pytest.raises(DataError, match="the batch has no column 'prompt'"):
+            evaluate(rows("a").rename_column("prompt", "question"))

@@ -225,3 +225,15 @@ def test_embedded_names_and_paths_work_in_python(tmp_path):
     assert losses(trainer)[0] > 0
     with pytest.raises(TOPDError, match="no embedded model 'student'"):
         tiny_trainer(tmp_path / "b", student="embedded:student")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_the_dtypes_of_both_may_be_names_or_torchs_own(tmp_path, dtype):
+    student, teacher = (saved(tiny_model(seed), tmp_path / str(seed)) for seed in (0, 1))
+    options = {"model_init_kwargs": {"dtype": torch.float32}, "teacher_model_init_kwargs": {"dtype": dtype}}
+    trainer = tiny_trainer(tmp_path / "run", student=student, teacher=teacher, **options)
+    assert (trainer.model.dtype, trainer.teacher_model.dtype) == (torch.float32, torch.bfloat16)
+    assert trainer.args.model_init_kwargs == {"dtype": torch.float32}
+    for wrong in ({"model_init_kwargs": {"dtype": "bf16"}}, {"teacher_model_init_kwargs": {"dtype": "bf16"}}):
+        with pytest.raises(TOPDError, match="dtype is 'bf16'; write auto, float32"):
+            tiny_trainer(tmp_path / "run", student=student, teacher=teacher, **wrong)

@@ -17,7 +17,7 @@ from topd.embedded.tokenizer import build_tokenizer
 from topd.errors import TOPDError
 from topd.evaluation.engines import Request, Sampling, ids_of
 from topd.loading import prompts as prompting
-from topd.loading.prompts import closing_id, prompt_ids, solution_ids, without_nulls
+from topd.loading.prompts import closing_id, plain_messages, prompt_ids, solution_ids
 
 TALK = [{"role": "user", "content": "what is 1+1?"}]
 THINKS = (
@@ -87,11 +87,37 @@ def test_null_keys_of_messages_do_not_reach_the_template(tmp_path) -> None:
 
 
 def test_what_is_no_null_stays() -> None:
-    parts = [{"role": "user", "content": [{"type": "text", "text": "", "image": None}]}, {"role": "x", "content": None}]
-    assert without_nulls(parts) == [
-        {"role": "user", "content": [{"type": "text", "text": ""}]},
+    image = {"type": "image", "image": 1}
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "", "image": None}, image]},
         {"role": "x", "content": None},
     ]
+    assert plain_messages(talk) == [
+        {"role": "user", "content": [{"type": "text", "text": ""}, image]},
+        {"role": "x", "content": None},
+    ]
+
+
+def test_text_parts_are_joined_for_every_template_of_text(tmp_path) -> None:
+    tokenizer = tokenizer_with("{% for m in messages %}{{ '' + m['content'] }}{% endfor %}")
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": part, "image": None} for part in ("what is ", "1+1?")]}
+    ]
+    expected = prompt_ids(tokenizer, TALK, {})
+    assert prompt_ids(tokenizer, parts, {}) == expected
+    trainer = tiny_trainer(tmp_path, student=tiny_model(0), tokenizer=tokenizer, method="opd")
+    assert trainer._tokenize_prompts([parts])[0] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [("{{ raise_exception('no users') }}", "cannot render a conversation: no users"), (None, "has no chat template")],
+)
+def test_training_says_what_is_wrong_with_the_template(tmp_path, template, says) -> None:
+    trainer = tiny_trainer(tmp_path, student=tiny_model(0), tokenizer=tokenizer_with(), method="opd")
+    trainer.processing_class.chat_template = template
+    with pytest.raises(TOPDError, match=says):
+        trainer._tokenize_prompts([TALK])
 
 
 @pytest.mark.parametrize("written", ["1</think>2", "<think>\n1</think>2", "<think>1</think>2<|end|>"])

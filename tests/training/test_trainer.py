@@ -1,5 +1,6 @@
 """TOPDTrainer works as users of TRL expect."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -12,8 +13,9 @@ from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
 from topd.embedded.pair import pair_folder
-from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError
+from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError, TOPDError
 from topd.runs.console import STAGES
+from topd.training import TOPDTrainer
 from topd.training.batch import rollouts_of
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
@@ -322,3 +324,22 @@ def test_wrong_options_are_refused_with_the_allowed_values(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             tiny_trainer(tmp_path, **options)
+
+
+def test_what_no_student_can_be_trained_with_is_refused(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from trl import DistillationConfig, SFTConfig
+
+    from topd.warmstart import WarmStartTrainer
+
+    get_peft_model(tiny_model(0), LoraConfig(r=4, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(tiny_model(0), tmp_path / "adapter")
+    with pytest.raises(TOPDError, match="all weights of the student are frozen"):
+        tiny_trainer(tmp_path, student=frozen).train()
+    endless = copy.deepcopy(TOKENIZER)
+    endless.eos_token = None
+    with pytest.raises(TOPDError, match="no EOS token"):
+        tiny_trainer(tmp_path, tokenizer=endless)
+    for trainer, args in ((TOPDTrainer, DistillationConfig), (WarmStartTrainer, SFTConfig)):
+        with pytest.raises(TOPDError, match=r"pass a (TOPD|WarmStart)Config"):
+            trainer(tiny_model(0), tiny_model(1), args(str(tmp_path), bf16=False, use_cpu=True))

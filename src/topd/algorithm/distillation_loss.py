@@ -20,6 +20,7 @@ from topd.algorithm.vocabulary import (
     Tiles,
     add_likelihood_,
     at_least_float32,
+    check_choice,
     check_vocabularies,
 )
 
@@ -77,6 +78,7 @@ def distillation_loss(
         ValueError: the teacher has more rows than the student, or the number of weights differs from the teacher's
             rows.
     """
+    check_choice("direction", direction, Direction)
     check_vocabularies(head, teacher_head)
     if not len(weights) == len(teacher_hidden) <= len(hidden):
         rows = len(weights), len(teacher_hidden), len(hidden)
@@ -204,6 +206,7 @@ def prefix_weights(
         mask: the response tokens, the only ones that count.
         most: upper bound of the weights; 4 in that paper.
     """
+    mask = mask.bool()
     drift = torch.where(mask, now - then, 0.0)
     before = mask.cumsum(-1) - mask.long()
     return ((drift.cumsum(-1) - drift) / before.clamp(min=1)).exp().clamp(max=most)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from topd.algorithm.vocabulary import check_choice
+
 ForkRule = Literal["low_loss_quartile", "batch_quantile", "threshold"]
 """A fork has a D_OT above: low_loss_quartile, the upper quartile of D_OT at low-loss positions (section 2.1);
 batch_quantile, a quantile over the batch's candidates; threshold, a fixed distance."""
@@ -50,6 +52,7 @@ def highest_loss(
         raise ValueError(f"share must be in (0, 1], got {share}.")
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
+    mask = mask.bool()
     by_loss = token_loss.argsort(dim=-1, descending=True, stable=True)
     order = by_loss.gather(
         -1, mask.gather(-1, by_loss).int().argsort(dim=-1, descending=True, stable=True)
@@ -129,10 +132,11 @@ def select_for_capping(
         generator: for the random selection.
 
     Raises:
-        ValueError: `share` is not in [0, 1).
+        ValueError: `share` is not in [0, 1), or `selection` is unknown.
     """
     if not 0 <= share < 1:
         raise ValueError(f"false_alarm_share must be in [0, 1), got {share}.")
+    check_choice("selection", selection, Selection)
     order = rank_order(distance)
     count = int(share * len(order) + 0.5)
     if selection == "random":
@@ -159,7 +163,7 @@ def cap_weights(
         capped: positions to cap, from `select_for_capping`.
     """
     token_loss = token_loss.detach().to(torch.promote_types(token_loss.dtype, torch.float32))
-    weights = torch.ones_like(token_loss)
+    weights, mask, capped = torch.ones_like(token_loss), mask.bool(), capped.bool()
     for row in (capped & mask).any(-1).nonzero().squeeze(-1).tolist():
         median = token_loss[row, mask[row]].quantile(0.5).clamp(min=0)
         above = capped[row] & mask[row] & (token_loss[row] > median)

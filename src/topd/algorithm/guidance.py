@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topd.algorithm.vocabulary import LikelihoodTerms
+from topd.algorithm.vocabulary import LikelihoodTerms, check_choice
 
 TargetKind = Literal["transport", "same_index", "own"]
 """transport: the paper. Controls: same_index, the teacher's token at the same index (no alignment); own, the student's
 own token (pure sharpening)."""
+Reduction = Literal["mean", "sum", "per_token"]
+"""See `position_weights`."""
 
 
 class Targets(NamedTuple):
@@ -49,6 +51,8 @@ def make_targets(
     matched mostly to padding after the teacher's EOS has no target (our choice). `kind`: transport is the paper
     (section 3), the others are controls; `same_index` guides as many positions as the shorter window has.
     """
+    check_choice("kind", kind, TargetKind)
+    student_mask, teacher_mask = student_mask.bool(), teacher_mask.bool()
     real = student_mask[:, :, None] & teacher_mask[:, None, :]
     if kind == "transport":
         share = torch.where(real, rescale_rows(plan), 0.0)  # the rest of a row is matched to padding after EOS
@@ -94,14 +98,13 @@ def negative_entropy(targets: Targets) -> Float[Tensor, "fork student_position"]
     return (weight * probability.clamp(min=torch.finfo(weight.dtype).tiny).log()).sum(-1)
 
 
-def position_weights(
-    targets: Targets, reduction: Literal["mean", "sum", "per_token"]
-) -> Float[Tensor, "fork student_position"]:
+def position_weights(targets: Targets, reduction: Reduction) -> Float[Tensor, "fork student_position"]:
     """The weight of each position's KL in L_traj, which is a sum over forks; 0 at positions without a target.
 
     mean: 1 / (guided positions of the fork), so every fork has weight 1. The paper's sum over the window, with target
     rows that sum to 1/K, has the same gradient as this mean. sum and per_token: 1 each (K times the paper's).
     """
+    check_choice("reduction", reduction, Reduction)
     guided = targets.guided.to(targets.weight.dtype)
     return guided / guided.sum(-1, keepdim=True).clamp(min=1) if reduction == "mean" else guided
 

@@ -23,6 +23,8 @@ from topd.algorithm.vocabulary import (
     Tiles,
     add_likelihood_,
     at_least_float32,
+    check_choice,
+    check_rows,
     check_vocabularies,
     divergence_,
     log_softmax_,
@@ -48,7 +50,14 @@ def token_kl(
         student_logits: before the softmax; -inf for tokens that are masked out.
         teacher_logits: over the same vocabulary, in the same context. 16-bit logits are converted to float32.
         direction: reverse, KL(student || teacher): the token loss (section 3). forward, KL(teacher || student).
+
+    Raises:
+        ValueError: the vocabularies differ in size, or the direction is unknown.
     """
+    check_choice("direction", direction, Direction)
+    if student_logits.shape[-1] != teacher_logits.shape[-1]:
+        sizes = f"{student_logits.shape[-1]} and {teacher_logits.shape[-1]} tokens"
+        raise ValueError(f"student and teacher must share a vocabulary, but their logits have {sizes}")
     student = torch.log_softmax(student_logits, dim=-1, dtype=at_least_float32(student_logits))
     teacher = torch.log_softmax(teacher_logits, dim=-1, dtype=at_least_float32(teacher_logits))
     first, second = (student, teacher) if direction == "reverse" else (teacher, student)
@@ -94,7 +103,10 @@ def score_tokens(
 
     Raises:
         RuntimeError: the heads' vocabularies differ in size.
+        ValueError: not one row of each model per token, or the direction is unknown.
     """
+    check_choice("direction", direction, Direction)
+    check_rows(student_hidden=student_hidden, teacher_hidden=teacher_hidden, tokens=tokens.flatten())
     check_vocabularies(student_head, teacher_head)
     tiles = Tiles(student_hidden, student_head, tile_elements)
     kl, teacher_nll, student_nll, entropy = student_hidden.new_zeros(4, len(tokens), dtype=tiles.student.dtype)
@@ -238,7 +250,8 @@ def known_token_kl(
     theirs = _with_rest(teacher.log_probs.to(student_log_probs), present)
     first, second = (ours, theirs) if direction == "reverse" else (theirs, ours)
     counted = torch.nn.functional.pad(present, (0, 1), value=True)
-    kl = (first.exp() * (first - second) * counted).sum(-1)
+    gap = torch.where(first == -torch.inf, 0.0, first - second)
+    kl = (first.exp() * gap * counted).sum(-1)
     return KnownKL(kl, ours[:, -1].exp().detach())
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding  # it gathers several times faster than an index
 
+from topd.algorithm.vocabulary import check_choice
+
 GroundCost = Literal["cosine", "sqeuclidean"]
 """cosine: 1 - cosine similarity (our choice; all published distances lie in 0..0.9). sqeuclidean: squared distance."""
 
@@ -63,6 +65,7 @@ def ground_cost(
     cosine: 1 - cosine, from 0 to 2; the cosine of an all-zero embedding is 0. sqeuclidean: |s - t|^2. The paper says
     "embedding space" and gives no cost: our choice.
     """
+    check_choice("kind", kind, GroundCost)
     if kind == "cosine":
         norms: Tensor = vector_norm(student, dim=-1)[..., :, None] * vector_norm(teacher, dim=-1)[..., None, :]
         return (1 - student @ teacher.mT / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(min=0)
@@ -126,9 +129,9 @@ def exact_transport(
             `Transport.converged`.
 
     Raises:
-        ValueError: the shape of a mask does not match that of the cost.
+        ValueError: the cost is not that of a batch of windows, or the shape of a mask does not match it.
     """
-    _check_sizes(cost, student_mask, teacher_mask)
+    cost, student_mask, teacher_mask = _checked(cost, student_mask, teacher_mask)
     costs = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32))
     entries = [_Entries.none()]
     for windows, rows, columns in _same_lengths(student_mask, teacher_mask):
@@ -250,9 +253,9 @@ def entropic_transport(
         tolerance: maximum L1 distance of the marginals from uniform.
 
     Raises:
-        ValueError: the shape of a mask does not match that of the cost.
+        ValueError: the cost is not that of a batch of windows, or the shape of a mask does not match it.
     """
-    _check_sizes(cost, student_mask, teacher_mask)
+    cost, student_mask, teacher_mask = _checked(cost, student_mask, teacher_mask)
     pair_mask = student_mask[:, :, None] & teacher_mask[:, None, :]
     finite = (cost.isfinite() | ~pair_mask).all(dim=(1, 2))
     costs = cost.detach().double().masked_fill(~(pair_mask & finite[:, None, None]), 0.0)
@@ -281,13 +284,17 @@ def entropic_transport(
     return _transport(plan.to(cost.dtype), distance, possible & (error <= tolerance), error)
 
 
-def _check_sizes(cost: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> None:
+def _checked(cost: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with costs that are not integers, and masks of True and False."""
+    if cost.dim() != 3:
+        raise ValueError(f"The cost must be [window, student, teacher], not {[*cost.shape]}. For one: cost[None].")
     windows, rows, columns = cost.shape
     if student_mask.shape != (windows, rows) or teacher_mask.shape != (windows, columns):
         raise ValueError(
             f"The cost has {windows} windows, {rows} student and {columns} teacher tokens; the masks must have shapes "
             f"{[windows, rows]} and {[windows, columns]}, not {[*student_mask.shape]} and {[*teacher_mask.shape]}."
         )
+    return cost if cost.is_floating_point() else cost.float(), student_mask.bool(), teacher_mask.bool()
 
 
 def _transport(plan: Tensor, distance: Tensor, converged: Tensor, error: Tensor) -> Transport:

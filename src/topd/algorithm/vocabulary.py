@@ -6,7 +6,7 @@ not involved. Logits are at least float32.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -237,3 +237,16 @@ def check_vocabularies(student: Head, teacher: Head) -> None:
     if student.weight.shape[0] != teacher.weight.shape[0]:
         sizes = f"{student.weight.shape[0]} and {teacher.weight.shape[0]} tokens"
         raise RuntimeError(f"student and teacher must share a vocabulary, but their heads have {sizes}")
+
+
+def check_choice(name: str, value: str, allowed: Any) -> None:
+    """Raise `ValueError` unless the value is one of a `Literal`'s."""
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}.")
+
+
+def check_rows(**parts: Tensor) -> None:
+    """Raise `ValueError` unless all have the same number of positions, their first axis."""
+    if len({len(part) for part in parts.values()}) > 1:
+        shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
+        raise ValueError(f"All need one row per position; their shapes are {shapes}.")

@@ -105,15 +105,14 @@ def packages(setup: Setup) -> dict[str, str]:
 
 
 def sampling(setup: Setup) -> Finding | None:
-    """Whether rollouts can be sampled; there are no greedy rollouts."""
+    """Whether rollouts can be sampled."""
     config = setup.config
-    temperature, top_p, length = config.temperature, config.top_p, config.max_completion_length
-    if temperature > 0 and 0 < top_p <= 1 and (length or 0) >= 1:
+    top_p, length = config.top_p, config.max_completion_length
+    if 0 < top_p <= 1 and (length or 0) >= 1:
         return None
     return fails(
-        f"temperature is {temperature}, top_p {top_p}, max_completion_length {length}: nothing can be sampled",
-        "--temperature above 0 (the paper: 1.0; greedy windows: --window_temperature 0), --top_p in (0, 1], "
-        "--max_completion_length at least 1.",
+        f"top_p is {top_p}, max_completion_length {length}: nothing can be sampled",
+        "--top_p in (0, 1], --max_completion_length at least 1.",
     )
 
 

@@ -119,8 +119,13 @@ def parse_options(argv: Sequence[str], page: Page) -> Any:
     in_file = renamed({name: in_file[name] for name in ours}, spell)
     for name, value in in_file.items():
         check_value(name, value, kinds)
-    for name, text in [*_given(words), *in_file.items()]:
+    given = [*_given(words), *in_file.items()]
+    for name, text in given:
         _check_json(name, text, kinds)
+    names = [name for name, _ in given]
+    lora = next((name for name in names if name.startswith("lora_")), None)
+    if lora is not None and "use_peft" not in names:
+        raise TOPDError(f"{lora} does nothing without use_peft: add --use_peft true, or leave it out.")
     os.environ.update({name: str(value) for name, value in in_file.pop("env", {}).items()})
     try:
         parser.set_defaults_with_config(**in_file)

@@ -41,13 +41,19 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
     """
     check_one(dataset, name)
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and COLUMN not in columns:
-        remedy = next((_REMEDIES[column] for column in columns if column in _REMEDIES), "rename the one with prompts")
-        raise DataError(f"{name} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}. {remedy}.")
+    if columns is not None:
+        check_columns(columns, name)
     if columns is not None and hasattr(dataset, "__len__"):
         check_prompts(dataset[COLUMN], name)
         if TEACHER_PROMPT in columns:
             check_teacher_prompts(dataset[COLUMN], dataset[TEACHER_PROMPT], name)
+
+
+def check_columns(columns: Sequence[str], name: str) -> None:
+    """Raise `DataError` unless one of the columns holds prompts."""
+    if COLUMN not in columns:
+        remedy = next((_REMEDIES[column] for column in columns if column in _REMEDIES), "rename the one with prompts")
+        raise DataError(f"{name} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}. {remedy}.")
 
 
 def check_one(dataset: Any, name: str = "train_dataset") -> None:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 from trl.models.utils import prepare_deepspeed
@@ -62,15 +63,16 @@ def prepared_models(
     `PeftConfig`, if new adapters are trained. `quantization`: the student's, if it is loaded by name.
 
     Raises:
-        TOPDError: student and teacher are the same model with all weights trained, or there is no tokenizer.
+        TOPDError: student and teacher are the same model with all weights trained, there is no tokenizer, or a dtype is
+            unknown.
         TokenizerMismatchError: their tokenizers differ, or a head has too few rows for the tokenizer.
     """
     itself = isinstance(teacher, str) and teacher == SELF
     student, teacher = model_to_train("student", student), None if itself else model_to_train("teacher", teacher)
     if isinstance(student, str):
-        args.model_init_kwargs = SAFE | _dict(args.model_init_kwargs)
+        args.model_init_kwargs = _init_kwargs(args.model_init_kwargs)
     if isinstance(teacher, str):
-        args.teacher_model_init_kwargs = SAFE | _dict(args.teacher_model_init_kwargs)
+        args.teacher_model_init_kwargs = _init_kwargs(args.teacher_model_init_kwargs)
     revisions = _dict(args.model_init_kwargs).get("revision") or "main", args.teacher_model_revision or "main"
     if isinstance(student, str) and student == teacher and revisions[0] == revisions[1] and peft is None:
         raise TOPDError(shared_base.ONE_MODEL.format(what=f"model, {student}"))
@@ -232,6 +234,16 @@ def loaded_teacher(trainer: Any, teacher: Any, revision: str | None = None, reme
     if trainer.is_fsdp_enabled:
         return shard_teacher(teacher, accelerator)
     return accelerator.prepare_model(teacher, evaluation_mode=True)
+
+
+def _init_kwargs(given: Any) -> dict[str, Any]:
+    """Options of `from_pretrained`: no pickled weights, and the dtype by its name, as TRL reads the teacher's."""
+    options = SAFE | _dict(given)
+    dtype = options.get("dtype") or "auto"
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise TOPDError(f"dtype is {dtype!r}; write auto, float32, bfloat16 or float16.")
+    return options if options.get("dtype") is None else options | {"dtype": name}
 
 
 def _dict(options: Any) -> dict[str, Any]:

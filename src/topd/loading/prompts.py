@@ -39,24 +39,30 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
     """
     if isinstance(prompt, str):
         return prompt
-    if not tokenizer.chat_template:
-        raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
-    if template_options:
-        _warn_of_unused(str(tokenizer.chat_template), tuple(template_options))
-    try:
-        with _time_limit(TEMPLATE_SECONDS):
-            text: str = tokenizer.apply_chat_template(
-                without_nulls(prompt), add_generation_prompt=not answered, tokenize=False, **(template_options or {})
-            )
+    with explained_template(tokenizer), _time_limit(TEMPLATE_SECONDS):
+        if template_options:
+            _warn_of_unused(str(tokenizer.chat_template), tuple(template_options))
+        text: str = tokenizer.apply_chat_template(
+            plain_messages(prompt), add_generation_prompt=not answered, tokenize=False, **(template_options or {})
+        )
         if not text.strip() or len(text) > TEMPLATE_CHARACTERS:
             raise ValueError(f"it writes {len(text):,} characters" if text.strip() else "it writes nothing")
+    return text
+
+
+@contextmanager
+def explained_template(tokenizer: Any) -> Iterator[None]:
+    """Raise `TOPDError` where there is no chat template, or it fails."""
+    if not tokenizer.chat_template:
+        raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
+    try:
+        yield
     except Exception as error:  # a template may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TOPDError(
             f"The chat template cannot render a conversation: {reason}. Change the messages, the template's options "
             "(--chat-template-kwargs), or the template."
         ) from error
-    return text
 
 
 @lru_cache(maxsize=64)
@@ -111,11 +117,19 @@ def one_beginning(ids: Sequence[int], tokenizer: Any) -> list[int]:
     return list(ids[first:])
 
 
-def without_nulls(value: Any) -> Any:
-    """Messages without the null keys that Arrow adds (`tool_calls`, `name`): templates test whether a key exists."""
+def plain_messages(value: Any) -> Any:
+    """Messages as templates of text read them, at any depth.
+
+    Without the null keys that Arrow adds (`tool_calls`, `name`): templates test whether a key exists. Content that is
+    a list of text parts is joined, as `topd.loading.rows` joins it.
+    """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: plain_messages(item) for key, item in value.items() if item is not None or key == "content"}
+    if not isinstance(value, list):
+        return value
+    items = [plain_messages(item) for item in value]
+    texts = [item["text"] for item in items if isinstance(item, dict) and item.get("type") == "text" and "text" in item]
+    return "".join(texts) if texts and len(texts) == len(items) else items
 
 
 @contextmanager

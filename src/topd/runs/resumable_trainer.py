@@ -48,8 +48,10 @@ class ResumableTrainer(Trainer):
         SavingError: the disk is full or broken.
         ResumeError: there is no whole checkpoint to resume from, or it would run code.
         NonFiniteError: a weight is NaN or infinite where a checkpoint or the model is to be saved.
-        TOPDError: another process trains into the output folder.
+        TOPDError: another process trains into the output folder, or all weights are frozen.
     """
+
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._aside: Path | None = None
@@ -69,6 +71,11 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise TOPDError(
+                "Nothing would be trained: all weights of the student are frozen. Set requires_grad; load an adapter "
+                "with PeftModel.from_pretrained(..., is_trainable=True)."
+            )
         with self._locked_folder(), output_may_close(continues=True), ExitStack() as stack:
             checkpoint = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
             if self.args.save_strategy != "no":  # else there is nothing to resume from: signals keep their defaults

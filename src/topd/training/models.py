@@ -13,7 +13,7 @@ from trl import DistillationTrainer
 from topd.errors import TOPDError
 from topd.loading.dataset_checks import check_prompts, check_teacher_prompts, check_tokens
 from topd.loading.precision import autocasting
-from topd.loading.prompts import one_beginning, without_nulls
+from topd.loading.prompts import explained_template, one_beginning, plain_messages
 from topd.loading.rows import TEACHER_PROMPT
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.teacher_prompts import teacher_prompt_ids
@@ -206,9 +206,10 @@ class OwnRollouts(BothModels):
         )
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """Check prompts, which a stream gives batch by batch. At most one BOS; no null keys of Arrow in messages."""
+        """Check prompts, which a stream gives batch by batch. At most one BOS; messages as in `plain_messages`."""
         check_prompts(prompts, "the batch")
-        ids, images, fields = super()._tokenize_prompts(without_nulls(prompts))
+        with nullcontext() if isinstance(prompts[0], str) else explained_template(self.processing_class):
+            ids, images, fields = super()._tokenize_prompts(plain_messages(prompts))
         ids = [one_beginning(each, self._tokenizer) for each in ids]
         check_tokens(ids)
         teacher = (None, None) if self._prompted else (self.teacher_model, self._server)
@@ -268,10 +269,15 @@ class OwnRollouts(BothModels):
         return patch.object(self.generation_config, "max_new_tokens", limit)
 
     def _check_rollouts(self) -> None:
-        """Raise `TOPDError` where teacher prompts or `max_informative_tokens` (both models whole here) do not work.
+        """Raise `TOPDError` where responses have no end, or teacher prompts or `max_informative_tokens` do not work.
 
-        Warn of dropout, which TRL leaves on while the student samples.
+        The latter needs both models whole here. Warn of dropout, which TRL leaves on while the student samples.
         """
+        if self._tokenizer.eos_token_id is None:
+            raise TOPDError(
+                "The tokenizer has no EOS token, so responses could not end: set tokenizer.eos_token, and save it with "
+                "the student."
+            )
         if self.args.looks_ahead and not self.use_vllm and has_dropout(self.model):
             logger.warning(
                 "The student has dropout, which is active while it samples. So the rollouts come from a perturbed "

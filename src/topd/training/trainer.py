@@ -12,7 +12,7 @@ from trl import DistillationTrainer
 from topd.errors import TOPDError
 from topd.evaluation.while_training import HeldOut, HeldOutAccuracy, check_best_metric, problems_of
 from topd.loading.adapters import is_adapter
-from topd.loading.dataset_checks import check_datasets, check_enough
+from topd.loading.dataset_checks import check_columns, check_datasets, check_enough
 from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
@@ -90,6 +90,8 @@ class TOPDTrainer(
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
             args = TOPDConfig(f"{Path(name).name}-TOPD")
+        if not isinstance(args, TOPDConfig):
+            raise TOPDError(f"args is a {type(args).__name__}; pass a TOPDConfig, which takes the same options.")
         if args.teachers and not self._several_teachers:
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         check_datasets(train_dataset, eval_dataset)
@@ -144,6 +146,8 @@ class TOPDTrainer(
     # Rollouts, then the near future
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        for row in inputs:
+            check_columns(list(row), "the batch")
         if not self._is_vlm:
             self._try_ways()
         nan = naming_nan_in_sampling(self.state.global_step + 1, str(self.args.output_dir))

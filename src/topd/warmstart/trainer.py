@@ -11,7 +11,7 @@ from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from topd.algorithm import LikelihoodTerms
-from topd.errors import NonFiniteError
+from topd.errors import NonFiniteError, TOPDError
 from topd.loading.adapters import is_adapter, weights_of
 from topd.loading.by_name import SAFE
 from topd.loading.dataset_checks import check_one
@@ -68,6 +68,8 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         self, model: Any, teacher_model: Any = None, args: WarmStartConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
         args = args or WarmStartConfig("warm-start")
+        if not isinstance(args, WarmStartConfig):
+            raise TOPDError(f"args is a {type(args).__name__}; pass a WarmStartConfig, which takes the same options.")
         self._names, self._given_dataset = names_of(student=model, teacher=teacher_model), kwargs.get("train_dataset")
         check_one(self._given_dataset)
         check_writable(args)
