@@ -41,25 +41,15 @@ def test_rows_that_have_ended_leave_where_the_model_allows_it() -> None:
     longest = max(len(ids_of(request, TOKENIZER, sampling)) for request in REQUESTS) + 60
     batching = engine._batching(longest)
     assert batching.leaving
-<<<<<<< HEAD
-    engine._batching = lambda longest: replace(batching, leaving=leaving)
-    watched = engine.model.model.register_forward_hook(lambda *each: widths.append(len(each[2].last_hidden_state)))
-    with watched:
-        found = responses(engine, REQUESTS, sampling)
-    whole = 12 * max(response.tokens for response in found.values())
-    assert sum(widths) < 0.8 * whole if leaving else sum(widths) == whole
-    assert found == responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS, sampling)
-=======
     alone = responses(LocalEngine(engine.model, TOKENIZER, together=1), REQUESTS, sampling)
     whole = 12 * max(response.tokens for response in alone.values())
     for leaving in (True, False):
-        engine._batching, widths = lambda _, leaving=leaving: batching._replace(leaving=leaving), list[int]()
+        engine._batching, widths = lambda _, leaving=leaving: replace(batching, leaving=leaving), list[int]()
         with engine.model.model.register_forward_hook(
             lambda *each, widths=widths: widths.append(len(each[2].last_hidden_state))
         ):
             assert responses(engine, REQUESTS, sampling) == alone
         assert sum(widths) < 0.8 * whole if leaving else sum(widths) == whole
->>>>>>> tests
 
 
 def test_seed_and_number_each_make_another_response(engine: LocalEngine) -> None:
