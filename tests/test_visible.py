@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import anyio
 import pytest
 
 from topd import cli
 from topd.check.findings import Finding, findings_table
-from topd.errors import TOPDError
+from topd.errors import ServerError, TOPDError
 from topd.report.reading import clean
-from topd.teachers.openai_server import OpenAIServer
+from topd.teachers.openai_server import Limits, OpenAIServer, TemporaryFailure
 from topd.visible import visible
 
 HOSTILE = "\x1b[2Ja\x9b31mb\u202ec\u2066d\u200fe\x07\r\x7f"
@@ -35,9 +36,17 @@ def test_an_error_that_quotes_a_server_is_printed_so(monkeypatch: pytest.MonkeyP
 
 
 def test_a_server_s_words_are_logged_so(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        OpenAIServer("http://localhost:1")._say(HOSTILE)
-    assert SHOWN in caplog.text
+    server = OpenAIServer("http://localhost:1", limits=Limits(patience=0.1))
+
+    async def fails() -> None:
+        raise TemporaryFailure(HOSTILE)
+
+    async def ask() -> None:
+        await server._answer(fails, "/models", dict, anyio.Event())
+
+    with caplog.at_level(logging.WARNING), pytest.raises(ServerError):
+        anyio.run(ask)
+    assert f"fails ({visible(' '.join(HOSTILE.split()))})" in caplog.text
 
 
 def test_what_a_check_found_is_shown_so() -> None:

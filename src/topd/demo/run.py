@@ -44,6 +44,8 @@ class Size:
 
 FULL = Size(steps=40, held_out=500, sampled=2, probe_rollouts=64)
 QUICK = Size(steps=6, held_out=150, sampled=1, probe_rollouts=16)
+CURVE_PROBLEMS = 100
+"""Problems of each point of the curve on the page."""
 
 STUDENT, TEACHER = "long-student", "long-teacher"
 WINDOW_LENGTH, CANDIDATE_SHARE, GUIDANCE_WEIGHT = 32, 0.0225, 0.03
@@ -153,7 +155,8 @@ def arm_config(name: MethodName, out: Path, *, steps: int, batch: int, seed: int
         logging_steps=1, audit_steps=max(1, steps // 6), save_strategy="steps", save_steps=max(1, steps // 2),
         save_total_limit=2, disable_tqdm=True, report_to=[],
         # the curve on the page, of other problems than the final table
-        eval_benchmark="embedded-long", eval_benchmark_limit=100, per_device_eval_batch_size=100,
+        eval_benchmark="embedded-long", eval_benchmark_limit=CURVE_PROBLEMS,
+        per_device_eval_batch_size=CURVE_PROBLEMS,
         eval_strategy="steps", eval_steps=max(1, steps // 4), eval_on_start=True,
     )  # fmt: skip
 
