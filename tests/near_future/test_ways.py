@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from sweep import examine_states
 from test_shared_prefix import SIZES
 from tiny_architectures import tiny
@@ -22,7 +24,16 @@ from topd.errors import ContextError
 from topd.near_future import LocalModel
 from topd.near_future.model_parts import backbone_of, output_head
 from topd.near_future.self_check import Check
-from topd.near_future.ways import LOWERED, ArchitectureError, Ways, in_step_of, lengths_of, notice_of, ways_of
+from topd.near_future.ways import (
+    ACROSS_SWITCH,
+    LOWERED,
+    ArchitectureError,
+    Ways,
+    in_step_of,
+    lengths_of,
+    notice_of,
+    ways_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*takes slower ways")
 FAMILIES = {  # class: what is exact, of (windows over one prefix, guided windows in one row, left padding)
@@ -188,14 +199,28 @@ def test_a_model_that_mixes_the_rows_of_a_batch_decodes_one_at_a_time():
         assert tokens.tolist() == ids[0, len(prefix) :].tolist()
 
 
-def test_longrope_beyond_the_switch_is_exact():
+def longrope():
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    model = tiny(
+    return tiny(
         "Phi3ForCausalLM", max_position_embeddings=64, original_max_position_embeddings=16,
         rope_parameters=rope | {"original_max_position_embeddings": 16},
     )  # fmt: skip
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < ACROSS_SWITCH, reason="generate of transformers is wrong there")
+def test_longrope_beyond_the_switch_is_exact():
+    model = longrope()
     assert ways_of(model).switch == 16
     examine_states(model)
+
+
+def test_longrope_beyond_the_switch_is_refused_where_generate_is_wrong(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    model = longrope()
+    with pytest.raises(ContextError, match=r"longer than 16.*for LongRoPE transformers 5\.20 or later"):
+        examine_states(model)
+    source = LocalModel(model, 0, [1])
+    assert len(source.continue_([torch.arange(3, 13)], 5)) == 1
 
 
 def test_dynamic_ntk_beyond_its_context_is_refused():

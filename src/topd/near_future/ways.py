@@ -20,6 +20,8 @@ from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
+from packaging.version import Version
 
 from topd.errors import ContextError, TOPDError
 from topd.near_future.model_parts import grouped
@@ -91,7 +93,8 @@ class Ways(Batching):
             raise ContextError(
                 f"A row of {max(lengths) + growth} tokens is longer than {self.end}, beyond which this model's states "
                 f"are not defined by the row alone ({self.reasons.get('end', 'dynamic RoPE scaling')}). Use shorter "
-                "rows, or for dynamic RoPE another rope_type (yarn, linear)."
+                "rows, for dynamic RoPE another rope_type (yarn, linear), or for LongRoPE transformers "
+                f"{ACROSS_SWITCH} or later."
             )
         crosses = self.switch is not None and min(lengths) <= self.switch < max(lengths) + growth
         alike = crosses and growth > 0  # a row that crosses the switch alone would recompute the others' keys
@@ -208,6 +211,8 @@ READ_EACH_TIME = ("sliding_window", "attention_chunk_size")
 SHORT = 16
 """A limit up to this is seen by a check on rows of this length."""
 LOWERED = 5
+ACROSS_SWITCH = Version("5.20")
+"""The first transformers whose `generate` is right where a row grows beyond LongRoPE's switch."""
 FAR = 2**30
 
 
@@ -257,6 +262,8 @@ def lengths_of(model: Any) -> Lengths:
         kind = rope.get("rope_type", rope.get("type"))
         if kind == "longrope":
             switch = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            if Version(transformers.__version__) < ACROSS_SWITCH:
+                end = switch
         if kind is not None and "dynamic" in kind:
             end = config.max_position_embeddings
     return Lengths(model, limits, switch, end)
