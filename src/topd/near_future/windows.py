@@ -58,11 +58,6 @@ class Rollouts:
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
-    def causal_mask(self) -> Tensor | None:
-        """The mask that a causal model needs: none without padding on the left (what is on the right is not seen)."""
-        return None if bool(self.prompt_mask.all()) else self.attention_mask
-
-    @property
     def padding(self) -> Tensor:
         """[rollout] tokens of padding before each prompt."""
         return (self.prompt_mask == 0).sum(1)

@@ -218,7 +218,7 @@ class TOPDTrainer(
         return {"tool_mask": kept.to(mask.dtype), "num_items_in_batch": self.accelerator.gather(kept.sum()).sum()}
 
     def _in_order(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of similar length in a micro-batch, for our own loss, which reads no padding (our choice).
+        """Rows of similar length in a micro-batch: our own loss reads rows as wide as the longest (our choice).
 
         The rows of an optimizer step stay in it, and its loss is their sum, so only rounding changes.
         """
