@@ -41,7 +41,7 @@ class StudyPlan:
     arms: tuple[ArmPlan, ...]
     held_out: int = 1000  # number of problems that each run answers at its end, the same for all
     curve_every: int = 10  # interval of the learning curves, in steps
-    curve_problems: int = 200
+    curve_problems: int = 200  # 0: no learning curves
     tune_seeds: tuple[int, ...] = (100,)
     tune_problems: int = 500  # neither trained on nor held out
     options: dict[str, Any] = field(default_factory=dict)  # of `TOPDConfig`, common to all arms
@@ -131,8 +131,9 @@ def _check(plan: StudyPlan) -> None:
     if REFERENCE not in names:
         raise ValueError(f"there is no arm {REFERENCE!r}, the reference of all comparisons.")
     for name in ("steps", "held_out", "curve_every", "curve_problems", "tune_problems"):
-        if not isinstance(getattr(plan, name), int) or getattr(plan, name) < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1; got {getattr(plan, name)!r}.")
+        least = 0 if name == "curve_problems" else 1
+        if not isinstance(getattr(plan, name), int) or getattr(plan, name) < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}; got {getattr(plan, name)!r}.")
     for name, seeds in (("seeds", plan.seeds), ("tune_seeds", plan.tune_seeds)):
         whole = isinstance(seeds, tuple) and all(isinstance(seed, int) for seed in seeds)
         if not whole or not seeds or len(set(seeds)) < len(seeds):
