@@ -14,7 +14,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from topd.errors import TOPDError, install
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
-from topd.near_future.model_parts import NEUTRAL, end_token_ids, grouped, left_padded, own_settings_only, padding_id
+from topd.near_future.model_parts import (
+    NEUTRAL,
+    adapters_merged,
+    end_token_ids,
+    grouped,
+    left_padded,
+    own_settings_only,
+    padding_id,
+)
 from topd.near_future.sampling import generate_compactly
 from topd.near_future.self_check import batching_of
 
@@ -149,7 +157,7 @@ class LocalEngine:
         chooser = [] if sampling.temperature == 0 else [OwnRandomNumbers(batch, sampling, longest)]
         compactly = self._leaving and len(batch) > 1 and bool(self.eos)
         generate = partial(generate_compactly, self.model.generate, chooser) if compactly else self.model.generate
-        with own_settings_only(self.model):
+        with own_settings_only(self.model), adapters_merged(self.model):
             output: Tensor = generate(
                 input_ids=ids, attention_mask=mask, generation_config=config,
                 logits_processor=LogitsProcessorList(chooser),

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -99,6 +100,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def adapters_merged(model: Any) -> Iterator[None]:
+    """Run a PEFT model with its adapters merged into copies of its weights; afterwards it is as before, to the bit.
+
+    It computes the same up to rounding, without the adapters' small matrix products, which take a fifth of the time of
+    decoding. Only where all adapted layers are float32 linear layers whose weights are neither tied nor sharded; else
+    nothing changes: in bfloat16 a merge would round the adapters away.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "get_base_layer")]
+    bases: list[nn.Module] = [layer.get_base_layer() for layer in layers] if is_peft_model(model) else []
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    sharded |= any(hasattr(base.weight, "ds_id") for base in bases)  # by ZeRO-3
+    plain = all(type(base) is nn.Linear and base.weight.dtype == torch.float32 for base in bases)
+    if sharded or not plain or any(base.weight is embeddings for base in bases):
+        bases = []
+    saved = [(parameter, parameter.data) for base in bases for parameter in base.parameters()]
+    merged = [layer for layer in layers if bases and not (layer.merged or layer.disable_adapters)]
+    try:
+        for parameter, data in saved:
+            parameter.data = data.clone()
+        for layer in merged:
+            layer.merge()
+        yield
+    finally:
+        for parameter, data in saved:
+            parameter.data = data
+        for layer in merged:
+            layer.merged_adapters.clear()
 
 
 @contextmanager

@@ -58,8 +58,9 @@ class TOPDConfig(DistillationConfig):
 
     compact_sampling: bool = _option(
         False,
-        "Rollouts that have ended leave the batch while the others are sampled, which saves time where lengths differ. "
-        "The same distribution; other random numbers than TRL's. Not for vLLM. Our choice.",
+        "Rollouts that have ended leave the batch while the others are sampled, which saves time where lengths differ; "
+        "adapters of a float32 student are merged meanwhile. The same distribution; other random numbers than TRL's. "
+        "Not for vLLM. Our choice.",
     )
     candidate_ranking: Ranking = _option(
         "reverse_kl",

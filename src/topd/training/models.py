@@ -20,7 +20,7 @@ from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
-from topd.near_future.model_parts import left_padded, own_settings_only
+from topd.near_future.model_parts import adapters_merged, left_padded, own_settings_only
 from topd.near_future.protocol import Teacher
 from topd.near_future.sampling import InformativeEnd, SamplingStates, compact_sampling, has_dropout, stopping_by
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
@@ -245,9 +245,10 @@ class OwnRollouts(BothModels):
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
         compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
         compactly = compactly and self._student().ways.leaving
+        merged = adapters_merged(model) if compactly else nullcontext()
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         stopping = nullcontext() if end is None else stopping_by(model, end)
-        with own_settings_only(model), stopping, self._limited(), leaving:
+        with own_settings_only(model), stopping, self._limited(), merged, leaving:
             responses = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
 

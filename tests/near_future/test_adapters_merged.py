@@ -1,0 +1,79 @@
+"""A model with adapters runs merged while it samples, and is as before afterwards."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_shared_prefix import model_of
+from tiny import tiny_trainer
+
+from topd.near_future.model_parts import adapters_merged
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+def adapted(targets="all-linear", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(model_of("qwen3").to(dtype), LoraConfig(r=2, target_modules=targets, **options)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def logits_and_calls(model):
+    """The logits, and how often an adapter's matrix was used."""
+    calls = []
+    handles = [
+        module.register_forward_hook(lambda *given: calls.append(given))
+        for name, module in model.named_modules()
+        if name.endswith("lora_A.default")
+    ]
+    logits = model(input_ids=IDS).logits
+    for handle in handles:
+        handle.remove()
+    return logits, len(calls)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
+def test_the_same_logits_without_the_adapters_products_and_the_same_weights_afterwards(options):
+    model = adapted(**options)
+    before, (expected, calls) = {n: p.clone() for n, p in model.state_dict().items()}, logits_and_calls(model)
+    assert calls > 0
+    with adapters_merged(model):
+        merged, merged_calls = logits_and_calls(model)
+    assert merged_calls == 0
+    assert torch.allclose(merged, expected, atol=1e-4)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.state_dict().items())
+    assert torch.equal(logits_and_calls(model)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "model", [adapted(["q_proj", "lm_head"]), adapted(["embed_tokens"]), adapted(dtype=torch.bfloat16)]
+)
+def test_what_a_merge_would_change_is_left_alone(model):
+    """Tied heads, embeddings, and weights that would be rounded."""
+    expected, calls = logits_and_calls(model)
+    with adapters_merged(model):
+        again, calls_again = logits_and_calls(model)
+    assert torch.equal(again, expected)
+    assert calls_again == calls
+
+
+def test_training_samples_with_merged_adapters(tmp_path, monkeypatch):
+    seen = []
+    trainer = tiny_trainer(
+        tmp_path, method="topd", compact_sampling=True, max_steps=1,
+        trainer_options={"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")},
+    )  # fmt: skip
+    sample = type(trainer.model).generate
+
+    def watched(model, *args, **kwargs):
+        seen.append([module.merged for module in model.modules() if hasattr(module, "merged")])
+        return sample(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer.model), "generate", watched)
+    trainer.train()
+    assert seen
+    assert all(all(merged) and merged for merged in seen)
+    assert not any(module.merged for module in trainer.model.modules() if hasattr(module, "merged"))
