@@ -1,13 +1,14 @@
 """Controls of studies: a random share of the tokens, and the reverse KL along the teacher's windows."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 
 from topd.training.batch import rollouts_of
-from topd.training.method import random_tokens
+from topd.training.method import Method, StepContext, choose_capped, random_tokens
 
 
 def log_probs(model, prompt, continuation):
@@ -170,3 +171,16 @@ def test_guidance_in_the_teacher_s_contexts_is_the_reverse_kl_along_each_of_its_
 def test_controls_are_refused_where_they_mean_nothing(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **options)
+
+
+def test_two_processes_cap_equally_many_at_random_and_no_place_twice():
+    method = Method(guides=False, caps="random", fork_rule="share")
+    distance, owner = torch.rand(40), torch.tensor([0.0] * 25 + [1.0] * 15)
+    chosen = []
+    for process, here in enumerate((distance[:25], distance[25:])):
+        torch.manual_seed(process)  # as in a run, where processes sample by different random numbers
+        context = StepContext(
+            gather=lambda values, here=here: distance if torch.equal(values, here) else owner, process=process, step=3
+        )
+        chosen.append(choose_capped(here > 1, SimpleNamespace(distance=here), method, context))
+    assert int(torch.cat(chosen).sum()) == 12

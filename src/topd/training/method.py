@@ -231,12 +231,16 @@ def choose_low_loss(token_loss: Tensor, candidates: Places) -> Places:
 
 
 def choose_capped(fork: Tensor, candidates: Futures, method: Method, context: StepContext) -> Tensor:
-    """Whose token loss is capped: false alarms, or the bottom share by rank over all processes, or its controls."""
+    """Whose token loss is capped: false alarms, or the bottom share by rank over all processes, or its controls.
+
+    The random control draws by the step alone, so that all processes draw the same.
+    """
     distance = candidates.distance
     if method.caps is None or method.caps == "false_alarms":
         return ~fork & distance.isfinite() if method.caps else torch.zeros_like(fork)
     owner = context.gather(torch.full_like(distance, context.process))
-    chosen = select_for_capping(context.gather(distance), method.caps, method.false_alarm_share)
+    generator = torch.Generator().manual_seed(context.step)
+    chosen = select_for_capping(context.gather(distance), method.caps, method.false_alarm_share, generator)
     return chosen[owner == context.process]
 
 
