@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.logging import MultiProcessAdapter
 from special_models import special_model
 from test_shared_prefix import EOS, model_of
 from tiny import tiny_trainer
@@ -67,8 +68,9 @@ def test_every_token_is_sampled_behind_its_own_row_and_the_states_are_kept():
     ("method", "kind", "calls"),
     [("opd", "qwen3", 1), ("topd", "qwen3", 1), ("topd", "gemma3", 1), ("opd", "qwen3.5", 0), ("topd", "qwen3.5", 0)],
 )
-def test_training_takes_it(tmp_path, monkeypatch, method, kind, calls):
+def test_training_takes_it_or_says_that_it_does_not(tmp_path, monkeypatch, caplog, method, kind, calls):
     """Also with a cache that windows cannot be decoded over (gemma3's drops tokens); not with recurrent states."""
+    MultiProcessAdapter.warning_once.cache_clear()
     students = {} if kind == "qwen3" else {"student": special_model(kind)}
     trainer = tiny_trainer(tmp_path, method=method, compact_sampling=True, max_steps=1, **students)
     called = []
@@ -83,6 +85,7 @@ def test_training_takes_it(tmp_path, monkeypatch, method, kind, calls):
     assert len(losses) == 1
     assert losses[0] > 0
     assert len(called) == calls
+    assert ("compact_sampling changes nothing here" in caplog.text) == (calls == 0)
 
 
 @pytest.mark.parametrize(("kind", "leaving"), [("gemma3", True), ("qwen3.5", False)])

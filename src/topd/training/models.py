@@ -243,14 +243,25 @@ class OwnRollouts(BothModels):
 
     def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
-        compactly = self.args.compact_sampling and self.model.training and not self.use_vllm and end is None
-        compactly = compactly and self._student().ways.leaving
+        compactly = self.args.compact_sampling and self.model.training and self._rows_leave(end)
         merged = adapters_merged(model) if compactly else nullcontext()
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         stopping = nullcontext() if end is None else stopping_by(model, end)
         with own_settings_only(model), stopping, self._limited(), merged, leaving:
             responses = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
+
+    def _rows_leave(self, end: InformativeEnd | None) -> bool:
+        """Whether rows that have ended may leave the batch. Say once why `compact_sampling` changes nothing."""
+        why = (
+            "vLLM fills its batches itself" if self.use_vllm
+            else "max_informative_tokens reads all rollouts while they are sampled" if end is not None
+            else None if self._student().ways.leaving
+            else f"the others of a batch of {type(self.accelerator.unwrap_model(self.model)).__name__} would change"
+        )  # fmt: skip
+        if why is not None:
+            logger.warning_once(f"compact_sampling changes nothing here: {why}.")
+        return why is None
 
     def _informative_end(self, prompt_ids: list[list[int]]) -> InformativeEnd | None:
         """Where training's rollouts end early; None where they do not."""
