@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import TOKENIZER, tiny_model
 from tiny_architectures import tiny
+from transformers import TopPLogitsWarper
 
 from topd.embedded.task import make_problems
 from topd.errors import ContextError, TOPDError
-from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of
+from topd.evaluation.engines import LocalEngine, OwnRandomNumbers, Request, Response, Sampling, ids_of, nucleus
 
 PROBLEMS = make_problems(12, 3, held_out=True)
 REQUESTS = [Request(number, problem.prompt) for number, problem in enumerate(PROBLEMS)]
@@ -159,3 +160,12 @@ def test_prompts_whose_rows_cross_a_rotary_limit_are_answered_by_length() -> Non
     with pytest.warns(UserWarning, match="longest row beyond 16 tokens"):
         together = responses(LocalEngine(model, TOKENIZER, together=12), REQUESTS, sampling)
     assert together == responses(LocalEngine(model, TOKENIZER, together=1), REQUESTS, sampling)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("top_p", [1e-4, 0.5, 0.95, 0.9999, 1.0])
+def test_a_nucleus_is_that_of_transformers(spread, top_p):
+    """Narrow ones without sorting the vocabulary, wide ones by transformers' own code."""
+    logits = spread * torch.randn(5, 2000, generator=torch.Generator().manual_seed(0))
+    expected = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    assert torch.equal(nucleus(logits, top_p), expected)

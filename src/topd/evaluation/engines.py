@@ -185,17 +185,32 @@ class OwnRandomNumbers(LogitsProcessor):
         self.uniform = torch.tensor(numpy.stack(draws, axis=1))  # [step, row]
         self.rows = torch.arange(len(batch))  # of the batch that are left in it
         self.temperature, self.prompt_length = sampling.temperature, prompt_length
-        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        self.top_p = sampling.top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[row, vocabulary] logits -> 0 at the chosen token, -inf elsewhere."""
-        logits = scores.float() / self.temperature
-        if self.top_p is not None:
-            logits = self.top_p(input_ids, logits)
+        logits = nucleus(scores.float() / self.temperature, self.top_p)
         below = logits.softmax(-1).double().cumsum(-1)
         uniform = self.uniform[input_ids.shape[1] - self.prompt_length, self.rows.cpu()].to(below.device)
         chosen = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.clamp(max=scores.shape[1] - 1), 0.0)
+
+
+SORTED = 256
+"""Tokens that a nucleus is looked for among before the whole vocabulary is sorted, which takes as long as decoding."""
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """[row, vocabulary] logits -> -inf outside of the most likely tokens whose probabilities reach `top_p` together."""
+    if top_p >= 1:
+        return logits
+    first, tokens = logits.topk(min(SORTED, logits.shape[1]))
+    shares = (first - logits.logsumexp(-1, keepdim=True)).double().exp()
+    before = shares.cumsum(-1) - shares
+    if logits.shape[1] > SORTED and bool((before[:, -1] < top_p).any()):
+        found: Tensor = TopPLogitsWarper(top_p)(None, logits)  # type: ignore[arg-type]  # which it does not read
+        return found
+    return torch.full_like(logits, -torch.inf).scatter(1, tokens, first.masked_fill(before >= top_p, -torch.inf))
 
 
 def check_context(
