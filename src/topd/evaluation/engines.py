@@ -118,15 +118,18 @@ class LocalEngine:
         check_context(requests, sampling, self.tokenizer, self.model.config, self.limited_by)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """See `Engine`. Yields in the order of the requests, or by length where padding changes responses."""
+        """See `Engine`. Yields the responses to long prompts first, or by length where padding changes responses."""
         for batch in self._batches(requests, sampling):
             rows = self._generate(batch, sampling)
             yield [(request.number, self._response(row)) for request, row in zip(batch, rows, strict=True)]
 
     def _batches(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Request]]:
-        """Requests that are decoded together: of equal length, or one at a time, where a batch changes responses."""
+        """Requests that are decoded together: of similar length, so that little is padding.
+
+        Of equal length, or one at a time, where a batch changes responses.
+        """
         lengths = [len(ids_of(request, self.tokenizer, sampling)) for request in requests]
-        groups, size = [list(range(len(requests)))], self.together
+        groups, size = [sorted(range(len(requests)), key=lengths.__getitem__, reverse=True)], self.together
         if size > 1 and len(requests) > 1:
             batching = self._batching(max(lengths) + sampling.max_new_tokens)
             self._leaving = batching.leaving
