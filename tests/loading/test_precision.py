@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import TOKENIZER, tiny_trainer
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ OURS = [
     {"method": "topd"},
     {"method": "topd", "student_window": "rollout", "gradient_checkpointing": True},
     {"method": "opd", "opd_loss": "one_pass"},
+    {"trainer_options": {"peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")}},
 ]
 
 

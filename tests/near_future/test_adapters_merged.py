@@ -1,19 +1,29 @@
 """A model with adapters runs merged while it samples, and is as before afterwards."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_shared_prefix import model_of
 from tiny import tiny_trainer
 
+from topd.loading.precision import autocasting
 from topd.near_future.model_parts import adapters_merged
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
 
-def adapted(targets="all-linear", dtype=torch.float32, **options):
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def adapted(targets="all-linear", dtype=torch.float32, kind="qwen3", tied=False, **options):
+    base = model_of(kind).to(dtype)
+    if tied:
+        base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
     torch.manual_seed(0)
-    model = get_peft_model(model_of("qwen3").to(dtype), LoraConfig(r=2, target_modules=targets, **options)).eval()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, **options)).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -49,15 +59,32 @@ def test_the_same_logits_without_the_adapters_products_and_the_same_weights_afte
 
 
 @pytest.mark.parametrize(
-    "model", [adapted(["q_proj", "lm_head"]), adapted(["embed_tokens"]), adapted(dtype=torch.bfloat16)]
-)
-def test_what_a_merge_would_change_is_left_alone(model):
-    """Tied heads, embeddings, and weights that would be rounded."""
+    "options",
+    [
+        {"targets": ["q_proj", "lm_head"]}, {"targets": ["embed_tokens"]}, {"dtype": torch.bfloat16}, {"tied": True},
+        {"kind": "qwen3-moe", "targets": ["q_proj"], "target_parameters": EXPERTS}, {"lora_bias": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_merge_would_change_is_left_alone(options):
+    """Tied weights, embeddings, weights that would be rounded, and what PEFT cannot merge."""
+    model = adapted(**options)
     expected, calls = logits_and_calls(model)
     with adapters_merged(model):
         again, calls_again = logits_and_calls(model)
     assert torch.equal(again, expected)
     assert calls_again == calls
+
+
+def test_under_autocast_which_would_round_the_adapters_away_nothing_is_merged():
+    model = adapted()
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    with autocasting([model], SimpleNamespace(native_amp=True, distributed_type=None, autocast=autocast)):
+        expected, calls = logits_and_calls(model)
+        with adapters_merged(model):
+            again, calls_again = logits_and_calls(model)
+    assert torch.equal(again, expected)
+    assert calls_again == calls > 0
 
 
 def test_training_samples_with_merged_adapters(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-from topd.near_future.model_parts import backbone_of
+from topd.near_future.model_parts import backbone_of, inside_peft
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +71,17 @@ class RoundingWarning(TrainerCallback):
 def autocasting(models: Sequence[Any], accelerator: Accelerator) -> Iterator[None]:
     """Run unwrapped models and their backbones under the accelerator's autocast (`bf16`, `fp16`) in this block.
 
-    accelerate autocasts the forward pass of a whole model. Scoring, windows and the loss call its backbone directly:
-    without this function, float32 weights would compute in float32 despite `bf16`, in one process and under DDP. A
-    backbone returns states in autocast's dtype, which the output head takes. FSDP2 and DeepSpeed have their own
+    accelerate autocasts the forward pass of a whole model. Scoring, windows and the loss call its backbone directly,
+    and `generate` of a PEFT model the model inside: without this function, float32 weights would compute in float32
+    despite `bf16`, in one process and under DDP. A backbone returns states in autocast's dtype, which the output head
+    takes. FSDP2 and DeepSpeed have their own
     precision; nothing changes there.
     """
     with ExitStack() as stack:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if accelerator.native_amp and not sharded:
-            for module in (part for model in models for part in (model, backbone_of(model))):
+            parts = dict.fromkeys(part for model in models for part in (model, inside_peft(model), backbone_of(model)))
+            for module in parts:
                 stack.enter_context(patch.object(module, "forward", _autocast(module.forward, accelerator)))
         yield
 

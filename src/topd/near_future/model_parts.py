@@ -1,6 +1,7 @@
 """How a transformers model is used: its backbone and head, the state that it runs in, padded batches, generation."""
 
 import inspect
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,9 +26,14 @@ leaves out from the model's generation config."""
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
+def inside_peft(model: Any) -> Any:
+    """The model without PEFT's wrapper (adapters stay in place)."""
+    return model.base_model.model if is_peft_model(model) else model
+
+
 def backbone_of(model: Any) -> nn.Module:
     """The decoder without its output head (adapters stay in place)."""
-    inner = model.base_model.model if is_peft_model(model) else model
+    inner = inside_peft(model)
     backbone: nn.Module = inner.base_model
     if inner.base_model is inner:  # its base_model_prefix names no attribute (Llama 4's text model)
         backbone = getattr(inner, "model", None) or inner.get_decoder()
@@ -107,30 +113,45 @@ def adapters_merged(model: Any) -> Iterator[None]:
     """Run a PEFT model with its adapters merged into copies of its weights; afterwards it is as before, to the bit.
 
     It computes the same up to rounding, without the adapters' small matrix products, which take a fifth of the time of
-    decoding. Only where all adapted layers are float32 linear layers whose weights are neither tied nor sharded; else
-    nothing changes: in bfloat16 a merge would round the adapters away.
+    decoding. Only where all adapted layers are float32 linear layers whose weights are neither shared nor sharded, and
+    PEFT can merge them; else nothing changes. In bfloat16, also by autocast, a merge would round the adapters away.
     """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "get_base_layer")]
     bases: list[nn.Module] = [layer.get_base_layer() for layer in layers] if is_peft_model(model) else []
-    embeddings = getattr(model.get_input_embeddings(), "weight", None)
-    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
-    sharded |= any(hasattr(base.weight, "ds_id") for base in bases)  # by ZeRO-3
-    plain = all(type(base) is nn.Linear and base.weight.dtype == torch.float32 for base in bases)
-    if sharded or not plain or any(base.weight is embeddings for base in bases):
+    if not _may_merge(model, bases):
         bases = []
     saved = [(parameter, parameter.data) for base in bases for parameter in base.parameters()]
     merged = [layer for layer in layers if bases and not (layer.merged or layer.disable_adapters)]
-    try:
-        for parameter, data in saved:
-            parameter.data = data.clone()
-        for layer in merged:
-            layer.merge()
-        yield
-    finally:
+
+    def put_back() -> None:
         for parameter, data in saved:
             parameter.data = data
         for layer in merged:
             layer.merged_adapters.clear()
+
+    try:
+        try:
+            for parameter, data in saved:
+                parameter.data = data.clone()
+            for layer in merged:
+                layer.merge()
+        except (RuntimeError, ValueError):  # PEFT cannot merge this kind of adapter
+            put_back()
+        yield
+    finally:
+        put_back()
+
+
+def _may_merge(model: Any, bases: Sequence[nn.Module]) -> bool:
+    """Whether a merge into these layers rounds nothing away, and changes no other layer."""
+    if not all(type(base) is nn.Linear and base.weight.dtype == torch.float32 for base in bases):
+        return False
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = any(uses[id(base.weight)] > 1 for base in bases)
+    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    sharded |= any(hasattr(base.weight, "ds_id") for base in bases)  # by ZeRO-3
+    device_type = next(model.parameters()).device.type
+    return not (shared or sharded or torch.is_autocast_enabled(device_type) or _wrapped_forwards(model))
 
 
 @contextmanager
@@ -148,11 +169,7 @@ def training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_autocast(model: Any, device_type: str) -> Iterator[None]:
     """In the dtype of the weights, also where autocast stands around the forward pass of the model or its backbone."""
-    wrapped = [
-        module
-        for module in (model, backbone_of(model))
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook")  # hooks move tensors between devices
-    ]
+    wrapped = _wrapped_forwards(model)
     forwards = [vars(module).pop("forward") for module in wrapped]
     try:
         with torch.autocast(device_type, enabled=False):
@@ -160,6 +177,13 @@ def without_autocast(model: Any, device_type: str) -> Iterator[None]:
     finally:
         for module, forward in zip(wrapped, forwards, strict=True):
             vars(module)["forward"] = forward
+
+
+def _wrapped_forwards(model: Any) -> list[nn.Module]:
+    """The model and its backbone, where something such as autocast stands around the forward pass."""
+    hooks = "_hf_hook"  # they move tensors between devices
+    parts = model, backbone_of(model)
+    return [module for module in parts if "forward" in vars(module) and not hasattr(module, hooks)]
 
 
 # ------------------------------------------------------------------------------------------------------- padded batches

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from topd.near_future.branches import packed, prefill, rollout_hidden, separate
@@ -22,6 +21,7 @@ from topd.near_future.model_parts import (
     UNREAD_BY_TRL,
     backbone_of,
     evaluating,
+    inside_peft,
     last_states,
     left_padded,
     own_settings_only,
@@ -97,7 +97,7 @@ def batching_of(model: Any, longest: int) -> Batching:
 @contextmanager
 def plainly(model: Any) -> Iterator[tuple[Any, Lengths]]:
     """The model without a PEFT wrapper, run by its weights and the given settings alone; and its lengths."""
-    inner = model.base_model.model if is_peft_model(model) else model
+    inner = inside_peft(model)
     lengths, device_type = lengths_of(inner), next(inner.parameters()).device.type
     with evaluating(model), own_settings_only(inner), without_autocast(inner, device_type), lengths.out_of_reach():
         yield inner, lengths
