@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import TOKENIZER, tiny_config, tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from topd.cli.main import main
 from topd.errors import TOPDError
 from topd.loading.pair import prepared_models
+from topd.loading.shared_base import without_adapters
 from topd.training.several_teachers import MOPDTrainer
 from topd.training.trainer import TOPDTrainer
 
@@ -216,3 +218,26 @@ def test_a_run_of_adapters_by_the_command_line_resumes_bit_for_bit(tmp_path: Pat
     assert files[0] == files[1]
     assert files[0] != (Path(folders["student"]) / "adapter_model.safetensors").read_bytes()
     assert not (tmp_path / "whole" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {"trainable_token_indices": {"embed_tokens": [5, 6]}},
+    ],
+    ids=str,
+)
+def test_wrappers_inside_wrappers_are_taken_off_together(options: dict[str, Any]) -> None:
+    """Of two parameters of one module, and of single tokens."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=47, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, pad_token_id=0,
+    )  # fmt: skip
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **options)
+    student = peft.get_peft_model(transformers.Qwen3MoeForCausalLM(config), adapters).eval()
+    teacher, ids = without_adapters(student).eval(), torch.arange(3, 13)[None]
+    with torch.no_grad(), student.disable_adapter():
+        assert torch.equal(teacher(input_ids=ids).logits, student(input_ids=ids).logits)
+    assert not [name for name in teacher.state_dict() if "lora" in name or "base_layer" in name]

@@ -113,11 +113,15 @@ def without_adapters(student: Any) -> Any:
     check_keeps_base(student.peft_config.values())
     teacher = shared_copy(student.get_base_model())
     vars(teacher).pop("peft_config", None)
+    replaced = "."  # no module's name begins with it
     for name, module in list(teacher.named_modules()):
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
         if getattr(module, "merged", False):
             raise TOPDError("The student's adapter is merged into its base. Unmerge it: model.unmerge_adapter().")
+        if name.startswith(replaced):  # a wrapper inside another one
+            continue
+        replaced = f"{name}."
         plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         parent, _, child = name.rpartition(".")
         setattr(teacher.get_submodule(parent), child, plain)
