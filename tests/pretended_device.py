@@ -80,6 +80,8 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         onto = isinstance(args[0], OnDevice) if name == "copy_" else onto
     elif there and any(each.dim() > 0 for each in tensors if not isinstance(each, OnDevice)) and name not in INDEXING:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has some on the CPU.")
+    if name in INDEXING and not isinstance(args[0], OnDevice) and any(isinstance(i, OnDevice) for i in args[1]):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     for _ in range(name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None)):
         count(name)
     if name in INDEXING:

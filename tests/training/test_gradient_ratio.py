@@ -52,3 +52,14 @@ def test_measuring_it_changes_no_step(tmp_path, monkeypatch):
         trainer.train()
         weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_reentrant_checkpointing_through_which_it_cannot_be_measured_trains_without_it(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, max_steps=1, fork_threshold=0.0, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )  # fmt: skip
+    trainer.train()
+    (step,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert step["guidance/positions"] > 0
+    assert "guidance/grad_ratio" not in step

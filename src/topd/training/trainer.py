@@ -226,12 +226,14 @@ class TOPDTrainer(
             return batch
         update = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         lengths = rollouts_of(batch).lengths
-        order = torch.cat([i[lengths[i].argsort(stable=True)] for i in torch.arange(len(lengths)).split(update)])
-        return in_order(batch, order)
+        step = torch.arange(len(lengths), device=lengths.device) // update
+        return in_order(batch, (step * (lengths.max() + 1) + lengths).argsort(stable=True))
 
     def _measures_gradients(self) -> bool:
         """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
-        return self.args.guides and self.model.training and self.state.global_step % RATIO_EVERY == 0
+        due = self.args.guides and self.model.training and self.state.global_step % RATIO_EVERY == 0
+        checkpointing = (self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs) or {}
+        return due and not checkpointing.get("use_reentrant")  # which takes whole backward passes only
 
     # The loss
 
