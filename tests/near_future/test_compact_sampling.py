@@ -51,6 +51,17 @@ def test_greedy_responses_are_those_of_one_batch(model):
     assert sum(widths) < 8 * int(lengths.max())
 
 
+def test_the_least_length_is_counted_from_the_prompt():
+    torch.manual_seed(0)
+    model, ends = model_of("qwen3"), list(range(20, 45))
+    options = {"do_sample": True, "temperature": 5.0, "top_k": 0, "min_new_tokens": 5}
+    with compact_sampling(model):
+        sequences = model.generate(**prompts(64), generation_config=config(ends, **options))
+    lengths = masked(sequences, ends)[1].sum(1)
+    assert lengths.min() == 6
+    assert {6, 7, 8} <= set(lengths.tolist())
+
+
 def test_every_token_is_sampled_behind_its_own_row_and_the_states_are_kept():
     model, states, inputs, ends = model_of("qwen3"), SamplingStates(), prompts(), list(range(20, 26))
     with states.keeping(model), compact_sampling(model, states):
@@ -86,6 +97,14 @@ def test_training_takes_it_or_says_that_it_does_not(tmp_path, monkeypatch, caplo
     assert losses[0] > 0
     assert len(called) == calls
     assert ("compact_sampling changes nothing here" in caplog.text) == (calls == 0)
+
+
+def test_a_static_cache_which_rows_cannot_leave_is_kept_whole(tmp_path, caplog):
+    MultiProcessAdapter.warning_once.cache_clear()
+    trainer = tiny_trainer(tmp_path, compact_sampling=True, cache_implementation="static", max_steps=1)
+    trainer.train()
+    assert [entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True]
+    assert "compact_sampling changes nothing here: cache_implementation is static" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "leaving"), [("gemma3", True), ("qwen3.5", False)])

@@ -177,7 +177,10 @@ def generate_compactly(
     while len(rows):
         stop = HalfHaveEnded(start, ends)
         config = copy.copy(generation_config)
-        config.max_new_tokens = start + longest - inputs["input_ids"].shape[1]
+        grown = inputs["input_ids"].shape[1] - start
+        config.max_new_tokens = longest - grown
+        if config.min_new_tokens is not None:
+            config.min_new_tokens = max(0, config.min_new_tokens - grown)
         config.return_dict_in_generate = True
         for follower in followers:
             follower.rows = rows

@@ -253,9 +253,11 @@ class OwnRollouts(BothModels):
 
     def _rows_leave(self, end: InformativeEnd | None) -> bool:
         """Whether rows that have ended may leave the batch. Say once why `compact_sampling` changes nothing."""
+        cache = self.generation_config.cache_implementation
         why = (
             "vLLM fills its batches itself" if self.use_vllm
             else "max_informative_tokens reads all rollouts while they are sampled" if end is not None
+            else f"cache_implementation is {cache}" if cache not in (None, "dynamic")
             else None if self._student().ways.leaving
             else f"the others of a batch of {type(self.accelerator.unwrap_model(self.model)).__name__} would change"
         )  # fmt: skip
