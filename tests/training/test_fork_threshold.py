@@ -42,6 +42,17 @@ def test_a_later_estimate_replaces_the_value_once_it_is_complete():
     assert not quartile.due(12)
 
 
+def test_a_later_estimate_has_no_distances_of_an_earlier_one_that_stayed_incomplete():
+    """A budget's plain steps look at no low-loss positions, so eight steps may not be reached."""
+    quartile = LowLossQuartile(every=50)
+    for step in (0, 2, 3, 5, 6):
+        quartile.add(step, torch.tensor([0.2] * 10))
+    for step in range(50, 58):
+        quartile.add(step, torch.tensor([0.6] * 10))
+    assert quartile.value == pytest.approx(0.6)
+    assert len(quartile._distances) == 80
+
+
 def test_training_logs_it_and_a_resumed_run_keeps_it(tmp_path):
     options = {"max_steps": 6, "recalibration_steps": 4, "save_strategy": "steps", "save_steps": 3}
     trainer = tiny_trainer(tmp_path, **options)

@@ -317,8 +317,8 @@ class LowLossQuartile:
 
         The first estimate is used from its first step on; a later one replaces it once it is complete.
         """
-        if step % self.every == 0 and self._steps == 0:
-            self._distances = []
+        if step % self.every == 0 and (self._steps == 0 or self.every > MOST_STEPS):
+            self._distances, self._steps = [], 0
         self._steps += 1
         self._distances += distance[distance.isfinite()].tolist()
         complete = len(self._distances) >= WANTED or self._steps >= MOST_STEPS
