@@ -232,7 +232,7 @@ class TOPDTrainer(
     def _measures_gradients(self) -> bool:
         """Whether this step estimates how strong guidance is; with one GPU or CPU process per model copy."""
         due = self.args.guides and self.model.training and self.state.global_step % RATIO_EVERY == 0
-        checkpointing = (self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs) or {}
+        checkpointing: Any = (self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs) or {}
         return due and not checkpointing.get("use_reentrant")  # which takes whole backward passes only
 
     # The loss
