@@ -147,7 +147,7 @@ def test_a_chat_template_that_raises(tmp_path, capsys, fault):
 def test_an_output_folder_that_cannot_be(tmp_path, capsys, command):
     (tmp_path / "out").write_text("a file")
     assert run(command, tmp_path / "out") == 2
-    assert "A file is in the way" in message(capsys)
+    assert "A file exists where a folder is needed" in message(capsys)
 
 
 @pytest.mark.parametrize("name", ["..", "..=embedded:student-standard", "runs/.."])

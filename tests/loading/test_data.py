@@ -500,7 +500,7 @@ def test_saved_folders(tmp_path):
 
 def test_folder_without_a_dataset(tmp_path):
     (tmp_path / "weights.bin").write_text("x")
-    assert "Name a data file, a folder written by save_to_disk, or one" in message(str(tmp_path))
+    assert "Use a data file, a folder written by save_to_disk, or one" in message(str(tmp_path))
 
 
 def test_damaged_saved_folder(tmp_path):

@@ -15,7 +15,7 @@ from topd.loading.by_name import SAFE
 from topd.loading.sharding import sharded
 
 ONE_MODEL = (
-    "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Name another "
+    "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Use another "
     "teacher. (If the student is a PeftModel, the teacher is its base without the adapter; teacher_model=self is for "
     "self-distillation, with a teacher prompt.)"
 )
@@ -24,7 +24,7 @@ NEW_ADAPTER = (
     "whose adapter is trained already, or another teacher."
 )
 TWO_ADAPTERS = (
-    "{student} holds an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
+    "{student} contains an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
     "merge the adapter first: topd merge {student} --out {student}-merged."
 )
 KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal")

@@ -175,8 +175,8 @@ def notice_of(model: Any, ways: Ways) -> str | None:
     """What a user should know of a model's ways, in words; None where every fast way is exact at all lengths."""
     costs = {
         "shared_prefix": (ways.shared_prefix, "windows are generated from fresh prefixes"),
-        "packed_rows": (ways.packed_rows, "each guided window goes through it behind its own copy of the prefix"),
-        "sampling_states": (ways.sampling_states, "sampled rollouts are read once more"),
+        "packed_rows": (ways.packed_rows, "each guided window runs after its own copy of the prefix"),
+        "sampling_states": (ways.sampling_states, "sampled rollouts need another forward pass"),
     }
     parts = []
     for name, (longest, cost) in costs.items():
@@ -195,7 +195,7 @@ def notice_of(model: Any, ways: Ways) -> str | None:
         )
     if not parts:
         return None
-    return f"{type(model).__name__} takes slower ways, which give the same results: {'; '.join(parts)}."
+    return f"{type(model).__name__} uses slower paths, which give the same results: {'; '.join(parts)}."
 
 
 # --------------------------------------------------------------- lengths at which a model changes, read from its config
