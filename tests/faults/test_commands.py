@@ -91,7 +91,7 @@ def test_a_full_disk_ends_in_a_message_and_the_same_command_goes_on(tmp_path, ca
         assert "The disk is full" in message(capsys)
         assert not list(tmp_path.rglob("*.part"))
     assert run(command, tmp_path) == 0
-    fault(f"disk full, topd {command}", "a message; continues when it is started again")
+    fault(f"disk full, topd {command}", "a message; resumes when started again")
 
 
 @pytest.mark.parametrize("command", SETTINGS)

@@ -133,7 +133,7 @@ def test_resume_takes_the_newest_whole_checkpoint(copy, name, fault):
     assert "checkpoint-3 is not complete" in passed_over[0]
     with pytest.raises(ResumeError, match=r"not a complete checkpoint.*checkpoint-2 is complete"):
         checkpoint_to_resume(str(copy / "checkpoint-3"), copy)
-    fault(f"checkpoint damaged: {name}", "passed over, resumes from the one before", "the steps since")
+    fault(f"checkpoint damaged: {name}", "skipped; resumes from the previous one", "the steps since")
 
 
 def test_a_lost_scheduler_is_seen_at_first_sight(copy):
