@@ -183,7 +183,7 @@ def test_another_tokenizer_is_not_resumed_with(earlier, tmp_path, caplog):
     tokenizer.add_tokens(["new"])
     for model in (student := tiny_model(0), teacher := tiny_model(1, width=96)):
         model.resize_token_embeddings(48)
-    with pytest.raises(ResumeError, match="the tokenizer is another one"):
+    with pytest.raises(ResumeError, match="the tokenizer differs"):
         resumed(earlier, tmp_path / "run", caplog, student=student, teacher=teacher, tokenizer=tokenizer)
 
 

@@ -21,7 +21,7 @@ ONE_MODEL = (
 )
 NEW_ADAPTER = (
     "A new adapter starts as the base itself, so the token losses and their gradients start at 0. Pass a PeftModel "
-    "whose adapter is trained already, or another teacher."
+    "whose adapter is already trained, or another teacher."
 )
 TWO_ADAPTERS = (
     "{student} contains an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
@@ -150,8 +150,8 @@ def check_base_is_fixed(teacher: Any, sharded: bool) -> None:
     """Raise `TOPDError` if training would change a teacher that shares the student's weights, or cannot share them."""
     if sharded:
         raise TOPDError(
-            "Student and teacher can share one set of weights in one process and under DDP, not with FSDP or DeepSpeed "
-            "so far. Load the teacher separately, or name it."
+            "Student and teacher can share one set of weights in one process and under DDP, but not yet with FSDP or "
+            "DeepSpeed. Load the teacher separately, or pass its name."
         )
     moving = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
     if moving:

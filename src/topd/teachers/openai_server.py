@@ -216,7 +216,7 @@ class OpenAIServer:
                 raise ServerError(f"{self.named} has not answered for {patience} ({path}: {problem}). {self._remedy}")
             if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
                 self._last_message = time.monotonic()
-                logger.warning(visible(f"{self.named} fails ({problem}); trying for {left:.0f} s more."))
+                logger.warning(visible(f"{self.named} fails ({problem}); retrying for {left:.0f} s more."))
             with anyio.move_on_after(min(left, wait)):
                 await stop.wait()
         raise AssertionError("waits never end")

@@ -260,7 +260,7 @@ class OwnRollouts(BothModels):
             else f"the others of a batch of {type(self.accelerator.unwrap_model(self.model)).__name__} would change"
         )  # fmt: skip
         if why is not None:
-            logger.warning_once(f"compact_sampling changes nothing here: {why}.")
+            logger.warning_once(f"compact_sampling has no effect here: {why}.")
         return why is None
 
     def _informative_end(self, prompt_ids: list[list[int]]) -> InformativeEnd | None:
