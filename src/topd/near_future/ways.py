@@ -53,7 +53,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Ways(Batching):
-    """The fast paths that are exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
+    """Fast paths that are exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
 
     Attributes:
         shared_prefix: rows up to this length may decode their windows over one prefix; `inf`: all, 0: none.
