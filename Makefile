@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the main job, `make test` runs the tests. Each makes its environment first.
+# Two commands: `make demo` runs the demo, `make test` runs the tests. Each creates its environment first.
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.made
@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 
 .PHONY: demo demo-lm lm-opd lm-topd quick test newest oldest triton cuda slow faults check bench docs env clean
 
-demo: env  ## distil the embedded student by OPD and by TOPD, compare, write runs/demo
+demo: env  ## distil the embedded student with OPD and with TOPD, compare, write runs/demo
 	$(BIN)/topd demo
 
 quick: env  ## the same, shorter
@@ -37,7 +37,7 @@ test: env  ## lint, types, import directions, then every test that is not marked
 newest oldest: %: .venv-%/.made  ## the core of the tests with the highest (lowest) versions that pyproject.toml admits
 	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(CORE)
 
-triton: .venv-triton/.made  ## TRL's Triton loss through Triton's interpreter against ours (1 GB of triton, no GPU)
+triton: .venv-triton/.made  ## TRL's Triton loss in Triton's interpreter vs. ours (1 GB of triton, no GPU)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/near_future/test_kernels.py
 
 cuda: env  ## on a CUDA GPU: its tests, then its benchmark (under ten minutes)
@@ -57,7 +57,7 @@ check: env
 	$(BIN)/lint-imports
 
 # liger-kernel requires triton, which a CPU does not have and these cases do not use.
-bench: env  ## time and memory beside public peers, writes runs/benchmarks.json (under 25 minutes, on a quiet machine)
+bench: env  ## time and memory vs. public implementations, writes runs/benchmarks.json (under 25 minutes, on a quiet machine)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt liger-kernel
 	$(BIN)/python -m benchmarks --out runs/benchmarks.json

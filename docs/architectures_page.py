@@ -17,9 +17,9 @@ Not recorded for this version yet: run `python tests/sweep.py docs/architectures
 `python docs/architectures_page.py`.
 """
 WAYS = {
-    "shared": "exact and shared",
-    "partly shared": "exact, partly by the plain way",
-    "plain": "exact by the plain way",
+    "shared": "exact (all fast paths)",
+    "partly shared": "exact (some fast paths)",
+    "plain": "exact (slow path)",
     "refused": "refused",
     "not built": "not built",
     "wrong": "wrong",
@@ -35,7 +35,7 @@ def architectures_page(text: str, rows: list[dict[str, Any]]) -> str:
         counted("classes", classes),
         counted("variants of their configs", [row for row in rows if row not in classes]),
         "",
-        "| class, variant | way | not shared, or reason | TRL's forward pass is exact | examined |",
+        "| class, variant | runs on | slow path for, or reason | TRL's forward pass is exact | tested |",
         "|---|---|---|---|---|",
         *(" | ".join(["", *cells_of(row), ""]).strip() for row in rows),
     ]

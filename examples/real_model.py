@@ -113,7 +113,7 @@ def print_results(log, audit):
         )
         so_far = "".join(record["rollout"]["tokens"][: fork["position"]])
         ours, theirs = ("".join(fork[name]) for name in ("student_window", "teacher_window"))
-        texts = {"prompt": record["prompt"], "rollout so far": so_far, "student goes on": ours, "teacher": theirs}
+        texts = {"prompt": record["prompt"], "rollout so far": so_far, "student continues": ours, "teacher": theirs}
         print("\n".join(f"  {name}: {text!r}" for name, text in texts.items()))
 
 

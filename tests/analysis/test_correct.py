@@ -151,4 +151,4 @@ def test_the_command_and_going_on(tmp_path, capsys):
 
 def test_an_unknown_arm_is_named(tmp_path, capsys):
     assert main(["correct", "--arms", "nothing", "--out", str(tmp_path)]) == 2
-    assert "There is no arm 'nothing'; there are: opd, topd" in capsys.readouterr().err
+    assert "There is no arm 'nothing'; available: opd, topd" in capsys.readouterr().err

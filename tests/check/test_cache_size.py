@@ -30,7 +30,7 @@ def held(model, tokens):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-@pytest.mark.filterwarnings("ignore:.*takes slower ways")
+@pytest.mark.filterwarnings("ignore:.*uses slower paths")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_has_the_bytes_that_the_cache_holds(kind):
     """Latents of MLA, sliding windows of 8, recurrent states of a fixed size; all found on the meta device."""

@@ -75,9 +75,9 @@ def message(capsys, *arguments):
 
 
 def test_mistakes_end_in_a_message(capsys, tmp_path):
-    assert "Name the student and the teacher" in message(capsys, "check", "--window_length", "16")
+    assert "Specify the student and the teacher" in message(capsys, "check", "--window_length", "16")
     assert "--window_length" in message(capsys, "check", *PAIR, "--windw_length", "3")
-    assert "holds no tokenizer" in message(capsys, "check", "--student", str(tmp_path), *PAIR[2:])
+    assert "contains no tokenizer" in message(capsys, "check", "--student", str(tmp_path), *PAIR[2:])
     assert "no such file" in message(capsys, "check", *PAIR, "--data", "nothing.jsonl")
     assert "at least 1" in message(capsys, "check", *PAIR, "--samples", "0")
 

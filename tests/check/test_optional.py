@@ -117,7 +117,7 @@ def test_a_push_without_network_or_token(monkeypatch):
 def test_one_model_as_student_and_teacher():
     finding = optional.one_model(setup_for("embedded:teacher", "embedded:teacher"))
     assert finding.verdict == "error"
-    assert_says(finding, "same model, embedded:teacher", "Name another teacher")
+    assert_says(finding, "same model, embedded:teacher", "Use another teacher")
 
 
 def test_a_folder_below_a_file_is_no_output_folder(tmp_path):

@@ -54,21 +54,21 @@ def message(capsys, *arguments):
 def test_mistakes_end_in_a_message_that_says_what_to_do(capsys, tmp_path):
     recipe = ("train", "--config", "recipe:embedded", "--output_dir", str(tmp_path))
     assert "--window_length" in message(capsys, *recipe, "--windw_length", "3")
-    assert "there is no such file" in message(capsys, "train", "--config", "nowhere.yaml")
-    assert "there is no such recipe. There are: embedded" in message(capsys, "train", "recipe:nowhere")
+    assert "no such file" in message(capsys, "train", "--config", "nowhere.yaml")
+    assert "no such recipe. Available: embedded" in message(capsys, "train", "recipe:nowhere")
     assert "Did you mean --config recipe:embedded?" in message(capsys, "train", "recipes/embedded.yaml")
     assert "Several files with options" in message(capsys, "train", "recipe:embedded", "--config", "mine.yaml")
-    assert "Name the student and the teacher" in message(
+    assert "Specify the student and the teacher" in message(
         capsys, "train", "--output_dir", str(tmp_path), "--use_cpu", "true"
     )
     if not torch.accelerator.is_available():
         assert "add --use_cpu true" in message(capsys, "train")
     assert "topd demo build" in message(capsys, *recipe, "--model_name_or_path", "embedded:student")
-    assert "holds no tokenizer" in message(capsys, *recipe, "--model_name_or_path", str(tmp_path))
+    assert "contains no tokenizer" in message(capsys, *recipe, "--model_name_or_path", str(tmp_path))
     assert "no such file" in message(capsys, *recipe, "--data", "trian.jsonl")
     assert "must be at least 1" in message(capsys, *recipe, "--window_length", "0")
     assert "no checkpoint" in message(capsys, *recipe, "--resume_from_checkpoint", "true")
-    assert "there is no such folder" in message(capsys, "report", "nowhere")
+    assert "no such folder" in message(capsys, "report", "nowhere")
     (tmp_path / "bad.yaml").write_text("method: [topd\n")
     assert "not valid YAML" in message(capsys, "train", "--config", str(tmp_path / "bad.yaml"))
     (tmp_path / "typo.yaml").write_text("metod: topd\noutput_dir: x\n")
@@ -142,8 +142,8 @@ def test_json_on_the_command_line_with_a_name_twice_is_refused(capsys):
 def test_only_embedded_models_have_prompts_without_being_asked(capsys, tmp_path):
     names = ["--model_name_or_path", "org/student", "--teacher_model_name_or_path", "org/teacher"]
     told = message(capsys, "train", *names, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false")
-    assert "Name the prompts for org/student: --data FILE.jsonl" in told
-    assert "Name the prompts for org/student" in message(
+    assert "Specify the prompts for org/student: --data FILE.jsonl" in told
+    assert "Specify the prompts for org/student" in message(
         capsys, "probe", "--student", "org/student", "--teacher", "org/teacher", "--out", str(tmp_path / "probe")
     )
 

@@ -63,7 +63,7 @@ def test_options_after_the_file_win(tmp_path: Path, command: str) -> None:
 
 def test_a_file_that_is_not_there_ends_in_a_message(capsys: Any) -> None:
     assert main(["probe", "--config", "gone.yaml"]) == 2
-    assert "gone.yaml: there is no such file" in capsys.readouterr().err
+    assert "gone.yaml: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", "{", "nonsense"])
@@ -202,7 +202,7 @@ def test_lora_without_adapters_is_not_ignored(tmp_path: Path, parse: Any) -> Non
     ("logging_dir", "set the environment variable TENSORBOARD_LOGGING_DIR"),
     ("lmbda", "leave it out"),
     ("batch_size", "write --per_device_train_batch_size N"),
-    ("overwrite-output-dir", "name another --output_dir"),
+    ("overwrite-output-dir", "use another --output_dir"),
     ("torch_dtyp", "Did you mean --dtype"),
     ("nproc_per_node", "write --num_processes N"),
 ])  # fmt: skip

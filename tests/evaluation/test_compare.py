@@ -98,7 +98,7 @@ def test_folders_are_found_in_a_folder_and_labelled_apart(tmp_path: Path) -> Non
     assert evaluation_folders([tmp_path / "one", tmp_path / "two" / "student"]) == folders
     told = compare(folders, tmp_path)
     assert list(told["models"]) == ["one/student", "two/student"]
-    with pytest.raises(TOPDError, match="holds no evaluation"):
+    with pytest.raises(TOPDError, match="contains no evaluation"):
         evaluation_folders([tmp_path / "nothing"])
 
 

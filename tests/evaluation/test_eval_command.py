@@ -223,7 +223,7 @@ def test_without_math_verify_nothing_is_sampled(
         (["--model", "a=embedded:teacher", "a=embedded:student-easy"], "have the same label"),
         (["--model", "nowhere/at/all"], "Cannot load the tokenizer"),
         (["--benchmark", "aime2"], "Known benchmarks are"),
-        (["--compare", "nowhere"], "holds no evaluation"),
+        (["--compare", "nowhere"], "contains no evaluation"),
         (["--compare", "nowhere", "--model", "x"], "leave --model and --benchmark out"),
         (["--engine", "vllm"], install("vllm")),
     ],

@@ -144,7 +144,7 @@ def test_a_model_that_does_not_ignore_padding_answers_as_it_does_alone(name: str
     assert 1 < len(set(lengths)) < len(lengths)
     with pytest.warns(UserWarning, match=f"{name} answers {how}") as notices:
         batches = list(LocalEngine(model, TOKENIZER, together=12).respond(REQUESTS, sampling))
-    assert len([notice for notice in notices if "takes longer" in str(notice.message)]) == 1
+    assert len([notice for notice in notices if "is slower" in str(notice.message)]) == 1
     assert len(batches) == len(lengths if "one" in how else set(lengths))
     alone = responses(LocalEngine(model, TOKENIZER, together=1), REQUESTS, sampling)
     assert dict(pair for batch in batches for pair in batch) == alone

@@ -93,7 +93,7 @@ def doom(moment):
 
 
 def train(out, moment="", **options):
-    """Train to the end, from the newest whole checkpoint if there is one."""
+    """Train to the end, from the newest complete checkpoint if there is one."""
     torch.set_num_threads(1)
     doom(moment)
     given = {

@@ -91,7 +91,7 @@ def test_a_full_disk_ends_in_a_message_and_the_same_command_goes_on(tmp_path, ca
         assert "The disk is full" in message(capsys)
         assert not list(tmp_path.rglob("*.part"))
     assert run(command, tmp_path) == 0
-    fault(f"disk full, topd {command}", "a message; continues when it is started again")
+    fault(f"disk full, topd {command}", "a message; resumes when started again")
 
 
 @pytest.mark.parametrize("command", SETTINGS)
@@ -147,7 +147,7 @@ def test_a_chat_template_that_raises(tmp_path, capsys, fault):
 def test_an_output_folder_that_cannot_be(tmp_path, capsys, command):
     (tmp_path / "out").write_text("a file")
     assert run(command, tmp_path / "out") == 2
-    assert "A file is in the way" in message(capsys)
+    assert "A file exists where a folder is needed" in message(capsys)
 
 
 @pytest.mark.parametrize("name", ["..", "..=embedded:student-standard", "runs/.."])

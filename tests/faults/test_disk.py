@@ -1,4 +1,4 @@
-"""A full disk, damaged checkpoints: the run ends or resumes with a message that names the last whole checkpoint."""
+"""A full disk, damaged checkpoints: the run ends or resumes with a message that names the last complete checkpoint."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def full_at(step, trainer, original):
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch, fault):
     trainer = tiny_trainer(tmp_path, **SAVES)
     monkeypatch.setattr(torch, "save", full_at(2, trainer, torch.save))
-    with pytest.raises(SavingError, match=r"checkpoint-2 could not be .*No space left.*last whole .*checkpoint-1\b"):
+    with pytest.raises(SavingError, match=r"checkpoint-2 could not be .*No space left.*last complete .*checkpoint-1\b"):
         trainer.train()
     assert damage(tmp_path / "checkpoint-1") is None
     assert not (tmp_path / "checkpoint-2").exists()
@@ -130,10 +130,10 @@ def test_resume_takes_the_newest_whole_checkpoint(copy, name, fault):
     DAMAGES[name](copy / "checkpoint-3")
     newest, passed_over = newest_whole(copy, thorough=True)
     assert newest == copy / "checkpoint-2"
-    assert "checkpoint-3 is not whole" in passed_over[0]
-    with pytest.raises(ResumeError, match=r"not a whole checkpoint.*checkpoint-2 is whole"):
+    assert "checkpoint-3 is not complete" in passed_over[0]
+    with pytest.raises(ResumeError, match=r"not a complete checkpoint.*checkpoint-2 is complete"):
         checkpoint_to_resume(str(copy / "checkpoint-3"), copy)
-    fault(f"checkpoint damaged: {name}", "passed over, resumes from the one before", "the steps since")
+    fault(f"checkpoint damaged: {name}", "skipped; resumes from the previous one", "the steps since")
 
 
 def test_a_lost_scheduler_is_seen_at_first_sight(copy):
@@ -195,7 +195,7 @@ def test_a_resumed_run_saves_and_logs_as_it_is_told(copy):
 def test_no_whole_checkpoint_at_all(copy):
     for folder in copy.glob("checkpoint-*"):
         half(folder / "optimizer.pt")
-    with pytest.raises(ResumeError, match=r"no checkpoint in \S+ to resume from: \S+checkpoint-3 is not whole"):
+    with pytest.raises(ResumeError, match=r"no checkpoint in \S+ to resume from: \S+checkpoint-3 is not complete"):
         checkpoint_to_resume(True, copy)
 
 

@@ -84,7 +84,7 @@ def differing(out, fake, expected):
 MOMENTS = {
     "in the second step, which has no checkpoint": lambda ends, evaluations: (ends[1] + 1, 1),
     "in the evaluation after the second step": lambda ends, evaluations: (ends[2] + 1, 2),
-    "in the third step, right behind a checkpoint": lambda ends, evaluations: (evaluations[2] + 1, 2),
+    "in the third step, right after a checkpoint": lambda ends, evaluations: (evaluations[2] + 1, 2),
     "at the end of the fourth step": lambda ends, evaluations: (ends[4] - 1, 3),
 }
 

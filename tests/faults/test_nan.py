@@ -1,4 +1,4 @@
-"""A NaN in the student: the run stops before the optimizer moves, and names the last whole checkpoint."""
+"""A NaN in the student: the run stops before the optimizer moves, and names the last complete checkpoint."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ class Spoil(TrainerCallback):
 
 def test_a_nan_stops_the_run_and_the_checkpoint_before_it_goes_on(tmp_path, fault):
     trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [Spoil()]}, **SAVES)
-    with pytest.raises(NonFiniteError, match=r"step 3.*optimizer has not moved.*last whole checkpoint is .*point-2\b"):
+    with pytest.raises(NonFiniteError, match=r"step 3.*optimizer has not moved.*last complete checkpoint is .*-2\b"):
         trainer.train()
     assert damage(tmp_path / "checkpoint-2") is None
     healthy = tiny_trainer(tmp_path, student=tiny_model(5), **SAVES)

@@ -44,7 +44,7 @@ def hold():
 
 def test_a_folder_is_held_by_one_process_and_free_after_kill_9(tmp_path, hold):
     holder = hold(tmp_path / "out")
-    with pytest.raises(TOPDError, match=rf"out is in use by another command \(process {holder.pid} on .*name another"):
+    with pytest.raises(TOPDError, match=rf"out is in use by another command \(process {holder.pid} on .*use another"):
         sole_writer(tmp_path / "out").__enter__()
     holder.send_signal(signal.SIGKILL)
     holder.wait()

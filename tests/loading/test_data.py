@@ -209,8 +209,8 @@ BROKEN_PROMPTS = [
         [TALK[1], {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, TALK[1]],
         "message 2 of the prompt has tool",
     ),
-    ("half \ud83d", "the prompt holds half a character"),
-    ([{"role": "user", "content": "\udc00"}], "message 1 of the prompt holds half a character"),
+    ("half \ud83d", "the prompt contains half a character"),
+    ([{"role": "user", "content": "\udc00"}], "message 1 of the prompt contains half a character"),
 ]
 
 
@@ -234,7 +234,7 @@ def test_broken_prompts(tmp_path, name, place, prompt, problem):
         ("true", "the answer is True; write text or a number"),
         ('["5"]', "the answer is ['5']; write"),
         ('{"x": 5}', "the answer is {'x': 5}"),
-        ('"\\ud800"', "the answer holds half a character"),
+        ('"\\ud800"', "the answer contains half a character"),
         ("1" * 5000, "JSON with a number too long"),
         ("[" * 100_000, "nested too deep"),
     ],
@@ -500,7 +500,7 @@ def test_saved_folders(tmp_path):
 
 def test_folder_without_a_dataset(tmp_path):
     (tmp_path / "weights.bin").write_text("x")
-    assert "Name a data file, a folder written by save_to_disk, or one" in message(str(tmp_path))
+    assert "Use a data file, a folder written by save_to_disk, or one" in message(str(tmp_path))
 
 
 def test_damaged_saved_folder(tmp_path):

@@ -116,7 +116,7 @@ def test_several_files_and_patterns_follow_each_other(tmp_path: Path, monkeypatc
         load_prompts("none-*.jsonl")
     with pytest.raises(DataError, match=r"'gone.jsonl': There is no such file"):
         load_prompts(["other.csv", "gone.jsonl"])
-    with pytest.raises(DataError, match="no source is named"):
+    with pytest.raises(DataError, match="no data source is given"):
         load_prompts([])
     write(tmp_path / "chat.jsonl", MESSAGES)
     with pytest.raises(DataError, match=r"'other.csv' has text and 'chat.jsonl' conversations; use one kind"):

@@ -109,7 +109,7 @@ def test_an_adapter_that_cannot_be_loaded_is_refused_before_any_weights(adapter,
     pair = [word for each, name in names.items() for word in (f"--{each}", name)]
     for command in (["check", "--quick"], ["train"], ["warmstart", "--data", "x"]):
         assert main([*command, *pair, "--use_cpu", "true", "--bf16", "false"]) == 2
-        assert f"topd: {folder} holds an adapter without adapter_model.safetensors" in capsys.readouterr().err
+        assert f"topd: {folder} contains an adapter without adapter_model.safetensors" in capsys.readouterr().err
 
 
 def test_the_check_knows_adapters(adapter, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_merge_writes_a_whole_model(adapter, tmp_path, capsys):
     assert main(["merge", str(folder), "--out", str(out)]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
     assert main(["merge", str(out), "--out", str(tmp_path / "again")]) == 2
-    assert "is no folder of an adapter" in capsys.readouterr().err
+    assert "is not an adapter folder" in capsys.readouterr().err
 
 
 def test_a_study_of_adapters(adapter, tmp_path):

@@ -152,13 +152,13 @@ def test_a_student_without_any_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_tokenizer_is_not_made_up_for_a_folder_without_one(tmp_path, kind):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(TOPDError, match=f"{tmp_path.name} holds no tokenizer. Save the model's own there"):
+    with pytest.raises(TOPDError, match=f"{tmp_path.name} contains no tokenizer. Save the model's own"):
         tokenizer_of(str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     folder = str(saved(tiny_model(1), tmp_path / "teacher", tokenizer=False))
-    with pytest.raises(TOPDError, match="teacher holds no tokenizer"):
+    with pytest.raises(TOPDError, match="teacher contains no tokenizer"):
         tiny_trainer(tmp_path / "run", teacher=folder)
 
 

@@ -193,4 +193,4 @@ def test_options_that_the_template_does_not_read_are_reported_once(caplog) -> No
     assert caplog.text == ""
     for _ in range(2):
         prompt_ids(tokenizer, TALK, {"enable_thinkng": True})
-    assert caplog.text.count("does not read enable_thinkng of chat_template_kwargs: misspelt") == 1
+    assert caplog.text.count("does not use enable_thinkng of chat_template_kwargs: misspelt") == 1

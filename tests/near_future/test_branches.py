@@ -121,7 +121,7 @@ def test_a_model_with_recurrent_layers_goes_the_plain_way_and_is_right(kind):
     """Also where the states hardly mix, as in convolutions with small weights."""
     model = model_of(kind)
     rollouts, branches = rollouts_and_branches()
-    with pytest.warns(UserWarning, match="behind its own copy of the prefix"):
+    with pytest.warns(UserWarning, match="after its own copy of the prefix"):
         _, windows = hidden_with_branches(model, model.base_model, rollouts, branches)
     prefix, tokens = rollouts.prefix(1, 5), branches.tokens[1, 0]
     alone = model.base_model(input_ids=torch.cat([prefix, tokens[:-1]])[None]).last_hidden_state[0, -4:]

@@ -96,7 +96,7 @@ def test_training_takes_it_or_says_that_it_does_not(tmp_path, monkeypatch, caplo
     assert len(losses) == 1
     assert losses[0] > 0
     assert len(called) == calls
-    assert ("compact_sampling changes nothing here" in caplog.text) == (calls == 0)
+    assert ("compact_sampling has no effect here" in caplog.text) == (calls == 0)
 
 
 def test_a_static_cache_which_rows_cannot_leave_is_kept_whole(tmp_path, caplog):

@@ -35,7 +35,7 @@ from topd.near_future.ways import (
     ways_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*takes slower ways")
+pytestmark = pytest.mark.filterwarnings("ignore:.*uses slower paths")
 FAMILIES = {  # class: what is exact, of (windows over one prefix, guided windows in one row, left padding)
     "Qwen3ForCausalLM": (True, True, True),
     "GPT2LMHeadModel": (True, True, True),
@@ -260,7 +260,7 @@ def test_the_notice_says_what_is_slower_and_why():
     reasons = {"packed_rows": "sliding_window = 4,096"}
     notice = notice_of(model, Ways(shared_prefix=0, packed_rows=4096, reasons=reasons))
     assert notice == (
-        "GPT2LMHeadModel takes slower ways, which give the same results: windows are generated from fresh prefixes "
-        "(not exact otherwise); each guided window goes through it behind its own copy of the prefix where a row is "
+        "GPT2LMHeadModel uses slower paths, which give the same results: windows are generated from fresh prefixes "
+        "(not exact otherwise); each guided window runs after its own copy of the prefix where a row is "
         "longer than 4,096 tokens (sliding_window = 4,096)."
     )

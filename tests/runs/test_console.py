@@ -123,7 +123,7 @@ def test_places_of_checkpoints_audit_and_page(tmp_path: Path) -> None:
     assert where_to_look(folder) == [
         f"Model: {folder}", f"Checkpoints: {folder}/checkpoint-N, after steps 10, 20, ..., 80",
         f"Audit: {folder / 'audit.jsonl'}, 2 rollouts with their candidates",
-        f"The page of this run: topd report '{folder}'",
+        f"Report page: topd report '{folder}'",
     ]  # fmt: skip
 
 

@@ -183,7 +183,7 @@ def test_another_tokenizer_is_not_resumed_with(earlier, tmp_path, caplog):
     tokenizer.add_tokens(["new"])
     for model in (student := tiny_model(0), teacher := tiny_model(1, width=96)):
         model.resize_token_embeddings(48)
-    with pytest.raises(ResumeError, match="the tokenizer is another one"):
+    with pytest.raises(ResumeError, match="the tokenizer differs"):
         resumed(earlier, tmp_path / "run", caplog, student=student, teacher=teacher, tokenizer=tokenizer)
 
 
@@ -259,10 +259,10 @@ def test_a_trained_model_is_not_replaced_without_asking(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert resume_from(config) is None  # a model that no run of ours wrote, such as a copied student
     (tmp_path / "trainer_state.json").write_text("{}")
-    with pytest.raises(ResumeError, match=r"holds the trained model of an earlier run \(model.safetensors\)"):
+    with pytest.raises(ResumeError, match=r"contains the trained model of an earlier run \(model.safetensors\)"):
         resume_from(config)
     config.resume_from_checkpoint = "auto"
-    with pytest.raises(ResumeError, match="Name another --output_dir"):
+    with pytest.raises(ResumeError, match="Use another --output_dir"):
         resume_from(config)
 
 

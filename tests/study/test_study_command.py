@@ -158,7 +158,7 @@ def test_a_study_is_shown_against_any_arm(runs, tmp_path, capsys):
     assert "no arm 'tpd'" in capsys.readouterr().err
     file.write_text('{"version": 1, "arms": {}}')
     assert main(["study", "--show", str(file)]) == 2
-    assert "no study.json of version 2" in capsys.readouterr().err
+    assert "not a study.json of version 2" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_it_was_interrupted(runs, tmp_path):

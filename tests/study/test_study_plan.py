@@ -60,7 +60,7 @@ def test_the_study_of_the_language_model_pair_is_whole():
     ("other", "says"),
     [
         ({"arms": {"topd": {}}}, "no arm 'opd'"),
-        ({"arms": {"opd": {"learning_rat": 1}}}, "learning_rat is no option"),
+        ({"arms": {"opd": {"learning_rat": 1}}}, "learning_rat is not an option"),
         ({"arms": {"opd": {}, "b": {"choices": [{}]}}}, "different numbers of choices"),
         ({"arms": {"opd": {}, "b": {"time_of": "c"}}}, "must name another arm without"),
         ({"arms": {"opd": {}, "b": {"time_of": "c"}, "c": {"time_of": "opd"}}}, "must name another arm without"),

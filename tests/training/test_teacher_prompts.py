@@ -297,9 +297,9 @@ def test_a_teacher_s_prompt_that_does_not_fit_is_named_with_its_row(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "opd", "opd_loss": "trl"}, "opd_loss=trl reads one prompt"),
+        ({"method": "opd", "opd_loss": "trl"}, "opd_loss=trl gives both models the same prompt"),
         ({"method": "opd", "beta": 0.5}, "beta 1"),
-        ({"max_informative_tokens": 5}, "max_informative_tokens reads one prompt"),
+        ({"max_informative_tokens": 5}, "max_informative_tokens needs the same prompt"),
     ],
 )
 def test_options_that_read_one_prompt_with_both_models_are_refused(tmp_path, options, message):

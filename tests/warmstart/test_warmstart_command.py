@@ -132,7 +132,7 @@ def test_mistakes_end_in_a_message(solutions, tmp_path, capsys):
     broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     assert "line 2" in message("--data", str(broken))
     assert main(["warmstart", "--output_dir", str(tmp_path), "--use_cpu", "true"]) == 2
-    assert "Name the student, the teacher and the solutions" in capsys.readouterr().err
+    assert "Specify the student, the teacher and the solutions" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def quick_findings(setup: Setup) -> list[Finding]:
 
 
 def findings_on_models(setup: Setup, student: Any, teacher: Any, count: int, max_new_tokens: int) -> list[Finding]:
-    ways = _findings({"ways": quality.ways}, student, teacher)
+    ways = _findings({"fast paths": quality.ways}, student, teacher)
     if worst(ways) == "error":
         return ways  # a model that cannot be distilled
     checks = {"rollouts": quality.rollout_figures, "teacher": quality.teacher_knows_more}

@@ -242,8 +242,8 @@ def disk(setup: Setup) -> Finding:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return fails(
-            f"cannot write to {config.output_dir}: {folder} is no folder, or is not writable",
-            "Name another --output_dir, or change its permissions.",
+            f"cannot write to {config.output_dir}: {folder} is not a folder, or is not writable",
+            "Use another --output_dir, or change its permissions.",
         )
     free = shutil.disk_usage(folder).free
     needed = one * (kept + 1)  # a new one is written before an old one is deleted

@@ -33,7 +33,7 @@ def one_model(setup: Setup) -> Finding | None:
     revisions = {(setup.model and setup.model.model_revision) or "main", setup.config.teacher_model_revision or "main"}
     if setup.config.teacher_model_name_or_path == SELF:
         start = "the student's base, without the adapter" if setup.adapters else "the student as it is before training"
-        return ok(f"the teacher is {start}, behind its own prompt")
+        return ok(f"the teacher is {start}, with its own prompt")
     new_adapter = setup.adapters and not is_adapter(ours.folder)
     if ours.folder != theirs.folder or len(revisions) > 1 or new_adapter or not setup.teacher_here:
         return None

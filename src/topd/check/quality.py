@@ -22,7 +22,7 @@ from topd.near_future.ways import notice_of, ways_of
 
 JUDGED: dict[Rule, str] = {
     "embedded": "the last words of each, as in the embedded task",
-    "gsm8k": "the number behind the last #### of each",
+    "gsm8k": "the number after the last #### of each",
     "math": "the last \\boxed{} of each, as mathematics",
 }
 """What part of a response is judged, by rule."""

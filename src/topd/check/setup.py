@@ -107,7 +107,7 @@ def describe(role: str, name: str, trust_remote_code: bool = False, revision: st
     folder = resolve_model(name)
     tokenizer = tokenizer_of(folder, trust_remote_code, revision)
     if tokenizer is None:
-        raise TOPDError(f"{name} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
+        raise TOPDError(f"{name} contains no tokenizer. Save the model's own: tokenizer.save_pretrained(...).")
     config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision or "main")
     try:
         generation = GenerationConfig.from_pretrained(weights_of(folder), revision=revision or "main")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder that topd correct wrote")
-    parser.add_argument("--fork", type=int, help="which, from 1 (default: the typical one)")
-    parser.add_argument("--out", type=Path, help="picture: .svg, .png or .pdf (default: RUN/case.svg)")
+    parser.add_argument("--fork", type=int, help="number of the fork, from 1 (default: the median one)")
+    parser.add_argument("--out", type=Path, help="image file: .svg, .png or .pdf (default: RUN/case.svg)")
 
 
 def run(options: argparse.Namespace) -> None:

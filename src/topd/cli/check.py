@@ -7,7 +7,7 @@ from typing import Any
 from topd.cli.options import Parser, check_at_least_one
 from topd.errors import TOPDError
 
-ABOUT = "do student, teacher, data and machine fit? Takes every option of topd train"
+ABOUT = "do student, teacher, data and machine fit together? Takes every option of topd train"
 
 
 def check_parser() -> Parser:
@@ -20,13 +20,13 @@ def check_parser() -> Parser:
     parser.synonyms = False  # --max_completion_length is the run's, --max-new-tokens the check's
     parser.add_argument(
         "--server-alone", action="store_true",
-        help="the run has no weights of the teacher: --teacher names the model that --teacher_model_server_url serves",
+        help="the teacher is on a server only: --teacher names the model that --teacher_model_server_url serves",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="skip the checks that need the models' weights")
     parser.add_argument("--samples", type=int, default=16, help="rollouts to sample (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of these rollouts (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens per rollout (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--strict", action="store_true", help="warnings fail too")
+    parser.add_argument("--strict", action="store_true", help="warnings give exit status 1")
     return parser
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     setups = setups_of(data, config, model, teacher_here=not own.server_alone)
     if not setups:
         raise TOPDError(
-            "The teacher is on a server only. Name the model that it serves: --teacher NAME --server-alone."
+            "The teacher is on a server only. Specify the model that it serves: --teacher NAME --server-alone."
         )
     findings = []
     for name, setup in setups.items():

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_pair_options(parser, out="runs/correct")
-    parser.add_argument("--steps", type=int, default=5, help="gradient steps on a window (default: 5, the paper's M)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="gradient steps per window (default: 5, the paper's M)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="for AdamW (default: %(default)s)")
     parser.add_argument("--guidance-weight", type=float, help="lambda (default: that of topd train)")
     parser.add_argument(
         "--arms", nargs="+", metavar="ARM",
-        help="which of: opd, topd, opd on teacher, topd on teacher (on the teacher's continuation), own tokens, "
+        help="any of: opd, topd, opd on teacher, topd on teacher (on the teacher's continuation), own tokens, "
         "same index, teacher's contexts (default: all)",
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     arms = tuple(options.arms or ARMS)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
-        raise TOPDError(f"There is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}.")
+        raise TOPDError(f"There is no arm {unknown[0]!r}; available: {', '.join(ARMS)}.")
     student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
     settings = CorrectOptions(
         options.window_length[0], options.share, options.steps, options.learning_rate, arms=arms, seed=options.seed

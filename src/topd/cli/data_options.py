@@ -22,7 +22,7 @@ class FormArguments:
     )
     system_prompt: str | None = option(
         None,
-        "A system prompt for conversations that have none. A prompt that is text becomes the user's message after it.",
+        "System prompt for conversations that have none. A plain-text prompt becomes the user message after it.",
     )
     data_config: str | None = option(
         None, "Configuration of a dataset on the Hub, or of a folder that load_dataset reads."

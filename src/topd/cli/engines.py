@@ -13,29 +13,29 @@ def add_sampling_options(parser: Any, samples: int, paper: str = "") -> None:
     parser.add_argument(
         "--samples", type=int, default=samples, help=f"responses per problem or prompt (default: %(default)s{paper})"
     )
-    parser.add_argument("--temperature", type=float, default=0.6, help=f"0 is greedy (default: %(default)s{paper})")
+    parser.add_argument("--temperature", type=float, default=0.6, help=f"0: greedy (default: %(default)s{paper})")
     parser.add_argument("--top-p", type=float, default=0.95, help=f"nucleus sampling (default: %(default)s{paper})")
     parser.add_argument(
         "--max-new-tokens", type=int,
         help=f"length limit of a response (default: 16384{paper}; embedded: 96, embedded-long: 224)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--chat-template-kwargs", type=json_object, metavar="JSON",
-        help="for prompts that are messages, such as '{\"enable_thinking\": false}', which is the paper's",
+        help="chat template arguments, such as '{\"enable_thinking\": false}', which is the paper's",
     )  # fmt: skip
 
 
 def add_engine_options(parser: Any, model: str) -> None:
     """Where the model runs. `model`: the option that names it."""
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="in this process")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="local engine")
     parser.add_argument(
-        "--server", metavar="URL", help=f"an OpenAI-compatible server instead; {model} is the name it serves"
+        "--server", metavar="URL", help=f"use an OpenAI-compatible server instead; {model} is the served model name"
     )
     parser.add_argument("--server-key-env", metavar="NAME", help="environment variable that holds the server's API key")
     parser.add_argument("--batch", type=int, help="responses decoded and saved together (default: 32; vllm: 256)")
     parser.add_argument("--concurrency", type=int, default=64, help="parallel server requests (default: %(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs for vllm (default: %(default)s)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="number of GPUs for vllm (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default: %(default)s)")
 
 
@@ -83,7 +83,7 @@ def _vllm(source: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     folder = resolve_model(source)
     if is_adapter(folder):
         raise TOPDError(
-            f"{folder} holds an adapter, which --engine vllm does not take: leave --engine out, or merge it first: "
+            f"{folder} contains an adapter, which --engine vllm does not take: leave --engine out, or merge it first: "
             f"topd merge {folder} --out {folder}-merged."
         )
     tokenizer, config = tokenizer_of(folder), load_config(folder)

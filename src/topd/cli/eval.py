@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "`problem` and `answer`; LABEL=FILE names it, aime24=FILE reads a known benchmark from a file (default: "
         "embedded-long)",
     )  # fmt: skip
-    what.add_argument("--split", default="test", help="of your own Hub dataset (default: %(default)s)")
+    what.add_argument("--split", default="test", help="split of your own Hub dataset (default: %(default)s)")
     what.add_argument(
         "--rule", choices=("math", "integer", "gsm8k"), default="math",
         help="how answers of your own problems are compared (default: %(default)s)",
@@ -38,22 +38,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "aime24, aime25 and hmmt25 (default: %(default)s)",
     )  # fmt: skip
     what.add_argument("--limit", type=int, help="use only the first N problems of each benchmark")
-    how = parser.add_argument_group("how responses are sampled (the defaults are our choice: the paper gives none)")
+    how = parser.add_argument_group("sampling (the defaults are our choice: the paper gives none)")
     add_sampling_options(how, samples=5)
-    how.add_argument("--raw", action="store_true", help="prompts as plain text, without the chat template")
-    add_engine_options(parser.add_argument_group("what responds"), "--model")
+    how.add_argument("--raw", action="store_true", help="send prompts as plain text, without the chat template")
+    add_engine_options(parser.add_argument_group("inference engine"), "--model")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--out", type=Path, default=Path("runs/eval"),
-        help="folder, with a folder per model in it; run again to resume, or to add samples (default: %(default)s)",
+        help="output folder, one subfolder per model; run again to resume or add samples (default: %(default)s)",
     )  # fmt: skip
     results.add_argument(
         "--compare", nargs="+", type=Path, metavar="DIR",
-        help="only compare finished evaluations, the first with each other one; needs no model",
+        help="only compare finished evaluations, each with the first; needs no model",
     )  # fmt: skip
     results.add_argument(
         "--gain", type=float, default=4.4,
-        help="points, for the number of problems needed to detect it (default: the paper's 4.4)",
+        help="gain in points for the power analysis (default: the paper's 4.4)",
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def _resolved(words: Sequence[str]) -> list[str]:
     except ValueError as error:
         shipped = importlib.resources.files("trl.accelerate_configs").iterdir()
         names = sorted(file.name.removesuffix(".yaml") for file in shipped if file.name.endswith(".yaml"))
-        raise TOPDError(f"--{CONFIG}: there is no such file. TRL ships: {', '.join(names)}.") from error
+        raise TOPDError(f"--{CONFIG}: no such file. TRL ships: {', '.join(names)}.") from error
 
 
 def _complete(words: list[str]) -> list[str]:

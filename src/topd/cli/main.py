@@ -19,15 +19,15 @@ COMMANDS = {
     "warmstart": "stage 1, on teacher solutions: topd warmstart FILE.yaml [--option value ...]",
     "train": "distil a student from a teacher: topd train FILE.yaml [--option value ...]",
     "check": ABOUT,
-    "demo": "distil the embedded student by OPD and by TOPD, and compare",
+    "demo": "distil the embedded student with OPD and with TOPD, and compare them",
     "probe": "which high-loss tokens of a pair are false alarms? No training",
-    "correct": "does guidance at one fork bring the student back? A few steps on single windows",
-    "eval": "accuracy on benchmarks with intervals, and models compared on the same problems",
+    "correct": "does guidance at one fork bring the student closer? A few steps on single windows",
+    "eval": "accuracy on benchmarks with intervals; compare models on the same problems",
     "study": "arms x seeds from the same student: does guidance help?",
-    "merge": "merge a LoRA adapter into its base, and save a whole model",
+    "merge": "merge a LoRA adapter into its base, and save the full model",
     "report": "write the HTML page of a run",
     "env": "versions, devices and CPU features, to paste into an issue",
-    "case": "one fork of topd correct, token by token, as text and as a picture",
+    "case": "one fork of topd correct, token by token, as text and as an image",
 }
 """Each is a module of this package. Those of `OWN_PARSER` have `main(words)`, the others `add_options` and `run`."""
 OWN_PARSER = ("train", "warmstart", "check")
@@ -58,7 +58,7 @@ def _exit_status(words: list[str]) -> int:
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(
-            "topd: interrupted. Files on disk are whole. Resume topd train with --resume_from_checkpoint true; topd "
+            "topd: interrupted. Files on disk are complete. Resume topd train with --resume_from_checkpoint true; topd "
             "probe, eval and generate resume when you run the same command again.",
             file=sys.stderr,
         )

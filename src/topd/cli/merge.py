@@ -11,7 +11,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the merged weights (default: auto, that of the base)",
+        help="dtype of the merged weights (default: auto, that of the base)",
     )  # fmt: skip
 
 
@@ -23,10 +23,10 @@ def run(options: argparse.Namespace) -> None:
 
     adapter, out = str(options.adapter), options.out
     if not is_adapter(adapter):
-        raise TOPDError(f"{adapter} is no folder of an adapter: it needs an adapter_config.json, and no config.json.")
+        raise TOPDError(f"{adapter} is not an adapter folder: it needs an adapter_config.json, and no config.json.")
     base = base_of(adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TOPDError(f"--out {out} is not an empty folder: name a new one.")
+        raise TOPDError(f"--out {out} is not an empty folder: use a new one.")
     silence_libraries()
     whole = loaded_model(adapter, options.dtype)
     with saving(f"The merged model in {out}", out):

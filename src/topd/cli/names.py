@@ -51,7 +51,7 @@ INSTEAD = {
     "nproc_per_node": "write --num_processes N, for all machines together",
     "num_gpus": "write --num_processes N; CUDA_VISIBLE_DEVICES chooses the GPUs",
     "num_generations": "one response is sampled per prompt and visit: raise --num_train_epochs",
-    "overwrite_output_dir": "name another --output_dir, or delete the old one",
+    "overwrite_output_dir": "use another --output_dir, or delete the old one",
     "seq_kd": "use topd generate and topd warmstart, which train on the teacher's responses",
     "teacher_dtype": 'write --teacher_model_init_kwargs \'{"dtype": "bfloat16"}\'',
     "tokenizer": "both models use the student's tokenizer: leave it out",

@@ -169,7 +169,7 @@ def read_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise TOPDError(f"{file} is not valid YAML: {str(error)[:300]}") from error
     if not isinstance(config, dict):
-        raise TOPDError(f"{file} must hold `option: value` lines.")
+        raise TOPDError(f"{file} must contain `option: value` lines.")
     config.pop(PROVENANCE, None)
     resume = config.get("resume_from_checkpoint")
     if isinstance(resume, bool):
@@ -228,7 +228,7 @@ def data_source(given: Any, *models: str) -> Any:
         return "lm"
     if not embedded:
         raise TOPDError(
-            f"Name the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
+            f"Specify the prompts for {models[0]}: --data FILE.jsonl (or .json, .csv, .parquet, a Hub dataset; --data "
             "embedded is the embedded task)."
         )
     return "embedded-long" if any(name.startswith("long") for name in embedded) else "embedded"
@@ -252,14 +252,14 @@ def prompts(
     from datasets import Dataset
 
     if responses:
-        raise TOPDError("The embedded task has no given responses. Name a file that has them: --data FILE.jsonl.")
+        raise TOPDError("The embedded task has no given responses. Use a file that has them: --data FILE.jsonl.")
     if limit is not None and not 0 < limit <= MOST_EMBEDDED:
         raise TOPDError(f"data_limit is {limit}; the embedded task gives 1 to {MOST_EMBEDDED:,} prompts.")
     wanted = (*(also or ()), form and form.column)  # teacher prompts are optional
     absent = [f"column {name}" for name in wanted if name and name != TEACHER_PROMPT]
     absent += ["system prompt"] if form and form.system is not None else []
     if absent:
-        raise TOPDError(f"The embedded task has no {absent[0]}. Name a file that has it: --data FILE.jsonl.")
+        raise TOPDError(f"The embedded task has no {absent[0]}. Use a file that has it: --data FILE.jsonl.")
     problems = make_problems(limit or EMBEDDED_PROMPTS, seed=0, held_out=False, level=DATA[source])
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 

@@ -25,12 +25,13 @@ STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_pair_options(parser, out="runs/probe")
     parser.add_argument(
-        "--embedding", nargs="+", default=["student"], help="the main one first (default: %(default)s)",
+        "--embedding", nargs="+", default=["student"],
+        help="embeddings for the ground cost, the main one first (default: %(default)s)",
         choices=("student", "teacher", "student_hidden", "teacher_hidden"),
     )  # fmt: skip
     parser.add_argument(
         "--given-responses", action="store_true",
-        help="measure the column `response` (or `completion`) of --data, and sample nothing",
+        help="measure the column `response` (or `completion`) of --data instead of sampling",
     )  # fmt: skip
     parser.add_argument(
         "--student-window", nargs="+", default=["rollout"], choices=(*STUDENT_WINDOWS, "all"),
@@ -74,11 +75,11 @@ def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     """The options of both analyses: a pair, prompts, rollouts, windows."""
     parser.add_argument(
         "--config", action=FromRecipe, metavar="FILE",
-        help="YAML file of topd train: its pair, data, template options and windows; options after it override them",
+        help="YAML file of topd train, for its pair, data, template options and windows; later options override it",
     )  # fmt: skip
     parser.add_argument(
         "--chat-template-kwargs", type=json_object, default={}, metavar="JSON",
-        help="for prompts that are messages, such as '{\"enable_thinking\": false}'; the same as in the run",
+        help="chat template arguments, such as '{\"enable_thinking\": false}'; the same as in the run",
     )  # fmt: skip
     parser.add_argument(
         "--student",
@@ -91,19 +92,24 @@ def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     )  # fmt: skip
     add_form_options(parser)
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
-    parser.add_argument("--rollouts", type=int, default=128, help="how many (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=128, help="number of rollouts (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="rollouts measured together (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, help="of a rollout (default: 2048; embedded-long: 224)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens per rollout (default: 2048; embedded-long: 224)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
     parser.add_argument(
-        "--window-length", type=int, nargs="+", help="K, the main one first (default: 50; embedded-long: 32)"
+        "--window-length",
+        type=int,
+        nargs="+",
+        help="K, tokens per window; the main one first (default: 50; embedded-long: 32)",
     )
     parser.add_argument("--share", type=float, help="share of positions that are candidates (default: 0.0225)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", help="of the models: auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of the models: auto, float32, bfloat16 (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path(out),
-        help="folder; run again to resume after an interruption (default: %(default)s)",
+        help="output folder; run again to resume after an interruption (default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(lock_out=True)
 

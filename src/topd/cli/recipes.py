@@ -29,9 +29,9 @@ def config_file(name: str) -> Path:
     if name.startswith(PREFIX):
         recipe = name.removeprefix(PREFIX)
         if recipe not in known:
-            raise TOPDError(f"--config {name:.80}: there is no such recipe. There are: {', '.join(known)}.")
+            raise TOPDError(f"--config {name:.80}: no such recipe. Available: {', '.join(known)}.")
         return known[recipe]
     if not file.is_file():
         hint = f" Did you mean --config {PREFIX}{file.stem}?" if file.stem in known else ""
-        raise TOPDError(f"--config {name:.200}: there is no such file.{hint} --config {PREFIX} lists the recipes.")
+        raise TOPDError(f"--config {name:.200}: no such file.{hint} --config {PREFIX} lists the recipes.")
     return file

@@ -9,9 +9,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "run_folder", type=Path, metavar="RUN", help="folder that topd demo, train, eval, study, probe or correct wrote"
     )
     parser.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more of them, on the same axes"
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN2", help="more such folders, on the same axes"
     )
-    parser.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
+    parser.add_argument("--out", type=Path, help="output file (default: RUN/report.html)")
 
 
 def run(options: argparse.Namespace) -> None:

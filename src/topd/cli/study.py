@@ -14,10 +14,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--config", type=Path, help="YAML with models, arms and seeds, as in studies/")
     what.add_argument("--show", type=Path, metavar="study.json", help="print the tables of a finished study")
     parser.add_argument("--against", default="opd", metavar="ARM", help="with --show: the arm to compare with (opd)")
-    parser.add_argument("--out", type=Path, help="folder; run again to resume (default: runs/NAME of the config)")
-    parser.add_argument("--student", help="in place of the config's")
-    parser.add_argument("--teacher", help="in place of the config's")
-    parser.add_argument("--data", help="prompts to train on, in place of the config's")
+    parser.add_argument("--out", type=Path, help="output folder; run again to resume (default: runs/CONFIG)")
+    parser.add_argument("--student", help="overrides the student of the config")
+    parser.add_argument("--teacher", help="overrides the teacher of the config")
+    parser.add_argument("--data", help="training prompts; overrides those of the config")
     parser.add_argument("--seeds", type=int, help="use only the first N seeds")
     parser.add_argument("--arms", nargs="+", help="only these arms (and opd, and arms whose time they match)")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs, each in a process with one thread")
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         known = [arm.name for arm in plan.arms]
         unknown = [name for name in options.arms if name not in known]
         if unknown:
-            raise TOPDError(f"There is no arm {unknown[0]!r} in {options.config}; there are: {', '.join(known)}.")
+            raise TOPDError(f"There is no arm {unknown[0]!r} in {options.config}; available: {', '.join(known)}.")
         wanted = {REFERENCE, *options.arms, *(arm.time_of for arm in plan.arms if arm.name in options.arms)}
         plan = replace(plan, arms=tuple(arm for arm in plan.arms if arm.name in wanted))
     out = options.out or Path("runs") / options.config.stem

@@ -33,13 +33,13 @@ class DataArguments(FormArguments):
     data_split: str = option("train", "Split of a Hub dataset or a folder.")
     data_limit: int | None = option(None, "Use only the first N prompts.")
     data_streaming: bool = option(
-        False, "Read rows when they are needed, instead of all before training. Needs max_steps."
+        False, "Stream the rows during training, instead of reading all of them first. Needs max_steps."
     )
     eval_data: dict[str, float] | str | list[str] | None = option(
-        None, "Prompts for the evaluation loss, named as in `data`."
+        None, "Prompts for the evaluation loss, in the same forms as `data`."
     )
     preflight: bool = option(
-        True, "Check pair, data and machine before training (the quick part of topd check), and stop on errors."
+        True, "Check models, data and machine before training (as topd check --quick), and stop on errors."
     )
 
 
@@ -108,9 +108,9 @@ def named(config: Any, model: Any) -> tuple[str, dict[str, str]]:
     teachers: dict[str, str] = dict(config.teachers or {}) or one
     if not model.model_name_or_path or not (teachers or config.teacher_model_server_url):
         raise TOPDError(
-            "Name the student and the teacher: --student and --teacher (a folder, a Hub name, or embedded:long-student "
-            "and embedded:long-teacher), or --config recipe:embedded. For a teacher that is on a server only: "
-            "--teacher_model_server_url."
+            "Specify the student and the teacher: --student and --teacher (a folder, a Hub name, or "
+            "embedded:long-student and embedded:long-teacher), or --config recipe:embedded. If the teacher is on a "
+            "server only: --teacher_model_server_url."
         )
     from topd.loading.adapters import weights_of
 

@@ -64,7 +64,7 @@ def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: An
     record = start_record(words, data, config, model)
     if not model.model_name_or_path or not data.data or not (config.teacher_model_name_or_path or not config.distils):
         raise TOPDError(
-            "Name the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
+            "Specify the student, the teacher and the solutions: --student, --teacher (not needed with --kd_ratio 0), "
             "--data; or --config recipe:embedded-warmstart. `topd generate` writes solutions."
         )
     weights_of(model.model_name_or_path)  # reports an adapter that cannot be loaded before anything else is

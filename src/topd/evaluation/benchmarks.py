@@ -113,7 +113,7 @@ def load_benchmark(
         if len(rows) != known.size:
             raise TOPDError(
                 f"{known.source} has {len(rows)} problems where {label} has {known.size}: the dataset was changed. "
-                f"Name a copy of the right one: {option} {label}=FILE."
+                f"Use a copy of the original: {option} {label}=FILE."
             )
     known = known or Benchmark(name, split, len(rows), rule, "of the user")
     if style == "lm-eval":
@@ -134,7 +134,7 @@ def _rows(source: str, split: str, name: str, option: str) -> list[dict[str, Any
         rows = list(load_prompts(source, split=split))
     except DataError as error:
         raise TOPDError(
-            f"{option} {name}: {error} Known benchmarks are {', '.join(BENCHMARKS)}. Without a network, name a file "
+            f"{option} {name}: {error} Known benchmarks are {', '.join(BENCHMARKS)}. Without a network, use a file "
             f"with `problem` and `answer`: {option} NAME=FILE."
         ) from error
     missing = [number for number, row in enumerate(rows, 1) if not row.get("answer")]

@@ -20,7 +20,9 @@ def evaluation_folders(given: Sequence[Path]) -> list[Path]:
     """The models' folders among the given folders and in them."""
     for folder in given:
         if not evaluations_in(folder):
-            raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
+            raise TOPDError(
+                f"{folder} contains no evaluation. Give a folder that `topd eval --out` wrote, or one in it."
+            )
     return list(dict.fromkeys(each for folder in given for each in evaluations_in(folder)))
 
 

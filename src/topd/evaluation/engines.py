@@ -138,7 +138,7 @@ class LocalEngine:
                 size = size if batching.batches else 1
                 how = "prompts of equal length together" if batching.batches else "one prompt at a time"
                 warnings.warn(
-                    f"{type(self.model).__name__} answers {how}, which takes longer: in a padded batch its responses "
+                    f"{type(self.model).__name__} answers {how}, which is slower: in a padded batch its responses "
                     f"would change ({batching.reasons['left_padding' if batching.batches else 'batches']}).",
                     stacklevel=3,
                 )

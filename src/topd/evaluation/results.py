@@ -61,7 +61,7 @@ def read_results(folder: Path) -> dict[str, Results]:
     """
     found = benchmarks_in(folder)
     if not found:
-        raise TOPDError(f"{folder} holds no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
+        raise TOPDError(f"{folder} contains no evaluation. Give a folder that `topd eval --out` wrote, or one in it.")
     papers = [name for name in TABLE_1["+ OPD"] if name in found]
     return {name: _read(folder, name) for name in [*papers, *(name for name in found if name not in papers)]}
 

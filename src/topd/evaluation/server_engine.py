@@ -17,7 +17,7 @@ class ServerEngine:
 
     `url`: of the server, with or without /v1. `model`: the name under which the server serves it. `key_variable`:
     environment variable that holds the API key. `with_reasoning`: refuse text without its reasoning, which a server's
-    reasoning parser removes. Raises `ServerError` if `url` is no address, or the variable holds no key.
+    reasoning parser removes. Raises `ServerError` if `url` is not a valid URL, or the variable holds no key.
     """
 
     together = 1

@@ -149,6 +149,6 @@ def table_of(values: ArrayLike, name: str) -> Floats:
         raise ValueError(f"{name} is empty: there is nothing to average. Evaluate at least one problem.")
     if not np.isfinite(table).all():
         raise ValueError(
-            f"{name} holds NaN or infinity. Count a missing answer as wrong (0), or leave the problem out."
+            f"{name} contains NaN or infinity. Count a missing answer as wrong (0), or leave the problem out."
         )
     return table[:, None] if table.ndim == 1 else table

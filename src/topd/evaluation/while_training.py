@@ -87,7 +87,7 @@ def check_best_metric(args: TOPDConfig, eval_dataset: Any) -> None:
     """Raise `TOPDError` if the best model is to be chosen by a loss, and no loss is measured."""
     if eval_dataset is None and (args.metric_for_best_model or "").removeprefix("eval_") == "loss":
         raise TOPDError(
-            "The best model is to be chosen by the evaluation loss, and there is no eval_dataset (topd train: "
+            "The best model is chosen by the evaluation loss, but there is no eval_dataset (topd train: "
             "--eval_data). Set metric_for_best_model to accuracy, or pass a dataset."
         )
 

@@ -29,10 +29,10 @@ def is_adapter(name: Any) -> bool:
 def base_of(folder: str) -> str:
     """The base model of an adapter, as `from_pretrained` takes it, after checks that need no weights."""
     if importlib.util.find_spec("peft") is None:
-        raise TOPDError(f"{folder} holds an adapter, which needs peft: {install('peft')}.")
+        raise TOPDError(f"{folder} contains an adapter, which needs peft: {install('peft')}.")
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise TOPDError(
-            f"{folder} holds an adapter without {ADAPTER_WEIGHTS}, the only format that is read. Save it again with "
+            f"{folder} contains an adapter without {ADAPTER_WEIGHTS}, the only format that is read. Save it again with "
             "peft's save_pretrained."
         )
     try:

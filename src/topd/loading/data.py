@@ -118,7 +118,7 @@ def _parts(source: Source, limit: int | None) -> list[tuple[list[str], float | N
             return [(_expanded(name), float(weight)) for name, weight in source.items()]
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not names:
-        raise DataError("no source is named. Name at least one file.")
+        raise DataError("no data source is given. Pass at least one file.")
     return [([each for name in names for each in _expanded(name)], None)]
 
 

@@ -52,7 +52,7 @@ def check_value(name: str, value: Any, kinds: Any) -> None:
     """Raise `TOPDError` where a file's value has the wrong kind: only text passes through argparse."""
     if name == "env":
         if not isinstance(value, dict) or not all(re.fullmatch(r"\w+", str(key)) for key in value):
-            raise TOPDError("env must hold `NAME: value` lines.")
+            raise TOPDError("env must contain `NAME: value` lines.")
         return
     hint: Any = next((hints[name] for kind in kinds if name in (hints := _hints(kind))), Any)
     if isinstance(value, str) and "\0" not in value and not _is_text(hint):

@@ -40,7 +40,7 @@ def lost_in_rounding(dtype: str, learning_rate: float) -> str | None:
         return None
     return (
         f"A learning rate of {learning_rate:g} is lost in rounding: {dtype} weights near {WEIGHT} need {least:.0e} to "
-        "move at all"
+        "change at all"
     )
 
 

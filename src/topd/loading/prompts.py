@@ -67,11 +67,11 @@ def explained_template(tokenizer: Any) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _warn_of_unused(template: str, options: tuple[str, ...]) -> None:
-    """Log a warning, once, for options that a chat template does not read: they may be misspelt."""
+    """Log a warning, once, for options that a chat template does not use: they may be misspelt."""
     names = set(re.findall(r"\w+", template))
     if unused := [name for name in options if name not in names]:
         logger.warning(
-            f"The chat template does not read {', '.join(unused)} of chat_template_kwargs: misspelt, or for another "
+            f"The chat template does not use {', '.join(unused)} of chat_template_kwargs: misspelt, or for another "
             "model?"
         )
 

@@ -27,12 +27,12 @@ def reader_of(source: str) -> tuple[Any, str, str]:
     """The function that reads a source, what it numbers (lines of a text file, or rows), and the remedy if it fails."""
     ending = next((ending for ending in _READERS if source.lower().endswith(ending)), "")
     if os.path.isdir(source):
-        return _dataset, "row", "Name a data file, a folder written by save_to_disk, or one that load_dataset reads."
+        return _dataset, "row", "Use a data file, a folder written by save_to_disk, or one that load_dataset reads."
     if os.path.isfile(source):
         if not ending:
             raise DataError(f"unknown kind of file. Known endings: {', '.join(_READERS)}.")
         if os.path.getsize(source) == 0:
-            raise DataError("the file is empty. Write it again, or name another file.")
+            raise DataError("the file is empty. Write it again, or use another file.")
         return *_READERS[ending], "Check its permissions; if it is damaged, write or download it again."
     folder, name = os.path.split(source)
     near = difflib.get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])

@@ -126,7 +126,7 @@ def read_text(value: object, what: str, *, may_be_blank: bool = False) -> str:
     if not may_be_blank and not value.strip():
         raise DataError(f"{what} is {'blank' if value else 'empty'}; write text")
     if has_half_character(value):
-        raise DataError(f"{what} holds half a character (one escape from \\ud800 to \\udfff); write both halves")
+        raise DataError(f"{what} contains half a character (one escape from \\ud800 to \\udfff); write both halves")
     return value
 
 

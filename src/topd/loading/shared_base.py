@@ -15,16 +15,16 @@ from topd.loading.by_name import SAFE
 from topd.loading.sharding import sharded
 
 ONE_MODEL = (
-    "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Name another "
+    "The student and the teacher are the same {what}: every token loss is 0 and nothing is learned. Use another "
     "teacher. (If the student is a PeftModel, the teacher is its base without the adapter; teacher_model=self is for "
     "self-distillation, with a teacher prompt.)"
 )
 NEW_ADAPTER = (
     "A new adapter starts as the base itself, so the token losses and their gradients start at 0. Pass a PeftModel "
-    "whose adapter is trained already, or another teacher."
+    "whose adapter is already trained, or another teacher."
 )
 TWO_ADAPTERS = (
-    "{student} holds an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
+    "{student} contains an adapter, which is trained further; use_peft would add another one. Leave use_peft out, or "
     "merge the adapter first: topd merge {student} --out {student}-merged."
 )
 KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal")
@@ -154,8 +154,8 @@ def check_base_is_fixed(teacher: Any, sharded: bool) -> None:
     """Raise `TOPDError` if training would change a teacher that shares the student's weights, or cannot share them."""
     if sharded:
         raise TOPDError(
-            "Student and teacher can share one set of weights in one process and under DDP, not with FSDP or DeepSpeed "
-            "so far. Load the teacher separately, or name it."
+            "Student and teacher can share one set of weights in one process and under DDP, but not yet with FSDP or "
+            "DeepSpeed. Load the teacher separately, or pass its name."
         )
     moving = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
     if moving:

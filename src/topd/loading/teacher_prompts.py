@@ -41,10 +41,10 @@ def columns_of(dataset: Any) -> list[str]:
 def check_options(args: TOPDConfig) -> None:
     """Raise `TOPDError` for options that need TRL's loss, which passes one prompt to both models."""
     if args.opd_loss == "trl" and not args.looks_ahead:
-        raise TOPDError("opd_loss=trl reads one prompt with both models; a teacher prompt needs auto or one_pass.")
+        raise TOPDError("opd_loss=trl gives both models the same prompt; a teacher prompt needs auto or one_pass.")
     if args.max_informative_tokens is not None:
         raise TOPDError(
-            "max_informative_tokens reads one prompt with both models: leave it out, or the teacher prompt."
+            "max_informative_tokens needs the same prompt for both models: leave out it or the teacher prompt."
         )
     if args.beta not in (0.0, 1.0):
         raise TOPDError(f"A teacher prompt needs beta 1 (reverse KL) or 0 (forward KL); got beta={args.beta:g}.")

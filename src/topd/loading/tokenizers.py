@@ -66,7 +66,7 @@ def tokenizer_of(model: Any, trust_remote_code: bool = False, revision: str | No
         empty = Path(model).is_dir() and not any(path for name in FILES for path in Path(model).glob(name))
         tokenizer = None if empty else load_by_name("tokenizer", model, AutoTokenizer.from_pretrained, **options)
         if tokenizer is None or not _has_vocabulary(tokenizer):
-            raise TOPDError(f"{model} holds no tokenizer. Save the model's own there: tokenizer.save_pretrained(...).")
+            raise TOPDError(f"{model} contains no tokenizer. Save the model's own: tokenizer.save_pretrained(...).")
         return tokenizer
     name = getattr(model.config, "_name_or_path", "")
     try:

@@ -313,4 +313,4 @@ class Check:
         together = generated(self.model, prompts)[2]
         separately = torch.cat([generated(self.model, [prompt])[2] for prompt in prompts])
         kind = "padded prompts" if positions == [0, 0] else "prompts in a batch"
-        return None if torch.equal(together, separately) else f"generate continues {kind} otherwise than alone"
+        return None if torch.equal(together, separately) else f"generate continues {kind} differently than alone"

@@ -1,9 +1,9 @@
-"""Which ways of running a model give exactly what the plain way gives: found out by trying them, once per model.
+"""Which fast paths of running a model give exactly the results of the slow path: each model is tested once.
 
-The plain way runs every sequence alone, without padding and without a cache. Faster ways share work: several prompts in
-one batch (left padding), all windows over one prefix, windows behind their rollout in one row, states kept from
-sampling. Whether they are exact depends on the architecture. So each model is tried on a few random tokens before its
-first use (`self_check`), and what differs is not used.
+The slow path runs every sequence alone, without padding and without a cache. Fast paths share work: several prompts in
+one batch (left padding), all windows over one prefix, windows after their rollout in one row, states kept from
+sampling. Whether they are exact depends on the architecture. So each model is tested on a few random tokens before its
+first use (`self_check`), and a path whose results differ is not used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Batching:
         left_padding: rows of different lengths, padded on the left.
         batches: rows of equal length in `generate`.
         leaving: rows of `generate` that have ended may leave the others.
-        reasons: why a way is not exact.
+        reasons: why a path is not exact.
     """
 
     left_padding: bool = True
@@ -53,11 +53,11 @@ class Batching:
 
 @dataclass(frozen=True)
 class Ways(Batching):
-    """What is exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
+    """Fast paths that are exact for one model. Lengths are tokens of the longest row, prompt to the end of its window.
 
     Attributes:
         shared_prefix: rows up to this length may decode their windows over one prefix; `inf`: all, 0: none.
-        packed_rows: the same for windows behind their rollout in one row, with gradients.
+        packed_rows: the same for windows after their rollout in one row, with gradients.
         sampling_states: the same for the states that sampling computes.
         trains: a backward pass works.
         trl: where TRL's own forward pass, which passes no position ids, is exact.
@@ -132,17 +132,17 @@ _KNOWN: WeakKeyDictionary[Any, dict[str | None, Ways]] = WeakKeyDictionary()
 
 @torch.no_grad()
 def ways_of(model: Any, in_step: bool = False) -> Ways:
-    """Which ways are exact for this model, by trying them when it is first asked (a few dozen tokens).
+    """Which fast paths are exact for this model. The first call tests them (a few dozen tokens).
 
-    One notice tells what is not, and why. Under FSDP or DeepSpeed, ask while the model is held whole.
+    One warning names those that are not, and why. Under FSDP or DeepSpeed, call it while the model is unsharded.
 
     Args:
         model: a causal language model of transformers; a PEFT model is fine.
         in_step: all processes must run the model equally often (FSDP, DeepSpeed), so no choice may depend on lengths.
 
     Raises:
-        ArchitectureError: no way is right, or the output head does not give the model's logits; or it must run rows
-            in groups, which processes cannot do in step.
+        ArchitectureError: no path is right, or the output head does not give the model's logits; or the model must
+            run rows in groups, which processes cannot do in step.
     """
     from topd.near_future.self_check import check_model  # it runs the ways, which ask here
 
@@ -172,11 +172,11 @@ def in_step_of(model: Any, ways: Ways) -> Ways:
 
 
 def notice_of(model: Any, ways: Ways) -> str | None:
-    """What a user should know of a model's ways, in words; None where every fast way is exact at all lengths."""
+    """The warning about slower paths of a model; None if every fast path is exact at all lengths."""
     costs = {
         "shared_prefix": (ways.shared_prefix, "windows are generated from fresh prefixes"),
-        "packed_rows": (ways.packed_rows, "each guided window goes through it behind its own copy of the prefix"),
-        "sampling_states": (ways.sampling_states, "sampled rollouts are read once more"),
+        "packed_rows": (ways.packed_rows, "each guided window runs after its own copy of the prefix"),
+        "sampling_states": (ways.sampling_states, "sampled rollouts need another forward pass"),
     }
     parts = []
     for name, (longest, cost) in costs.items():
@@ -195,7 +195,7 @@ def notice_of(model: Any, ways: Ways) -> str | None:
         )
     if not parts:
         return None
-    return f"{type(model).__name__} takes slower ways, which give the same results: {'; '.join(parts)}."
+    return f"{type(model).__name__} uses slower paths, which give the same results: {'; '.join(parts)}."
 
 
 # --------------------------------------------------------------- lengths at which a model changes, read from its config

@@ -159,7 +159,7 @@ def load_case(folder: Path, fork: int | None = None) -> tuple[int, Case]:
     """
     correct = load_correct(Path(folder), [])
     if correct is None or not correct.cases:
-        raise ReportError(f"{folder} holds no local correction. Run topd correct --out {folder} first.")
+        raise ReportError(f"{folder} contains no local correction. Run topd correct --out {folder} first.")
     if fork is None:
         fork = typical(correct.cases) + 1
     if not 1 <= fork <= len(correct.cases):

@@ -161,7 +161,7 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     """
     if not folder.is_dir():
         raise ReportError(
-            f"{folder}: there is no such folder. Give one that topd demo, train, eval, study, probe or correct wrote."
+            f"{folder}: no such folder. Give one that topd demo, train, eval, study, probe or correct wrote."
         )
     notes: list[str] = []
     results = read_object(folder / "results.json", notes)
@@ -174,7 +174,7 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
         first, *others = map(str, folders)
         compare = shlex.join([*others[:3], *["..."][: len(others) - 3 > 0]])
         raise ReportError(
-            f"{folder} holds runs of different pairs or data. Name one, or those to be compared: topd report "
+            f"{folder} contains runs of different pairs or data. Choose one, or those to compare: topd report "
             f"{shlex.quote(first)} --compare {compare}"
         )
     probe, correct = load_probe(folder, notes, keep), load_correct(folder, notes)
@@ -183,9 +183,9 @@ def load_run(folder: Path, *, keep: int = MAX_CANDIDATES) -> Run:
     evaluations = sorted(evaluations_in(folder), key=lambda path: [*order, path.name].index(path.name))
     if not (folders or results or probe or correct or study or evaluations):
         raise ReportError(
-            f"{folder} holds no records of a run: expected results.json, trainer_state.json, audit.jsonl, study.json, "
-            "probe.json, correct.json or what topd eval wrote. Give the output folder of a run, and set audit_steps to "
-            "record rollouts."
+            f"{folder} contains no records of a run: expected results.json, trainer_state.json, audit.jsonl, "
+            "study.json, probe.json, correct.json or what topd eval wrote. Give the output folder of a run, and "
+            "set audit_steps to record rollouts."
         )
     arms = [load_arm(path, notes, keep) for path in folders]
     missing = [name for name in named if name not in {arm.name for arm in arms}]

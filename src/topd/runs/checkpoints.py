@@ -86,13 +86,13 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def newest_whole(run_folder: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None; and a line about each later damaged one. `thorough`: see `damage`."""
+    """The newest complete checkpoint, or None; and a line about each later damaged one. `thorough`: see `damage`."""
     skipped: list[str] = []
     for path in reversed(checkpoints(run_folder)):
         found = damage(path, thorough)
         if found is None:
             return path, skipped
-        skipped.append(f"{path} is not whole ({found})")
+        skipped.append(f"{path} is not complete ({found})")
     return None, skipped
 
 
@@ -114,12 +114,12 @@ def checkpoint_to_resume(
         return newest, skipped
     folder = Path(os.fspath(wanted))
     if not folder.is_dir():
-        raise ResumeError(f"--resume_from_checkpoint {folder}: there is no such folder.")
+        raise ResumeError(f"--resume_from_checkpoint {folder}: no such folder.")
     found = damage(folder, thorough)
     if found is not None:
         newest, _ = newest_whole(run_folder, thorough)
-        other = f"--resume_from_checkpoint {newest} is whole." if newest else "There is no whole one in its place."
-        raise ResumeError(f"{folder} is not a whole checkpoint: {found}. {other}")
+        other = f"--resume_from_checkpoint {newest} is complete." if newest else "There is no other complete one."
+        raise ResumeError(f"{folder} is not a complete checkpoint: {found}. {other}")
     return folder, []
 
 
@@ -142,7 +142,7 @@ def put_in_place(written: Path, checkpoint: Path) -> None:
 
 @contextmanager
 def saving(what: str, run_folder: Path) -> Iterator[None]:
-    """Turn the errors of a full or broken disk into one message that names the last whole checkpoint."""
+    """Turn the errors of a full or broken disk into one message that names the last complete checkpoint."""
     try:
         yield
     except TOPDError:
@@ -156,7 +156,7 @@ def saving_error(what: str, run_folder: Path, error: BaseException) -> SavingErr
     newest, _ = newest_whole(run_folder)
     kept, then = "There is no earlier checkpoint", "start again"
     if newest:
-        kept = f"The last whole checkpoint is {newest}"
+        kept = f"The last complete checkpoint is {newest}"
         then = "run the same command with --resume_from_checkpoint true; --save_total_limit 2 keeps the disk from "
         then += "filling up"
     return SavingError(
@@ -165,7 +165,7 @@ def saving_error(what: str, run_folder: Path, error: BaseException) -> SavingErr
 
 
 AUTO = "auto"
-"""Value of `resume_from_checkpoint`: resume from the newest whole checkpoint if there is one, else start."""
+"""Value of `resume_from_checkpoint`: resume from the newest complete checkpoint if there is one, else start."""
 
 
 def check_writable(args: Any) -> None:
@@ -179,7 +179,7 @@ def check_writable(args: Any) -> None:
             pass
     except OSError as error:
         raise SavingError(
-            f"Cannot write to {folder} ({error.strerror or error}). Name another --output_dir, or change "
+            f"Cannot write to {folder} ({error.strerror or error}). Use another --output_dir, or change "
             "its permissions."
         ) from error
 
@@ -191,8 +191,8 @@ def refuse_to_overwrite(folder: Path) -> None:
     ]
     if trained and (folder / "trainer_state.json").is_file():
         raise ResumeError(
-            f"{folder} holds the trained model of an earlier run ({trained[0].name}), which this run would replace. "
-            "Name another --output_dir, or delete or move the model."
+            f"{folder} contains the trained model of an earlier run ({trained[0].name}), which this run would replace. "
+            "Use another --output_dir, or delete or move the model."
         )
 
 
@@ -201,7 +201,7 @@ def refuse_second_run(folder: Path) -> None:
     newest, _ = newest_whole(folder)
     if newest is not None:
         raise ResumeError(
-            f"{folder} holds the checkpoints of an earlier run, up to {newest.name}. Resume with "
-            "--resume_from_checkpoint true (in Python: trainer.train(resume_from_checkpoint=True)), or name another "
+            f"{folder} contains the checkpoints of an earlier run, up to {newest.name}. Resume with "
+            "--resume_from_checkpoint true (in Python: trainer.train(resume_from_checkpoint=True)), or use another "
             "--output_dir, or delete them."
         )

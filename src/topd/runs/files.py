@@ -84,7 +84,7 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
     """`read_json` for a file that must hold a JSON object."""
     value = read_json(file, remedy)
     if not isinstance(value, dict):
-        raise TOPDError(f"{file} is damaged: it holds no JSON object. {remedy}")
+        raise TOPDError(f"{file} is damaged: it contains no JSON object. {remedy}")
     return value
 
 

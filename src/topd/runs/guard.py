@@ -16,12 +16,12 @@ TRACEBACK = "traceback.txt"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
 _REMEDIES = {
-    errno.EROFS: "It cannot be written. Name another one.",
-    errno.EACCES: "Check its permissions, or name another one.",
-    errno.EPERM: "Check its permissions, or name another one.",
-    errno.EEXIST: "A file is in the way of a folder. Name another one.",
-    errno.ENOTDIR: "A file is in the way of a folder. Name another one.",
-    errno.EISDIR: "A folder is in the way of a file. Name another one.",
+    errno.EROFS: "It is read-only. Use another path.",
+    errno.EACCES: "Check its permissions, or use another path.",
+    errno.EPERM: "Check its permissions, or use another path.",
+    errno.EEXIST: "A file exists where a folder is needed. Use another path.",
+    errno.ENOTDIR: "A file exists where a folder is needed. Use another path.",
+    errno.EISDIR: "A folder exists where a file is needed. Use another path.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 """Remedies for system errors that name a file."""
@@ -49,7 +49,7 @@ def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
     reason = " ".join(str(error).split())[:400]
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return SavingError(
-            f"The disk is full ({reason}). Files written so far are whole. Free space, then run the same command "
+            f"The disk is full ({reason}). Files written so far are complete. Free space, then run the same command "
             "again to resume."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:

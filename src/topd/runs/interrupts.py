@@ -54,7 +54,7 @@ class StopWhenAsked(TrainerCallback):
         self.received, self._since = number, time.monotonic()
         text = (
             "\ntopd: finishing this step (or abandoning it, if it waits for a server), then saving a checkpoint. "
-            "Ctrl-C again stops at once and loses this step.\n"
+            "Ctrl-C again stops immediately and loses this step.\n"
         )
         with suppress(OSError):  # the output may be closed
             os.write(2, text.encode())  # print is not reentrant

@@ -25,7 +25,7 @@ def non_finite_error(
     token ids to text.
     """
     newest, _ = newest_whole(Path(output_dir))
-    kept = f"the last whole checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+    kept = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was saved yet"
     lines = [f"The {what} is not finite at step {step}. The optimizer has not moved; {kept}."]
     if rollouts is not None and row_loss is not None:
         bad = (~row_loss.isfinite()).nonzero().squeeze(-1).tolist() or [int(row_loss.argmax())]
@@ -91,7 +91,7 @@ def _held_here(weight: Any) -> torch.Tensor:
 def non_finite_weights(name: str, step: int, what: str, output_dir: Path) -> NonFiniteError:
     """The error for weights that must not be saved."""
     newest, _ = newest_whole(output_dir)
-    remedy = f"Resume from {newest}, the last whole checkpoint," if newest else "Without a checkpoint, start again"
+    remedy = f"Resume from {newest}, the last complete checkpoint," if newest else "Without a checkpoint, start again"
     return NonFiniteError(
         f"The weight {name} is not finite after step {step}, so {what} was not saved. {remedy} with a lower "
         "learning_rate."

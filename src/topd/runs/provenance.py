@@ -222,7 +222,7 @@ def compared(before: Run, now: Run) -> tuple[list[str], list[str]]:
         if name in old and name not in NOT_COMPARED and old[name] != value
     ]
     if any(change.startswith(BATCH) for change in changes):
-        changes.append("the batch has another size: its steps are counted as before, so that some rows of the data are "
+        changes.append("the batch size changed: steps are counted as before, so some rows of the data are "
                        "seen twice or not at all in this epoch")  # fmt: skip
     return changes, _refused(before[1], now[1])
 
@@ -245,7 +245,7 @@ def _refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     elif old.get("dtype") == new.get("dtype") and _differ(old, new, "frozen"):
         refused.append("the student's base, under the adapter, has other weights")
     if _differ(before, now, "tokenizer"):
-        refused.append("the tokenizer is another one")
+        refused.append("the tokenizer differs")
     return refused
 
 

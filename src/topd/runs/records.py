@@ -60,14 +60,14 @@ def earlier_records(
 def _refuse_other(file: Path, options_file: Path, options: dict[str, Any], may_change: str) -> None:
     before = read_object(
         options_file,
-        f"It holds the settings of {file.name}. If they are the same as now, delete {options_file}; else give "
+        f"It contains the settings of {file.name}. If they are the same as now, delete {options_file}; else give "
         "another --out.",
     )
     now = json.loads(json.dumps(options))
     other = sorted(name for name in now if name != may_change and before.get(name) != now[name])
     if other:
         raise TOPDError(
-            f"{file.parent} holds records with other settings ({', '.join(other)}). Give another --out, or delete "
+            f"{file.parent} contains records with other settings ({', '.join(other)}). Give another --out, or delete "
             f"{file}."
         )
 

@@ -70,7 +70,7 @@ class ResumableTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
+        """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise TOPDError(
                 "Nothing would be trained: all weights of the student are frozen. Set requires_grad; load an adapter "
@@ -120,10 +120,12 @@ class ResumableTrainer(Trainer):
         except pickle.UnpicklingError as error:
             broken = damage(checkpoint, thorough=True) if checkpoint is not None else None
             if broken is not None:
-                raise ResumeError(f"{checkpoint} is not a whole checkpoint: {broken}. Resume from another.") from error
+                raise ResumeError(
+                    f"{checkpoint} is not a complete checkpoint: {broken}. Resume from another."
+                ) from error
             raise ResumeError(
-                f"{checkpoint} holds a file that would run code when loaded, so it was not loaded. Resume only from "
-                "checkpoints of your own runs; to start from other weights, name them as the student."
+                f"{checkpoint} contains a file that would run code when loaded, so it was not loaded. Resume only from "
+                "checkpoints of your own runs; to start from other weights, pass them as the student."
             ) from error
         except OSError as error:
             if error.errno not in DISK_FULL:

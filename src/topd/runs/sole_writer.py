@@ -33,7 +33,7 @@ def sole_writer(folder: Path, name: str = LOCK) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise TOPDError(
-            f"{folder} is in use by another command{_owner(file)}. Wait until it ends, or name another output "
+            f"{folder} is in use by another command{_owner(file)}. Wait until it ends, or use another output "
             f"folder. (If there is no such process, delete {file}.)"
         ) from None
     _held.add(file)

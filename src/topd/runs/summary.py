@@ -72,7 +72,7 @@ def where_to_look(folder: Path) -> list[str]:
         lines.append("Audit: none (--audit_steps 10 records rollouts with their forks)")
     if (folder / EVAL_FILE).is_file():
         lines.append(f"Responses to held-out problems: {folder / EVAL_FILE}")
-    return [*lines, f"The page of this run: topd report {shlex.quote(str(folder))}"]
+    return [*lines, f"Report page: topd report {shlex.quote(str(folder))}"]
 
 
 def values_of(log: Log, key: str) -> list[float]:

@@ -145,7 +145,7 @@ def _check(plan: StudyPlan) -> None:
     of_arms = [(f"arm {arm.name}", choice) for arm in plan.arms for choice in (arm.options, *arm.choices)]
     for where, options in [("options", plan.options), *of_arms]:
         if unknown := ", ".join(sorted(set(options) - known)):
-            raise ValueError(f"{where}: {unknown} is no option of TOPDConfig. `topd train --help` lists all.")
+            raise ValueError(f"{where}: {unknown} is not an option of TOPDConfig. `topd train --help` lists all.")
         server = str(options.get("teacher_model_server_url"))
         if without_secrets(server) != server:  # options are written into every record
             raise ValueError(

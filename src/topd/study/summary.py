@@ -92,10 +92,10 @@ def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
 
 def read_study(file: Path) -> dict[str, Any]:
     """Read a `study.json`. Raises `TOPDError` if it cannot be read or has another format."""
-    result = read_json(file, "Name a study.json that `topd study` wrote.")
+    result = read_json(file, "Give a study.json that `topd study` wrote.")
     if not isinstance(result, dict) or result.get("version") != STUDY_VERSION or "arms" not in result:
         raise TOPDError(
-            f"{file} is no study.json of version {STUDY_VERSION}. Run the study again: finished runs are reused."
+            f"{file} is not a study.json of version {STUDY_VERSION}. Run the study again: finished runs are reused."
         )
     return result
 
@@ -103,7 +103,7 @@ def read_study(file: Path) -> dict[str, Any]:
 def print_tables(result: dict[str, Any], against: str = REFERENCE) -> None:
     """Print both tables, greedy and sampled. Raises `TOPDError` if there is no such arm."""
     if against not in result["arms"]:
-        raise TOPDError(f"There is no arm {against!r} in this study; there are: {', '.join(result['arms'])}.")
+        raise TOPDError(f"There is no arm {against!r} in this study; available: {', '.join(result['arms'])}.")
     for how in WAYS:
         title = f"{how}, {result['plan']['held_out']} held-out problems, 95 % intervals over seeds and problems"
         table = open_table(("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s"), title)

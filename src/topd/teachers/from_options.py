@@ -66,4 +66,4 @@ def check_without_weights(options: TOPDConfig) -> None:
     }
     found = [what for what, is_wrong in wrong.items() if is_wrong]
     if found:
-        raise TOPDError(f"A teacher behind a server, without a teacher_model, cannot have {', nor '.join(found)}.")
+        raise TOPDError(f"A teacher on a server, without a teacher_model, cannot have {', nor '.join(found)}.")

@@ -209,14 +209,14 @@ class OpenAIServer:
             if (left <= 0 or stop.is_set()) and not self._reached:
                 raise ServerError(
                     f"{self.named} cannot be reached ({path}: {problem}). Start it first, or correct the address: "
-                    "http://HOST:PORT, as it is seen from this machine."
+                    "http://HOST:PORT, as seen from this machine."
                 )
             if left <= 0 or stop.is_set():
                 patience = f"{self.limits.patience:g} s"
                 raise ServerError(f"{self.named} has not answered for {patience} ({path}: {problem}). {self._remedy}")
             if time.monotonic() - self._last_message > BETWEEN_MESSAGES:
                 self._last_message = time.monotonic()
-                logger.warning(visible(f"{self.named} fails ({problem}); trying for {left:.0f} s more."))
+                logger.warning(visible(f"{self.named} fails ({problem}); retrying for {left:.0f} s more."))
             with anyio.move_on_after(min(left, wait)):
                 await stop.wait()
         raise AssertionError("waits never end")
@@ -250,7 +250,7 @@ class OpenAIServer:
                                 "OpenAI-compatible server?"
                             )
         except TimeoutError as error:
-            raise httpx2.ReadTimeout(f"no whole answer within {seconds:g} s") from error
+            raise httpx2.ReadTimeout(f"no complete answer within {seconds:g} s") from error
         except httpx2.DecodingError as error:
             self._reached, self._failing_since = True, None
             raise UnusableAnswer(f"sends an answer that cannot be decompressed: {error}") from error

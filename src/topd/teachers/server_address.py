@@ -83,7 +83,7 @@ def parse_address(url: str, name: str, key_variable: str | None = None) -> Addre
 
     `url`: with or without `/v1`, or what `without_secrets` made of it. `name`: of the server, for messages.
     `key_variable`: environment variable that holds the API key, sent as `Authorization: Bearer KEY`. Raises
-    `ServerError` if `url` is no address, its secrets are not known any more, or the variable holds no key.
+    `ServerError` if `url` is not a valid URL, its secrets are not known any more, or the variable holds no key.
     """
     shown = without_secrets(url)
     try:
@@ -92,15 +92,15 @@ def parse_address(url: str, name: str, key_variable: str | None = None) -> Addre
     except (httpx2.InvalidURL, TypeError):
         good = False
     if not good:
-        raise ServerError(f"{name}: {shown!r} is no address. Write http://HOST:PORT (or https).")
+        raise ServerError(f"{name}: {shown!r} is not a valid URL. Write http://HOST:PORT (or https).")
     auth = (parsed.username, parsed.password) if parsed.userinfo else None
     query, key = dict(parsed.params), os.environ.get(key_variable or "", "").strip() or None
     if key_variable and not (key and key.isascii() and key.isprintable()):
-        state = "holds characters that no key has" if key else "is not set"
+        state = "contains characters that no key has" if key else "is not set"
         raise ServerError(f"{name}: the environment variable {key_variable!r} {state}. Put the API key into it.")
     if HIDDEN in (*(auth or ()), *query, *query.values()):
         raise ServerError(
-            f"{name}: {shown!r} lacks its password or key, which is never written down. Give the address anew, or the "
+            f"{name}: {shown!r} lacks its password or key, which is never saved. Give the URL again, or the "
             "name of an environment variable that holds the key (teacher_server_key_env, --server-key-env)."
         )
     if auth and key:

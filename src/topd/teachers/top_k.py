@@ -55,12 +55,12 @@ class TopKTeacher:
         return known_token_loss(hidden, head, KnownTokens(**states), weights, terms, direction)
 
     def hidden_in_windows(self, rollouts: Rollouts, branches: Branches) -> Tensor:
-        raise TOPDError("A teacher behind a server has no hidden states here: use guidance_context=student.")
+        raise TOPDError("A teacher on a server has no hidden states here: use guidance_context=student.")
 
     def window_costs(
         self, ours: Windows, theirs: Windows, places: Places, hidden: bool = False, cost: GroundCost = "cosine"
     ) -> Tensor:
-        raise TOPDError("A teacher behind a server has no embeddings here: use embedding=student or student_hidden.")
+        raise TOPDError("A teacher on a server has no embeddings here: use embedding=student or student_hidden.")
 
     def continue_(self, places: Places, length: int, prefill: Prefill | None = None) -> Windows:
         return self.windows.continue_(places.prefixes(), length)

@@ -42,24 +42,24 @@ class TOPDConfig(DistillationConfig):
         "opd: on-policy distillation, as TRL's DistillationTrainer. opd-capped: false alarms suppressed "
         "(section 5.1). topd: near-future guidance (section 3).",
     )
-    window_length: int = _option(50, "K, tokens of each window. Paper: 50.")
+    window_length: int = _option(50, "K, tokens per window. Paper: 50.")
     student_window: StudentWindow = _option(
         "rollout",
         "rollout: the rollout's own next K tokens, nothing to generate. candidate: the candidate token, then the "
-        "student's greedy continuation. regenerated: the student continues the prefix anew, so the window may begin "
-        "with another token. The paper's text fits all three; the default is our choice.",
+        "student's greedy continuation. regenerated: the student continues the prefix, so the window may begin with "
+        "another token. The paper's text allows all three; the default is our choice.",
     )
 
     window_memory: float = _option(
         4.0,
-        "GiB for the keys and values of the rollouts whose windows are decoded together; more rollouts go in waves. "
-        "Our choice.",
+        "GiB for the keys and values of rollouts whose windows are decoded together; the other rollouts follow in "
+        "further batches. Our choice.",
     )
 
     compact_sampling: bool = _option(
         False,
-        "Rollouts that have ended leave the batch while the others are sampled, which saves time where lengths differ; "
-        "adapters of a float32 student are merged meanwhile. The same distribution; other random numbers than TRL's. "
+        "Remove finished rollouts from the batch while the others are sampled, which saves time if lengths differ; "
+        "adapters of a float32 student are merged while sampling. Same distribution, other random numbers than TRL. "
         "Not for vLLM. Our choice.",
     )
     candidate_ranking: Ranking = _option(
@@ -103,7 +103,7 @@ class TOPDConfig(DistillationConfig):
     )
     prefix_weight_max: float | None = _option(
         None,
-        "With several updates per batch of rollouts: weigh each token loss by how likely its prefix still is, min(exp("
+        "With several updates per batch of rollouts: weight each token loss by how likely its prefix still is, min(exp("
         "mean of log p_now - log p_then over the prefix), this value) (REVO, 2609.37500: 4). None: weight 1.",
     )
     max_completion_length_start: int | None = _option(
@@ -129,23 +129,24 @@ class TOPDConfig(DistillationConfig):
         None, "Name under which that server serves the teacher. None: the only model that it has."
     )
     teacher_server_key_env: str | None = _option(
-        None, "Name of the environment variable that holds the server's API key. The key itself is never written down."
+        None, "Name of the environment variable that holds the server's API key. The key itself is never saved."
     )
     teacher_server_kwargs: dict[str, float] | str | None = _option(
         None,
-        "Limits of its use. timeout: maximum seconds per request, from connecting to the last byte (300). patience: "
-        "give up after this many seconds of failed retries (600). concurrency: concurrent requests per process (16).",
+        "Limits for requests to the server. timeout: maximum seconds per request, from connecting to the last byte "
+        "(300). patience: give up after this many seconds of failed retries (600). concurrency: concurrent requests "
+        "per process (16).",
     )
     loss_top_k: int = _option(
         20,
-        "Without a teacher_model: tokens of each position whose probability the server is asked for (vLLM: at most its "
-        "--max-logprobs). The paper has the full vocabulary.",
+        "Without a teacher_model: number of most likely tokens per position whose log-probabilities are requested from "
+        "the server (vLLM: at most its --max-logprobs). The paper uses the full vocabulary.",
     )
 
     teacher_system_prompt: str | None = _option(
         None,
-        "System turn that the teacher reads in place of the student's, for prompts as messages. The student's prompt "
-        "stays. A column `teacher_prompt` gives the teacher a whole prompt of its own.",
+        "System message of the teacher's prompt, instead of the student's; for prompts as messages. The student's "
+        "prompt does not change. A column `teacher_prompt` gives the teacher a complete prompt of its own.",
     )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = _option(
         None, "Arguments of the chat template for the teacher's prompt, on top of chat_template_kwargs."
@@ -153,7 +154,7 @@ class TOPDConfig(DistillationConfig):
 
     embedding: Embedding = _option(
         "student",
-        "What the ground cost is measured on: student or teacher, static input embeddings; student_hidden or "
+        "What the ground cost compares: student or teacher, static input embeddings; student_hidden or "
         "teacher_hidden, that model's last hidden states over the windows. The paper does not give it; our choice.",
     )
     ground_cost: GroundCost = _option(
@@ -176,13 +177,13 @@ class TOPDConfig(DistillationConfig):
     )
     recalibration_steps: int = _option(
         50,
-        "With low_loss_quartile: the threshold is estimated anew every so many batches of rollouts (one per optimizer "
+        "With low_loss_quartile: the threshold is re-estimated every this many batches of rollouts (one per optimizer "
         "step by default), from up to 512 low-loss positions over at most 8 batches. Our choice.",
     )
     false_alarm_share: float = _option(
         0.30,
         "Share of the candidates, those with the lowest D_OT, that opd-capped caps (paper, section 5.1: 0.30) and that "
-        "fork_rule=batch_quantile calls false alarms.",
+        "fork_rule=batch_quantile treats as false alarms.",
     )
     fork_threshold: float | None = _option(
         None,
@@ -213,26 +214,26 @@ class TOPDConfig(DistillationConfig):
         "targets sum to 1/K. sum: sum over each window, mean over forks (K times the paper's). per_token: sum over all "
         "windows, divided by the batch's response tokens.",
     )
-    cap_false_alarms: bool = _option(False, "Whether topd also caps false alarms. Paper (the formula): no.")
+    cap_false_alarms: bool = _option(False, "Also cap false alarms with method=topd. Paper (the formula): no.")
     cap_selection: Selection = _option(
         "low",
-        "Which candidates opd-capped caps: low (paper), or as many by rank: high, random. Controls.",
+        "Which candidates opd-capped caps by D_OT: low (paper). Controls, of the same number: high, random.",
     )
 
     teachers: dict[str, str] | str | None = _option(
         None,
-        "Several teachers instead of one (MOPD): {name: model}. Each row's column `teacher` names its own.",
+        "Several teachers instead of one (MOPD): {name: model}. The column `teacher` of each row names its teacher.",
     )
 
     eval_benchmark: str | None = _option(
         None,
         "Held-out problems that the student answers at each evaluation (eval_strategy, eval_steps), for eval_accuracy: "
-        "a benchmark's name or a file, as topd eval takes them.",
+        "the name of a benchmark or a file, as in topd eval.",
     )
     eval_benchmark_limit: int | None = _option(None, "Use only the first N problems of eval_benchmark.")
     eval_samples: int = _option(1, "Responses per problem of eval_benchmark.")
     eval_temperature: float = _option(
-        0.0, "Of the responses to eval_benchmark. 0: greedy. Above 0, with top_p 0.95, as in topd eval."
+        0.0, "Sampling temperature for eval_benchmark. 0: greedy. Above 0: with top_p 0.95, as in topd eval."
     )
 
     audit_steps: int = _option(0, "Write an audit record to audit.jsonl every this many batches of rollouts. 0: never.")

@@ -262,7 +262,7 @@ class OwnRollouts(BothModels):
             else f"the others of a batch of {type(self.accelerator.unwrap_model(self.model)).__name__} would change"
         )  # fmt: skip
         if why is not None:
-            logger.warning_once(f"compact_sampling changes nothing here: {why}.")
+            logger.warning_once(f"compact_sampling has no effect here: {why}.")
         return why is None
 
     def _informative_end(self, prompt_ids: list[list[int]]) -> InformativeEnd | None:
@@ -295,10 +295,11 @@ class OwnRollouts(BothModels):
         if self.args.looks_ahead and not self.use_vllm and has_dropout(self.model):
             logger.warning(
                 "The student has dropout, which is active while it samples. So the rollouts come from a perturbed "
-                "student, and TOPD has to read them once more. Set lora_dropout: 0.0, or the model's dropout to 0."
+                "student, and TOPD needs another forward pass over them. Set lora_dropout: 0.0, or the model's dropout "
+                "to 0."
             )
         if self._prompted and (self._is_vlm or self.tools):
-            raise TOPDError("A teacher prompt works on text without tools so far; leave out images and tools, or it.")
+            raise TOPDError("A teacher prompt is not supported with images or tools yet: leave out one or the other.")
         if self.args.max_informative_tokens is None:
             return
         if self.teacher_model is None or self._is_vlm or self.tools or self.args.teachers:

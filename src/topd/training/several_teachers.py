@@ -56,7 +56,7 @@ class MOPDTrainer(TOPDTrainer):
         first, *others = teachers.values()
         super().__init__(model, first, args, train_dataset, None, *rest, **kwargs)
         if self.is_deepspeed_enabled:
-            raise TOPDError("Several teachers work in one process, under DDP and FSDP2 so far, not with DeepSpeed.")
+            raise TOPDError("Several teachers are not supported with DeepSpeed yet: use one process, DDP or FSDP2.")
         self._names = names_of(student=model, **{f"teacher {name}": teacher for name, teacher in teachers.items()})
         self._numbers = {name: number for number, name in enumerate(teachers)}
         remedy = " With several teachers, name first the one with fewest rows."
@@ -116,9 +116,9 @@ def check_options(args: TOPDConfig, teachers: Mapping[str, Any], eval_dataset: A
     if args.teacher_model_server_url:
         raise TOPDError("teacher_model_server_url works with one teacher; pass the weights of all teachers instead.")
     if SELF in teachers.values():
-        raise TOPDError("teacher self works with one teacher so far; name the student's folder as a teacher.")
+        raise TOPDError("self is not supported among several teachers yet: pass the student's folder instead.")
     if eval_dataset is not None or args.max_overhead:
-        raise TOPDError("eval_dataset and max_overhead work with one teacher so far: leave them out.")
+        raise TOPDError("eval_dataset and max_overhead are not supported with several teachers yet: leave them out.")
     if not (args.looks_ahead or args.opd_in_one_pass):
         raise TOPDError("Several teachers need opd_loss=one_pass with method=opd: TRL's loss has one teacher.")
 

@@ -122,7 +122,7 @@ class TOPDTrainer(
         pair.report(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if (args.looks_ahead or args.prefix_weight_max is not None) and (self._is_vlm or self.tools):
             raise ValueError(
-                f"method={args.method} works on text without tools so far; use method=opd for images or tools, "
+                f"method={args.method} does not support images or tools yet; use method=opd for these, "
                 "without prefix_weight_max."
             )
         self._check_rollouts()

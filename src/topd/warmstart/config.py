@@ -31,12 +31,12 @@ class WarmStartConfig(SFTConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Keyword arguments of the chat template, such as {enable_thinking: false}; use those with which "
-            "the solutions were generated."
+            "help": "Keyword arguments of the chat template, such as {enable_thinking: false}; use those that the "
+            "solutions were generated with."
         },
     )
     max_length: int | None = field(
-        default=16384, metadata={"help": "Maximum tokens of a sequence, or of a packed row. Paper: 16384."}
+        default=16384, metadata={"help": "Maximum tokens per sequence or packed row. Paper: 16384."}
     )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns only the loss, no logits."})
 

@@ -176,7 +176,7 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
     def _stop_on(self, what: str) -> None:
         raise NonFiniteError(
             f"The {what} is not finite at step {self.state.global_step + 1}. The optimizer has not moved; the last "
-            "checkpoint is whole. Resume from it with a lower learning_rate; if it happens again at the same step, "
+            "checkpoint is complete. Resume from it with a lower learning_rate; if it happens again at the same step, "
             "look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
         )
 
