@@ -104,7 +104,7 @@ def test_a_static_cache_which_rows_cannot_leave_is_kept_whole(tmp_path, caplog):
     trainer = tiny_trainer(tmp_path, compact_sampling=True, cache_implementation="static", max_steps=1)
     trainer.train()
     assert [entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True]
-    assert "compact_sampling changes nothing here: cache_implementation is static" in caplog.text
+    assert "compact_sampling has no effect here: cache_implementation is static" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "leaving"), [("gemma3", True), ("qwen3.5", False)])
