@@ -74,8 +74,7 @@ def autocasting(models: Sequence[Any], accelerator: Accelerator) -> Iterator[Non
     accelerate autocasts the forward pass of a whole model. Scoring, windows and the loss call its backbone directly,
     and `generate` of a PEFT model the model inside: without this function, float32 weights would compute in float32
     despite `bf16`, in one process and under DDP. A backbone returns states in autocast's dtype, which the output head
-    takes. FSDP2 and DeepSpeed have their own
-    precision; nothing changes there.
+    takes. FSDP2 and DeepSpeed have their own precision; nothing changes there.
     """
     with ExitStack() as stack:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
