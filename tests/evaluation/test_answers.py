@@ -178,6 +178,10 @@ def test_the_embedded_task_has_its_own_ending() -> None:
         ("The answer is 63.", "63", Verdict(None, False, False)),
         ("#### many", "63", Verdict(None, False, False)),
         ("#### 63", "63 apples", Verdict("63", False, True)),
+        (r"#### \$18", "18", Verdict("18", True, True)),
+        ("#### .5 litres", "0.5", Verdict(".5", True, True)),
+        ("#### 1/2", "1", Verdict("1/2", False, True)),
+        ("#### 1/2", "0.5", Verdict("1/2", True, True)),
     ],
 )
 def test_the_number_behind_the_last_hashes_is_gsm8k_s_answer(text: str, answer: str, expected: Verdict) -> None:

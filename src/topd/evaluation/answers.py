@@ -19,7 +19,8 @@ Rule = Literal["math", "integer", "gsm8k", "lm_eval", "embedded"]
   "or" count as one list.
 * "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999): `073`, `73.0`,
   `\\textbf{73}`, `73 \\text{ cm}`, and what follows the equals sign in `m+n = 73`.
-* "gsm8k": the number behind the last `####`, by value: `1,234` and `1234.0` are the same. A unit may follow it.
+* "gsm8k": the number behind the last `####`, by value: `1,234` and `1234.0` are the same, and so
+  are `1/2` and `.5`. A unit may follow it.
 * "lm_eval": as the AIME tasks of lm-evaluation-harness; see the module.
 * "embedded": the embedded task's closing sentence.
 """
@@ -73,7 +74,7 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
     return Verdict(extracted, same is True, same is not None)
 
 
-_HASHES = re.compile(r"####\s*[$£€]?(-?\d[\d,]*(?:\.\d+)?)")
+_HASHES = re.compile(r"####\s*(?:\\?[$£€])?(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?)")
 _BRACE = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
 _FONT = r"\\(?:text|math)(?:bf|it|rm|sf|tt)?|\\(?:boldsymbol|bm|displaystyle|bf|rm|it)"
