@@ -145,6 +145,11 @@ def test_the_command_and_going_on(tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert (tmp_path / RECORDS).read_text() == whole
     assert (tmp_path / OPTIONS).exists()
+    *others, last = records  # a fork of another rollout, such as one sampled at another temperature
+    lines = [json.dumps(record) + "\n" for record in (*others, last | {"prefix": "another text"})]
+    (tmp_path / RECORDS).write_text("".join(lines))
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()] == records
     assert main([*arguments, "--steps", "3", "--out", str(tmp_path)]) == 2
     assert "other settings (options)" in capsys.readouterr().err
 

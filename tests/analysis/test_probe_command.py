@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from tiny import TOKENIZER, tiny_model
 
-from topd.analysis.probe_command import OPTIONS, RECORDS, RESULT
+from topd.analysis.probe import ProbeOptions
+from topd.analysis.probe_command import OPTIONS, RECORDS, RESULT, ProbeRun, run_probe
 from topd.cli.main import main
 
 ARGUMENTS = ["probe", "--rollouts", "6", "--batch", "2", "--max-new-tokens", "24", "--window-length", "5", "3"]
@@ -163,3 +165,14 @@ def test_missing_responses_end_in_a_message(tmp_path, capsys, data, says):
 def test_the_embedded_task_has_no_given_responses(tmp_path, capsys):
     assert run(tmp_path, "--given-responses")[0] == 2
     assert "no given responses" in capsys.readouterr().err
+
+
+def test_random_places_differ_from_batch_to_batch(tmp_path):
+    model, tokenizer = tiny_model(0), TOKENIZER
+    prompt = {"prompt_ids": [3, 4, 5], "response_ids": list(range(3, 23))}
+    options = ProbeOptions(0.1, (2,))
+    same = ProbeRun("a", "b", "c", 6, 1, 20, 1.0, True, options)
+    run_probe(same, model, tiny_model(1), tokenizer, [prompt], tmp_path)
+    records = [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
+    drawn = {tuple(p["position"] for p in record["places"] if p["group"] == "random") for record in records}
+    assert len(drawn) > 1  # the rollouts are equal, and each is a batch

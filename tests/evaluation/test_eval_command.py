@@ -155,6 +155,16 @@ def test_another_model_under_the_same_name_does_not_mix(evaluated: Path, capsys:
     assert "other settings (fingerprint, model)" in capsys.readouterr().err
 
 
+def test_benchmarks_of_different_models_do_not_get_one_name(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(evaluated / "student", tmp_path / "student")
+    long = ["--benchmark", "embedded-long", "--limit", "1", "--samples", "1"]
+    assert run(tmp_path, "--model", "student=embedded:student-easy", *long) == 2
+    assert "embedded was answered by another model" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "student" / "embedded-long.samples.jsonl").exists()
+
+
 def test_cut_and_unread_responses_are_counted_apart(tmp_path: Path) -> None:
     assert run(tmp_path, "--model", STUDENT, "--max-new-tokens", "12") == 0
     told = json.loads((tmp_path / "student" / RESULT).read_text())["benchmarks"]["embedded"]

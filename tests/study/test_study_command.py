@@ -237,3 +237,35 @@ def test_arms_and_seeds_can_be_chosen(runs, tmp_path, capsys):
     assert [run[:2] for run in runs[2:]] == [("longer", 5)]
     assert main([*chosen, "--arms", "tpd"]) == 2
     assert "no arm 'tpd'" in capsys.readouterr().err
+
+
+def test_an_arm_that_is_chosen_keeps_the_tuning_that_it_shares(runs, tmp_path):
+    import yaml
+
+    choices = [{"learning_rate": 0.9}, {"learning_rate": 0.4}]
+    arms = {
+        "opd": {"method": "opd", "choices": [{"learning_rate": 0.2}, {"learning_rate": 0.5}]},
+        "topd": {"choices": choices},
+        "soft": {"tuned_as": "topd"},
+        "in its time": {"method": "opd", "time_of": "soft"},
+    }
+    file = tmp_path / "s.yaml"
+    pair = {"student": "embedded:student-easy", "teacher": "embedded:teacher"}
+    file.write_text(yaml.safe_dump(pair | {"seeds": [5], "steps": 1, "arms": arms}))
+    for name in ("soft", "in its time"):
+        out = tmp_path / name
+        assert main(["study", "--config", str(file), "--out", str(out), "--arms", name]) == 0
+        record = json.loads((out / "runs" / "soft" / "5.json").read_text())
+        assert record["settings"]["arm_options"] == {"learning_rate": 0.9}
+
+
+def test_an_arm_s_own_option_is_not_replaced_by_the_tuning_that_it_shares(runs, tmp_path):
+    choices = [{"learning_rate": 0.9, "guidance_weight": 0.03}]
+    arms = {
+        "opd": {"method": "opd", "choices": [{"learning_rate": 0.5}]},
+        "topd": {"choices": choices},
+        "more": {"tuned_as": "topd", "guidance_weight": 0.3},
+    }
+    command.run_study(plan(arms=arms), tmp_path)
+    record = json.loads((tmp_path / "runs" / "more" / "0.json").read_text())
+    assert record["settings"]["arm_options"] == {"learning_rate": 0.9, "guidance_weight": 0.3}

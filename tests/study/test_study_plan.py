@@ -69,6 +69,7 @@ def test_the_study_of_the_language_model_pair_is_whole():
         ({"arms": {"opd": {}, "b": {"tuned_as": "c"}}}, "tuned_as must name an arm that is tuned"),
         ({"arms": {"opd": {}, "b": {"tuned_as": "opd", "choices": [{}]}}}, "tuned_as must name an arm that is tuned"),
         ({"arms": {"opd": {"steps_factor": 0}}}, "steps_factor must be a positive number"),
+        ({"arms": {"opd": {}, "topd+": {}, "topd-": {}}}, "topd\\+ and topd- would write to the same folder"),
         ({"grid": {"learning_rate": 0.1}}, "grid must map options to lists"),
         ({"options": None}, "options must be"),
         ({"data": "p.jsonl", "benchmark": "b", "sampling": 0.6}, "sampling must be"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -114,3 +116,19 @@ def test_learning_curves_are_judged_by_the_task(tmp_path):
     curve = Curve(plan(), Asked(), None)
     curve.add_point(SimpleNamespace(global_step=3), None)
     assert curve.points == [{"step": 3, "seconds": 0.0, "accuracy": 0.25}]
+
+
+def test_a_record_of_other_weights_under_the_same_name_is_not_reused(tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(resolve_model("embedded:student-easy"), student)
+    some = plan(student=str(student), curve_problems=0, held_out=2)
+    job = command._final(some, some.arms[0], 0, {}, tmp_path / "out", steps=1)
+    record = run_job(some, job)
+    assert known_record(some, job) == record
+    with (student / "model.safetensors").open("r+b") as weights:  # as if it was trained again
+        weights.seek(-1, 2)
+        weights.write(b"\x01")
+    assert known_record(some, job) is None
+    del record["weights"]  # as written by an earlier version
+    job.file.write_text(json.dumps(record))
+    assert known_record(some, job) == record

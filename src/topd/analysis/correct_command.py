@@ -43,13 +43,13 @@ def run_correct(
 ) -> dict[str, Any]:
     """Correct every fork with every arm, write `correct.json` and print the table. Returns its content."""
     console = Console()
-    places = [(fork.rollout, fork.position) for fork in forks]
+    places = [(fork.rollout, fork.position, decode(fork.prefix.tolist())) for fork in forks]
 
-    def place(record: dict[str, Any]) -> tuple[int, int]:
-        return record["rollout"], record["position"]
+    def place(record: dict[str, Any]) -> tuple[int, int, str]:  # another rollout may have a fork at the same position
+        return record["rollout"], record["position"], record["prefix"]
 
     records = earlier_records(
-        out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "position", "before", "after"),
+        out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "position", "prefix", "before", "after"),
         keep=lambda found: [record for record in found if place(record) in places], may_change="",
     )  # fmt: skip
     remaining = [fork for fork, at in zip(forks, places, strict=True) if at not in map(place, records)]

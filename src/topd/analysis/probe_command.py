@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,10 @@ def run_probe(
             if first in done:
                 continue
             rows = range(first, min(first + run.batch, run.rollouts))
-            torch.manual_seed(run.options.seed * 1_000_003 + first)
+            seed = run.options.seed * 1_000_003 + first
+            torch.manual_seed(seed)
             rollouts = _rollouts(run, student, tokenizer, [prompts[row % len(prompts)] for row in rows])
-            scores, groups = measure(*pair, rollouts, run.options)
+            scores, groups = measure(*pair, rollouts, replace(run.options, seed=seed))
             fresh = probe_records(rollouts, scores, groups, tokenizer.decode, first)
             append_records(fresh, out / RECORDS)
             records += fresh

@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="overrides the teacher of the config")
     parser.add_argument("--data", help="training prompts; overrides those of the config")
     parser.add_argument("--seeds", type=int, help="use only the first N seeds")
-    parser.add_argument("--arms", nargs="+", help="only these arms (and opd, and arms whose time they match)")
+    parser.add_argument("--arms", nargs="+", help="only these arms (and opd, and arms whose time or tuning they use)")
     parser.add_argument("--workers", type=int, default=1, help="parallel runs, each in a process with one thread")
 
 
@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
         unknown = [name for name in options.arms if name not in known]
         if unknown:
             raise TOPDError(f"There is no arm {unknown[0]!r} in {options.config}; available: {', '.join(known)}.")
-        wanted = {REFERENCE, *options.arms, *(arm.time_of for arm in plan.arms if arm.name in options.arms)}
+        wanted = {REFERENCE, *options.arms}
+        for needs in ("time_of", "tuned_as"):  # in this order: the arm whose time is matched may be tuned as another
+            wanted |= {getattr(arm, needs) for arm in plan.arms if arm.name in wanted}
         plan = replace(plan, arms=tuple(arm for arm in plan.arms if arm.name in wanted))
     out = options.out or Path("runs") / options.config.stem
     with sole_writer(out):

@@ -15,10 +15,10 @@ from topd.evaluation.answers import verdict
 from topd.evaluation.benchmarks import ProblemSet, label_and_file
 from topd.evaluation.engines import Engine, Request, Response, Sampling, as_chat
 from topd.evaluation.equivalence import check_installed
-from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS
+from topd.evaluation.results import RECORD_KEYS, SAMPLES, SETTINGS, benchmarks_in
 from topd.loading.adapters import ADAPTER_CONFIG
 from topd.runs.console import progress
-from topd.runs.files import append_records, write_json
+from topd.runs.files import append_records, read_object, write_json
 from topd.runs.provenance import versions
 from topd.runs.records import earlier_records
 
@@ -105,6 +105,7 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
     """
     name, problems = run.problem_set.name, run.problem_set.problems
     file, settings_file = folder / f"{name}{SAMPLES}", folder / f"{name}{SETTINGS}"
+    _refuse_other_model(folder, name, run.model)
     requests = requests_of(run.problem_set, range(len(problems)), samples, run.chat)
     settings = run.settings()
     records = earlier_records(file, settings_file, settings, needs=RECORD_KEYS, may_change="")
@@ -129,6 +130,19 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
             new += fresh
             right, tokens = (sum(record[key] for record in new) for key in ("right", "tokens"))
             advance(len(batch), f"{right / len(new):.1%} right, {tokens} tokens")
+
+
+def _refuse_other_model(folder: Path, name: str, model: dict[str, Any]) -> None:
+    """Raise `TOPDError` if another benchmark in the folder was answered by another model: its mean would be of two."""
+    for other in benchmarks_in(folder):
+        before = read_object(folder / f"{other}{SETTINGS}", f"Delete it and the samples of {other} to sample anew.")
+        known = before.get("fingerprint") and model.get("fingerprint")
+        key = "fingerprint" if known else "model"
+        if other != name and before.get(key) != model.get(key):
+            raise TOPDError(
+                f"In {folder}, {other} was answered by another model ({before.get('model')}). Give this one another "
+                "name, as in --model NAME=SOURCE, or give another --out."
+            )
 
 
 def requests_of(problem_set: ProblemSet, places: Iterable[int], samples: int, chat: bool) -> list[Request]:

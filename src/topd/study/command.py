@@ -104,6 +104,8 @@ def _final(plan: StudyPlan, arm: ArmPlan, seed: int, tuned: dict[str, Any], out:
     choice = dict(tuned.get(arm.tuned_as or arm.name, {}))
     if arm.options.get("method", "topd") != "topd":  # another arm's lambda does not apply without guidance
         choice.pop("guidance_weight", None)
+    if arm.tuned_as:  # what the arm itself sets is what it is named for
+        choice |= arm.options
     return job_of(plan, arm, seed, choice, out / "runs" / slug(arm.name) / f"{seed}.json", steps)
 
 

@@ -10,6 +10,7 @@ from topd.errors import TOPDError
 from topd.loading.options import renamed, spelling
 from topd.parsing import read_yaml
 from topd.teachers.server_address import without_secrets
+from topd.visible import slug
 
 REFERENCE = "opd"
 """The arm that every other one is compared with."""
@@ -26,7 +27,7 @@ class ArmPlan:
     # option sets that tuning chooses from: the arm's own, equally many in each arm, or the study's grid
     choices: tuple[dict[str, Any], ...] = ()
     time_of: str | None = None  # another arm; this one takes as many steps as fit into its time with the same seed
-    tuned_as: str | None = None  # another arm, whose tuned options this one uses
+    tuned_as: str | None = None  # another arm, whose tuned options this one uses where it has none of its own
     steps_factor: float = 1.0  # the number of steps as a multiple of the study's
 
 
@@ -130,6 +131,10 @@ def _check(plan: StudyPlan) -> None:
     names = [arm.name for arm in plan.arms]
     if REFERENCE not in names:
         raise ValueError(f"there is no arm {REFERENCE!r}, the reference of all comparisons.")
+    folders: dict[str, str] = {}
+    for name in names:
+        if (other := folders.setdefault(slug(name).casefold(), name)) != name:
+            raise ValueError(f"arms {other} and {name} would write to the same folder: rename one of them.")
     for name in ("steps", "held_out", "curve_every", "curve_problems", "tune_problems"):
         least = 0 if name == "curve_problems" else 1
         if not isinstance(getattr(plan, name), int) or getattr(plan, name) < least:

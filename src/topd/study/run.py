@@ -39,7 +39,18 @@ def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
         record = json.loads(job.file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.get("settings") == settings_of(plan, job) else None
+    if not isinstance(record, dict) or record.get("settings") != settings_of(plan, job):
+        return None
+    weights = weights_of(plan)
+    return record if record.get("weights", weights) == weights else None  # earlier versions did not record them
+
+
+def weights_of(plan: StudyPlan) -> dict[str, str | None]:
+    """Digests of both models' folders, which may hold other weights later; None for other names."""
+    from topd.evaluation.run import fingerprint
+
+    names = {"student": plan.student, "teacher": plan.teacher}
+    return {role: fingerprint(name) if Path(name).is_dir() else None for role, name in names.items()}
 
 
 def settings_of(plan: StudyPlan, job: Job) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     silence_libraries()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    task = task_of(plan)
+    task, weights = task_of(plan), weights_of(plan)
     scratch = scratch_folder(job)
     try:
         config = config_of(plan, job, scratch)
@@ -89,7 +100,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     log, seconds = trainer.state.log_history, time.perf_counter() - started
     record = {
         "version": 1,
-        "settings": settings_of(plan, job),
+        "settings": settings_of(plan, job), "weights": weights,
         "right": {how: [int(each) for each in answers] for how, answers in right.items()},
         "curve": curve.with_tokens(log), "metrics": metrics_of(log),
         "seconds_training": curve.seconds, "seconds": seconds,
