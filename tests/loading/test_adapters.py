@@ -97,3 +97,14 @@ def test_an_adapter_on_the_output_head_is_in_the_loss_and_learns() -> None:
 def test_a_kind_of_adapter_that_the_loss_cannot_follow_is_refused() -> None:
     with pytest.raises(TOPDError, match="only plain LoRA"):
         output_head(adapted(tiny_model(0), target_modules=["lm_head"], use_dora=True))
+
+
+def test_an_adapter_is_merged_into_a_base_whose_packed_weights_take_no_gradient(tmp_path: Path) -> None:
+    """As in 4 and 8 bits, of a base that was saved quantized."""
+    adapted(tiny_model(0), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    base = tiny_model(0)
+    packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    base.model.register_parameter("packed", packed)
+    whole = merging.merged(base, str(tmp_path))
+    trained = {name: parameter.requires_grad for name, parameter in whole.named_parameters()}
+    assert [name for name, trains in trained.items() if not trains] == ["model.packed"]

@@ -14,7 +14,7 @@ from topd.cli.main import main
 from topd.cli.train import load, parse
 from topd.errors import DataError, TOPDError
 from topd.loading.data import load_prompts, source_name, stream_prompts
-from topd.loading.rows import DataForm
+from topd.loading.rows import DataForm, read_teacher_prompt
 
 ASK = [{"role": "user", "content": "What is 2+3?"}]
 SYSTEM = {"role": "system", "content": "Answer briefly."}
@@ -225,3 +225,12 @@ def test_the_other_commands_read_the_same_forms(tmp_path: Path) -> None:
     words = ["--limit", "2", "--max-new-tokens", "8", "--out", str(out)]
     assert main(["generate", "--teacher", "embedded:teacher", *form, *words]) == 0
     assert json.loads(out.read_text().splitlines()[0])["prompt"] == ASK
+
+
+def test_a_stream_whose_first_row_has_no_teacher_prompt_does_not_drop_those_of_others(tmp_path: Path) -> None:
+    also = {"teacher_prompt": read_teacher_prompt}
+    source = write(tmp_path / "a.jsonl", {"prompt": "p1", "teacher_prompt": None}, {"prompt": "p2"})
+    assert list(stream_prompts(source, also=also)) == [{"prompt": f"p{i}", "answer": None} for i in (1, 2)]
+    write(tmp_path / "a.jsonl", {"prompt": "p1", "teacher_prompt": None}, {"prompt": "p2", "teacher_prompt": "t2"})
+    with pytest.raises(DataError, match="line 2: the teacher_prompt is given, but not in the first row"):
+        list(stream_prompts(source, also=also))

@@ -83,3 +83,17 @@ def test_solutions_of_packed_rows_are_counted_one_by_one() -> None:
     assert endings(rows, [1, 9]) == (3, 2, [6, 7])
     assert "1 of 3 solutions" in str(check_that_it_can_stop(rows, TOKENIZER, [1, 9], 8))
     assert check_that_it_can_stop(rows[1:], TOKENIZER, [1], 8) is None
+
+
+@pytest.mark.parametrize("other", ["tools", "more turns", "a tool call"])
+def test_a_later_row_of_another_form_is_refused_and_not_cut(other: str) -> None:
+    """The first row decides how all are tokenized: tools and later turns of others would be dropped."""
+    plain, odd = {**talks("2")[0], "tools": None}, {**talks("3")[0], "tools": None}
+    if other == "tools":
+        odd["tools"] = [{"type": "function", "function": {"name": "add"}}]
+    elif other == "more turns":
+        odd["completion"] = [*odd["completion"], {"role": "user", "content": "sure?"}, *odd["completion"]]
+    else:
+        odd["completion"] = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}]
+    with pytest.raises(TOPDError, match="one answer as text, without tools, as the first row has"):
+        list(as_generated(Dataset.from_list([plain, odd]), TOKENIZER, [EOS], True))

@@ -8,7 +8,9 @@ from datasets import Dataset
 from tiny import TOKENIZER, tiny_model
 from trl import SFTTrainer
 
+from topd.cli.warmstart import save
 from topd.embedded.task import TEACHER, make_problems, write_solution
+from topd.loading.adapters import is_adapter
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
 
@@ -189,3 +191,16 @@ def test_a_smaller_head_of_the_teacher_is_refused_and_a_larger_one_is_cut(tmp_pa
     padded = tiny_model(1, width=96)
     padded.resize_token_embeddings(len(TOKENIZER) + 8)
     assert losses(trainer(tmp_path / "a", teacher=padded)) == losses(trainer(tmp_path / "b"))
+
+
+def test_sharded_weights_are_not_merged_in_one_process(tmp_path, monkeypatch):
+    """Merging multiplies parts of two processes: one alone would wait for the other forever."""
+    peft = pytest.importorskip("peft")
+    trained = trainer(tmp_path, peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert save(trained, tmp_path) == tmp_path / "adapter"
+    assert is_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "model.safetensors").exists()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert save(trained, tmp_path) == tmp_path
+    assert (tmp_path / "model.safetensors").exists()

@@ -79,9 +79,10 @@ def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: An
         WarmStartTrainer, names, config, model, record, resume, teacher, loaded["train"], loaded.get("eval")
     )
     with saving(f"The trained model in {folder}", folder):
-        save(trainer, folder)
+        saved = save(trainer, folder)
     if trainer.is_world_process_zero():
-        at_end = [*where_weights_are(folder), f"Next: topd train --student {shlex.quote(str(folder))}"]
+        checkpoints = where_weights_are(folder)[1:]
+        at_end = [f"Model: {saved}", *checkpoints, f"Next: topd train --student {shlex.quote(str(saved))}"]
         print_summary(trainer.state.log_history, at_end, trainer.state.global_step, first)
 
 
@@ -101,18 +102,25 @@ def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:
     return rows
 
 
-def save(trainer: Any, folder: Path) -> None:
-    """Save a model that `topd train` takes: whole weights. A LoRA adapter is merged, and also saved in `adapter/`."""
+def save(trainer: Any, folder: Path) -> Path:
+    """Save a model that `topd train` takes, and return its folder: whole weights.
+
+    A LoRA adapter is merged, and also saved in `adapter/`. Sharded weights are not merged, which would need all
+    processes and a whole model in one of them: then the folder is that of the adapter, which `topd train` takes too.
+    """
     from accelerate.utils import is_peft_model
 
     from topd.loading.adapters import merged_adapter
+    from topd.loading.sharding import sharded
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         trainer.save_model(str(folder / "adapter"))
+        if sharded(trainer.args):
+            return folder / "adapter"
         if trainer.accelerator.is_main_process:
-            single = trainer.accelerator.num_processes == 1  # one process cannot run sharded weights
-            merged_adapter(model, check=single).save_pretrained(folder)
+            merged_adapter(model).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
+    return folder

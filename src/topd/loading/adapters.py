@@ -91,7 +91,9 @@ def merged(model: Any, folder: str, check: bool = True) -> Any:
     """The base with the adapter's weights added to its own. See `merged_adapter`."""
     try:
         whole = merged_adapter(with_adapter(model, folder), check)
-        return whole.requires_grad_(True)  # peft has frozen the base
+        for parameter in whole.parameters():  # peft has frozen the base
+            parameter.requires_grad_(parameter.is_floating_point())  # packed weights of 4 or 8 bits have no gradient
+        return whole
     except TOPDError as error:
         raise error if str(folder) in str(error) else TOPDError(f"The adapter in {folder}: {error}") from error
 

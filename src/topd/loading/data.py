@@ -87,8 +87,9 @@ def stream_prompts(
     features: Any = dict(_features(next(iter(first.values()))[0]))
     del features["response"]
     if all(dict(zip(also, row[3:], strict=True)).get(TEACHER_PROMPT) is None for row in first.values()):
-        also.pop(TEACHER_PROMPT, None)
-    others = dict.fromkeys(also, text) | {name: features["prompt"] for name in also if name == TEACHER_PROMPT}
+        also |= {TEACHER_PROMPT: _refuse_later} if TEACHER_PROMPT in also else {}
+    others = {name: features["prompt"] if name == TEACHER_PROMPT else text for name in also}
+    others = {name: kind for name, kind in others.items() if also[name] is not _refuse_later}
 
     def stream(name: str) -> datasets.IterableDataset:
         given = {"name": name, "split": split, "also": also, "form": form}
@@ -223,4 +224,11 @@ def _all_rows(
 def _streamed(name: str, split: str, also: Mapping[str, Read], form: DataForm) -> Iterator[dict[str, Any]]:
     """The rows of a source for a stream."""
     for _, (prompt, answer, _, *others) in _rows(name, split, False, also, form, True):
-        yield {"prompt": prompt, "answer": answer} | dict(zip(also, others, strict=True))
+        given = {each: value for each, value in zip(also, others, strict=True) if also[each] is not _refuse_later}
+        yield {"prompt": prompt, "answer": answer} | given
+
+
+def _refuse_later(value: object, what: str) -> None:
+    """Reads the column of a stream that is left out because its first row has no value."""
+    if value is not None:
+        raise DataError(f"{what} is given, but not in the first row; give every row one, or none")

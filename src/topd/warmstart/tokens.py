@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from topd.errors import TOPDError
+from topd.errors import DataError, TOPDError
 from topd.loading.prompts import closing_id, solution_ids
 
 LOOKED_AT = 1000
@@ -21,7 +21,8 @@ def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_o
     Prompts are text or messages; a completion is text, or one assistant message. Other datasets are returned unchanged.
     `dataset`: of `datasets`, also a streamed one. `ends`: ids that end a response. `completion_only`: whether
     the loss excludes the prompt. `template`: options of the chat template for every row; a row's own
-    `chat_template_kwargs` override them. Raises `TOPDError` if there is no end token.
+    `chat_template_kwargs` override them. Raises `TOPDError` if there is no end token, `DataError` for a row of another
+    form than the first.
     """
     first = next(iter(dataset))
     if not _is_solution(first):
@@ -30,6 +31,11 @@ def as_generated(dataset: Any, tokenizer: Any, ends: Sequence[int], completion_o
         raise TOPDError("The student has no end token. Set eos_token in its tokenizer: it must learn where to stop.")
 
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
+        if not _is_solution(row):  # its tools or further turns would be dropped
+            raise DataError(
+                f"A row is not a prompt and one answer as text, without tools, as the first row has: {row!r:.200}. "
+                "Train on rows of one form at a time."
+            )
         options = template | (row.get("chat_template_kwargs") or {})
         closing = closing_id(tokenizer, ends, options, not isinstance(row["prompt"], str))
         completion = row["completion"]
