@@ -134,11 +134,11 @@ def run_benchmark(run: EvalRun, engine: Engine, samples: int, folder: Path, cons
 
 def _refuse_other_model(folder: Path, name: str, model: dict[str, Any]) -> None:
     """Raise `TOPDError` if another benchmark in the folder was answered by another model: its mean would be of two."""
-    for other in benchmarks_in(folder):
+    for other in sorted(set(benchmarks_in(folder)) - {name}):
         before = read_object(folder / f"{other}{SETTINGS}", f"Delete it and the samples of {other} to sample anew.")
         known = before.get("fingerprint") and model.get("fingerprint")
         key = "fingerprint" if known else "model"
-        if other != name and before.get(key) != model.get(key):
+        if before.get(key) != model.get(key):
             raise TOPDError(
                 f"In {folder}, {other} was answered by another model ({before.get('model')}). Give this one another "
                 "name, as in --model NAME=SOURCE, or give another --out."
