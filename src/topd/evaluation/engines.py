@@ -200,7 +200,7 @@ class OwnRandomNumbers(LogitsProcessor):
 
 
 SORTED = 256
-"""Tokens that a nucleus is looked for among before the whole vocabulary is sorted, which takes as long as decoding."""
+"""A nucleus is searched for among this many most likely tokens first; to sort the whole vocabulary is slow on a CPU."""
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:

@@ -101,7 +101,7 @@ class OwnTask:
         sampling = Sampling(**{"max_new_tokens": self.held.max_new_tokens} | self.plan.sampling | greedy)
         chat = tokenizer.chat_template is not None
         requests = [Request(place, as_chat(problem.prompt, chat)) for place, problem in enumerate(problems)]
-        engine = LocalEngine(model, tokenizer, together=150, limited_by="sampling.max_new_tokens")
+        engine = LocalEngine(model, tokenizer, together=64, limited_by="sampling.max_new_tokens")
         engine.check(requests, sampling)
         was_training = model.training
         model.eval()

@@ -1,0 +1,33 @@
+"""What happens in the runs of studies/lm.yaml, for docs/results.md: python studies/lm_runs.py [STUDENT.samples.jsonl]
+
+Prints, by arm, means of the first and the last four steps over the runs in `studies/results/lm-runs`. Given the
+student's greedy answers to the first problems of `lm-held-out`, also each arm minus the student on these problems, in
+points, with a 95 % interval over seeds and problems. `make demo-lm` writes such answers:
+runs/lm/eval/student/lm-held-out.samples.jsonl.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from topd.study.summary import crossed_interval
+
+RUNS = Path(__file__).parent / "results" / "lm-runs" / "runs"
+METRICS = ("loss", "token_loss/mean", "false_alarm_share", "forks/per_rollout", "distance/q50", "guidance/grad_ratio")
+
+for folder in sorted(RUNS.iterdir()):
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    for name in METRICS:
+        values = [list(run["metrics"][name].values()) for run in runs if name in run["metrics"]]
+        if values:
+            few = min(4, len(values[0]) // 2)
+            first, last = (np.mean([each[part] for each in values]) for part in (slice(few), slice(-few, None)))
+            print(f"{folder.name}: {name} {first:.3g} to {last:.3g} ({len(values)} runs)")
+    if sys.argv[1:]:
+        lines = map(json.loads, Path(sys.argv[1]).read_text(encoding="utf-8").splitlines())
+        student = np.array([line["right"] for line in sorted(lines, key=lambda line: line["problem"])], float)
+        points = 100 * (np.array([run["right"]["greedy"][: len(student)] for run in runs]) - student)
+        low, high = crossed_interval(points)
+        print(f"{folder.name}: minus the student {points.mean():+.1f} ({low:+.1f} to {high:+.1f}), greedy")
