@@ -19,15 +19,7 @@ from transformers import AutoModelForCausalLM
 TESTS = Path(__file__).parents[1]
 LAUNCH = {
     "ddp": ["--multi_gpu"],  # processes, also on CPUs: with --cpu accelerate launches one only
-    "fsdp2": [
-        "--use_fsdp",
-        "--fsdp_version",
-        "2",
-        "--fsdp_auto_wrap_policy",
-        "TRANSFORMER_BASED_WRAP",
-        "--fsdp_state_dict_type",
-        "FULL_STATE_DICT",
-    ],
+    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
 }
 ROLLOUT = {"method": "topd", "student_window": "rollout"}
 REGENERATED = {"method": "topd", "student_window": "regenerated"}
