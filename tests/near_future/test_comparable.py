@@ -1,9 +1,15 @@
 """Windows are compared at equal length: EOS is repeated up to K (the paper's windows always have K tokens)."""
 
+import pytest
 import torch
+from tiny import TOKENIZER, tiny_model
 
 from topd.algorithm import exact_transport, make_targets, token_cost
+from topd.near_future import Places
+from topd.near_future.sampling import local_pair, written_rollouts
 from topd.near_future.windows import Windows, comparable, padded_with_eos
+from topd.training.method import Method
+from topd.training.step import Pair, look_from
 
 EOS, OTHER_EOS, K = 1, 2, 4
 
@@ -38,3 +44,15 @@ def test_no_target_is_a_bag_of_the_teachers_rest_and_none_is_the_padding():
     assert targets.guided.sum(1).tolist() == [2, 2]  # of the teacher's two tokens, each is the target of one position
     wanted = [long.tokens[1, column].item() for column in targets.weight[1].nonzero()[:, 1]]
     assert sorted(wanted) == [EOS, 3]
+
+
+@pytest.mark.parametrize("embedding", ["student", "teacher", "student_hidden", "teacher_hidden"])
+def test_the_distance_of_equal_windows_is_exactly_0(embedding):
+    """So they are never forks, even where the threshold is 0. A model's states of equal tokens differ by rounding."""
+    pair = Pair(*local_pair(tiny_model(0), tiny_model(0), TOKENIZER))
+    prompt, response = torch.tensor([5, 6, 7]), torch.arange(4, 12)
+    rollouts = written_rollouts([prompt], [response], TOKENIZER, prompt.device)
+    places = Places(rollouts, torch.zeros(8, dtype=torch.long), torch.arange(8))
+    found = look_from(places, pair, Method(student_window="regenerated", window_length=6, embedding=embedding))
+    assert torch.equal(found.ours.tokens, found.theirs.tokens)
+    assert not found.distance.any()

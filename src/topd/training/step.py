@@ -135,6 +135,8 @@ def near_future_transport(places: Places, ours: Windows, theirs: Windows, pair: 
     a, b = comparable(ours, theirs, pair.student.eos_token_ids)
     if method.embedding.endswith("_hidden"):
         costs = model.window_costs(ours, theirs, places, hidden=True, cost=method.ground_cost)
+        alike = (a.tokens == b.tokens).cumprod(1).bool()  # in the same context: equal states, but for rounding
+        costs.diagonal(dim1=1, dim2=2).masked_fill_(alike, 0.0)
     else:
         costs = model.window_costs(a, b, places, cost=method.ground_cost)
     if method.transport_solver == "entropic":
