@@ -197,3 +197,11 @@ def test_high_loss_places_are_those_that_the_ranking_says(ranking):
         taken = groups["high"].places.positions[groups["high"].places.rows == row]
         highest = value[row].masked_fill(~mask[row], -torch.inf).topk(len(taken)).indices
         assert sorted(taken.tolist()) == sorted(highest.tolist())
+
+
+def test_the_share_and_the_table_of_tokens_count_the_same_false_alarms():
+    distances = numpy.array([0.5, 0.5000004, 0.7])
+    found = {"high": group(distances), "random": group(distances), "low": group(numpy.full(4, 0.5))}
+    places = [{"group": "high", "token": "a", "distance": {"v": distance}} for distance in distances]
+    (row,) = token_table([{"places": places}], "v", threshold(found))
+    assert false_alarm_share(found) == row["false_alarms"] / row["n"] == 1 / 3

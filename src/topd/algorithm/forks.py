@@ -126,8 +126,8 @@ def select_for_capping(
 
     Args:
         distance: D_OT of each candidate of the batch. NaN (no distance) is never chosen.
-        selection: low: the bottom `share` (section 5.1). Controls: high, the top `share` (the paper's other arm);
-            random. All break ties in the same order, see `rank_order`.
+        selection: low: the bottom `share` (section 5.1). Controls: high, the top `share` (the paper draws as many
+            from a "high-OT region" that it does not define); random. Ties are broken in one order, see `rank_order`.
         share: 0.30 in the paper.
         generator: for the random selection.
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from topd.algorithm import low_loss_threshold
 from topd.analysis.probe import ProbeOptions, measure
-from topd.analysis.probe_summary import ROUNDING
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
 from topd.near_future.model_parts import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
@@ -119,7 +118,7 @@ def find_forks(
                      high.ours["regenerated"][one], high.theirs[one], float(high.distances[wanted.main][index]))
             )  # fmt: skip
         first += len(rollouts)
-    threshold = low_loss_threshold(torch.cat(low)) + ROUNDING  # NaN without any distance: then nothing is a fork
+    threshold = low_loss_threshold(torch.cat(low))  # NaN without any distance: then nothing is a fork
     forks = sorted((fork for fork in candidates if fork.distance > threshold), key=lambda fork: -fork.token_loss)
     best: dict[int, Fork] = {}
     for fork in forks:

@@ -12,9 +12,6 @@ from scipy.stats import rankdata
 
 from topd.paper import GROUPS, NEAR_ZERO
 
-ROUNDING = 1e-6
-"""D_OT (float32) of windows that are equal in embedding space can be this far above 0."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -55,7 +52,7 @@ def false_alarm_share(probe: Probe) -> float:
 
     By construction this share is about 75 % for low-loss positions, or more if distances tie.
     """
-    return float((probe["high"].distances <= threshold(probe) + ROUNDING).mean())
+    return float((probe["high"].distances <= threshold(probe)).mean())
 
 
 def correlations(high: Group) -> dict[str, float]:
