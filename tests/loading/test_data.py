@@ -109,9 +109,12 @@ def test_the_first_prompt_column_is_taken_and_the_rest_is_left_out(tmp_path, nam
     [
         (5, "5"),
         (5.0, "5"),
+        (0.00001, "0.00001"),  # not 1e-05, which reads as e - 5
+        ("He has 3*400=1200.\n#### 1,200", "1200"),  # GSM8K's form
+        ("So it is\n#### (1, 2) ", "(1, 2)"),
         (-0.5, "-0.5"),
         (10**30, str(10**30)),
-        (1e300, "1e+300"),
+        (1e300, "1" + 300 * "0"),
         ("05", "05"),
         (None, None),
         (" ", None),

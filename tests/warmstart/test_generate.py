@@ -122,6 +122,16 @@ def test_wrong_repeated_and_blank_responses_are_counted_apart():
     assert all("answer" not in row for row in everything)
 
 
+@pytest.mark.parametrize("rule", ["gsm8k", "math"])
+def test_right_responses_to_problems_of_gsm8k_pass_the_filter(tmp_path, rule):
+    data, out = tmp_path / "gsm8k.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps({"question": r"\boxed{1200} #### 1200", "answer": "3*400=1200.\n#### 1,200"}) + "\n")
+    with fake_server() as server:
+        asked = ["generate", "--teacher", "the-teacher", "--server", server.url, "--data", str(data), "--out", str(out)]
+        assert main([*asked, "--filter", rule]) == 0
+    assert [row["answer"] for row in rows(out)] == ["1200"]
+
+
 def test_of_equal_prompts_the_first_counts(tmp_path):
     data, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     given = [("what is 3+2?", "5"), ("what is 4+2?", "6"), ("what is 3+2?", "7")]

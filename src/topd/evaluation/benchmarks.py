@@ -180,8 +180,6 @@ def _problem(number: int, row: dict[str, Any], template: str) -> Problem:
     prompt, answer = row["prompt"], row["answer"]
     if isinstance(prompt, str) and r"\boxed" not in prompt:  # some files have the instruction in the problem
         prompt = template.format(problem=prompt)
-    if "####" in answer:  # GSM8K: a worked solution, then the number
-        answer = answer.rpartition("####")[2].replace(",", "")
     answer = answer.strip()
     digest = hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()
     return Problem(f"{number:04d}-{digest[:8]}", prompt, answer)

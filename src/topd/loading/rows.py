@@ -19,6 +19,7 @@ RESPONSE_COLUMNS = ("response", "completion")  # the same
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Roles of ShareGPT's `from` that have another name in messages."""
 ROLES = ("system", "user", "assistant", "tool")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -144,10 +145,14 @@ def read_flag(value: object, what: str) -> bool:
 
 
 def read_answer(value: object) -> str | None:
+    """The answer as text; None if there is none. GSM8K's worked solutions end in `#### ` and the answer."""
     if value is None or isinstance(value, str):
-        return read_text(value, "the answer") if value and value.strip() else None
+        _, mark, last = (value or "").rpartition("####")
+        text = _THOUSANDS.sub("", last).strip() if mark else value
+        return read_text(text, "the answer") if text and text.strip() else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise DataError(f"the answer is {value!r:.40}; write text or a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"the answer is {value}, not a number; write text, a number or null")
-    return str(int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value)
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return f"{Decimal(int(value) if whole else str(value)):f}"  # 1e-05 would read as e - 5
