@@ -114,13 +114,19 @@ def test_a_wrong_number_is_wrong_and_parsed() -> None:
         (r"\text{evelyn}", r"\text{Evelyn}"),
         (r"2\sqrt{2}", r"\sqrt{8}"),
         ("x = 34", "34"),
+        (r"10\,080", "10080"),
+        (r"2\,512\ 003", "2512003"),
+        ("145°", r"145^\circ"),
+        ("90", "90°"),
+        ("0.0000672", "6.72e-05"),
+        ("1e6", "1000000"),
     ],
 )
 def test_equal_mathematics_is_right(box: str, answer: str) -> None:
     assert verdict(rf"thus \boxed{{{box}}}", answer, "math") == Verdict(box, True, True)
 
 
-@pytest.mark.parametrize(("box", "answer"), [("(4,3)", "(3,4)"), ("0.33", r"\frac13"), ("2", "3"), (r"\pi", "3.14")])
+@pytest.mark.parametrize(("box", "answer"), [("(4,3)", "(3,4)"), ("0.33", r"\frac13"), ("2", "3"), (r"\pi", "3.14"), (r"1\,23", "123"), ("2e", "2e1")])
 def test_other_mathematics_is_wrong(box: str, answer: str) -> None:
     assert verdict(rf"\boxed{{{box}}}", answer, "math") == Verdict(box, False, True)
 
@@ -182,6 +188,7 @@ def test_the_embedded_task_has_its_own_ending() -> None:
         ("#### .5 litres", "0.5", Verdict(".5", True, True)),
         ("#### 1/2", "1", Verdict("1/2", False, True)),
         ("#### 1/2", "0.5", Verdict("1/2", True, True)),
+        ("#### 1/0", "63 apples", Verdict("1/0", False, False)),
     ],
 )
 def test_the_number_behind_the_last_hashes_is_gsm8k_s_answer(text: str, answer: str, expected: Verdict) -> None:

@@ -1,6 +1,8 @@
-"""The child that checks answers limits its memory where the system can."""
+"""The child that checks answers limits its memory where the system can, and its processor time."""
 
+import signal
 import sys
+import time
 
 import pytest
 
@@ -21,3 +23,14 @@ def test_on_linux_it_is(monkeypatch):
     monkeypatch.setattr(resource, "setrlimit", lambda *limit: asked.append(limit))
     equivalence._limit_memory()
     assert asked == [(resource.RLIMIT_AS, (equivalence.MEMORY_BYTES, equivalence.MEMORY_BYTES))]
+
+
+def test_on_a_busy_machine_an_answer_has_the_same_time(monkeypatch):
+    """A limit by the clock, as math-verify's, would count a right answer as unparsed when the machine is busy."""
+    monkeypatch.setattr(signal, "alarm", None)
+    assert equivalence._compare(r"\frac{1}{2}", r"\frac{2}{4}") is True
+    with equivalence._processor_time(0.1, TimeoutError):
+        time.sleep(0.2)
+    with pytest.raises(TimeoutError), equivalence._processor_time(0.1, TimeoutError):
+        while True:
+            pass

@@ -10,19 +10,24 @@ import atexit
 import importlib.util
 import json
 import os
+import re
 import select
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from topd.errors import TOPDError, install
 
-SOFT_SECONDS = 5
-"""math-verify's own limit for one parse or one comparison (its default)."""
-HARD_SECONDS = 20.0
-"""After this the process is killed and the answer counts as not comparable."""
+SOFT_SECONDS = 10.0
+"""Limit of processor time for one answer. math-verify's own limit is by the clock, so that on a busy machine right
+answers would count as not comparable."""
+HARD_SECONDS = 60.0
+"""After this, by the clock, the process is killed and the answer counts as not comparable."""
 START_SECONDS = 120.0
 MEMORY_BYTES = 4 << 30
 
@@ -103,21 +108,44 @@ def _compare(wanted: str, given: str) -> bool | None:
 
     boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
     try:
-        expected, found = (
-            parse(rf"\boxed{{{text}}}", boxed, parsing_timeout=SOFT_SECONDS, raise_on_error=True)
-            for text in (wanted, given.rstrip(". "))  # the sentence's end
-        )
-        if not found:
-            return None
-        same = verify(
-            expected, found, timeout_seconds=SOFT_SECONDS, raise_on_error=True,
-            allow_set_relation_comp=True,  # an interval may be written as an inequality
-        )  # fmt: skip
-        return bool(same)
+        with _processor_time(SOFT_SECONDS, TimeoutException):
+            expected, found = (
+                parse(rf"\boxed{{{_readable(text)}}}", boxed, parsing_timeout=None, raise_on_error=True)
+                for text in (wanted, given.rstrip(". "))  # the sentence's end
+            )
+            if not found:
+                return None
+            same = verify(
+                expected, found, timeout_seconds=None, raise_on_error=True,
+                allow_set_relation_comp=True,  # an interval may be written as an inequality
+            )  # fmt: skip
+            return bool(same)
     except (TimeoutException, MemoryError):
         return None
     except Exception:  # sympy may raise anything for values that cannot be compared: they differ
         return False
+
+
+@contextmanager
+def _processor_time(seconds: float, error: type[BaseException]) -> Iterator[None]:
+    """Raise `error` after this much processor time."""
+
+    def stop(*_: object) -> None:
+        raise error
+
+    signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _readable(text: str) -> str:
+    """What math-verify misreads or cannot read: a number such as 1e-5, spaces between thousands, the degree sign."""
+    text = re.sub(r"(?<=\d)(?:\\[,;: ])+(?=\d{3}(?!\d))", "", text.replace("°", r"^\circ"))
+    number = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d+)", text.strip())
+    return rf"{number[1]}\times 10^{{{number[2]}}}" if number else text
 
 
 def _compare_tiny_numbers_by_ratio() -> None:
