@@ -1,6 +1,7 @@
 """`topd probe`: the command, its files, and going on after an interruption."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import TOKENIZER, tiny_model
@@ -8,6 +9,7 @@ from tiny import TOKENIZER, tiny_model
 from topd.analysis.probe import ProbeOptions
 from topd.analysis.probe_command import OPTIONS, RECORDS, RESULT, ProbeRun, run_probe
 from topd.cli.main import main
+from topd.errors import TOPDError
 
 ARGUMENTS = ["probe", "--rollouts", "6", "--batch", "2", "--max-new-tokens", "24", "--window-length", "5", "3"]
 
@@ -165,6 +167,23 @@ def test_missing_responses_end_in_a_message(tmp_path, capsys, data, says):
 def test_the_embedded_task_has_no_given_responses(tmp_path, capsys):
     assert run(tmp_path, "--given-responses")[0] == 2
     assert "no given responses" in capsys.readouterr().err
+
+
+def test_records_of_other_prompts_responses_or_weights_are_not_reused(tmp_path):
+    model, run = tiny_model(0), ProbeRun("a", "b", "c", 2, 1, 20, 1.0, True, ProbeOptions(0.1, (2,)))
+    rows = [{"prompt_ids": [3, 4, 5 + row], "response_ids": list(range(3, 23))} for row in range(2)]
+
+    def records(rows, run=run):
+        run_probe(run, model, tiny_model(1), TOKENIZER, rows, tmp_path)
+        return [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
+
+    records(rows)
+    changed = [{**rows[0], "prompt_ids": [9, 9]}, {**rows[1], "response_ids": list(range(23, 3, -1))}]
+    found = {record["rollout"]: record for record in records(changed)}
+    assert found[0]["prompt"] == TOKENIZER.decode([9, 9])
+    assert "".join(found[1]["tokens"]) == "".join(map(TOKENIZER.decode, changed[1]["response_ids"]))
+    with pytest.raises(TOPDError, match=r"other settings \(weights\)"):
+        records(changed, replace(run, weights={"student": "retrained"}))
 
 
 def test_random_places_differ_from_batch_to_batch(tmp_path):

@@ -36,6 +36,7 @@ class CorrectRun:
     max_new_tokens: int
     options: CorrectOptions
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, str | None] = field(default_factory=dict)  # digest of each model: a folder may hold others later
 
 
 def run_correct(

@@ -39,6 +39,7 @@ class ProbeRun:
     given: bool  # use the responses of the data instead of sampling
     options: ProbeOptions
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for prompts that are messages
+    weights: dict[str, str | None] = field(default_factory=dict)  # digest of each model: a folder may hold others later
 
 
 def run_probe(
@@ -47,12 +48,18 @@ def run_probe(
     """Measure the remaining rollouts, write `probe.json` and print the table. Returns the content of `probe.json`.
 
     `prompts`: "prompt_ids", and "response_ids" if the rollouts are given. Raises `TOPDError` if `out` holds records of
-    a probe with other settings.
+    a probe with other settings; those of other prompts or given responses are made again.
     """
-    console = Console()
+    console, decode = Console(), tokenizer.decode
+
+    def as_now(record: dict[str, Any]) -> bool:
+        row = prompts[record["rollout"] % len(prompts)]
+        given = [decode([token]) for token in row["response_ids"]] if run.given else record["tokens"]
+        return (record["prompt"], record["tokens"]) == (decode(row["prompt_ids"]), given)
+
     records = earlier_records(
-        out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "tokens", "token_loss", "places"),
-        keep=lambda found: whole_batches(found, run.batch, run.rollouts),
+        out / RECORDS, out / OPTIONS, asdict(run), needs=("rollout", "prompt", "tokens", "token_loss", "places"),
+        keep=lambda found: whole_batches([each for each in found if as_now(each)], run.batch, run.rollouts),
     )  # fmt: skip
     done = {record["rollout"] for record in records}
     write_json(asdict(run), out / OPTIONS)
@@ -67,7 +74,7 @@ def run_probe(
             torch.manual_seed(seed)
             rollouts = _rollouts(run, student, tokenizer, [prompts[row % len(prompts)] for row in rows])
             scores, groups = measure(*pair, rollouts, replace(run.options, seed=seed))
-            fresh = probe_records(rollouts, scores, groups, tokenizer.decode, first)
+            fresh = probe_records(rollouts, scores, groups, decode, first)
             append_records(fresh, out / RECORDS)
             records += fresh
             advance(len(fresh))

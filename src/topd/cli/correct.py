@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from topd.cli.probe import add_pair_options, check_length, checked, token_ids
+from topd.cli.probe import add_pair_options, check_length, checked, token_ids, weights_of
 from topd.errors import TOPDError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     correct_run = CorrectRun(
         names["student"], names["teacher"], options.data, options.rollouts, options.max_new_tokens, settings,
-        options.chat_template_kwargs,
+        options.chat_template_kwargs, weights_of(names, student, teacher),
     )  # fmt: skip
     run_correct(correct_run, corrector, forks, tokenizer.decode, options.out)
 

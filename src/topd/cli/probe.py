@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         options.temperature, options.given_responses,
         ProbeOptions(options.share, tuple(options.window_length), tuple(options.embedding), tuple(options.cost),
                      options.seed, options.candidate_ranking, tuple(dict.fromkeys(windows))),
-        options.chat_template_kwargs,
+        options.chat_template_kwargs, weights_of(names, student, teacher),
     )  # fmt: skip
     run_probe(probe_run, student, teacher, tokenizer, rows, options.out)
 
@@ -130,6 +130,14 @@ def checked(options: argparse.Namespace) -> dict[str, str]:
     if not 0 < options.share <= 1 or min(options.window_length) < 1 or options.temperature <= 0:
         raise TOPDError("--share must be in (0, 1], --window-length at least 1, --temperature positive.")
     return names
+
+
+def weights_of(names: dict[str, str], student: Any, teacher: Any) -> dict[str, str | None]:
+    """A digest of each model's folder, or its commit on the Hub."""
+    from topd.evaluation.run import fingerprint
+
+    models = {"student": student, "teacher": teacher}
+    return {role: fingerprint(names[role]) or model.config._commit_hash for role, model in models.items()}
 
 
 def check_length(rows: list[dict[str, Any]], tokenizer: Any, options: Any, student: Any, teacher: Any) -> None:
