@@ -71,6 +71,8 @@ BROKEN = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1 of `messages` has the part {'type'"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 of `messages` has the part 'x'"),
+    ({"messages": json.dumps(ASK)}, "line 2: `messages` is a list of messages written as text; write it as a list"),
+    ({"conversations": str(SHARE["conversations"])}, "line 2: `conversations` is a list of messages written as text"),
     ({"messages": []}, "line 2: `messages` is []; write text or a list of messages"),
     ({"text": "x"}, "line 2: no `prompt`, `problem`, `question`, `messages`, `conversations` in ['text']"),
 ]

@@ -20,6 +20,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}
 """Roles of ShareGPT's `from` that have another name in messages."""
 ROLES = ("system", "user", "assistant", "tool")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -66,6 +67,8 @@ def read_prompt(value: object, column: str = "prompt", *, answered: bool = False
     """
     the = "the prompt" if column == "prompt" else f"`{column}`"
     if isinstance(value, str):
+        if _WRITTEN_MESSAGES.match(value):
+            raise DataError(f"{the} is a list of messages written as text; write it as a list, in JSONL or Parquet")
         return read_text(value, the), None
     if not isinstance(value, list) or not value:
         raise DataError(f"{the} is {value!r:.40}; write text or a list of messages")
