@@ -126,7 +126,10 @@ def test_equal_mathematics_is_right(box: str, answer: str) -> None:
     assert verdict(rf"thus \boxed{{{box}}}", answer, "math") == Verdict(box, True, True)
 
 
-@pytest.mark.parametrize(("box", "answer"), [("(4,3)", "(3,4)"), ("0.33", r"\frac13"), ("2", "3"), (r"\pi", "3.14"), (r"1\,23", "123"), ("2e", "2e1")])
+@pytest.mark.parametrize(
+    ("box", "answer"),
+    [("(4,3)", "(3,4)"), ("0.33", r"\frac13"), ("2", "3"), (r"\pi", "3.14"), (r"1\,23", "123"), ("2e", "2e1")],
+)
 def test_other_mathematics_is_wrong(box: str, answer: str) -> None:
     assert verdict(rf"\boxed{{{box}}}", answer, "math") == Verdict(box, False, True)
 

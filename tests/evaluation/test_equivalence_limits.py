@@ -1,5 +1,6 @@
 """The child that checks answers limits its memory where the system can, and its processor time."""
 
+import itertools
 import signal
 import sys
 import time
@@ -32,5 +33,4 @@ def test_on_a_busy_machine_an_answer_has_the_same_time(monkeypatch):
     with equivalence._processor_time(0.1, TimeoutError):
         time.sleep(0.2)
     with pytest.raises(TimeoutError), equivalence._processor_time(0.1, TimeoutError):
-        while True:
-            pass
+        any(number < 0 for number in itertools.count())
