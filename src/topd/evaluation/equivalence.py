@@ -110,13 +110,13 @@ def _compare(wanted: str, given: str) -> bool | None:
     try:
         with _processor_time(SOFT_SECONDS, TimeoutException):
             expected, found = (
-                parse(rf"\boxed{{{_readable(text)}}}", boxed, parsing_timeout=None, raise_on_error=True)
+                parse(rf"\boxed{{{_readable(text)}}}", boxed, parsing_timeout=0, raise_on_error=True)
                 for text in (wanted, given.rstrip(". "))  # the sentence's end
             )
             if not found:
                 return None
             same = verify(
-                expected, found, timeout_seconds=None, raise_on_error=True,
+                expected, found, timeout_seconds=0, raise_on_error=True,
                 allow_set_relation_comp=True,  # an interval may be written as an inequality
             )  # fmt: skip
             return bool(same)
