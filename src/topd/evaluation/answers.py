@@ -55,8 +55,8 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
         found = _HASHES.findall(text)
         if not found:
             return Verdict(None, False, False)
-        number = _number(found[-1])
-        return Verdict(found[-1], number is not None and number == _number(answer), number is not None)
+        value = _number(found[-1])
+        return Verdict(found[-1], value is not None and value == _number(answer), value is not None)
     if rule == "lm_eval":
         given, marked = given_answer(text)
         right = same_text(given, answer)
