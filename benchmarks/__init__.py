@@ -8,7 +8,7 @@ write the module and name it in `CASES`.
 from typing import Literal
 
 Size = Literal["tiny", "quick", "full"]
-"""full: minutes a case. quick: every case, under five minutes in all. tiny: seconds, for the tests."""
+"""full: minutes a case. quick: every case, some minutes in all. tiny: seconds, for the tests."""
 
 CASES: dict[str, str] = {
     "loss": "benchmarks.loss",

@@ -78,7 +78,7 @@ def _first_line(module: str) -> str:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Benchmarks beside public peers.")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"), help="the JSON file (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="every case at smaller sizes, under five minutes")
+    parser.add_argument("--quick", action="store_true", help="every case at smaller sizes")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given again")
     parser.add_argument("--list", action="store_true", help="the cases, one a line")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a gate or a case fails")

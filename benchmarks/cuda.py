@@ -9,7 +9,7 @@ is downloaded. Parts:
 - windows: a 4 B Qwen3, prefix 16k, 8, 32 and 128 branches of 50 tokens, beside one scoring forward; beside one batch of
   `generate` for 8 branches. Floor: 49 steps that read 8 GB of weights at 4.3 TB/s, 0.09 s.
 - packed: the 4 B shape with gradient checkpointing, rollout 8,192 and 64 windows of 50, beside the rollout alone.
-- step: OPD and TOPD steps of two 4 B models, 2 rollouts of 2,048 tokens, seconds per stage (needs trl).
+- step: OPD and TOPD steps of two 4 B models, 2 rollouts of 2,048 tokens, seconds per stage.
 
 Parity is checked on the CPU by the other cases and the tests; here each side's loss or tokens are compared once.
 """
@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from benchmarks import Size
+from benchmarks import Size, step
 from benchmarks.environment import say
 from benchmarks.measure import interleave, relative_difference, require
-from benchmarks.row import Row, missing_row, time_row
+from benchmarks.row import Row, time_row
 from topd.algorithm import Head, distillation_loss, token_kl
 from topd.near_future import Branches, LocalModel, Places, Rollouts
 from topd.near_future.branches import packed, prefill, rollout_hidden
@@ -124,19 +125,14 @@ def _loss(shape: Shape, device: torch.device, repeats: int) -> Iterable[Row]:
 def _losses(hidden: Tensor, head: Tensor, theirs: Tensor, theirs_head: Tensor) -> dict[str, Callable[[], Tensor]]:
     ours, teacher = Head(head), Head(theirs_head)
     weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
-    sides: dict[str, Callable[[], Tensor]] = {
+    scales = 1.0, 1.0, None, 1.0, None
+    return {
         "ours": lambda: distillation_loss(hidden, ours, theirs, teacher, weights).loss,
         "naive": lambda: token_kl(hidden @ head.T, theirs @ theirs_head.T).mean(),
+        "TRL 1.16": lambda: ChunkedDivergenceFunction.apply(
+            hidden, head, None, theirs, theirs_head, None, 1.0, *scales
+        )[0].mean(),
     }
-    try:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    except ImportError:
-        return sides
-    scales = 1.0, 1.0, None, 1.0, None
-    sides["TRL 1.16"] = lambda: ChunkedDivergenceFunction.apply(
-        hidden, head, None, theirs, theirs_head, None, 1.0, *scales
-    )[0].mean()
-    return sides
 
 
 def _training(side: Callable[[], Tensor], hidden: Tensor, head: Tensor) -> Callable[[], Tensor]:
@@ -233,11 +229,6 @@ def _packed(shape: Shape, device: torch.device, repeats: int) -> Iterable[Row]:
 
 
 def _steps(shape: Shape, device: torch.device) -> Iterable[Row]:
-    try:
-        from benchmarks import step
-    except ImportError:
-        yield missing_row("cuda", "OPD step", "trl==1.16.0", size="step")
-        return
     count, length = shape.rollouts
     pair = step.Pair(
         step.Plan(count, length, shape.window, 1, 0),

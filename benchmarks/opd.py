@@ -5,8 +5,8 @@ trainer and its first step are not. All trainers start from copies of the same t
 prompts, with the same optimiser settings, and draw with the same seed at each step. Trainers take turns by short runs.
 Sides:
 
-- ours: `topd.TOPDTrainer(method="opd")`: "default", which is DistillationTrainer's code and equals it bit for bit, and
-  "one pass" (`opd_loss="one_pass"`), with our loss on CPU.
+- ours: `topd.TOPDTrainer(method="opd")`: "trl" (`opd_loss="trl"`), which is DistillationTrainer's code and equals it
+  bit for bit, and "one pass" (`opd_loss="one_pass"`), our own loss, the default on a CPU.
 - TRL DistillationTrainer: TRL 1.16, the code that ours inherits.
 - TRL GKDTrainer: `trl.experimental.gkd` with lmbda 1, beta 1, temperature 1, seq_kd off: the same loss from full
   logits.
@@ -14,7 +14,7 @@ Sides:
 Parity: the first step's loss equals DistillationTrainer's within 1e-5 (relative). GKD's is reported: it divides by the
 tokens of the dataset's own completions, which are made 128 long here, so that the losses can be compared.
 
-The default beside DistillationTrainer is the same code on both sides, so that ratio is 1 but for noise: it passes when
+"trl" beside DistillationTrainer is the same code on both sides, so that ratio is 1 but for noise: it passes when
 the lower quartile of the repeats' ratios is at most its gate of 1.0.
 """
 
@@ -42,7 +42,7 @@ from benchmarks.row import Row, time_row
 from topd import TOPDConfig, TOPDTrainer
 
 OURS: dict[str, dict[str, Any]] = {
-    "default": {"method": "opd"},
+    "trl": {"method": "opd", "opd_loss": "trl"},
     "one pass": {"method": "opd", "opd_loss": "one_pass"},
 }
 """Variants of ours: options of `TOPDConfig`."""
@@ -199,9 +199,9 @@ def _apart(losses: dict[str, float], ours: str, beside: str) -> float:
 
 def _row(plan: Plan, timing: Timing, ours: str, beside: str, apart: float) -> Row:
     size = f"V={plan.vocabulary}, {plan.prompts} x {plan.tokens} tokens, {ours}"
-    gate = None if (ours, beside) == ("default", GKD) else GATES[beside]
+    gate = None if (ours, beside) == ("trl", GKD) else GATES[beside]
     row = time_row("opd", beside, timing, ours=ours, size=size, what=WHAT, gate=gate, parity=f"first loss {apart:.1e}")
-    if (ours, beside) == ("default", DISTILLATION) and row.spread is not None:
+    if (ours, beside) == ("trl", DISTILLATION) and row.spread is not None:
         row.ok = row.spread[0] <= GATES[DISTILLATION]
         row.note = "the same code on both sides: passes when the lower quartile of the ratios is at most the gate"
     return row

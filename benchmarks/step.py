@@ -158,7 +158,7 @@ class Stage(nullcontext):  # type: ignore[type-arg]
         self.into[self.name] = self.into.get(self.name, 0.0) + time.perf_counter() - self.started
 
 
-def in_turn(backbone: Any, rollouts: Rollouts, windows: Any, flex: bool = False) -> tuple[Tensor, Tensor]:
+def in_turn(backbone: Any, rollouts: Rollouts, windows: Any) -> tuple[Tensor, Tensor]:
     """In the place of `packed`: separate sequences."""
     return separate(backbone, rollouts, windows)
 

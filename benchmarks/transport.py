@@ -47,8 +47,8 @@ class Pairs(NamedTuple):
     table: Tensor
 
 
-def random_pairs(windows: int, seed: int = 0) -> Pairs:
-    generator = torch.Generator().manual_seed(seed)
+def random_pairs(windows: int) -> Pairs:
+    generator = torch.Generator().manual_seed(0)
     frequency = 1 / torch.arange(1, VOCABULARY + 1)
     drawn = torch.multinomial(frequency.expand(2 * windows, -1), LENGTH, replacement=True, generator=generator)
     student, teacher = drawn[:windows], drawn[windows:]

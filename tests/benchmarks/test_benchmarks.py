@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks import CASES
+from benchmarks import CASES, opd, windows
 from benchmarks.measure import ParityError, Timing, interleave, peak_memory, require
 from benchmarks.row import Row, time_row
+from topd import TOPDConfig
 
 ABOUT = {"hardware", "versions", "threads", "load_average", "command", "commit"}
 TIMING = Timing({"ours": [1.0, 2.0, 3.0], "peer": [2.0, 2.0, 2.0]})
@@ -70,6 +71,25 @@ def test_the_other_cases_measure(case: str, tmp_path: Path) -> None:
     _, rows = run(tmp_path / "rows.json", "--case", case)
     assert rows
     assert all(row["error"] is None and row["ratio"] > 0 for row in rows if "not installed" not in (row["note"] or ""))
+
+
+def test_the_variants_of_plain_opd_are_trl_s_own_loss_and_ours() -> None:
+    uses_ours = {
+        name: TOPDConfig("unused", use_cpu=True, bf16=False, **of).opd_in_one_pass for name, of in opd.OURS.items()
+    }
+    assert uses_ours == {"trl": False, "one pass": True}
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_windows_are_compared_with_all_sides_also_where_few_are_timed(
+    peers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(windows, "require", lambda what, *_: compared.append(what))
+    next(iter(windows._compare(windows.Plan(2, 32, 3, 4, 1, peers))))
+    assert compared == [
+        f"tokens of {side}" for side in ("ours", "generate, one batch", "generate, one by one", "copied caches")
+    ]
 
 
 def test_a_failing_case_is_a_row_and_the_others_go_on(tmp_path: Path, cases: dict[str, Any]) -> None:
