@@ -424,6 +424,12 @@ def test_the_embedded_task_s_problems_in_a_file_are_judged_by_its_own_rule(model
         assert re.search(r"of 8: teacher [78], .*as in the embedded task", found), found
 
 
+@pytest.mark.parametrize("name", ["lm", "lm-tuning"])
+def test_the_language_model_pair_s_problems_are_judged_by_the_number_behind_the_hashes(name):
+    setup = setup_for("embedded:student-standard", "embedded:teacher", "--data", name)
+    assert quality.rule_of(setup) == "gsm8k"
+
+
 def test_worst():
     findings = [Finding("a", "ok", ""), Finding("b", "warning", ""), Finding("c", "ok", "")]
     assert worst([]) == "ok"

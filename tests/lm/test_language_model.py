@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import TOKENIZER
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from topd.cli.correct import is_right_on
 from topd.cli.options import data_source
+from topd.cli.probe import EMBEDDED_DEFAULTS
 from topd.embedded.pair import resolve_model
 from topd.errors import TOPDError
 from topd.evaluation.benchmarks import load_benchmark
@@ -103,6 +105,14 @@ def test_the_data_go_with_the_models_and_have_answers():
     assert rows[0]["prompt"][0]["role"] == "user"
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", answer) for answer in rows["answer"])
     assert [len(load_benchmark(f"lm-{name}").problems) for name in ("held-out", "unseen", "tuning")] == [500, 500, 300]
+
+
+@pytest.mark.parametrize("name", pair.DATA)
+def test_all_data_of_the_pair_are_judged_and_measured_as_its_prompts_are(name):
+    is_right = is_right_on(name, [{"answer": "21"}])
+    assert is_right(0, "14 + 7 = 21\n#### 21")
+    assert not is_right(0, "14 + 7 = 21\n#### 22")
+    assert EMBEDDED_DEFAULTS[name] == EMBEDDED_DEFAULTS["lm"]
 
 
 def test_no_problem_is_in_two_files():

@@ -15,6 +15,7 @@ from topd.embedded.task import read_problem
 from topd.errors import install
 from topd.evaluation.answers import Rule, verdict
 from topd.evaluation.benchmarks import spread, text_of
+from topd.lm.pair import DATA
 from topd.near_future import Rollouts
 from topd.near_future.model_parts import left_padded, padding_id
 from topd.near_future.sampling import local_pair, sample_rollouts
@@ -120,8 +121,8 @@ def teacher_knows_more(setup: Setup, student: Any, teacher: Any, count: int, max
 
 
 def rule_of(setup: Setup) -> Rule:
-    """The rule for judging answers: the embedded task's if all prompts and answers are of that task, else math."""
-    if setup.data == "lm":
+    """The rule for judging answers: that of the language-model pair's data or of the embedded task, else math."""
+    if setup.data in DATA:
         return "gsm8k"
     for prompt, answer in zip(setup.prompts, setup.answers, strict=True):
         problem = read_problem(text_of(prompt))

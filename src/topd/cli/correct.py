@@ -83,8 +83,9 @@ def is_right_on(data: str, rows: list[dict[str, Any]]) -> Callable[[int, str], b
     """A function that says whether a text ends with its prompt's answer; None for other data than ours."""
     from topd.embedded.task import DATA, is_correct
     from topd.evaluation.answers import verdict
+    from topd.lm.pair import DATA as LM_DATA
 
-    if data == "lm":
+    if data in LM_DATA:
         return lambda rollout, text: verdict(text, rows[rollout]["answer"], "gsm8k").right
     if data not in DATA:
         return None

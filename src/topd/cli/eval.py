@@ -23,9 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--benchmark", "--data", nargs="+", action="extend", metavar="B",
-        help="aime24, aime25, hmmt25, math500, gsm8k, embedded, embedded-long, or a file or Hub dataset with "
-        "`problem` and `answer`; LABEL=FILE names it, aime24=FILE reads a known benchmark from a file (default: "
-        "embedded-long)",
+        help="aime24, aime25, hmmt25, math500, gsm8k, embedded, embedded-long, lm-held-out, lm-unseen, lm-tuning, or a "
+        "file or Hub dataset with `problem` and `answer`; LABEL=FILE names it, aime24=FILE reads a "
+        "known benchmark from a file (default: embedded-long)",
     )  # fmt: skip
     what.add_argument("--split", default="test", help="split of your own Hub dataset (default: %(default)s)")
     what.add_argument(

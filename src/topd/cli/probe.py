@@ -9,12 +9,13 @@ from topd.cli.check import parsed
 from topd.cli.data_options import FormArguments, add_form_options, form_of, source_of
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
+from topd.lm.pair import DATA as LM_DATA
 
 EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teacher"}
 EMBEDDED_DEFAULTS = {
     "embedded-long": {"window_length": [32], "share": 0.0225, "max_new_tokens": 224},
     "embedded": {"window_length": [16], "share": 0.06, "max_new_tokens": 64},
-    "lm": {"window_length": [16], "share": 0.05, "max_new_tokens": 224},
+    **{name: {"window_length": [16], "share": 0.05, "max_new_tokens": 224} for name in LM_DATA},
 }
 """Responses of the embedded tasks have about 145 or 60 tokens, those of the language-model pair 85. Other pairs have
 the paper's K and share."""

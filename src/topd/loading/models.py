@@ -1,4 +1,4 @@
-"""Models by name: whole ones, LoRA adapters merged into their base, and pairs with one tokenizer and equal heads."""
+"""Models by name: whole ones, and LoRA adapters merged into their base."""
 
 from __future__ import annotations
 
