@@ -175,6 +175,34 @@ def test_a_stage_may_end_before_its_learning_rate_falls():
     assert rates[-1] == 0.2
 
 
+def test_a_build_that_was_killed_while_it_saved_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
+    tiny_base().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(build, "model_folder", lambda role: tmp_path / role)
+    monkeypatch.setitem(build.RECIPES, "student", Recipe((Stage("drill", 42),), rank=2, batch=1))
+    build.train("student", tmp_path / "whole")
+    save, saved = torch.save, []
+
+    def killed(state, file):
+        saved.append(state["step"])
+        save(state, file)
+        if len(saved) == 2:
+            Path(file).write_bytes(Path(file).read_bytes()[:1000])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build.train("student", tmp_path / "killed")
+    assert saved == [20, 40]
+    build.train("student", tmp_path / "killed")
+    whole, resumed = (
+        (tmp_path / run / "student" / "shipped" / "adapter_model.safetensors").read_bytes()
+        for run in ("whole", "killed")
+    )
+    assert whole == resumed
+
+
 def test_problems_have_numbers_up_to_a_hundred():
     numbers = [float(row) for name in ("held-out", "unseen") for row in answers_of(f"lm-{name}")]
     assert max(numbers) <= 100

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from topd.lm.pair import write_base
+from topd.lm.pair import model_folder
 from topd.lm.task import SHARES, Problem, draw, equation, paraphrase, stepwise
 
 
@@ -141,15 +141,19 @@ def batches(data: list[Row], size: int) -> list[list[Row]]:
     return made
 
 
-def backward(model: Any, batch: list[Row], pad: int, together: int = 4) -> float:
-    """Gradients of the mean cross-entropy of the learned tokens (nats), `together` rows at a time; the loss.
+TOGETHER = 4
+"""Rows of a forward pass."""
+
+
+def backward(model: Any, batch: list[Row], pad: int) -> float:
+    """Gradients of the mean cross-entropy of the learned tokens (nats), `TOGETHER` rows at a time; the loss.
 
     Only learned tokens meet the head. Widths are multiples of 16.
     """
     count, total = sum(sum(learned) for _, learned in batch), 0.0
     causal = model.get_base_model()
-    for at in range(0, len(batch), together):
-        part = batch[at : at + together]
+    for at in range(0, len(batch), TOGETHER):
+        part = batch[at : at + TOGETHER]
         longest = -(-max(len(ids) for ids, _ in part) // 16) * 16
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in part])
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in part])
@@ -164,29 +168,24 @@ def backward(model: Any, batch: list[Row], pad: int, together: int = 4) -> float
 
 def train(name: str, out: Path) -> None:
     """Train `name` to the end of its recipe, from its last state if there is one."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe, folder, base = RECIPES[name], out / name, out / "base"
-    if not (base / "config.json").is_file():
-        write_base(base)
+    recipe, folder, base = RECIPES[name], out / name, model_folder("base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
-    state_file = folder / "training.pt"
-    if state_file.is_file():
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    else:
-        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=layers, task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=layers, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
-    step, seconds = 0, 0.0
+    state_file, step, seconds = folder / "training.pt", 0, 0.0
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
         step, seconds = state["step"], state["seconds"]
+        set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
     rates, data = recipe.rates(), list[list[Row]]()
     for stage, made in zip(recipe.stages, rows(name, tokenizer, recipe), strict=True):
@@ -206,9 +205,12 @@ def train(name: str, out: Path) -> None:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         if step % 20 == 0 or step == len(rates):
-            model.save_pretrained(str(folder))
-            torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, state_file)
+            parts = {"adapter": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict()}
+            unfinished = state_file.with_suffix(".unfinished")
+            torch.save({"step": step, "seconds": seconds, **parts}, unfinished)
+            unfinished.replace(state_file)
             print(f"{name}: step {step} of {len(rates)}, loss {loss:.3f}, {seconds / step:.1f} s per step", flush=True)
+    model.save_pretrained(str(folder))
     (folder / "record.json").write_text(json.dumps({"recipe": asdict(recipe), "seconds": round(seconds)}, indent=1))
     ship(folder, folder / "shipped", "lm:base")
 
