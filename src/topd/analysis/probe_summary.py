@@ -118,10 +118,8 @@ def summary(probe: Probe, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
     return {"groups": groups, **found, "low_loss_share": low_loss_share, "threshold": threshold(probe)}
 
 
-def token_table(
-    records: Iterable[dict[str, Any]], variant: str, threshold: float, least: int = 3
-) -> list[dict[str, Any]]:
-    """How often each high-loss token was a false alarm, for tokens that occur at least `least` times, by frequency."""
+def token_table(records: Iterable[dict[str, Any]], variant: str, threshold: float) -> list[dict[str, Any]]:
+    """How often each high-loss token was a false alarm, for tokens that occur at least three times, by frequency."""
     alarms: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for record in records:
@@ -133,5 +131,5 @@ def token_table(
     return [
         {"token": token, "n": n, "false_alarms": alarms[token], "forks": n - alarms[token]}
         for token, n in total.most_common()
-        if n >= least
+        if n >= 3
     ]

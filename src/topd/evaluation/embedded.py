@@ -10,21 +10,22 @@ from topd.near_future.model_parts import end_token_ids, own_settings_only, paddi
 
 MAX_NEW_TOKENS: dict[Level, int] = {"short": 96, "long": 224}
 """Longer than any worked solution of the level."""
+BATCH = 256
+"""Problems that are answered together."""
 
 
 @torch.no_grad()
 def answer_problems(
-    model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], *, temperature: float = 0.0,
-    batch: int = 256,
-) -> list[str]:  # fmt: skip
+    model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], *, temperature: float = 0.0
+) -> list[str]:
     """The model's solution to each problem: greedy at temperature 0, else sampled from the full distribution."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(problems)), key=lambda index: len(problems[index].prompt))
     texts, ends = [""] * len(problems), end_token_ids(model.generation_config, tokenizer)
     decoding = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
         inputs = tokenizer([problems[i].prompt for i in chosen], return_tensors="pt", padding=True, padding_side="left")
         with own_settings_only(model):
             output = model.generate(

@@ -16,7 +16,7 @@ FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """Files of which a folder with a tokenizer has at least one."""
 
 
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, show: int = 5) -> None:
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise `TokenizerMismatchError`, naming tokens, unless every token has the same id in both."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
@@ -26,7 +26,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         "only the teacher has": [f"{t!r} ({i})" for t, i in theirs.items() if t not in ours],
         "different ids": [f"{t!r} ({i} and {theirs[t]})" for t, i in ours.items() if theirs.get(t, i) != i],
     }
-    found = "; ".join(f"{what}: {_some(sorted(tokens), show)}" for what, tokens in groups.items() if tokens)
+    found = "; ".join(f"{what}: {_some(sorted(tokens))}" for what, tokens in groups.items() if tokens)
     raise TokenizerMismatchError(
         f"Student and teacher do not share a tokenizer ({len(ours)} and {len(theirs)} tokens): {found}. "
         "The token loss compares probabilities token by token, so both must come from the same family; for different "
@@ -34,8 +34,8 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     )
 
 
-def _some(shown: list[str], count: int = 5) -> str:
-    return ", ".join(shown[:count]) + (f" and {len(shown) - count} more" if len(shown) > count else "")
+def _some(shown: list[str]) -> str:
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 def compare_tokenizers(ours: Any, teacher: Any, trust_remote_code: bool, revision: str | None) -> str | None:

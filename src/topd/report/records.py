@@ -202,9 +202,9 @@ def _made_of(folder: Path) -> tuple[Any, ...]:
     return found if any(found) else ()
 
 
-def load_runs(folders: list[Path], *, keep: int = MAX_CANDIDATES) -> list[Run]:
+def load_runs(folders: list[Path]) -> list[Run]:
     """Several runs to be compared: their names are made different, and each arm says which run it is of."""
-    runs = [load_run(folder, keep=keep) for folder in folders]
+    runs = [load_run(folder) for folder in folders]
     if len(runs) == 1:
         return runs
     names = [run.name for run in runs]

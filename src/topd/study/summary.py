@@ -19,9 +19,7 @@ from topd.version import STUDY_VERSION
 WAYS = ("greedy", "sampled")
 
 
-def summarise(
-    right: Mapping[str, Mapping[int, Sequence[float]]], reference: str = REFERENCE, seed: int = 0
-) -> dict[str, Any]:
+def summarise(right: Mapping[str, Mapping[int, Sequence[float]]], reference: str = REFERENCE) -> dict[str, Any]:
     """Each arm's accuracy and difference from a reference arm.
 
     `right`: by arm and training seed, 0 or 1 for each held-out problem (the same problems for all).
@@ -45,7 +43,7 @@ def summarise(
         difference = ours - theirs
         low, high = crossed_interval(difference)
         means = difference.mean(1)
-        p = sign_flip_p(means, 20_000, np.random.default_rng(seed))
+        p = sign_flip_p(means, 20_000, np.random.default_rng(0))
         found[arm][key] = {
             "mean": float(difference.mean()), "low": low, "high": high, "p": p,
             "seeds": common, "ahead": int((means > 0).sum()),
@@ -64,8 +62,8 @@ def answers(result: Mapping[str, Any], how: str) -> dict[str, dict[int, list[int
     }
 
 
-def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean of a [seed, problem] table with both factors random and crossed.
+def crossed_interval(table: Floats) -> tuple[float, float]:
+    """95 % interval of the mean of a [seed, problem] table with both factors random and crossed.
 
     The variance is (MS_seeds + MS_problems - MS_rest) / (seeds problems), from the two-way analysis of variance, with
     Satterthwaite's degrees of freedom. Our choice: a bootstrap over rows and columns counts the rest three times, and
@@ -86,7 +84,7 @@ def crossed_interval(table: Floats, level: float = 0.95) -> tuple[float, float]:
         total = max(of_seeds + of_problems - of_rest, of_rest)
         parts = of_seeds**2 / (rows - 1) + of_problems**2 / (columns - 1) + of_rest**2 / ((rows - 1) * (columns - 1))
         freedom = max(1.0, total**2 / parts) if parts else 1.0
-    half = float(stdtrit(freedom, 0.5 + level / 2)) * float(total / (rows * columns)) ** 0.5
+    half = float(stdtrit(freedom, 0.975)) * float(total / (rows * columns)) ** 0.5
     return mean - half, mean + half
 
 

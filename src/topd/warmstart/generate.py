@@ -28,14 +28,14 @@ class GenerateRun:
     sampling: Sampling = Sampling()
 
 
-def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path, console: Console | None = None) -> None:
+def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path) -> None:
     """Respond to all prompts, resuming an interrupted run; then write `out` and its settings.
 
     `prompts`: rows with `prompt` and optionally `answer`; repeated prompts are dropped. `out`: .jsonl or .parquet;
     `.records.jsonl` (every response) and `.settings.json` are written next to it. Raises `TOPDError` if `out` was
     started with other settings or prompts, or no solution is left after cleaning.
     """
-    console = console or Console()
+    console = Console()
     different: dict[str, dict[str, Any]] = {}
     for row in prompts:
         different.setdefault(json.dumps(row["prompt"]), row)
