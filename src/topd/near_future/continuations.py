@@ -117,7 +117,7 @@ class LocalModel:
 
         start = (candidate_start if from_candidate else follow_rollout)(places, prefill.greedy, length)
         ends = torch.tensor(self.eos_token_ids, device=places.rows.device)
-        return continue_over_prefix(backbone_of(self.model), prefill, start, next_token, places, ends)
+        return continue_over_prefix(Decoder(backbone_of(self.model), next_token, ends), prefill, start, places)
 
     def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
         device = next(self.model.parameters()).device
@@ -151,6 +151,9 @@ class Start:
     tokens: Tensor  # [window, window_position] what is known of each
     known: Tensor  # [window] how many tokens that is, at least one
 
+    def __getitem__(self, which: Tensor) -> Start:
+        return Start(self.tokens[which], self.known[which])
+
 
 def follow_rollout(places: Places, greedy: Tensor, length: int) -> Start:
     """The greedy windows as far as scoring knows them: up to and with the first token that is not the rollout's.
@@ -178,65 +181,96 @@ def candidate_start(places: Places, greedy: Tensor, length: int) -> Start:
     return Start(torch.cat([candidate, after.tokens], 1), after.known + 1)
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """What decodes branches, one token of each per forward pass."""
+
+    backbone: Any
+    next_token: NextToken
+    eos: Tensor  # [token] ids that end a window; the one that ended it is part of it
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What branches are decoded from, and how far."""
+
+    row: Tensor  # [branch] its rollout
+    position: Tensor  # [branch] response position of the token that is fed first, the last one that is known
+    token: Tensor  # [branch] that token
+    wanted: Tensor  # [branch] tokens to decode, unless EOS comes first
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def of_rollouts(self, rows: slice) -> tuple[Feed, Tensor]:
+        """The branches of these rollouts, as branches of that part, and a mask [branch] of which they are here."""
+        which = (self.row >= rows.start) & (self.row < rows.stop)
+        part = self.row[which] - rows.start, self.position[which], self.token[which], self.wanted[which]
+        return Feed(*part), which
+
+
 def continue_over_prefix(
-    backbone: Any, prefill: Prefill, start: Start, next_token: NextToken, places: Places, eos: Tensor,
-    share: bool = True,
-) -> Windows:  # fmt: skip
+    decoder: Decoder, prefill: Prefill, start: Start, places: Places, share: bool = True
+) -> Windows:
     """Finish greedy windows: all branches of all rollouts together, one token of each per forward pass.
 
     Args:
+        decoder: the model.
         prefill: of the rollouts, with `prefix`.
         start: what is known of the windows.
-        eos: [token] ids that end a window; the one that ended it is part of it.
+        places: where the windows start.
         share: windows that continue from the same place with the same token are decoded once.
     """
-    rollouts, rows = places.rollouts, places.rows
-    length = start.tokens.shape[1]
-    window_position = torch.arange(length, device=rows.device)
-    known_mask = window_position < start.known[:, None]
-    ended = (torch.isin(start.tokens, eos) & known_mask).any(1)
-    last_place = places.positions + start.known - 1  # response position of the last known token, which is fed first
-    last_token = start.tokens.gather(1, start.known[:, None] - 1).squeeze(1)
+    tokens, length = start.tokens.clone(), start.tokens.shape[1]
+    window_position = torch.arange(length, device=tokens.device)
+    ended = (torch.isin(tokens, decoder.eos) & (window_position < start.known[:, None])).any(1)
     open_ = (~ended & (start.known < length)).nonzero().squeeze(-1)
-    tokens = start.tokens.clone()
     if len(open_):
-        where = torch.stack([rows[open_], last_place[open_], last_token[open_]], 1)
-        branch_of = torch.arange(len(open_), device=rows.device)
-        if share:
-            where, branch_of = where.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
-        wanted = torch.zeros(len(where), dtype=torch.long, device=rows.device)
-        wanted = wanted.scatter_reduce(0, branch_of, length - start.known[open_], "amax")
-        grown = wanted.new_zeros(len(where), int(wanted.max()))
-        for together in rows_at_once(backbone, torch.bincount(where[:, 0], minlength=len(rollouts)).tolist()):
-            mine = (where[:, 0] >= together.start) & (where[:, 0] < together.stop)
-            if mine.any():
-                here = where[mine] - where.new_tensor([together.start, 0, 0])
-                part = _grow(backbone, prefill[together], next_token, rollouts[together], here, wanted[mine], eos)
-                grown[mine, : part.shape[1]] = part
+        feed, branch = _feed(places[open_], start[open_], share)
+        grown = _grow_in_parts(decoder, prefill, places.rollouts, feed)
         column = window_position - start.known[open_][:, None]
-        more = grown[branch_of[:, None], column.clamp(0, grown.shape[1] - 1)]
+        more = grown[branch[:, None], column.clamp(0, grown.shape[1] - 1)]
         tokens[open_] = torch.where(column >= 0, more, tokens[open_])
-    mask = until_eos(tokens, eos)
+    mask = until_eos(tokens, decoder.eos)
     return Windows(tokens * mask, mask)
 
 
-def _grow(
-    backbone: Any, prefill: Prefill, next_token: NextToken, rollouts: Rollouts,
-    where: Tensor, wanted: Tensor, eos: Tensor,
-) -> Tensor:  # fmt: skip
-    """[branch, token] how each branch (rollout, response position of its first fed token, that token) continues."""
-    order = where[:, 0].argsort(stable=True)
-    row, slots = where[order, 0], torch.bincount(where[:, 0], minlength=len(rollouts))
+def _feed(places: Places, start: Start, share: bool) -> tuple[Feed, Tensor]:
+    """The branches of windows that are to be continued, and the number of each window's branch, [window]."""
+    last_token = start.tokens.gather(1, start.known[:, None] - 1).squeeze(1)
+    where = torch.stack([places.rows, places.positions + start.known - 1, last_token], 1)
+    branch = torch.arange(len(where), device=where.device)
+    if share:
+        where, branch = where.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    missing = start.tokens.shape[1] - start.known
+    return Feed(*where.unbind(1), where.new_zeros(len(where)).scatter_reduce(0, branch, missing, "amax")), branch
+
+
+def _grow_in_parts(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed: Feed) -> Tensor:
+    """[branch, token] how each branch continues, of as many rollouts at a time as `rows_at_once` says."""
+    grown = feed.wanted.new_zeros(len(feed), int(feed.wanted.max()))
+    for rows in rows_at_once(decoder.backbone, torch.bincount(feed.row, minlength=len(rollouts)).tolist()):
+        here, which = feed.of_rollouts(rows)
+        if len(here):
+            part = _grow(decoder, prefill[rows], rollouts[rows], here)
+            grown[which, : part.shape[1]] = part
+    return grown
+
+
+def _grow(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed: Feed) -> Tensor:
+    """[branch, token] how each branch continues, all in one batch of [rollout, slot]."""
+    backbone, order = decoder.backbone, feed.row.argsort(stable=True)
+    row, slots = feed.row[order], torch.bincount(feed.row, minlength=len(rollouts))
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    prompts, most, steps = rollouts.prompt_mask.sum(1)[:, None], int(slots.max()), int(wanted.max())
+    most, steps = int(slots.max()), int(feed.wanted.max())
 
     def spread(values: Tensor) -> Tensor:
         out = values.new_zeros(len(rollouts), most)
         out[row, slot] = values[order]
         return out
 
-    place, fed = prompts + spread(where[:, 1]), spread(where[:, 2])  # position of the token that is fed
-    left = spread(wanted)
+    place = rollouts.prompt_mask.sum(1)[:, None] + spread(feed.position)  # of the token that is fed first, in the row
+    fed, left = spread(feed.token), spread(feed.wanted)
     tree = _open_branches(prefill, place, steps)
     inputs: dict[str, Any] = {"use_cache": False}
     states = states_at(backbone, rollouts, place)
@@ -252,12 +286,12 @@ def _grow(
             hidden = backbone(input_ids=fed.view(-1, 1), **inputs).last_hidden_state
             if tree.calls != len(tree.prefix):
                 raise RuntimeError(f"{type(backbone).__name__} attends {tree.calls} times, not {len(tree.prefix)}.")
-            fed = next_token(hidden.view(*fed.shape, -1))
+            fed = decoder.next_token(hidden.view(*fed.shape, -1))
             grown[:, :, step] = fed
-            left = torch.where(torch.isin(fed, eos), 0, left - 1)
+            left = torch.where(torch.isin(fed, decoder.eos), 0, left - 1)
             if not bool((left > 0).any()):
                 break
-    out = grown.new_zeros(len(where), steps)
+    out = grown.new_zeros(len(feed), steps)
     out[order] = grown[row, slot]
     return out
 

@@ -80,7 +80,10 @@ def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache 
         for slot, at in enumerate(places):
             rows.setdefault(at, []).append(number * len(places) + slot)
         cache = empty_cache(backbone)
-        keep = partial(_copy_states, cache, branches, rows, place.numel())
+
+        def keep(layer: int, end: int, read: Any = cache.layers, starting: dict[int, list[int]] = rows) -> None:
+            _copy_states(read[layer], layers[layer], starting[end], place.numel())
+
         ids, ends = rollouts.input_ids[number, padding:], sorted(rows)
         if mixers is not None:
             with in_segments(mixers, ends, keep):
@@ -146,20 +149,20 @@ def _read_on(backbone: Any, ids: Tensor, cache: DynamicCache, start: int, end: i
     backbone(**inputs)
 
 
-def _copy_states(source: Cache, target: Cache, rows: dict[int, list[int]], batch: int, layer: int, end: int) -> None:
-    """Copy the only row of a recurrent layer's states to the rows of the branches that start at `end`."""
-    old, new = source.layers[layer], target.layers[layer]
-    if not hasattr(old, "conv_states"):
+def _copy_states(source: Any, target: Any, rows: list[int], batch: int) -> None:
+    """Copy the only row of a recurrent layer's states to these rows of a layer of `batch` rows.
+
+    A layer without such states stays as it is.
+    """
+    if not hasattr(source, "conv_states"):
         return
-    for name in vars(LinearAttentionLayer()):
-        value = getattr(old, name)
-        if name not in ("conv_states", "recurrent_states"):
-            setattr(new, name, dict(value) if isinstance(value, dict) else value)
-            continue
-        for index, state in value.items():
+    for name in vars(LinearAttentionLayer()).keys() - {"conv_states", "recurrent_states"}:
+        value = getattr(source, name)
+        setattr(target, name, dict(value) if isinstance(value, dict) else value)
+    for read, kept in ((source.conv_states, target.conv_states), (source.recurrent_states, target.recurrent_states)):
+        for index, state in read.items():
             if state is None:
                 continue
-            states = getattr(new, name)
-            if states[index] is None:
-                states[index] = state.new_zeros(batch, *state.shape[1:])
-            states[index][rows[end]] = state
+            if kept[index] is None:
+                kept[index] = state.new_zeros(batch, *state.shape[1:])
+            kept[index][rows] = state

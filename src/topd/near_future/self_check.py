@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from topd.near_future.branches import packed, prefill, rollout_hidden, separate
-from topd.near_future.continuations import Start, continue_over_prefix
+from topd.near_future.continuations import Decoder, Start, continue_over_prefix
 from topd.near_future.model_parts import (
     UNREAD_BY_TRL,
     backbone_of,
@@ -281,10 +281,9 @@ class Check:
 
         rows = torch.arange(batch, device=truth.device).repeat_interleave(slots)
         tokens = branches.tokens.flatten(0, 1)
-        continue_over_prefix(
-            self.backbone, whole, Start(tokens, torch.ones_like(rows)), given,
-            Places(rollouts, rows, branches.position.flatten()), eos=rows.new_zeros(0), share=False,
-        )  # fmt: skip
+        decoder = Decoder(self.backbone, given, eos=rows.new_zeros(0))
+        places = Places(rollouts, rows, branches.position.flatten())
+        continue_over_prefix(decoder, whole, Start(tokens, torch.ones_like(rows)), places, share=False)
         return self.sample.error(torch.stack(states, dim=2), truth[:, :, 1:])
 
     def _sampled(self) -> str | None:
