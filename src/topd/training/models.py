@@ -253,17 +253,23 @@ class OwnRollouts(BothModels):
 
     def _rows_leave(self, end: InformativeEnd | None) -> bool:
         """Whether rows that have ended may leave the batch. Say once why `compact_sampling` changes nothing."""
-        cache = self.generation_config.cache_implementation
-        why = (
-            "vLLM fills its batches itself" if self.use_vllm
-            else "max_informative_tokens reads all rollouts while they are sampled" if end is not None
-            else f"cache_implementation is {cache}" if cache not in (None, "dynamic")
-            else None if self._student().ways.leaving
-            else f"the others of a batch of {type(self.accelerator.unwrap_model(self.model)).__name__} would change"
-        )  # fmt: skip
+        why = self._why_rows_stay(end)
         if why is not None:
             logger.warning_once(f"compact_sampling has no effect here: {why}.")
         return why is None
+
+    def _why_rows_stay(self, end: InformativeEnd | None) -> str | None:
+        """Why rows that have ended must stay in the batch; None where they may leave."""
+        cache = self.generation_config.cache_implementation
+        if self.use_vllm:
+            return "vLLM fills its batches itself"
+        if end is not None:
+            return "max_informative_tokens reads all rollouts while they are sampled"
+        if cache not in (None, "dynamic"):
+            return f"cache_implementation is {cache}"
+        if self._student().ways.leaving:
+            return None
+        return f"the others of a batch of {type(self.accelerator.unwrap_model(self.model)).__name__} would change"
 
     def _informative_end(self, prompt_ids: list[list[int]]) -> InformativeEnd | None:
         """Where training's rollouts end early; None where they do not."""

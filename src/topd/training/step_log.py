@@ -196,28 +196,11 @@ def audit_records(
     def texts(ids: Tensor) -> list[str]:
         return [str(tokenizer.decode([token])) for token in ids.tolist()]
 
-    records, look, found = [], future.look, future.candidates
+    records = []
     for row in range(min(limit, len(rollouts))):
         mask = rollouts.response_mask[row].bool()
-        tokens, losses = texts(rollouts.response_ids[row][mask]), look.token_loss[row][mask]
-        candidates = []
-        for index in (found.places.rows == row).nonzero().squeeze(-1).tolist():
-            position = int(found.places.positions[index])
-            ours, theirs = int(found.ours.mask[index].sum()), int(found.theirs.mask[index].sum())  # padding left out
-            plan, distance = found.transport.plan[index], float(found.distance[index])
-            candidates.append({
-                "position": position,
-                "token": tokens[position],
-                "token_loss": _number(look.token_loss[row, position]),
-                "distance": _number(distance) if bool(found.transport.converged[index]) else None,
-                "threshold": _number(future.threshold),
-                "fork": bool(future.fork[index]),
-                "decision": "guided" if future.guided[index] else "capped" if future.capped[index] else "none",
-                "weight": _number(future.weights[row, position]),
-                "student_window": texts(found.ours.tokens[index][found.ours.mask[index]]),
-                "teacher_window": texts(found.theirs.tokens[index][found.theirs.mask[index]]),
-                "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist() if i < ours and j < theirs],
-            })  # fmt: skip
+        tokens, losses = texts(rollouts.response_ids[row][mask]), future.look.token_loss[row][mask]
+        candidates = (future.candidates.places.rows == row).nonzero().squeeze(-1).tolist()
         records.append(
             {
                 "version": RECORD_VERSION,
@@ -225,10 +208,31 @@ def audit_records(
                 "method": method,
                 "prompt": tokenizer.decode(rollouts.prefix(row, 0)),
                 "rollout": {"tokens": tokens, "token_loss": [_number(loss) for loss in losses]},
-                "candidates": candidates,
+                "candidates": [candidate_record(future, index, texts) for index in candidates],
             }
         )
     return records
+
+
+def candidate_record(future: NearFuture, index: int, texts: Callable[[Tensor], list[str]]) -> dict[str, Any]:
+    """One candidate in an audit record, without the padding of its windows. `texts`: of token ids [token]."""
+    found = future.candidates
+    row, position = int(found.places.rows[index]), int(found.places.positions[index])
+    ours, theirs = (side.tokens[index][side.mask[index]] for side in (found.ours, found.theirs))
+    plan, converged = found.transport.plan[index], bool(found.transport.converged[index])
+    return {
+        "position": position,
+        "token": texts(found.places.tokens[[index]])[0],
+        "token_loss": _number(future.look.token_loss[row, position]),
+        "distance": _number(found.distance[index]) if converged else None,
+        "threshold": _number(future.threshold),
+        "fork": bool(future.fork[index]),
+        "decision": "guided" if future.guided[index] else "capped" if future.capped[index] else "none",
+        "weight": _number(future.weights[row, position]),
+        "student_window": texts(ours),
+        "teacher_window": texts(theirs),
+        "plan": [[i, j, _number(plan[i, j])] for i, j in plan.nonzero().tolist() if i < len(ours) and j < len(theirs)],
+    }
 
 
 def _number(value: Tensor | float) -> float:
