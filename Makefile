@@ -57,7 +57,7 @@ check: env
 	$(BIN)/lint-imports
 
 # liger-kernel requires triton, which a CPU does not have and these cases do not use.
-bench: env  ## time and memory vs. public implementations, writes runs/benchmarks.json (45 minutes or more, on a quiet machine)
+bench: env  ## time and memory vs. public implementations, writes runs/benchmarks.json (an estimated 45 minutes, on a quiet machine)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt liger-kernel
 	$(BIN)/python -m benchmarks --out runs/benchmarks.json

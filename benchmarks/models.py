@@ -10,7 +10,7 @@ from topd.embedded.tokenizer import build_tokenizer
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The demo's: about 60 tokens. Models may have a larger vocabulary; what they sample then decodes to nothing."""
+    """That of the embedded task: about 50 tokens. Models may have more; what they sample then decodes to nothing."""
     return build_tokenizer()
 
 
@@ -47,5 +47,5 @@ def random_model(
 
 
 def prompts(count: int) -> list[str]:
-    """Problems of the demo, some ten tokens each."""
+    """Problems of the embedded task, some ten tokens each."""
     return [problem.prompt for problem in make_problems(count, 0, held_out=False)]
