@@ -243,7 +243,8 @@ def _feed(places: Places, start: Start, share: bool) -> tuple[Feed, Tensor]:
     if share:
         where, branch = where.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
     missing = start.tokens.shape[1] - start.known
-    return Feed(*where.unbind(1), where.new_zeros(len(where)).scatter_reduce(0, branch, missing, "amax")), branch
+    wanted = where.new_zeros(len(where)).scatter_reduce(0, branch, missing, "amax")
+    return Feed(where[:, 0], where[:, 1], where[:, 2], wanted), branch
 
 
 def _grow_in_parts(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed: Feed) -> Tensor:
