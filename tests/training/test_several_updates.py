@@ -219,3 +219,12 @@ def test_pixels_of_images_stay_with_their_rows(tmp_path, monkeypatch):
     for part in trainer._buffered_inputs:
         expected = [float(part["row"])] * int(part["image_grid_thw"].prod())
         assert part["pixel_values"].flatten().tolist() == expected
+
+
+def test_a_second_training_samples_its_own_rollouts(tmp_path):
+    trainer = tiny_trainer(tmp_path, Watching, method="opd", max_steps=3, steps_per_generation=2)
+    trainer.train()  # ends between two updates of a batch
+    last = trainer.used[2]
+    trainer.train()
+    assert trainer.calls["sampled"] == 4
+    assert last not in trainer.used[3:]

@@ -100,6 +100,10 @@ class ReusedRollouts(Trainer):
         sizes = self.args.per_device_train_batch_size, self.args.generation_steps, self.accelerator.num_processes
         return math.prod(sizes)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        self._step, self._buffered_inputs = 0, None  # an earlier call of `train` may have ended between two updates
+        return super()._init_training_state(*args, **kwargs)
+
     # Checkpoints between two updates of a batch
 
     def _buffer_file(self, folder: str) -> Path:
