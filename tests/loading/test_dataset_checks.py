@@ -77,3 +77,15 @@ def test_rows_without_a_prompt_are_named_wherever_they_come_from(tmp_path):
     for evaluate in (trainer.evaluate, trainer.predict):
         with pytest.raises(DataError, match="the batch has no column 'prompt'"):
             evaluate(rows("a").rename_column("prompt", "question"))
+
+
+def test_images_for_a_student_of_text_are_refused_and_an_empty_column_is_left_out(tmp_path):
+    rows = [row["prompt"] for row in prompts(8)]
+    without = Dataset.from_dict({"prompt": rows, "images": [None, []] * 4})
+    trainer = tiny_trainer(tmp_path, dataset=without, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    conversations = [[{"role": "user", "content": row}] for row in rows]
+    with_images = Dataset.from_dict({"prompt": conversations, "images": [["one.png"]] * 8})
+    with pytest.raises(DataError, match="remove_columns\\('images'\\)"):
+        tiny_trainer(tmp_path, dataset=with_images, max_steps=1).train()

@@ -11,6 +11,8 @@ from topd.loading.rows import CONVERSATION_COLUMNS, PROMPT_COLUMNS, TEACHER_PROM
 from topd.loading.teacher_prompts import columns_of
 
 COLUMN = "prompt"
+IMAGES = ("image", "images")
+"""Columns that TRL's trainer reads images from."""
 _REMEDIES = {name: f"dataset.rename_column({name!r}, 'prompt')" for name in PROMPT_COLUMNS if name != COLUMN} | {
     name: f"dataset.map(lambda row: {{'prompt': row[{name!r}][:-1]}}) keeps all but the last answer"
     for name in CONVERSATION_COLUMNS
@@ -54,6 +56,17 @@ def check_columns(columns: Sequence[str], name: str) -> None:
     if COLUMN not in columns:
         remedy = next((_REMEDIES[column] for column in columns if column in _REMEDIES), "rename the one with prompts")
         raise DataError(f"{name} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}. {remedy}.")
+
+
+def without_images(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a model of text: without columns of images. Raises `DataError` if a row has an image."""
+    for name in IMAGES:
+        if any(row.get(name) for row in rows):
+            raise DataError(
+                f"The dataset has images (column {name!r}), and the student reads text only. Use a dataset of text: "
+                f"dataset.remove_columns({name!r}) leaves the images out."
+            )
+    return [{name: value for name, value in row.items() if name not in IMAGES} for row in rows]
 
 
 def check_one(dataset: Any, name: str = "train_dataset") -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from trl import DistillationTrainer
 
 from topd.errors import TOPDError
-from topd.loading.dataset_checks import check_prompts, check_teacher_prompts, check_tokens
+from topd.loading.dataset_checks import check_prompts, check_teacher_prompts, check_tokens, without_images
 from topd.loading.precision import autocasting
 from topd.loading.prompts import explained_template, one_beginning, plain_messages
 from topd.loading.rows import TEACHER_PROMPT
@@ -165,6 +165,9 @@ class OwnRollouts(BothModels):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         columns += [name for name in self._own_columns if name not in columns]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        return super()._generate_and_score_completions(inputs if self._is_vlm else without_images(inputs))
 
     def _own_entries(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Entries [rollout, ...] of the batch that TRL does not know, checked before anything is sampled."""
