@@ -53,6 +53,11 @@ def check_options(args: TOPDConfig, own: Container[str], choices: Mapping[str, t
                 raise ValueError(f"{name} must {rule}; got {given}.")
     if not 0 <= args.false_alarm_share < 1:
         raise ValueError(f"false_alarm_share must be in [0, 1); got {args.false_alarm_share}.")
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile does nothing for distillation, which calls parts of the models directly: leave it out, with "
+            "torch_compile_backend and torch_compile_mode."
+        )
     _check_controls(args)
     _check_evaluation(args)
     _check_rollouts(args)
