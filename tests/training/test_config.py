@@ -4,6 +4,7 @@ import re
 
 import numpy
 import pytest
+import yaml
 from tiny import tiny_config
 
 from topd.training.config import TOPDConfig
@@ -16,7 +17,7 @@ from topd.training.config import TOPDConfig
         ({"window_length": 5.5}, "window_length is 5.5"),
         ({"candidate_share": "a"}, "candidate_share is 'a'; write a number"),
         ({"audit_steps": None}, "audit_steps is None; write a whole number"),
-        ({"learning_rate": "2e-6"}, "learning_rate is '2e-6'; write a number"),
+        ({"window_length": "5e1"}, "window_length is '5e1'; write a whole number"),
         ({"method": 3}, "method is 3; write opd"),
         ({"max_steps": True}, "max_steps is True"),
         ({"shuffle_dataset": "no"}, "shuffle_dataset is 'no'; write true or false"),
@@ -25,6 +26,11 @@ from topd.training.config import TOPDConfig
 def test_values_of_the_wrong_kind_are_refused_in_python_too(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_config(tmp_path, **options)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    assert yaml.safe_load("2e-6") == "2e-6"
+    assert tiny_config(tmp_path, learning_rate="2e-6").learning_rate == 2e-6
 
 
 def test_numbers_of_numpy_and_paths_are_taken(tmp_path):

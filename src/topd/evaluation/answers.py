@@ -75,6 +75,12 @@ def verdict(text: str, answer: str, rule: Rule) -> Verdict:
     return Verdict(extracted, same is True, same is not None)
 
 
+def can_be_right(answer: str, rule: Rule) -> bool:
+    """Whether a response can match this answer. The rules for numbers read nothing else."""
+    written = {"integer": rf"\boxed{{{answer}}}", "gsm8k": f"#### {answer}"}
+    return rule not in written or verdict(written[rule], answer, rule).right
+
+
 _HASHES = re.compile(r"####\s*(?:\\?[$£€])?(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?)")
 _BRACE = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from topd.embedded.task import DATA, make_problems
 from topd.errors import DataError, TOPDError
-from topd.evaluation.answers import LM_EVAL_PROMPT, Rule
+from topd.evaluation.answers import LM_EVAL_PROMPT, Rule, can_be_right
 from topd.loading.data import load_prompts
 
 T = TypeVar("T")
@@ -93,7 +93,8 @@ def load_benchmark(
     `question`, `prompt`) and `answer`. `limit`: keep only the first N. `split`: of your own Hub dataset. `rule`: for
     your own problems. `style`: of the prompt and of extracting answers; "lm-eval" for `LM_EVAL_BENCHMARKS` only.
     `option`: the user's option that names the benchmark, for messages. Raises `TOPDError` if the source cannot be read,
-    a problem has no answer, a known benchmark has another size than expected, or the style does not fit the benchmark.
+    a problem has no answer or one that the rule never accepts, a known benchmark has another size than expected, or the
+    style does not fit the benchmark.
     """
     given = label_and_file(name)  # the label also names files of records
     label = name if name in BENCHMARKS else given[0] if given else Path(name.replace(":", "-")).name.split(".")[0]
@@ -120,6 +121,13 @@ def load_benchmark(
         known = replace(known, template=LM_EVAL_PROMPT, rule="lm_eval")
         rows = [_as_lm_eval_has_it(row, name) for row in rows]
     numbered = [_problem(number, row, known.template) for number, row in enumerate(rows[:limit], 1)]
+    unread = [number for number, each in enumerate(numbered, 1) if not can_be_right(each.answer, known.rule)]
+    if unread:
+        raise TOPDError(
+            f"{option} {name}: the rule {known.rule} cannot read {len(unread)} of {len(numbered)} answers as numbers, "
+            f"the first is {numbered[unread[0] - 1].answer[:40]!r} of number {unread[0]}. Correct the answers, or for "
+            "your own problems use the rule math."
+        )
     return ProblemSet(label, known.rule, known.max_new_tokens, tuple(numbered))
 
 

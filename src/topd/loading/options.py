@@ -62,7 +62,10 @@ def check_value(name: str, value: Any, kinds: Any) -> None:
 
 
 def check_kinds(config: Any) -> None:
-    """Raise `ValueError` where a config's option of text, a number or a truth value has another kind of value."""
+    """Raise `ValueError` where a config's option of text, a number or a truth value has another kind of value.
+
+    Text such as 2e-6 becomes a number: PyYAML reads it as text.
+    """
     hints = _hints(type(config))
     plain = (int, float, bool, str, type(None))
     for option in fields(config):
@@ -70,6 +73,9 @@ def check_kinds(config: Any) -> None:
         simple = all(part in plain or get_origin(part) is Literal for part in _parts(hint))
         if value is option.default or not simple or (_is_text(hint) and isinstance(value, os.PathLike)):
             continue
+        if isinstance(value, str) and float in _parts(hint) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
+            value = float(value)
+            setattr(config, option.name, value)
         if get_origin(hint) is Literal and isinstance(value, str):
             continue  # the config checks its choices itself
         if not _fits(value, hint):
