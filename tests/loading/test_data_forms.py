@@ -34,6 +34,9 @@ FORMS: dict[str, tuple[dict[str, Any], DataForm, Any]] = {
     "another column": ({"instruction": "What is 2+3?", "prompt": "other"}, DataForm("instruction"), "What is 2+3?"),
     "a system prompt before messages": (MESSAGES, DataForm(system="Answer briefly."), [SYSTEM, *ASK]),
     "a system prompt before text": ({"problem": "What is 2+3?"}, DataForm(system="Answer briefly."), [SYSTEM, *ASK]),
+    "a system prompt in a column": (
+        SHARE | {"system": "Answer briefly.", "tools": ""}, DataForm(system="Another."), [SYSTEM, *ASK],
+    ),
     "a row's own system prompt": (
         {"messages": [{"role": "system", "content": "Mine."}, *ASK]}, DataForm(system="Answer briefly."),
         [{"role": "system", "content": "Mine."}, *ASK],
@@ -73,6 +76,8 @@ BROKEN = [
     ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1 of `messages` has the part 'x'"),
     ({"messages": json.dumps(ASK)}, "line 2: `messages` is a list of messages written as text; write it as a list"),
     ({"conversations": str(SHARE["conversations"])}, "line 2: `conversations` is a list of messages written as text"),
+    (SHARE | {"tools": [{"name": "f"}]}, "line 2: `tools` is given, and tools are not supported"),
+    (SHARE | {"system": 3}, "line 2: `system` is 3; write text"),
     ({"messages": []}, "line 2: `messages` is []; write text or a list of messages"),
     ({"text": "x"}, "line 2: no `prompt`, `problem`, `question`, `messages`, `conversations` in ['text']"),
 ]

@@ -147,7 +147,9 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path):
         part = {k: v[start : start + 2] if isinstance(v, list) or v.ndim else v for k, v in batch.items()}
         whole.compute_loss(whole.model, part).backward()
     for parameter, gradient in zip(whole.model.parameters(), expected, strict=True):
-        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm()  # entries near 0 differ by more on some CPUs
+        assert (
+            parameter.grad - gradient
+        ).norm() <= 1e-4 * gradient.norm()  # entries near 0 differ by more on some CPUs
 
 
 @pytest.mark.parametrize("options", [{"method": "opd"}, {}, {"student_window": "regenerated"}], ids=str)

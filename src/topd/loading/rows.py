@@ -13,6 +13,7 @@ from topd.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a source has
 CONVERSATION_COLUMNS = ("messages", "conversations")  # the same; their last answer is not part of the prompt
+BESIDE_CONVERSATIONS = ("system", "tools")  # ShareGPT's columns: a system prompt, which is read, and what is refused
 TEACHER_PROMPT = "teacher_prompt"
 """Column with what the teacher reads in place of the prompt."""
 RESPONSE_COLUMNS = ("response", "completion")  # the same
@@ -45,16 +46,22 @@ class DataForm:
             names = f"column `{self.column}`" if self.column else ", ".join(f"`{name}`" for name in wanted)
             raise DataError(f"no {names} in {str(found)[:200]}; rename one, or name it: --prompt-column")
         response = next((name for name in RESPONSE_COLUMNS if name in found), None)
-        others = [name for name in ("answer", response, *also) if name in found and name != prompt]
+        beside = BESIDE_CONVERSATIONS if prompt in CONVERSATION_COLUMNS else ()
+        others = [name for name in ("answer", response, *beside, *also) if name in found and name != prompt]
         return [prompt, *others]
 
     def read(self, row: dict[str, Any], column: str, responses: bool) -> tuple[Any, str | None, str | None]:
         """Prompt, answer and response of a row, checked; the prompt is in `column`."""
         prompt, answered = read_prompt(row[column], column, answered=column in CONVERSATION_COLUMNS)
-        if self.system is not None:
+        system = self.system
+        if column in CONVERSATION_COLUMNS:
+            if row.get("tools"):
+                raise DataError("`tools` is given, and tools are not supported; write them into a system message")
+            system = read_text(row["system"], "`system`") if row.get("system") else system
+        if system is not None:
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             own = prompt[0]["role"] == "system"
-            prompt = prompt if own else [{"role": "system", "content": self.system}, *prompt]
+            prompt = prompt if own else [{"role": "system", "content": system}, *prompt]
         answer = read_answer(row.get("answer")) if column != "answer" else None
         return prompt, answer, _response(row, answered) if responses else None
 
