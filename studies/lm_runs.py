@@ -2,8 +2,7 @@
 
 Prints, by arm, means of the first and the last four steps over the runs in `studies/results/lm-runs`. Given the
 student's greedy answers to the first problems of `lm-held-out`, also each arm minus the student on these problems, in
-points, with a 95 % interval over seeds and problems. `make demo-lm` writes such answers:
-runs/lm/eval/student/lm-held-out.samples.jsonl.
+points, with a 95 % interval over seeds and problems. docs/results.md has the command that writes such answers.
 """
 
 import json
