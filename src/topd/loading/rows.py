@@ -13,7 +13,7 @@ from topd.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # the first one that a source has
 CONVERSATION_COLUMNS = ("messages", "conversations")  # the same; their last answer is not part of the prompt
-BESIDE_CONVERSATIONS = ("system", "tools")  # ShareGPT's columns: a system prompt, which is read, and what is refused
+BESIDE_CONVERSATIONS = ("system", "tools")  # ShareGPT's: a system prompt; tools, which are refused
 TEACHER_PROMPT = "teacher_prompt"
 """Column with what the teacher reads in place of the prompt."""
 RESPONSE_COLUMNS = ("response", "completion")  # the same

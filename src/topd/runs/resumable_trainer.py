@@ -151,24 +151,25 @@ class ResumableTrainer(Trainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, but refuses weights that are not finite, and always writes whole weights.
+        """As in transformers, but refuses weights that are not finite, and writes whole weights under FSDP2 too.
 
-        transformers writes none under FSDP2 with sharded state dicts, accelerate's default. Under FSDP2 all processes
-        must call it, otherwise those that save.
+        transformers writes none there with sharded state dicts, accelerate's default. With FSDP2 all processes must
+        call it; without, only those that save.
         """
         if _internal_call:  # a checkpoint, which keeps its form
             super().save_model(output_dir, _internal_call)
             return
         self._refuse_non_finite("the model", everywhere=False)
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        form = None if plugin is None else plugin.state_dict_type
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir)
+            return
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        form = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
-            if plugin is not None:
-                plugin.set_state_dict_type("FULL_STATE_DICT")
             super().save_model(output_dir)
         finally:
-            if plugin is not None:
-                plugin.set_state_dict_type(form)
+            plugin.set_state_dict_type(form)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
