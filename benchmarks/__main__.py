@@ -88,6 +88,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name in options.case or ():
         if name not in CASES:
             parser.error(f"no case named {name!r}; there are {', '.join(CASES)}")
+    if options.markdown is not None and not options.markdown.is_file():
+        parser.error(f"--markdown: no file {options.markdown}; it is what an earlier run wrote (--out)")
     return options
 
 

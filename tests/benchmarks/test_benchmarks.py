@@ -142,6 +142,12 @@ def test_an_unknown_case_names_those_there_are(tmp_path: Path, capsys: pytest.Ca
     assert all(name in message for name in CASES)
 
 
+def test_markdown_of_a_missing_file_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--markdown", str(tmp_path / "none.json")])
+    assert "no file" in capsys.readouterr().err
+
+
 def test_the_list_has_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -13,7 +13,7 @@ import pytest
 
 from topd.errors import TOPDError
 from topd.evaluation import equivalence
-from topd.evaluation.answers import Verdict, last_boxed, verdict
+from topd.evaluation.answers import Rule, Verdict, last_boxed, verdict
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,11 @@ def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
 )
 def test_whole_numbers_in_other_clothes_are_right(box: str) -> None:
     assert verdict(rf"\boxed{{{box}}}", "073", "integer") == Verdict(box.strip(), True, True)
+
+
+@pytest.mark.parametrize("rule", ["integer", "math"])
+def test_a_space_command_before_the_closing_brace(rule: Rule) -> None:
+    assert verdict(r"\boxed{3\ }", "3", rule).right
 
 
 @pytest.mark.parametrize("box", ["1,234", r"1{,}234", r"1\,234", r"1,\! 234"])

@@ -196,6 +196,8 @@ def test_a_build_that_was_killed_while_it_saved_continues_as_if_it_had_not_been(
             build.train("student", tmp_path / "killed")
     assert saved == [20, 40]
     build.train("student", tmp_path / "killed")
+    logged = (tmp_path / "killed" / "student" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(1, 43))
     whole, resumed = (
         (tmp_path / run / "student" / "shipped" / "adapter_model.safetensors").read_bytes()
         for run in ("whole", "killed")

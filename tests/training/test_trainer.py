@@ -102,6 +102,18 @@ def test_a_budget_measures_first_and_then_limits_the_candidates(tmp_path, capsys
     assert "cannot be met: one candidate per rollout is predicted to cost" in told[0]
 
 
+def test_a_second_training_measures_its_own_budget_and_fork_threshold(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=len(ROUNDS), max_overhead=0.5, candidate_share=0.3)
+    trainer.train()
+    first = trainer._budget, trainer._quartile
+    assert first[0].model is not None
+    trainer.args.output_dir = str(tmp_path / "second")
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert [kind for kind, *_ in trainer._budget._measured] == ["warm-up"]
+    assert trainer._quartile is not first[1]
+
+
 def test_metrics_say_what_the_audit_records_say(tmp_path, monkeypatch):
     monkeypatch.setattr("topd.training.step_log.AUDIT_ROLLOUTS", 99)
     trainer = tiny_trainer(tmp_path, max_steps=1, audit_steps=1)

@@ -102,7 +102,7 @@ def last_boxed(text: str) -> str | None:
     for start, end in reversed(_boxes(text)):
         if contents and not _JOINT.fullmatch(text[end + 1 : after]):
             break
-        contents.insert(0, text[text.index("{", start) + 1 : end].strip())
+        contents.insert(0, text[text.index("{", start) + 1 : end].strip().removesuffix("\\"))  # of "\\ ", a space
         after = start
     return ", ".join(contents) or None
 

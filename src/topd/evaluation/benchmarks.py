@@ -33,7 +33,6 @@ class Benchmark:
         split: of the Hub dataset.
         size: number of problems; a source with another number is refused.
         rule: how answers are compared.
-        licence: of the dataset, as stated on its card.
         template: the prompt; {problem} stands for the problem's text.
         max_new_tokens: default length limit of a response (our choice: the paper gives no length).
     """
@@ -42,22 +41,21 @@ class Benchmark:
     split: str
     size: int
     rule: Rule
-    licence: str
     template: str = BOXED
     max_new_tokens: int = 16384
 
 
 BENCHMARKS = {
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", 30, "integer", "none stated"),
-    "aime25": Benchmark("MathArena/aime_2025", "train", 30, "integer", "CC-BY-NC-SA-4.0"),
-    "hmmt25": Benchmark("MathArena/hmmt_feb_2025", "train", 30, "math", "CC-BY-NC-SA-4.0"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", 500, "math", "MIT (MATH)"),
-    "gsm8k": Benchmark("openai/gsm8k:main", "test", 1319, "math", "MIT"),
-    "embedded": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 96),
-    "embedded-long": Benchmark(None, "held out", 1000, "embedded", "Apache-2.0 (generated)", "{problem}", 224),
-    "lm-held-out": Benchmark("lm-held-out", "test", 500, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
-    "lm-unseen": Benchmark("lm-unseen", "test", 500, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
-    "lm-tuning": Benchmark("lm-tuning", "test", 300, "gsm8k", "Apache-2.0 (generated)", "{problem}", 224),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", 30, "integer"),
+    "aime25": Benchmark("MathArena/aime_2025", "train", 30, "integer"),
+    "hmmt25": Benchmark("MathArena/hmmt_feb_2025", "train", 30, "math"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", 500, "math"),
+    "gsm8k": Benchmark("openai/gsm8k:main", "test", 1319, "math"),
+    "embedded": Benchmark(None, "held out", 1000, "embedded", "{problem}", 96),
+    "embedded-long": Benchmark(None, "held out", 1000, "embedded", "{problem}", 224),
+    "lm-held-out": Benchmark("lm-held-out", "test", 500, "gsm8k", "{problem}", 224),
+    "lm-unseen": Benchmark("lm-unseen", "test", 500, "gsm8k", "{problem}", 224),
+    "lm-tuning": Benchmark("lm-tuning", "test", 300, "gsm8k", "{problem}", 224),
 }
 EMBEDDED_SEED = 1_000_000
 """Seed of the embedded task's held-out problems, which are those of `topd demo` with seed 0."""

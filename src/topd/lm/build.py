@@ -187,6 +187,9 @@ def train(name: str, out: Path) -> None:
         step, seconds = state["step"], state["seconds"]
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
+    log_file = folder / "log.jsonl"
+    if log_file.is_file():  # without the steps behind the saved state, which are done again
+        log_file.write_text("".join(log_file.read_text().splitlines(keepends=True)[:step]))
     rates, data = recipe.rates(), list[list[Row]]()
     for stage, made in zip(recipe.stages, rows(name, tokenizer, recipe), strict=True):
         data += batches(made, recipe.batch)[: stage.steps]
@@ -202,7 +205,7 @@ def train(name: str, out: Path) -> None:
         step, seconds = step + 1, seconds + time.perf_counter() - started
         record = {"step": step, "loss": round(loss, 4), "seconds": round(seconds)}
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.jsonl", "a") as log:
+        with open(log_file, "a") as log:
             log.write(json.dumps(record) + "\n")
         if step % 20 == 0 or step == len(rates):
             parts = {"adapter": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict()}

@@ -129,19 +129,18 @@ class TOPDTrainer(
         if self.is_fsdp_enabled and teacher_model is not None:
             self.teacher_model = shard_teacher(self.teacher_model, self.accelerator)
         if server is not None:
-            rows = head_rows(self.model)
-            served_as = args.teacher_server_model
-            self._use_server(connect(server, self._tokenizer, self.eos_token_ids, served_as, vocabulary=rows))
+            ends, served_as = self.eos_token_ids, args.teacher_server_model
+            self._use_server(connect(server, self._tokenizer, ends, served_as, vocabulary=head_rows(self.model)))
         self._stage = Stopwatch()
-        self._budget = (
-            CandidateBudget(args.max_overhead, args.recalibration_steps)
-            if args.max_overhead and args.looks_ahead
-            else None
-        )
-        by_low_loss = args.looks_ahead and args.fork_rule == "low_loss_quartile"
-        self._quartile = LowLossQuartile(args.recalibration_steps) if by_low_loss else None
+        self._measure_anew()
         self.add_callback(StopOnNonFiniteGradient(self._stop_on))
         watch_rounding(self)
+
+    def _measure_anew(self) -> None:
+        """Neither the fork threshold nor the budget of an earlier `train()` is used."""
+        ahead, every, limit = self.args.looks_ahead, self.args.recalibration_steps, self.args.max_overhead
+        self._budget = CandidateBudget(limit, every) if ahead and limit else None
+        self._quartile = LowLossQuartile(every) if ahead and self.args.fork_rule == "low_loss_quartile" else None
 
     # Rollouts, then the near future
 
@@ -322,6 +321,7 @@ class TOPDTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_enough(self.train_dataset, self.args)
+        self._measure_anew()
         return super().train(*args, **kwargs)
 
     def _trained(self, *args: Any, **kwargs: Any) -> Any:
