@@ -114,7 +114,7 @@ def load_benchmark(
                 f"{known.source} has {len(rows)} problems where {label} has {known.size}: the dataset was changed. "
                 f"Use a copy of the original: {option} {label}=FILE."
             )
-    known = known or Benchmark(name, split, len(rows), rule, "of the user")
+    known = known or Benchmark(name, split, len(rows), rule)
     if style == "lm-eval":
         known = replace(known, template=LM_EVAL_PROMPT, rule="lm_eval")
         rows = [_as_lm_eval_has_it(row, name) for row in rows]
