@@ -68,6 +68,14 @@ def test_a_part_of_the_rollouts_keeps_its_teachers(teachers, rollouts):
     torch.testing.assert_close(routed.prefill(rollouts[part]).hidden, whole[part], rtol=1e-4, atol=1e-4)
 
 
+def test_a_float32_teacher_s_states_are_not_rounded_next_to_a_bfloat16_one(rollouts):
+    models = [tiny_model(0).bfloat16(), tiny_model(1, 96), tiny_model(2, 32).bfloat16()]
+    source = LocalModel(models[0], TOKENIZER.pad_token_id, [TOKENIZER.eos_token_id])
+    hidden = RoutedTeacher([DistilledModel(model, source) for model in models]).prefill(rollouts).hidden
+    exact = DistilledModel(models[1], source).hidden(rollouts[2:3])
+    torch.testing.assert_close(hidden[2:3, :, 64:160], exact, rtol=1e-5, atol=1e-5)
+
+
 def test_heads_that_treat_logits_otherwise_are_refused(teachers):
     other = tiny_model(1)
     other.config.final_logit_softcapping = 30.0

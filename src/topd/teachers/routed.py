@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -88,9 +89,10 @@ class RoutedTeacher(FullVocabulary):
                 yield teacher, rows
 
     def _in_columns(self, rollouts: Rollouts, parts: Sequence[Tensor]) -> Tensor:
-        """States of each share, put in its rows and its teacher's columns."""
-        out = parts[0].new_zeros(len(rollouts), *parts[0].shape[1:-1], sum(self._widths))
+        """States of each share, put in its rows and its teacher's columns, in a dtype that rounds none of them."""
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        out = parts[0].new_zeros(len(rollouts), *parts[0].shape[1:-1], sum(self._widths), dtype=dtype)
         for (teacher, rows), part in zip(self._shares(rollouts), parts, strict=True):
             first = sum(self._widths[: self.teachers.index(teacher)])
-            out[rows, ..., first : first + part.shape[-1]] = part.to(out.dtype)
+            out[rows, ..., first : first + part.shape[-1]] = part.to(dtype)
         return out
