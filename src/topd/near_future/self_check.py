@@ -44,7 +44,7 @@ from topd.near_future.plain_way import (
     stop_unless_head,
 )
 from topd.near_future.recurrent_states import empty_cache, is_recurrent
-from topd.near_future.sampling import rows_may_leave
+from topd.near_future.sampling import after_the_others_left
 from topd.near_future.ways import FAR, READ_EACH_TIME, ArchitectureError, Batching, Lengths, Ways, lengths_of
 from topd.near_future.windows import Branches, Places, Prefill, Rollouts
 
@@ -156,7 +156,7 @@ class Check:
         padded = self._try("left_padding", self._padded)
         sampled = self._try("sampling_states", self._sampled)
         if not sampled:
-            stop_unless_generates(self.model, self.backbone, self.sample)
+            stop_unless_generates(self.model, self.sample)
         if padded and not sampled:
             padded = self._try("left_padding", self._padded_tokens)
         return Ways(
@@ -165,7 +165,7 @@ class Check:
             sampling_states=math.inf if padded and sampled else 0,
             left_padding=padded,
             batches=padded or self._try("batches", self._batched_tokens),
-            leaving=padded and self._leaving(),
+            leaving=padded and self._try("leaving", self._leaving),
             trl=self._trl(),
             cached_prefix=self.cached_prefix,
             trains=self.trains,
@@ -187,13 +187,14 @@ class Check:
     def batching(self) -> Batching:
         """Which prompts `generate` may continue together."""
         if self._try("left_padding", self._padded) and self._try("left_padding", self._padded_tokens):
-            return Batching(leaving=self._leaving())
+            return Batching(leaving=self._try("leaving", self._leaving))
         return Batching(False, self._try("batches", self._batched_tokens), False, self.reasons)
 
-    def _leaving(self) -> bool:
-        pad, rollouts = padding_of(self.model), self.sample.rollouts
-        prompts = left_padded([rollouts.prefix(row, 0) for row in range(len(rollouts))], pad)
-        return rows_may_leave(self.model, *prompts, pad)
+    def _leaving(self) -> str | None:
+        """The longest prompt, which is the last one, must continue as alone where the other one leaves the batch."""
+        pad, prompts = padding_of(self.model), self._prompts([0, 0])
+        tokens = after_the_others_left(self.model, *left_padded(prompts, pad), pad)
+        return self.sample.below_best(self.model, prompts[-1], tokens)
 
     def _padded(self) -> str | None:
         rollouts = self.sample.rollouts
@@ -301,15 +302,20 @@ class Check:
         return self.sample.error(sampled.hidden, truth)
 
     def _padded_tokens(self) -> str | None:
-        return self._same_tokens_alone([0, 0])
+        return self._tokens_as_alone([0, 0], "padded prompts")
 
     def _batched_tokens(self) -> str | None:
         """Prompts of equal length: the first with some tokens of its rollout."""
-        return self._same_tokens_alone([PROMPTS[1] - PROMPTS[0], 0])
+        return self._tokens_as_alone([PROMPTS[1] - PROMPTS[0], 0], "prompts in a batch")
 
-    def _same_tokens_alone(self, positions: list[int]) -> str | None:
-        prompts = [self.sample.rollouts.prefix(row, position) for row, position in enumerate(positions)]
-        together = generated(self.model, prompts)[2]
-        separately = torch.cat([generated(self.model, [prompt])[2] for prompt in prompts])
-        kind = "padded prompts" if positions == [0, 0] else "prompts in a batch"
-        return None if torch.equal(together, separately) else f"generate continues {kind} differently than alone"
+    def _tokens_as_alone(self, positions: list[int], kind: str) -> str | None:
+        """`generate` must choose the tokens of each row that are the best where it is alone, but for rounding."""
+        prompts = self._prompts(positions)
+        for prompt, response in zip(prompts, generated(self.model, prompts)[2], strict=True):
+            if self.sample.below_best(self.model, prompt, response) is not None:
+                return f"generate continues {kind} differently than alone"
+        return None
+
+    def _prompts(self, positions: list[int]) -> list[Tensor]:
+        """The rollouts up to these positions."""
+        return [self.sample.rollouts.prefix(row, position) for row, position in enumerate(positions)]
