@@ -29,6 +29,8 @@ embedding: teacher
 ground_cost: sqeuclidean
 seed: 5
 chat_template_kwargs: {enable_thinking: false}
+candidate_ranking: teacher_nll
+guidance_weight: 0.5
 """
 
 
@@ -46,13 +48,14 @@ def test_a_probe_measures_what_the_run_will_train_on(tmp_path: Path) -> None:
     options = parsed(tmp_path)
     found = {name: getattr(options, name) for name in (
         "student", "teacher", "data", "temperature", "max_new_tokens", "window_length", "share", "embedding", "cost",
-        "seed", "chat_template_kwargs",
+        "seed", "chat_template_kwargs", "candidate_ranking",
     )}  # fmt: skip
     assert found == {
         "student": "my-student", "teacher": "my-teacher", "data": "my.jsonl", "temperature": 0.7, "max_new_tokens": 77,
         "window_length": [9], "share": 0.05, "embedding": ["teacher"], "cost": ["sqeuclidean"], "seed": 5,
-        "chat_template_kwargs": {"enable_thinking": False},
+        "chat_template_kwargs": {"enable_thinking": False}, "candidate_ranking": "teacher_nll",
     }  # fmt: skip
+    assert parsed(tmp_path, command="correct").guidance_weight == 0.5
 
 
 @pytest.mark.parametrize("command", ["probe", "correct"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from check.bad_pairs import padded_head
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import prompts, tiny_model, tiny_trainer
 from transformers import AutoTokenizer
@@ -19,7 +20,7 @@ from topd.cli.recipes import recipes
 from topd.cli.train import parse
 from topd.errors import ResumeError, SavingError
 from topd.loading.options import PROVENANCE
-from topd.runs.provenance import command_line, options_of, plain, read_run, weights_digest
+from topd.runs.provenance import command_line, data_record, options_of, plain, read_run, weights_digest
 
 SAVES = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
@@ -185,6 +186,20 @@ def test_another_tokenizer_is_not_resumed_with(earlier, tmp_path, caplog):
         model.resize_token_embeddings(48)
     with pytest.raises(ResumeError, match="the tokenizer differs"):
         resumed(earlier, tmp_path / "run", caplog, student=student, teacher=teacher, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "other"),
+    [
+        ({"text": "1+1=2"}, {"text": "1+1=3"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "b"}]}),
+        ({"prompt": "a", "chat_template_kwargs": {"b": 1}}, {"prompt": "a", "chat_template_kwargs": {"b": 2}}),
+        ({"story": "a"}, {"story": "b"}),
+    ],
+)
+def test_other_rows_of_a_dataset_for_stage_1_are_noticed(row, other):
+    one, two = (data_record(Dataset.from_list([each])) for each in (row, other))
+    assert one["digest"] != two["digest"]
 
 
 # The optimizer's settings on resuming

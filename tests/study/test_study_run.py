@@ -13,9 +13,10 @@ from small_studies import files_of, plan
 
 from topd.embedded.pair import resolve_model
 from topd.errors import TokenizerMismatchError, TOPDError
+from topd.runs.files import write_json
 from topd.study import command
 from topd.study.curve import Curve
-from topd.study.run import Job, known_record, run_job, scratch_folder
+from topd.study.run import Job, known_record, run_job, scratch_folder, settings_of, what_it_is_made_of
 from topd.study.tasks import task_of
 
 
@@ -132,3 +133,21 @@ def test_a_record_of_other_weights_under_the_same_name_is_not_reused(tmp_path):
     del record["weights"]  # as written by an earlier version
     job.file.write_text(json.dumps(record))
     assert known_record(some, job) == record
+
+
+@pytest.mark.parametrize("changed", ["train", "held_out", "tuning"])
+def test_a_record_of_other_rows_under_the_same_name_is_not_reused(tmp_path, changed):
+    own = plan(**files_of(task_of(plan()), tmp_path))
+    job = command._final(own, own.arms[0], 0, {}, tmp_path / "out")
+    record = {"settings": settings_of(own, job), **what_it_is_made_of(own)}
+    write_json(record, job.file)
+    assert known_record(own, job) == json.loads(json.dumps(record))
+    file = tmp_path / f"{changed}.jsonl"
+    first, *others = file.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    row |= {"prompt": row["prompt"] + " "} if changed == "train" else {"answer": "11"}
+    file.write_text("".join([json.dumps(row) + "\n", *others]))
+    assert known_record(own, job) is None
+    del record["data"]  # as written by an earlier version
+    write_json(record, job.file)
+    assert known_record(own, job) is not None

@@ -191,6 +191,8 @@ def recipe_options(file: str) -> dict[str, Any]:
         "window_length": [config.window_length],
         "share": config.candidate_share,
         "student_window": [config.student_window],
+        "candidate_ranking": config.candidate_ranking,
+        "guidance_weight": config.guidance_weight,
         "embedding": [config.embedding],
         "cost": [config.ground_cost],
         "seed": config.seed,

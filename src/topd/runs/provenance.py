@@ -30,6 +30,11 @@ RUN_FILE = "run.yaml"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft", "vllm")
 SECRET = re.compile(r"(hub_|auth_|^)token$|password|secret|api_key", re.IGNORECASE)
 """Names of options whose values are never recorded."""
+TRAINED_ON = (
+    "prompt", "completion", "teacher", "teacher_prompt", "messages", "text", "input_ids", "labels",
+    "chat_template_kwargs",
+)  # fmt: skip
+"""Columns that go into the digest of a dataset; where it has none of them, all of its columns do."""
 SAMPLED = 16
 """Values of each parameter that go into its digest."""
 
@@ -132,11 +137,11 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
 
 
 def data_record(dataset: Any) -> dict[str, Any]:
-    """Number of rows, column names, and a digest of the texts that are trained on; only the names for a stream."""
+    """Number of rows, column names, and a digest of what is trained on; only the names for a stream."""
     names = list(getattr(dataset, "column_names", None) or [])
     if not hasattr(dataset, "__len__"):
         return {"rows": None, "columns": names, "digest": None}
-    read = [name for name in ("prompt", "completion", "teacher", "teacher_prompt") if name in names]
+    read = [name for name in TRAINED_ON if name in names] or names
     values = (json.dumps(value, sort_keys=True, default=str) for name in read for value in dataset[name])
     return {"rows": len(dataset), "columns": names, "digest": digest(values)}
 

@@ -18,7 +18,7 @@ from topd.errors import TOPDError
 from topd.runs.files import PART, write_json
 from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
-from topd.study.run import SCRATCH, Job, adapter_of, job_of, known_record, pair_tokenizer, run_job
+from topd.study.run import SCRATCH, Job, adapter_of, job_of, known_record, pair_tokenizer, run_job, what_it_is_made_of
 from topd.study.summary import WAYS, print_tables, summarise
 from topd.study.tasks import task_of
 from topd.version import STUDY_VERSION
@@ -123,7 +123,8 @@ def _timed(
 
 def _run_all(plan: StudyPlan, jobs: list[Job], workers: int, console: Console, each: Any) -> dict[Path, dict[str, Any]]:
     """Records by file; `each` is called with the records so far after every run."""
-    records = {job.file: record for job in jobs if (record := known_record(plan, job)) is not None}
+    made_of = what_it_is_made_of(plan)
+    records = {job.file: record for job in jobs if (record := known_record(plan, job, made_of)) is not None}
     missing = [job for job in jobs if job.file not in records]
     if records and missing:
         console.print(f"{len(records)} of {len(jobs)} runs are done already.")

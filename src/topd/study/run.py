@@ -10,7 +10,7 @@ from typing import Any
 from topd.errors import TOPDError, install
 from topd.runs.files import write_json
 from topd.study.config import ArmPlan, StudyPlan
-from topd.study.tasks import task_of
+from topd.study.tasks import Task, task_of
 
 SCRATCH = ".scratch"
 """Suffix of the folder in which a run trains, next to its record."""
@@ -33,16 +33,25 @@ def job_of(plan: StudyPlan, arm: ArmPlan, seed: int, options: dict[str, Any], fi
     return Job(arm.name, seed, arm.options | options, steps or round(plan.steps * arm.steps_factor), file)
 
 
-def known_record(plan: StudyPlan, job: Job) -> dict[str, Any] | None:
-    """The record of an earlier run of the same job with the same settings, if there is a whole one."""
+def known_record(plan: StudyPlan, job: Job, made_of: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The record of an earlier run of the same job with the same settings, models and data, if there is a whole one.
+
+    `made_of`: of the plan, where it is known already.
+    """
     try:
         record = json.loads(job.file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("settings") != settings_of(plan, job):
         return None
-    weights = weights_of(plan)
-    return record if record.get("weights", weights) == weights else None  # earlier versions did not record them
+    now = made_of or what_it_is_made_of(plan)
+    same = all(record.get(name, value) == value for name, value in now.items())  # earlier versions did not record them
+    return record if same else None
+
+
+def what_it_is_made_of(plan: StudyPlan, task: Task | None = None) -> dict[str, Any]:
+    """Digests of the models and of your own data, which may be others later under the same names."""
+    return {"weights": weights_of(plan), "data": (task or task_of(plan)).digest()}
 
 
 def weights_of(plan: StudyPlan) -> dict[str, str | None]:
@@ -73,7 +82,8 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     silence_libraries()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    task, weights = task_of(plan), weights_of(plan)
+    task = task_of(plan)
+    made_of = what_it_is_made_of(plan, task)
     scratch = scratch_folder(job)
     try:
         config = config_of(plan, job, scratch)
@@ -100,7 +110,7 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     log, seconds = trainer.state.log_history, time.perf_counter() - started
     record = {
         "version": 1,
-        "settings": settings_of(plan, job), "weights": weights,
+        "settings": settings_of(plan, job), **made_of,
         "right": {how: [int(each) for each in answers] for how, answers in right.items()},
         "curve": curve.with_tokens(log), "metrics": metrics_of(log),
         "seconds_training": curve.seconds, "seconds": seconds,

@@ -1,9 +1,11 @@
 """What a study trains on and evaluates: the embedded task, or your own data and benchmark."""
 
+import json
 from typing import Any
 
 from topd.embedded.task import make_problems
 from topd.errors import TOPDError
+from topd.runs.provenance import digest
 from topd.study.config import StudyPlan
 
 
@@ -12,6 +14,10 @@ class EmbeddedTask:
 
     def __init__(self, plan: StudyPlan) -> None:
         self.plan = plan
+
+    def digest(self) -> str | None:
+        """None: the settings say all."""
+        return None
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Rows with `prompt`, drawn by seed; disjoint from the problems."""
@@ -73,6 +79,11 @@ class OwnTask:
                 raise TOPDError(f"{len(common)} prompts of {where}, such as {min(common)[:80]!r}. Take them out.")
         if (count := len(self.held.problems)) < plan.held_out:
             raise TOPDError(f"{plan.benchmark} has fewer problems than {plan.held_out}: write held_out: {count}.")
+
+    def digest(self) -> str | None:
+        """Of all prompts, problems and answers, which the files may have others of later."""
+        problems = [*self.held_out(), *self.tuning()]
+        return digest([*(json.dumps(row["prompt"]) for row in self.rows), *(problem.id for problem in problems)])
 
     def prompts(self, count: int, seed: int) -> list[dict[str, Any]]:
         """All rows in an order drawn by seed, repeated in another order if there are too few."""
