@@ -227,6 +227,22 @@ def test_the_best_checkpoint_is_named_where_it_lies(tmp_path):
     assert Path(stored["best_model_checkpoint"]).is_dir()
 
 
+def test_a_damaged_best_checkpoint_is_not_loaded_at_the_end(copy, caplog, fault):
+    trainer = tiny_trainer(copy)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+
+    def changed_by(checkpoint):
+        trainer.state.best_model_checkpoint = str(checkpoint)
+        trainer._load_best_model()
+        return not all(map(torch.equal, before, trainer.model.parameters()))
+
+    flip(copy / "checkpoint-2" / "model.safetensors")
+    assert not changed_by(copy / "checkpoint-2")
+    assert "checkpoint-2, the best checkpoint, is damaged: model.safetensors is damaged" in caplog.text
+    assert changed_by(copy / "checkpoint-1")
+    fault("the best checkpoint damaged, load_best_model_at_end", "a warning; the model stays that of the last step")
+
+
 def test_a_new_run_keeps_the_records_of_an_earlier_one(tmp_path):
     for _ in range(2):
         tiny_trainer(tmp_path, max_steps=1, audit_steps=1, max_completion_length=6).train()

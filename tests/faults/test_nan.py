@@ -1,10 +1,15 @@
 """A NaN in the student: the run stops before the optimizer moves, and names the last complete checkpoint."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
+from topd.cli.main import main
+from topd.embedded.pair import resolve_model
 from topd.errors import NonFiniteError
 from topd.runs.checkpoints import damage
 from topd.runs.non_finite import first_non_finite
@@ -76,3 +81,28 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path):
     trainer = tiny_trainer(tmp_path, trainer_options={"callbacks": [Spoil()]}, **SAVES | {"save_strategy": "no"})
     with pytest.raises(NonFiniteError, match=r"no checkpoint was saved yet.*Start again"):
         trainer.train()
+
+
+OF_THE_MODEL = {
+    "eval": ["--model", "MODEL", "--benchmark", "embedded", "--limit", "2", "--samples", "1"],
+    "generate": ["--teacher", "MODEL", "--data", "embedded", "--limit", "2", "--temperature", "0"],
+    "probe": ["--student", "embedded:student-standard", "--teacher", "MODEL", "--rollouts", "2"],
+    "correct": ["--student", "embedded:student-standard", "--teacher", "MODEL", "--rollouts", "2"],
+}
+
+
+@pytest.mark.parametrize("command", OF_THE_MODEL)
+def test_a_model_that_computes_nan_has_no_accuracy_and_no_solutions(tmp_path, capsys, command, fault):
+    broken = tmp_path / "model"
+    shutil.copytree(resolve_model("embedded:teacher"), broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    words = [str(broken) if word == "MODEL" else word for word in OF_THE_MODEL[command]]
+    out = tmp_path / ("out.jsonl" if command == "generate" else "out")
+    assert main([command, *words, "--max-new-tokens", "8", "--out", str(out)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "are NaN" in said
+    assert "--dtype float32 or bfloat16" in said
+    assert not any(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
+    fault(f"topd {command}: a model that computes NaN", "a message; nothing is counted or kept")

@@ -94,9 +94,32 @@ def test_an_adapter_on_the_output_head_is_in_the_loss_and_learns() -> None:
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-def test_a_kind_of_adapter_that_the_loss_cannot_follow_is_refused() -> None:
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
+@pytest.mark.parametrize("options", ON_THE_ENDS, ids=str)
+def test_the_loss_has_the_head_that_the_adapted_model_has(options: dict[str, Any]) -> None:
+    student = adapted(tiny_model(0), **options)
+    states = torch.randn(3, student.config.hidden_size)
+    expected = student.get_output_embeddings()(states)
+    torch.testing.assert_close(output_head(student).logits(states), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True),
+        peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True),
+        peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+        peft.LoHaConfig(r=2, target_modules=["lm_head"]),
+        peft.TrainableTokensConfig(token_indices=[5, 6], target_modules=["embed_tokens"]),
+    ],
+    ids=["DoRA", "bias", "IA3", "LoHa", "tokens"],
+)
+def test_a_kind_of_adapter_that_the_loss_cannot_follow_is_refused(config: Any) -> None:
+    model = peft.get_peft_model(tiny_model(0), config)
     with pytest.raises(TOPDError, match="only plain LoRA"):
-        output_head(adapted(tiny_model(0), target_modules=["lm_head"], use_dora=True))
+        output_head(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(output_head(model).weight, tiny_model(0).lm_head.weight)
 
 
 def test_an_adapter_is_merged_into_a_base_whose_packed_weights_take_no_gradient(tmp_path: Path) -> None:

@@ -152,6 +152,23 @@ def test_merge_writes_a_whole_model(adapter, tmp_path, capsys):
     assert "is not an adapter folder" in capsys.readouterr().err
 
 
+def test_a_merge_that_fails_leaves_nothing_and_can_be_repeated(adapter, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["merge", str(adapter[0]), "--out", str(out / "whole")]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+        assert main(command) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    (out / "whole").mkdir()  # an empty folder is taken
+    assert main(command) == 0
+    assert [path.name for path in out.iterdir()] == ["whole"]
+
+
 def test_a_study_of_adapters(adapter, tmp_path):
     """Every run trains the same adapter further."""
     folder, _ = adapter

@@ -178,6 +178,17 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, caplog):
         resumed(tmp_path / "a", tmp_path / "b", caplog, student=student(4))
 
 
+def test_an_adapter_that_is_scaled_otherwise_is_noticed(tmp_path, caplog):
+    def student(alpha):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return get_peft_model(tiny_model(0), config)
+
+    tiny_trainer(tmp_path / "a", student=student(4), **SAVES).train()
+    _, told = resumed(tmp_path / "a", tmp_path / "b", caplog, student=student(32))
+    assert "student's adapters: r 2, lora_alpha 4, " in told
+    assert "-> r 2, lora_alpha 32, " in told
+
+
 def test_another_tokenizer_is_not_resumed_with(earlier, tmp_path, caplog):
     folder = padded_head(tmp_path / "model", role="student-standard", rows=48)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from topd.algorithm import TokenScores, highest_loss
 from topd.algorithm.transport import GroundCost
+from topd.errors import NonFiniteError
 from topd.near_future import DistilledModel, Places, Rollouts, Windows
 from topd.paper import GROUPS
 from topd.training.method import Embedding, Method, Ranking, StudentWindow, ranking
@@ -75,10 +76,18 @@ def measure(
     student: DistilledModel, teacher: DistilledModel, rollouts: Rollouts, options: ProbeOptions,
     groups: Sequence[str] = tuple(GROUPS),
 ) -> tuple[TokenScores, dict[str, Measured]]:  # fmt: skip
-    """Scores of the response tokens [rollout, position], 0 at padding; and the groups "high", "random" and "low"."""
+    """Scores of the response tokens [rollout, position], 0 at padding; and the groups "high", "random" and "low".
+
+    Raises `NonFiniteError` if a token loss is NaN.
+    """
     mask = rollouts.loss_mask.bool()
     kept: StudentWindow = next((kind for kind in options.student_windows if kind != "rollout"), "rollout")
     scores, pair = score(rollouts, student, teacher, Method(student_window=kept))
+    if bool(scores.kl[mask].isnan().any()):
+        raise NonFiniteError(
+            "The token losses of a rollout are NaN: the weights of a model are broken (NaN or infinity), or its dtype is "
+            "too small (--dtype float32 or bfloat16)."
+        )
     high = ranking(scores, options.ranking)
     low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is not agreement
     chance = torch.rand(mask.shape, generator=torch.Generator().manual_seed(options.seed)).to(mask.device)

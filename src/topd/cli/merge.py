@@ -1,6 +1,7 @@
 """`topd merge`: a LoRA adapter and its base as one whole model."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 from topd.errors import TOPDError
@@ -20,6 +21,7 @@ def run(options: argparse.Namespace) -> None:
     from topd.loading.models import loaded_model
     from topd.runs.checkpoints import saving
     from topd.runs.console import silence_libraries
+    from topd.runs.files import PART
 
     adapter, out = str(options.adapter), options.out
     if not is_adapter(adapter):
@@ -29,7 +31,13 @@ def run(options: argparse.Namespace) -> None:
         raise TOPDError(f"--out {out} is not an empty folder: use a new one.")
     silence_libraries()
     whole = loaded_model(adapter, options.dtype)
-    with saving(f"The merged model in {out}", out):
-        for part in whole:
-            part.save_pretrained(out)
+    aside = out.with_name(out.name + PART)
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed merge
+    try:
+        with saving(f"The merged model in {out}", out):
+            for part in whole:
+                part.save_pretrained(aside)
+            aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"{adapter} merged into {base}: {out}")

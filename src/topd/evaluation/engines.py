@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from topd.errors import TOPDError, install
+from topd.errors import NonFiniteError, TOPDError, install
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
 from topd.near_future.model_parts import (
@@ -158,13 +158,19 @@ class LocalEngine:
             bos_token_id=None, disable_compile=True,
         )  # fmt: skip
         chooser = [] if sampling.temperature == 0 else [OwnRandomNumbers(batch, sampling, longest)]
+        watch = NanWatch()
         compactly = self._leaving and len(batch) > 1 and bool(self.eos)
         generate = partial(generate_compactly, self.model.generate, chooser) if compactly else self.model.generate
         with own_settings_only(self.model), adapters_merged(self.model):
             output: Tensor = generate(
                 input_ids=ids, attention_mask=mask, generation_config=config,
-                logits_processor=LogitsProcessorList(chooser),
+                logits_processor=LogitsProcessorList([watch, *chooser]),
             )  # fmt: skip
+        if bool(watch.found):
+            raise NonFiniteError(
+                f"The logits of {self.model.config._name_or_path or 'the model'} are NaN. Its weights are broken (NaN "
+                "or infinity), or its dtype is too small: try --dtype float32 or bfloat16."
+            )
         return output[:, longest:].cpu()
 
     def _response(self, row: Tensor) -> Response:
@@ -172,6 +178,16 @@ class LocalEngine:
         count = int(ends[0]) + 1 if len(ends) else len(row)
         text = self.tokenizer.decode(row[:count], skip_special_tokens=True)
         return Response(str(text), truncated=not len(ends), tokens=count)
+
+
+class NanWatch(LogitsProcessor):
+    """Whether any logit was NaN, from which no sensible token can be chosen. The host need not wait for it."""
+
+    found: bool | Tensor = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.found = scores.isnan().any() | self.found
+        return scores
 
 
 class OwnRandomNumbers(LogitsProcessor):

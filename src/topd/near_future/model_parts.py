@@ -70,12 +70,14 @@ def _weight(layer: Any) -> Tensor:
         TOPDError: an adapter on the output head that is no plain LoRA.
     """
     weight = whole(layer.weight)
-    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+    if "base_layer" not in dict(layer.named_children()) or layer.disable_adapters or layer.merged:
         return weight
+    biased = getattr(layer, "lora_bias", {})
     for adapter in layer.active_adapters:
-        if adapter in layer.lora_variant:
+        if not hasattr(layer, "lora_A") or adapter in layer.lora_variant or biased.get(adapter):
             raise TOPDError(
-                "On the output head only plain LoRA adapters work, no DoRA: leave lm_head out of the targets."
+                "On the output head only plain LoRA adapters work, without bias, no DoRA and no other kind: leave "
+                "lm_head out of the adapter's targets, and embed_tokens if both are one tensor."
             )
         if adapter in layer.lora_A:
             weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)

@@ -54,6 +54,11 @@ def damage(checkpoint: Path, thorough: bool = False) -> str | None:
         if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
             cause = "; --save_only_model true saves none" if part != "weights in safetensors" else ""
             return f"there is no file with {part}{cause}"
+    return changed_file(checkpoint, thorough)
+
+
+def changed_file(checkpoint: Path, thorough: bool = False) -> str | None:
+    """Which file of a checkpoint differs from its checksums; None if all agree, or it has none."""
     if not (checkpoint / CHECKSUMS).exists():
         return None
     try:

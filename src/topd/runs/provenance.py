@@ -102,14 +102,17 @@ def model_record(model: Any, name: str | None) -> dict[str, Any]:
     """The record of a model.
 
     Returns:
-        `name`, `revision` (commit on the Hub, if any), `architecture`, `parameters`, `trained`, `dtype`, and digests
-        of the `shapes`, the `weights` and the `frozen` weights; None if this process does not have all of them.
+        `name`, `revision` (commit on the Hub, if any), `architecture`, `adapters`, `parameters`, `trained`, `dtype`,
+        and digests of the `shapes`, the `weights` and the `frozen` weights; None if this process does not have all of
+        them.
     """
     parameters = dict(model.named_parameters())
+    adapters = getattr(model, "peft_config", None) or {}
     return {
         "name": name or model.config._name_or_path or f"a loaded {type(model).__name__}",
         "revision": getattr(model.config, "_commit_hash", None),
         "architecture": type(model).__name__,
+        "adapters": "; ".join(_scaled(config) for config in adapters.values()) or None,
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "trained": sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad),
         "dtype": str(next(iter(parameters.values())).dtype).removeprefix("torch."),
@@ -117,6 +120,12 @@ def model_record(model: Any, name: str | None) -> dict[str, Any]:
         "weights": weights_digest(parameters),
         "frozen": weights_digest({n: p for n, p in parameters.items() if not p.requires_grad}),
     }
+
+
+def _scaled(adapter: Any) -> str:
+    """What an adapter's effect depends on besides its weights."""
+    names = ("r", "lora_alpha", "use_rslora", "lora_dropout")
+    return ", ".join(f"{name} {getattr(adapter, name)}" for name in names if hasattr(adapter, name))
 
 
 def weights_digest(parameters: Mapping[str, Tensor]) -> str | None:

@@ -24,7 +24,15 @@ from trl.trainer.utils import RepeatSampler
 
 from topd.errors import ResumeError, TOPDError
 from topd.logs import get_logger
-from topd.runs.checkpoints import UNFINISHED, checkpoint_to_resume, damage, put_in_place, saving, saving_error
+from topd.runs.checkpoints import (
+    UNFINISHED,
+    changed_file,
+    checkpoint_to_resume,
+    damage,
+    put_in_place,
+    saving,
+    saving_error,
+)
 from topd.runs.files import write_json
 from topd.runs.guard import DISK_FULL, output_may_close
 from topd.runs.interrupts import StopWhenAsked, run_interrupted
@@ -139,6 +147,15 @@ class ResumableTrainer(Trainer):
         name = first_non_finite(self.accelerator.unwrap_model(self.model))
         if self._on_any_process(name is not None) if everywhere else name is not None:
             raise non_finite_weights(name or "of another process", self.state.global_step, what, self._folder)
+
+    def _load_best_model(self) -> None:
+        """As in transformers, but a damaged checkpoint is not loaded."""
+        best = Path(str(self.state.best_model_checkpoint))
+        broken = self._on_main_process(lambda: changed_file(best, thorough=True))
+        if broken is None:
+            super()._load_best_model()
+        else:
+            logger.warning(f"{best}, the best checkpoint, is damaged: {broken}. The model stays that of the last step.")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As in transformers, but weights that are tied to others are not missing: a checkpoint has them once."""
