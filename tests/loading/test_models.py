@@ -153,7 +153,7 @@ def test_merge_writes_a_whole_model(adapter, tmp_path, capsys):
 
 
 def test_a_merge_that_fails_leaves_nothing_and_can_be_repeated(adapter, tmp_path, capsys, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     out = tmp_path / "out"
@@ -164,9 +164,11 @@ def test_a_merge_that_fails_leaves_nothing_and_can_be_repeated(adapter, tmp_path
         assert main(command) == 2
     assert "No space left" in capsys.readouterr().err
     assert list(out.iterdir()) == []
-    (out / "whole").mkdir()  # an empty folder is taken
+    (out / "whole").mkdir()
+    (out / "whole" / "traceback.txt").write_text("of an earlier merge")
     assert main(command) == 0
     assert [path.name for path in out.iterdir()] == ["whole"]
+    assert not (out / "whole" / "traceback.txt").exists()
 
 
 def test_a_study_of_adapters(adapter, tmp_path):

@@ -85,8 +85,8 @@ def measure(
     scores, pair = score(rollouts, student, teacher, Method(student_window=kept))
     if bool(scores.kl[mask].isnan().any()):
         raise NonFiniteError(
-            "The token losses of a rollout are NaN: the weights of a model are broken (NaN or infinity), or its dtype is "
-            "too small (--dtype float32 or bfloat16)."
+            "The token losses of a rollout are NaN: the weights of a model are broken (NaN or infinity), or its dtype "
+            "is too small (--dtype float32 or bfloat16)."
         )
     high = ranking(scores, options.ranking)
     low = -high.abs() if options.ranking == "log_ratio" else -high  # a log ratio far below 0 is not agreement

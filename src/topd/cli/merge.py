@@ -22,12 +22,13 @@ def run(options: argparse.Namespace) -> None:
     from topd.runs.checkpoints import saving
     from topd.runs.console import silence_libraries
     from topd.runs.files import PART
+    from topd.runs.guard import TRACEBACK
 
     adapter, out = str(options.adapter), options.out
     if not is_adapter(adapter):
         raise TOPDError(f"{adapter} is not an adapter folder: it needs an adapter_config.json, and no config.json.")
     base = base_of(adapter)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {TRACEBACK}):
         raise TOPDError(f"--out {out} is not an empty folder: use a new one.")
     silence_libraries()
     whole = loaded_model(adapter, options.dtype)
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
         with saving(f"The merged model in {out}", out):
             for part in whole:
                 part.save_pretrained(aside)
+            (out / TRACEBACK).unlink(missing_ok=True)  # of a merge that failed
             aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
