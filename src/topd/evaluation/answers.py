@@ -19,8 +19,8 @@ Rule = Literal["math", "integer", "gsm8k", "lm_eval", "embedded"]
   "or" count as one list.
 * "integer": the content of the last `\\boxed{}`, exactly, as a whole number (AIME: 0 to 999): `073`, `73.0`,
   `\\textbf{73}`, `73 \\text{ cm}`, and what follows the equals sign in `m+n = 73`.
-* "gsm8k": the number behind the last `####`, by value: `1,234` and `1234.0` are the same, and so
-  are `1/2` and `.5`. A unit may follow it.
+* "gsm8k": the last number behind a `####`, by value: `1,234` and `1234.0` are the same, and so are `1/2` and `.5`. A
+  unit may follow it.
 * "lm_eval": as the AIME tasks of lm-evaluation-harness; see the module.
 * "embedded": the embedded task's closing sentence.
 """
