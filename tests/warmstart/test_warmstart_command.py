@@ -109,7 +109,7 @@ def test_messages_and_options_of_the_chat_template_reach_the_tokens(solutions, t
         str(tmp_path), kd_ratio=0, chat_template_kwargs={"enable_thinking": False}, use_cpu=True, bf16=False
     )
     prepared = WarmStartTrainer(
-        tiny_model(0), args=config, train_dataset=training_rows(str(data), SolutionArguments(), config),
+        tiny_model(0), args=config, train_dataset=training_rows(str(data), SolutionArguments()),
         processing_class=tokenizer,
     ).train_dataset[0]  # fmt: skip
     assert tokenizer.decode(prepared["input_ids"]) == f" then {rows[0]['prompt']}{rows[0]['completion']}<eos>"

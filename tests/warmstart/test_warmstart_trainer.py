@@ -10,6 +10,7 @@ from trl import SFTTrainer
 
 from topd.cli.warmstart import save
 from topd.embedded.task import TEACHER, make_problems, write_solution
+from topd.errors import DataError
 from topd.loading.adapters import is_adapter
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
@@ -60,6 +61,35 @@ def naive_loss(student: Any, teacher: Any, batch: dict[str, torch.Tensor], kd_ra
                 total = total + kd_ratio * kl - (1 - kd_ratio) * q[ids[place]]
                 count += 1
     return total / count
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "There is nothing to train on"),
+        ([], "train_dataset has no rows"),
+        ([{"prompt": "1+1", "response": "2"}], "its columns are prompt, response. Rename"),
+    ],
+)
+def test_a_dataset_without_solutions_ends_in_a_message(tmp_path, rows, said):
+    dataset = None if rows is None else Dataset.from_list(rows)
+    args = WarmStartConfig(str(tmp_path), kd_ratio=0, use_cpu=True, bf16=False)
+    with pytest.raises(DataError, match=said):
+        WarmStartTrainer(tiny_model(0), args=args, train_dataset=dataset, processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"kd_ratio": "0.5"}, "kd_ratio is '0.5'; write a number"),
+        ({"max_length": "100"}, "max_length is '100'; write a whole number or nothing"),
+        ({"chat_template_kwargs": "no"}, "chat_template_kwargs must be `name: value` lines or a JSON object"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(tmp_path, option, said):
+    with pytest.raises(ValueError, match=said):
+        WarmStartConfig(str(tmp_path), use_cpu=True, bf16=False, **option)
+    assert WarmStartConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate="2e-5").learning_rate == 2e-5
 
 
 def test_without_the_teacher_it_is_trl_s_sft_bit_for_bit(tmp_path):

@@ -73,7 +73,7 @@ def _train(words: Sequence[str], data: SolutionArguments, config: Any, model: An
     resume = resume_from(config)
     teacher = config.teacher_model_name_or_path if config.distils else None
     datasets = {"train": data.data, "eval": data.eval_data}
-    loaded = {part: solutions(source, data, config) for part, source in datasets.items() if source}
+    loaded = {part: solutions(source, data) for part, source in datasets.items() if source}
     names, folder = " and ".join(filter(None, (model.model_name_or_path, teacher))), Path(config.output_dir)
     trainer, first = trained(
         WarmStartTrainer, names, config, model, record, resume, teacher, loaded["train"], loaded.get("eval")
@@ -90,16 +90,13 @@ def parse(argv: Sequence[str]) -> tuple[SolutionArguments, Any, Any]:
     return parse_options(argv, page())
 
 
-def solutions(source: Any, data: SolutionArguments, config: Any) -> Any:
+def solutions(source: Any, data: SolutionArguments) -> Any:
     """The rows in the form that TRL's trainer takes."""
     from topd.warmstart.solutions import load_solutions
 
-    rows = load_solutions(
+    return load_solutions(
         source, split=data.data_split, limit=data.data_limit, truncated=data.keep_truncated, form=form_of(data)
     )
-    if config.chat_template_kwargs:
-        return rows.add_column("chat_template_kwargs", [config.chat_template_kwargs] * len(rows))
-    return rows
 
 
 def save(trainer: Any, folder: Path) -> Path:

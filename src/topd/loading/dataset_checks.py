@@ -51,6 +51,20 @@ def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
             check_teacher_prompts(dataset[COLUMN], dataset[TEACHER_PROMPT], name)
 
 
+def check_solutions(dataset: Any, text_column: str) -> None:
+    """Raise `DataError` unless the warm start's dataset has rows, and columns that TRL's `SFTTrainer` takes."""
+    if dataset is None or (hasattr(dataset, "__len__") and not len(dataset)):
+        state = "There is nothing to train on" if dataset is None else "train_dataset has no rows"
+        raise DataError(f"{state}: pass a dataset with the columns 'prompt' and 'completion'.")
+    columns = getattr(dataset, "column_names", None)
+    forms = {COLUMN, "completion"}, {"messages"}, {"conversations"}, {text_column}, {"input_ids"}
+    if columns is not None and not any(form <= set(columns) for form in forms):
+        raise DataError(
+            f"train_dataset has no columns 'prompt' and 'completion'; its columns are {', '.join(columns) or 'none'}. "
+            "Rename those with prompts and solutions (dataset.rename_column), or give a column 'messages'."
+        )
+
+
 def check_columns(columns: Sequence[str], name: str) -> None:
     """Raise `DataError` unless one of the columns holds prompts."""
     if COLUMN not in columns:

@@ -82,6 +82,14 @@ def check_kinds(config: Any) -> None:
             raise ValueError(f"{option.name} is {value!r:.60}; write {_in_words(hint)}.")
 
 
+def check_objects(config: Any) -> None:
+    """Raise `ValueError` where a config's option of `name: value` lines is text that is no JSON object."""
+    for name in config._VALID_DICT_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, str) and value:
+            raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
+
+
 def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

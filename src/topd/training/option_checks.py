@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING
 
+from topd.loading.options import check_objects
+
 if TYPE_CHECKING:
     from topd.training.config import TOPDConfig
 
@@ -41,8 +43,7 @@ def check_options(args: TOPDConfig, own: Container[str], choices: Mapping[str, t
     for name, value in vars(args).items():
         if name in own and isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite; got {value}.")
-        if name in args._VALID_DICT_FIELDS and isinstance(value, str) and value:
-            raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
+    check_objects(args)
     for name in ("candidate_share", "token_share"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"{name} must be in (0, 1]; got {getattr(args, name)}.")

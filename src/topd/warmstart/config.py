@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from topd.loading.options import check_kinds, check_objects
+
 
 @dataclass
 class WarmStartConfig(SFTConfig):
@@ -41,7 +43,9 @@ class WarmStartConfig(SFTConfig):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns only the loss, no logits."})
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         super().__post_init__()
+        check_objects(self)
         if not 0 <= self.kd_ratio <= 1:
             raise ValueError(f"kd_ratio must be in [0, 1]; got {self.kd_ratio}.")
         if self.distils and (self.loss_type != "nll" or self.label_smoothing_factor > 0):

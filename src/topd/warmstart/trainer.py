@@ -14,7 +14,7 @@ from topd.algorithm import LikelihoodTerms
 from topd.errors import NonFiniteError, TOPDError
 from topd.loading.adapters import is_adapter, weights_of
 from topd.loading.by_name import SAFE
-from topd.loading.dataset_checks import check_one
+from topd.loading.dataset_checks import check_one, check_solutions
 from topd.loading.models import model_to_train, names_of
 from topd.loading.pair import load, loaded_teacher
 from topd.loading.precision import watch_rounding
@@ -72,6 +72,8 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
             raise TOPDError(f"args is a {type(args).__name__}; pass a WarmStartConfig, which takes the same options.")
         self._names, self._given_dataset = names_of(student=model, teacher=teacher_model), kwargs.get("train_dataset")
         check_one(self._given_dataset)
+        if not (rest or kwargs.get("formatting_func")):
+            check_solutions(self._given_dataset, args.dataset_text_field)
         check_writable(args)
         model, teacher_model = model_to_train("student", model), model_to_train("teacher", teacher_model)
         if args.distils and teacher_model is None:
@@ -110,7 +112,11 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         return self.train_dataset if self._given_dataset is None else self._given_dataset
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """TRL's, with solutions as the token ids of generation."""
+        """TRL's, with solutions as the token ids of generation, and the options of the chat template."""
+        options: Any = args.chat_template_kwargs
+        if options and "input_ids" not in next(iter(dataset)):  # TRL has a column for them, no option
+            name = "chat_template_kwargs"
+            dataset = dataset.map(lambda row: {name: options | (row.get(name) or {})})
         if not (args.assistant_only_loss or self._is_vision_dataset):
             template = {} if self.chat_template is None else {"chat_template": self.chat_template}
             dataset = as_generated(dataset, self._tokenizer, self._ends(), self.completion_only_loss, **template)
