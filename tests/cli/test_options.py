@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from topd.cli import check, correct, names, probe, train, warmstart
+from topd.cli.data_options import source_of
 from topd.cli.main import main, parser
 from topd.cli.options import json_object, option_names
 from topd.errors import TOPDError
@@ -34,14 +35,14 @@ guidance_weight: 0.5
 """
 
 
-def parsed(tmp_path: Path, *more: str, command: str = "probe") -> argparse.Namespace:
+def parsed(tmp_path: Path, *words: str, command: str = "probe", more: str = "") -> argparse.Namespace:
     file = tmp_path / "run.yaml"
-    file.write_text(RECIPE)
-    top = argparse.ArgumentParser()
+    file.write_text(RECIPE + more)
+    top = argparse.ArgumentParser("topd")
     commands = top.add_subparsers()
     probe.add_options(commands.add_parser("probe"))
     correct.add_options(commands.add_parser("correct"))
-    return top.parse_args([command, "--config", str(file), *more])
+    return top.parse_args([command, "--config", str(file), *words])
 
 
 def test_a_probe_measures_what_the_run_will_train_on(tmp_path: Path) -> None:
@@ -56,6 +57,20 @@ def test_a_probe_measures_what_the_run_will_train_on(tmp_path: Path) -> None:
         "chat_template_kwargs": {"enable_thinking": False}, "candidate_ranking": "teacher_nll",
     }  # fmt: skip
     assert parsed(tmp_path, command="correct").guidance_weight == 0.5
+
+
+def test_what_an_analysis_does_not_use_of_the_file_is_named(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "run.yaml"
+    parsed(tmp_path)
+    assert capsys.readouterr().err == ""
+    more = "top_p: 0.9\ntop_k: 20\nbeta: 0\nmodel_revision: v2\nteacher_model_revision: v3\n"
+    parsed(tmp_path, more=more)
+    assert capsys.readouterr().err == (
+        f"topd: {file}: topd probe does not use model_revision, teacher_model_revision, top_p, top_k, beta of it; its "
+        "figures are those of a run without.\n"
+    )
+    parsed(tmp_path, command="correct")
+    assert "topd correct does not use embedding, ground_cost, candidate_ranking of it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["probe", "correct"])
@@ -74,6 +89,13 @@ def test_a_value_that_is_no_json_object_is_rejected(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="write a JSON object"):
         json_object(text)
     assert json_object('{"enable_thinking": false}') == {"enable_thinking": False}
+
+
+def test_a_name_that_a_json_value_has_twice_is_rejected() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="'a' appears more than once in an object; remove one"):
+        json_object('{"a": true, "a": false}')
+    with pytest.raises(ValueError, match=r"'a\.jsonl' appears more than once"):
+        source_of(['{"a.jsonl": 1, "a.jsonl": 2}'])
 
 
 # One spelling on all commands

@@ -1,10 +1,10 @@
 """Options of all commands that read data: in which form people have it."""
 
-import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from topd.loading.rows import DataForm
+from topd.parsing import read_json
 
 
 def option(default: Any, text: str) -> Any:
@@ -47,12 +47,14 @@ def form_of(options: Any) -> DataForm:
 def source_of(given: Any) -> Any:
     """A source as `load_prompts` takes it: of one word of a command line, the word, or the mixture that it writes.
 
-    Raises `ValueError` if it begins with { and is no JSON object.
+    Raises `ValueError` if it begins with { and is no JSON object, or names a source twice.
     """
     if not isinstance(given, list) or len(given) != 1:
         return given or None
     (word,) = given
     try:
-        return json.loads(word) if word.lstrip().startswith("{") else word
+        return read_json(word) if word.lstrip().startswith("{") else word
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"data is {word:.60}; write a JSON object of sources and weights, or a name.") from error
+        raise ValueError(
+            f"data is {word:.60}; write a JSON object of sources and weights, or a name ({error})."
+        ) from error

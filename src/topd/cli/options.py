@@ -200,9 +200,9 @@ def _check_json(name: str, text: Any, kinds: Any) -> None:
 def json_object(text: str) -> dict[str, Any]:
     """The value of an argument such as '{"enable_thinking": false}'."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+        value = read_json(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"write a JSON object, not {text[:60]!r} ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"write a JSON object, not {text[:60]!r}")
     return value

@@ -1,6 +1,7 @@
 """`topd probe`: from names to loaded models and token ids, also for `topd correct`. The analysis is in `analysis/`."""
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from topd.cli.data_options import FormArguments, add_form_options, form_of, sour
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
 from topd.lm.pair import DATA as LM_DATA
+from topd.visible import visible
 
 EMBEDDED = {"student": "embedded:long-student", "teacher": "embedded:long-teacher"}
 EMBEDDED_DEFAULTS = {
@@ -21,6 +23,12 @@ EMBEDDED_DEFAULTS = {
 the paper's K and share."""
 DEFAULTS = {"window_length": [50], "share": 0.0225, "max_new_tokens": 2048}
 STUDENT_WINDOWS = ("rollout", "candidate", "regenerated")
+NOT_USED = (
+    "model_revision", "teacher_model_revision", "model_init_kwargs", "teacher_model_init_kwargs", "teachers",
+    "teacher_model_server_url", "teacher_system_prompt", "teacher_chat_template_kwargs", "top_p", "top_k", "min_p",
+    "repetition_penalty", "generation_kwargs", "beta", "transport_solver",
+)  # fmt: skip
+"""Options of a run that change its models, rollouts or distances, and that the analyses do not have."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -171,14 +179,29 @@ class FromRecipe(argparse.Action):
     """`--config` of the analyses: sets the options below from a file of `topd train`. Options after it override."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        for name, value in recipe_options(values).items():
+        parts = parsed(["--config", values])
+        for name, value in recipe_options(*parts).items():
             if value is not None and hasattr(namespace, name):
                 setattr(namespace, name, value)
+        if unused := not_used(namespace, *parts[1:]):
+            figures = f"{parser.prog} does not use {', '.join(unused)} of it; its figures are those of a run without"
+            print(visible(f"topd: {values}: {figures}."), file=sys.stderr)
 
 
-def recipe_options(file: str) -> dict[str, Any]:
-    """Options of the analyses by their names, from a YAML file that `topd train` takes."""
-    data, config, model = parsed(["--config", file])
+def not_used(namespace: Any, config: Any, model: Any) -> list[str]:
+    """Options that a file of `topd train` sets, which would change what an analysis finds, and which it does not have.
+
+    `namespace`: the analysis's options.
+    """
+    shared = {"student_window": "student_window", "embedding": "embedding", "ground_cost": "cost",
+              "candidate_ranking": "candidate_ranking"}  # fmt: skip
+    names = [*NOT_USED, *(name for name, own in shared.items() if not hasattr(namespace, own))]
+    of = {name: model if name == "model_revision" else config for name in names}
+    return [name for name, part in of.items() if getattr(part, name) != getattr(type(part), name)]
+
+
+def recipe_options(data: Any, config: Any, model: Any) -> dict[str, Any]:
+    """Options of the analyses by their names, from the parts of a YAML file that `topd train` takes."""
     return {
         "student": model.model_name_or_path,
         "teacher": config.teacher_model_name_or_path,
