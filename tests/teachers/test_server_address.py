@@ -134,6 +134,7 @@ def test_this_machine_is_reached_without_a_proxy(variable, monkeypatch):
     with fake_server() as server:
         assert OpenAIServer(server.url).models()
         assert OpenAIServer(server.url.replace("127.0.0.1", "localhost")).models()
+        assert OpenAIServer(server.url.replace("127.0.0.1", "0.0.0.0")).models()  # as servers print it
 
 
 def test_other_machines_are_reached_through_it(monkeypatch):

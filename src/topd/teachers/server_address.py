@@ -54,9 +54,11 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
+        """Whether it is this machine; 0.0.0.0 too, which servers print as theirs."""
         host = httpx2.URL(self.url).host
         try:
-            return ipaddress.ip_address(host).is_loopback
+            address = ipaddress.ip_address(host)
+            return address.is_loopback or address.is_unspecified
         except ValueError:
             return host == "localhost" or host.endswith(".localhost")
 
