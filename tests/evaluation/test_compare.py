@@ -121,6 +121,14 @@ def test_the_result_table_fits_a_terminal(tmp_path: Path) -> None:
     assert "…" not in text
 
 
+def test_names_in_tables_are_printed_as_they_are(tmp_path: Path) -> None:
+    for label in ("a [lr]", "b [x]"):
+        write_evaluation(tmp_path / label, "mine [k]", np.eye(3))
+    text = shown(result_table(write_result(tmp_path / "a [lr]")))
+    text += shown(comparison_tables(compare([tmp_path / "a [lr]", tmp_path / "b [x]"], tmp_path)))
+    assert [text.count(name) for name in ("a [lr]", "b [x]", "mine [k]")] == [3, 2, 3]
+
+
 def test_majority_and_counts_by_hand(tmp_path: Path) -> None:
     """Two problems: 7 7 8 is right by majority, 8 8 7 is not."""
     write_evaluation(tmp_path / "a", "mine", [[1, 1, 0], [0, 0, 1]])

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import ttest_1samp, wilcoxon
 
 from topd.evaluation.statistics import sign_flip_p
-from topd.study.summary import crossed_interval, study_rows, summarise
+from topd.study.summary import crossed_interval, print_tables, study_rows, summarise
 
 
 def test_a_summary_by_hand():
@@ -68,3 +68,11 @@ def test_an_interval_without_any_spread_is_not_shown_as_zero_to_zero():
     result = {"arms": {name: {"greedy": arm, "seconds_training": {"0": 1.0}} for name, arm in arms.items()}}
     rows = {row[0]: row[1:3] for row in study_rows(result, "greedy")}
     assert rows == {"opd": ["0.0% (all alike)", ""], "topd": ["0.0% (all alike)", "+0.0 (all alike)"]}
+
+
+@pytest.mark.parametrize("name", ["topd [lr]", "topd [/b]", "topd \x1b[31m"])
+def test_the_name_of_an_arm_is_printed_as_it_is(name, capsys):
+    found = summarise({"opd": {0: [0, 1]}, name: {0: [1, 1]}})
+    arms = {arm: {"greedy": each, "sampled": each, "seconds_training": {"0": 1.0}} for arm, each in found.items()}
+    print_tables({"arms": arms, "plan": {"held_out": 2}})
+    assert capsys.readouterr().out.count(name.replace("\x1b", "\u241b")) == 2

@@ -68,7 +68,7 @@ def run_correct(
     shares = ", ".join(f"{arm} {ratio:.2g}" for arm, ratio in result["guidance_ratio"].items())
     if shares:
         console.print(f"|lambda grad L_traj| / |grad L_OPD| before the first step, median over forks: {shares}")
-    console.print(f"Summary: {out / RESULT}. All windows before and after: {out / RECORDS}.")
+    console.print(f"Summary: {out / RESULT}. All windows before and after: {out / RECORDS}.", markup=False)
     return result
 
 

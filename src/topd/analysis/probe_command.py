@@ -83,7 +83,7 @@ def run_probe(
     console.print(probe_table(result))
     if len(result["readings"]) > 1:
         Console(width=max(console.width, 118)).print(fingerprint_table(result))
-    console.print(f"Summary: {out / RESULT}. All places with both windows: {out / RECORDS}.")
+    console.print(f"Summary: {out / RESULT}. All places with both windows: {out / RECORDS}.", markup=False)
     window = run.options.student_windows[0]
     console.print(f"To train with this threshold: --student_window {window} --fork_threshold {result['threshold']:.4f}")
     return result

@@ -59,7 +59,9 @@ def findings_table(findings: Sequence[Finding], title: str) -> Table:
     )
     for finding in findings:
         verdict = Text(finding.verdict, _COLOURS[finding.verdict])
-        table.add_row(finding.check, verdict, Text(visible(finding.found)), Text(visible(finding.remedy)))
+        table.add_row(
+            Text(visible(finding.check)), verdict, Text(visible(finding.found)), Text(visible(finding.remedy))
+        )
     return table
 
 

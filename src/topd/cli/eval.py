@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> None:
         with sole_writer(folder):
             _evaluate(source, sets, options, folder, console)
             console.print(result_table(write_result(folder)))
-        console.print(f"Results: {folder / RESULT}. Every response is in the same folder.", soft_wrap=True)
+        console.print(
+            f"Results: {folder / RESULT}. Every response is in the same folder.", soft_wrap=True, markup=False
+        )
     if len(folders) > 1:
         _compare(folders, options, console)
 
@@ -110,7 +112,7 @@ def _compare(folders: list[Path], options: argparse.Namespace, console: Any) -> 
     from topd.evaluation.tables import comparison_tables
 
     console.print(comparison_tables(compare(evaluation_folders(folders), options.out, options.gain / 100)))
-    console.print(f"Results: {options.out / COMPARISON}.", soft_wrap=True)
+    console.print(f"Results: {options.out / COMPARISON}.", soft_wrap=True, markup=False)
     in_report = [options.out] if set(folders) <= set(options.out.iterdir()) else folders
     first, *others = map(str, in_report)
     command = shlex.join(["topd", "report", first, *(["--compare", *others] if others else [])])

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from topd.errors import TOPDError
+from topd.visible import visible
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,4 +43,4 @@ def run(options: argparse.Namespace) -> None:
             aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"{adapter} merged into {base}: {out}")
+    print(visible(f"{adapter} merged into {base}: {out}"))

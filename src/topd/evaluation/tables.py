@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from topd.paper import MEAN, TABLE_1
+from topd.visible import visible
 
 LEGEND = (
     "±: standard error due to sampling on these problems. truncated: responses ended by the length limit. unparsed: "
@@ -28,7 +29,7 @@ def result_table(result: dict[str, Any]) -> Group:
     for name, row in result["benchmarks"].items():
         error = row["sampling_error"]
         table.add_row(
-            name,
+            plain(name),
             f"{row['problems']} x {row['samples']}",
             f"{100 * row['accuracy']['mean']:.1f}",
             _interval(row["accuracy"]),
@@ -39,7 +40,7 @@ def result_table(result: dict[str, Any]) -> Group:
             str(row["unparsed"]),
             f"{row['tokens_mean']:.0f}",
         )
-    return Group("", f"[bold]{escape(result['model'])}: % right, 95 % intervals over problems[/bold]", table, LEGEND)
+    return Group("", f"[bold]{plain(result['model'])}: % right, 95 % intervals over problems[/bold]", table, LEGEND)
 
 
 def comparison_tables(comparison: dict[str, Any]) -> Group:
@@ -48,7 +49,7 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
     table = _labelled(columns)
     for label, row in comparison["models"].items():
         cells = (f"{100 * row[name]['mean']:.1f}\n{_interval(row[name])}" if name in row else "" for name in columns)
-        table.add_row(label, *cells)
+        table.add_row(plain(label), *cells)
     parts: list[Any] = ["", "[bold]% right, 95 % intervals over problems[/bold]", table]
     if set(columns) & (TABLE_1["+ OPD"].keys() - {MEAN}):
         paper = _labelled([name for name in columns if name in TABLE_1["+ OPD"]])
@@ -56,10 +57,10 @@ def comparison_tables(comparison: dict[str, Any]) -> Group:
             paper.add_row(label, *(f"{row[name]:.1f}" for name in columns if name in row))
         parts += ["", "[bold]The paper's Table 1: its models, no intervals given[/bold]", paper]
     if comparison["comparisons"]:
-        first, gain = escape(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
+        first, gain = plain(comparison["first"]), 100 * comparison["comparisons"][0]["power"]["gain"]
         parts += ["", f"[bold]Difference from {first} in points, on the same problems; sign-flip test[/bold]"]
         parts += [_difference_table(comparison), POWER_LEGEND.format(gain=gain)]
-    return Group(*parts, *(f"Note: {escape(note)}." for note in comparison["notes"]))
+    return Group(*parts, *(f"Note: {plain(note)}." for note in comparison["notes"]))
 
 
 def _difference_table(comparison: dict[str, Any]) -> Table:
@@ -69,10 +70,10 @@ def _difference_table(comparison: dict[str, Any]) -> Table:
     for row in comparison["comparisons"]:
         if row["model"] != model:
             model = row["model"]
-            table.add_row(f"[bold]{escape(model)}[/bold]")
+            table.add_row(f"[bold]{plain(model)}[/bold]")
         power = row["power"]
         table.add_row(
-            row["column"],
+            plain(row["column"]),
             f"{100 * row['mean']:+.1f}",
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
             f"{row['p']:.2g}",
@@ -96,8 +97,13 @@ def open_table(columns: Sequence[str], title: str | None = None) -> Table:
     style: dict[str, Any] = {"padding": (0, 1, 0, 0)} if title else {"padding": 0, "show_edge": False}
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", **style)
     for name in columns:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(plain(name), justify="right" if name else "left", no_wrap=True)
     return table
+
+
+def plain(text: str) -> str:
+    """Text of a model, a file or a person as it is: brackets are no mark-up, and control characters are visible."""
+    return escape(visible(text))
 
 
 def _interval(value: dict[str, float]) -> str:

@@ -50,7 +50,7 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     records |= _run_all(plan, timed, workers, console, lambda found: _write(plan, tuning, records | found, out))
     result = _write(plan, tuning, records, out)
     print_tables(result)
-    console.print(f"Results: {out / RESULT}. Every answer: {out / 'runs'}.")
+    console.print(f"Results: {out / RESULT}. Every answer: {out / 'runs'}.", markup=False)
     return result
 
 
@@ -73,7 +73,7 @@ def _tune(plan: StudyPlan, out: Path, workers: int, console: Console) -> dict[st
             tuning[arm.name].append({"choice": choice, "accuracy": sum(of_seeds) / len(of_seeds)})
     for name, scores in tuning.items():
         tried = ", ".join(f"{_words(each['choice'])}: {each['accuracy']:.1%}" for each in scores)
-        console.print(f"  {name}: {_words(best(scores))}  ({tried})")
+        console.print(f"  {name}: {_words(best(scores))}  ({tried})", markup=False)
     for line in unequal(tuning):
         console.print(f"  {line}", markup=False)
     return tuning

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 from topd.errors import TOPDError
 from topd.evaluation.accuracy import holm
 from topd.evaluation.statistics import Floats, sign_flip_p
-from topd.evaluation.tables import open_table
+from topd.evaluation.tables import open_table, plain
 from topd.runs.files import read_json
 from topd.study.config import REFERENCE
 from topd.version import STUDY_VERSION
@@ -106,7 +106,7 @@ def print_tables(result: dict[str, Any], against: str = REFERENCE) -> None:
         title = f"{how}, {result['plan']['held_out']} held-out problems, 95 % intervals over seeds and problems"
         table = open_table(("", "accuracy", f"minus {against}, points", "p (Holm)", "ahead", "s"), title)
         for row in study_rows(result, how, against):
-            table.add_row(*row)
+            table.add_row(*map(plain, row))
         Console(width=max(112, Console().width)).print(table)
 
 

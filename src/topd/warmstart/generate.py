@@ -71,7 +71,7 @@ def run_generate(run: GenerateRun, teacher: Engine, prompts: Any, out: Path) -> 
     solutions, counts = clean(wanted, answers, run.filter)
     write_solutions(solutions, out)
     write_json(settings | {"filter": run.filter, "counts": counts}, settings_file)
-    console.print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
+    console.print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".", markup=False)
 
 
 def check_prompts(records: list[dict[str, Any]], requests: list[Request], out: Path) -> None:
