@@ -2,7 +2,8 @@
 
 Prints, by arm, means of the first and the last four steps over the runs in `studies/results/lm-runs`. Given the
 student's greedy answers to the first problems of `lm-held-out`, also each arm minus the student on these problems, in
-points, with a 95 % interval over seeds and problems. docs/results.md has the command that writes such answers.
+points, with a 95 % interval over seeds and problems. docs/results.md has the command that writes such answers. Last
+comes TOPD minus OPD over the pairs of runs of this study and of the earlier one with 16 steps.
 """
 
 import json
@@ -13,7 +14,9 @@ import numpy as np
 
 from topd.study.summary import crossed_interval
 
-RUNS = Path(__file__).parent / "results" / "lm-runs" / "runs"
+RESULTS = Path(__file__).parent / "results"
+RUNS = RESULTS / "lm-runs" / "runs"
+STUDIES = RUNS, RESULTS / "earlier" / "lm-16-steps" / "runs"
 METRICS = ("loss", "token_loss/mean", "false_alarm_share", "forks/per_rollout", "distance/q50", "guidance/grad_ratio")
 
 for folder in sorted(RUNS.iterdir()):
@@ -30,3 +33,13 @@ for folder in sorted(RUNS.iterdir()):
         points = 100 * (np.array([run["right"]["greedy"][: len(student)] for run in runs]) - student)
         low, high = crossed_interval(points)
         print(f"{folder.name}: minus the student {points.mean():+.1f} ({low:+.1f} to {high:+.1f}), greedy")
+
+for how in ("greedy", "sampled"):
+    pairs = []
+    for opd in (file for study in STUDIES for file in sorted((study / "opd").glob("*.json"))):
+        topd = opd.parents[1] / "topd" / opd.name
+        if topd.is_file():
+            ours, theirs = (json.loads(file.read_text(encoding="utf-8"))["right"][how] for file in (topd, opd))
+            pairs.append(100 * (np.array(ours, float) - theirs))
+    low, high = crossed_interval(np.array(pairs))
+    print(f"topd minus opd, {len(pairs)} pairs: {np.mean(pairs):+.1f} ({low:+.1f} to {high:+.1f}), {how}")
