@@ -111,9 +111,14 @@ def test_text_parts_are_joined_for_every_template_of_text(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [("{{ raise_exception('no users') }}", "cannot render a conversation: no users"), (None, "has no chat template")],
+    [
+        ("{{ raise_exception('no users') }}", "cannot render a conversation: no users"),
+        (None, "has no chat template"),
+        ("{% for i in range(9999) %}{% for j in range(2000) %}{% endfor %}{% endfor %}x", "more than 0.1 s"),
+    ],
 )
-def test_training_says_what_is_wrong_with_the_template(tmp_path, template, says) -> None:
+def test_training_says_what_is_wrong_with_the_template(tmp_path, monkeypatch, template, says) -> None:
+    monkeypatch.setattr(prompting, "TEMPLATE_SECONDS", 0.1)
     trainer = tiny_trainer(tmp_path, student=tiny_model(0), tokenizer=tokenizer_with(), method="opd")
     trainer.processing_class.chat_template = template
     with pytest.raises(TOPDError, match=says):

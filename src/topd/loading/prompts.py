@@ -39,7 +39,7 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
     """
     if isinstance(prompt, str):
         return prompt
-    with explained_template(tokenizer), _time_limit(TEMPLATE_SECONDS):
+    with explained_template(tokenizer):
         if template_options:
             _warn_of_unused(str(tokenizer.chat_template), tuple(template_options))
         text: str = tokenizer.apply_chat_template(
@@ -51,12 +51,13 @@ def prompt_text(tokenizer: Any, prompt: Any, template_options: Mapping[str, Any]
 
 
 @contextmanager
-def explained_template(tokenizer: Any) -> Iterator[None]:
-    """Raise `TOPDError` where there is no chat template, or it fails."""
+def explained_template(tokenizer: Any, conversations: int = 1) -> Iterator[None]:
+    """Raise `TOPDError` where there is no chat template, it fails, or it takes too long for so many conversations."""
     if not tokenizer.chat_template:
         raise TOPDError("The prompts are messages, and this tokenizer has no chat template. Give prompts as text.")
     try:
-        yield
+        with _time_limit(TEMPLATE_SECONDS * conversations):
+            yield
     except Exception as error:  # a template may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TOPDError(

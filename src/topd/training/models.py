@@ -211,7 +211,8 @@ class OwnRollouts(BothModels):
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Check prompts, which a stream gives batch by batch. At most one BOS; messages as in `plain_messages`."""
         check_prompts(prompts, "the batch")
-        with nullcontext() if isinstance(prompts[0], str) else explained_template(self.processing_class):
+        text = isinstance(prompts[0], str)
+        with nullcontext() if text else explained_template(self.processing_class, len(prompts)):
             ids, images, fields = super()._tokenize_prompts(plain_messages(prompts))
         ids = [one_beginning(each, self._tokenizer) for each in ids]
         check_tokens(ids)
