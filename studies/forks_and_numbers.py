@@ -7,8 +7,9 @@ At each high-loss position the next number of the student's window is compared w
 they differ, the two models compute something else (content). If they agree, this is a sign, no proof, that only the
 wording differs. The numbers are looked for in the longest windows that were measured; where one is missing, or may be
 cut at the window's end, the place is left out. Printed: the probability that a place with different numbers has a
-larger D_OT than one with equal numbers (AUC; 0.5: D_OT does not separate them), with 95 % bootstrap intervals over
-rollouts; and the share of places with different numbers among forks and false alarms.
+larger D_OT than one with equal numbers (AUC; 0.5: D_OT does not separate them), how much better that is than by the
+token loss, with 95 % bootstrap intervals over rollouts; and the share of places with different numbers among forks and
+false alarms.
 """
 
 from __future__ import annotations
@@ -50,16 +51,22 @@ def area(values: numpy.ndarray, differs: numpy.ndarray) -> float:
     return float(mannwhitneyu(values[differs], values[~differs]).statistic / (differs.sum() * (~differs).sum()))
 
 
-def with_interval(values: numpy.ndarray, differs: numpy.ndarray, rollouts: numpy.ndarray) -> str:
-    """The area with its interval over rollouts."""
+def with_interval(
+    values: numpy.ndarray, differs: numpy.ndarray, rollouts: numpy.ndarray, minus: numpy.ndarray | None = None
+) -> str:
+    """The area, or its difference to that of the values `minus`, with its interval over rollouts."""
+
+    def measured(chosen: Any) -> float:
+        return area(values[chosen], differs[chosen]) - (0.0 if minus is None else area(minus[chosen], differs[chosen]))
+
     places = [numpy.flatnonzero(rollouts == rollout) for rollout in numpy.unique(rollouts)]
     generator = numpy.random.default_rng(0)
     draws = []
     for _ in range(DRAWS):
         drawn = numpy.concatenate([places[i] for i in generator.integers(len(places), size=len(places))])
-        draws.append(area(values[drawn], differs[drawn]))
+        draws.append(measured(drawn))
     low, high = numpy.nanquantile(draws, [0.025, 0.975])
-    return f"{area(values, differs):.2f} ({low:.2f} to {high:.2f})"
+    return f"{measured(slice(None)):.2f} ({low:.2f} to {high:.2f})"
 
 
 def main(folder: Path) -> None:
@@ -70,13 +77,14 @@ def main(folder: Path) -> None:
     high = sum(place["group"] == "high" for record in records for place in record["places"])
     print(f"{len(records)} rollouts, {high} high-loss places, {len(found)} with a number in both windows;")
     print(f"the next numbers differ at {differs.mean():.1%} of them\n")
-    print(f"{'ranked by':32} AUC (95 % interval)")
+    print(f"{'ranked by':32} {'AUC (95 % interval)':24} minus that of the token loss")
+    losses = numpy.array([place["token_loss"] for _, _, place in found])
     for name in summary["variants"]:
         if name.split("/")[0] not in ("candidate", "regenerated"):  # whose student windows are others
             values = numpy.array([place["distance"][name] for _, _, place in found], dtype=float)
             known = numpy.isfinite(values)
-            print(f"{'D_OT, ' + name:32} {with_interval(values[known], differs[known], rollouts[known])}")
-    losses = numpy.array([place["token_loss"] for _, _, place in found])
+            parts = values[known], differs[known], rollouts[known]
+            print(f"{'D_OT, ' + name:32} {with_interval(*parts):24} {with_interval(*parts, losses[known])}")
     print(f"{'token loss':32} {with_interval(losses, differs, rollouts)}\n")
     fork = numpy.array([place["distance"][summary["variant"]] for _, _, place in found]) > summary["threshold"]
     for name, chosen in (("forks", fork), ("false alarms", ~fork)):
