@@ -151,8 +151,8 @@ def _readable(text: str) -> str:
     return rf"{number[1]}\times 10^{{{number[2]}}}" if number else text
 
 
-def _compare_tiny_numbers_by_ratio() -> None:
-    """In the child: make math-verify compare numbers below 0.001 by their ratio.
+def _compare_numbers_exactly() -> None:
+    """In the child: make math-verify compare fractions exactly, and other numbers below 0.001 by their ratio.
 
     It compares by the difference, to six or fifteen decimal places, so that 1/2004! would equal 1/2006!.
     """
@@ -160,22 +160,33 @@ def _compare_tiny_numbers_by_ratio() -> None:
 
     equal = grader.sympy_numeric_eq
 
-    def with_ratio(a: Any, b: Any, *settings: Any) -> bool:
-        return bool(equal(a, b, *settings)) and not _tiny_and_apart(a, b)
+    def exactly(a: Any, b: Any, *settings: Any) -> bool:
+        return bool(equal(a, b, *settings)) and not _apart(a, b)
 
-    grader.sympy_numeric_eq = with_ratio  # type: ignore[assignment]
+    grader.sympy_numeric_eq = exactly  # type: ignore[assignment]
 
 
-def _tiny_and_apart(a: Any, b: Any) -> bool:
-    """Whether both are numbers below 0.001 that differ by more than a millionth of the larger one."""
+def _apart(a: Any, b: Any) -> bool:
+    """Whether both are fractions that differ, or numbers below 0.001 that differ by more than a millionth of the larger
+    one."""
     try:
-        values = [number.doit().evalf(15) for number in (a, b)]
+        numbers = [number.doit() for number in (a, b)]
+        if all(number.is_Rational for number in numbers) and not (_has_percent(a) or _has_percent(b)):
+            return bool(numbers[0] != numbers[1])
+        values = [number.evalf(15) for number in numbers]
         if not all(value.is_comparable or value.is_zero for value in values):  # not a number, or not recognized as 0
             return False
         largest = max(map(abs, values))
         return bool(largest < 1e-3 and abs(values[0] - values[1]) > 1e-6 * largest)
     except (AttributeError, TypeError, ValueError):  # a matrix, a set
         return False
+
+
+def _has_percent(number: Any) -> bool:
+    """Whether a number is a percentage, which math-verify also takes for the number before the sign."""
+    from sympy import UnevaluatedExpr
+
+    return bool(number.has(UnevaluatedExpr))
 
 
 def _limit_memory() -> None:
@@ -187,7 +198,7 @@ def _limit_memory() -> None:
 
 
 if __name__ == "__main__":  # the child: answers each line with a line, until the parent closes the pipe or ends
-    _compare_tiny_numbers_by_ratio()  # imports math_verify, before memory is limited
+    _compare_numbers_exactly()  # imports math_verify, before memory is limited
     _limit_memory()
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)
