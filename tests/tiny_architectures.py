@@ -71,6 +71,10 @@ MORE: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
+    "DoryForCausalLM": {  # its middle layers run twice
+        "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "Dots3NoteForCausalLM": {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
         "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from sweep import examine_states
 from test_shared_prefix import SIZES
 from tiny_architectures import tiny
@@ -118,6 +119,33 @@ def test_the_head_does_what_the_config_says_of_logits(name):
     model, ids = tiny(name), torch.arange(3, 13)[None]
     states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(output_head(model).logits(states), model(input_ids=ids, use_cache=False).logits)
+
+
+class ScaledHead(torch.nn.Linear):
+    """A learned scale per token, as Dory's."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.logit_scale = torch.nn.Parameter(torch.rand(self.out_features) + 0.5)
+
+    def forward(self, states):
+        return super().forward(states) * self.logit_scale
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_head_with_a_forward_pass_of_its_own_is_in_the_loss_and_learns(lora):
+    model, ids = tiny("LlamaForCausalLM"), torch.arange(3, 13)[None]
+    model.lm_head = ScaledHead(*reversed(model.lm_head.weight.shape))
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    found = output_head(model).logits(states)
+    torch.testing.assert_close(found, logits)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [torch.autograd.grad(each.log_softmax(-1)[..., 5].sum(), learned) for each in (found, logits)]
+    torch.testing.assert_close(*gradients)
+    assert ways_of(model) == ways_of(tiny("LlamaForCausalLM"))
 
 
 def test_a_model_is_tried_once(monkeypatch):

@@ -66,10 +66,17 @@ def _entry(config: Any, *names: str) -> Any:
 def _weight(layer: Any) -> Tensor:
     """[vocabulary, width] what the layer multiplies with: of a LoRA layer the base's weight and its active adapters'.
 
+    A linear layer with a forward pass of its own, such as one that scales each token's logit, is run on the unit
+    vectors.
+
     Raises:
         TOPDError: an adapter on the output head that is no plain LoRA.
     """
-    weight = whole(layer.weight)
+    weight, base = whole(layer.weight), getattr(layer, "base_layer", layer)
+    if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+        units = torch.eye(base.in_features, dtype=weight.dtype, device=weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = (base(units) - (0 if base.bias is None else base.bias)).T.to(weight.dtype)
     if "base_layer" not in dict(layer.named_children()) or layer.disable_adapters or layer.merged:
         return weight
     biased = getattr(layer, "lora_bias", {})
