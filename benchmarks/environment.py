@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -14,8 +13,10 @@ from typing import Any
 
 import torch
 
+from topd.runs.provenance import versions
+
 PACKAGES = (
-    "topd", "torch", "transformers", "trl", "accelerate", "numpy", "scipy", "POT", "lapx", "liger_kernel", "geomloss",
+    "torch", "transformers", "trl", "accelerate", "numpy", "scipy", "POT", "lapx", "liger_kernel", "geomloss",
 )  # fmt: skip
 
 
@@ -23,7 +24,7 @@ def environment(arguments: list[str]) -> dict[str, Any]:
     """What holds for the whole run."""
     return {
         "hardware": _hardware(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
         "command": " ".join(["python -m benchmarks", *arguments]),
         "commit": _commit(),
@@ -52,13 +53,6 @@ def _cpu() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

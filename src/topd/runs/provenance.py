@@ -164,11 +164,11 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Python, this package, and those of the packages that are installed."""
+    """Versions of Python, this package, and those of the packages that are installed; torch's with its build."""
     found = {"python": platform.python_version(), "topd": __version__}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = str(torch.__version__) if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
