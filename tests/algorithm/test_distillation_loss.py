@@ -238,14 +238,14 @@ def test_unequal_vocabularies_and_a_teacher_with_more_rows_are_refused() -> None
         distillation_loss(hidden[:5], head, teacher_hidden, teacher_head, WEIGHTS)
 
 
-def near_pair(gap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """bf16 states and head of a student with realistic logits, and of a teacher `gap` away from it."""
+def near_pair(gap: float, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """16-bit states and head of a student with realistic logits, and of a teacher `gap` away from it."""
     hidden, weight = random_tensor(96, 64, seed=1), random_tensor(2048, 64, seed=2) * 0.3
     theirs, their_weight = (
         hidden + gap * random_tensor(96, 64, seed=3),
         weight + 0.1 * gap * random_tensor(2048, 64, seed=4),
     )
-    return tuple(each.bfloat16() for each in (hidden, weight, theirs, their_weight))
+    return tuple(each.to(dtype) for each in (hidden, weight, theirs, their_weight))
 
 
 @pytest.mark.parametrize(("gap", "least", "most"), [(0.045, 0.003, 0.008), (0.14, 0.03, 0.08), (0.45, 0.3, 0.8)])
@@ -266,3 +266,20 @@ def test_bf16_gradients_are_within_0_3_percent(gap: float, least: float, most: f
     for ours, reference in zip(gradients(loss, hidden, head, 0.3), references, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() / 0.3 - reference).norm() < 0.003 * reference.norm()
+
+
+def test_float16_gradients_do_not_underflow_before_the_loss_scale() -> None:
+    """With 1 / 8,000 response tokens as weights, the gradients of single logits are below float16's smallest number."""
+    hidden, weight, theirs, their_weight = near_pair(0.14, torch.float16)
+    weights = torch.full((96,), 1 / 8000, dtype=torch.float64)
+    terms = LikelihoodTerms(torch.arange(96), torch.arange(96), 0.01 * weights)
+    exact_hidden, exact_head = hidden.double().requires_grad_(), Head(weight.double().requires_grad_())
+    teacher_head = Head(their_weight.double())
+    exact = naive(exact_hidden, exact_head, theirs.double(), teacher_head, weights, terms)
+    references = gradients(exact, exact_hidden, exact_head, 2.0**16)
+    hidden.requires_grad_()
+    head = Head(weight.requires_grad_())
+    loss = distillation_loss(hidden, head, theirs, Head(their_weight), weights, terms).loss
+    for ours, reference in zip(gradients(loss, hidden, head, 2.0**16), references, strict=True):
+        assert ours.dtype == torch.float16
+        assert (ours.double() - reference).norm() < 0.001 * reference.norm()

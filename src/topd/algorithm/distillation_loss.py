@@ -60,8 +60,8 @@ def distillation_loss(
     The KL covers the first `teacher_positions` rows of `hidden`; the other rows have likelihood terms only. The loss is
     differentiable in the student's hidden states and in its head's weight and bias; weights and teacher are constant.
     The forward pass computes and saves the gradients; `backward` scales them, and can run only once, even with
-    `retain_graph`. Values are at least float32. In float16, gradients may underflow, since they are rounded before the
-    loss scale is applied.
+    `retain_graph`. Values are at least float32. The saved gradients are those for a largest weight of about 1, so that
+    they do not underflow in float16.
 
     Args:
         hidden: the student's last hidden states.
@@ -115,16 +115,17 @@ class _OnePass(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = at_least_float32(hidden)
         weights, terms = weights.to(dtype), terms._replace(weight=terms.weight.to(dtype))
+        ctx.unit = unit = power_of_two(weights, terms.weight)
         tiles = Tiles(hidden, head, tile_elements, needs_grad)
         token_loss, nll = weights.new_zeros(len(weights)), weights.new_zeros(len(terms.token))
         for rows, k, has_teacher, has_gradient in _plan(tiles.size, len(hidden), weights, terms, any(needs_grad)):
-            here = LikelihoodTerms(torch.searchsorted(rows, terms.position[k]), terms.token[k], terms.weight[k])
+            here = LikelihoodTerms(torch.searchsorted(rows, terms.position[k]), terms.token[k], terms.weight[k] / unit)
             probs, grad = tiles.student[: len(rows)], tiles.gradient(rows)
             tiles.log_probs(rows)
             nll[k] = -probs[here.position, here.token]
             if has_teacher:
                 token_loss[rows] = tiles.divergence(rows, teacher_hidden, teacher_head, direction)
-                grad.mul_(weights[rows, None])
+                grad.mul_(weights[rows, None] / unit)
                 grad[weights[rows] == 0] = 0  # an infinite KL of weight 0 too
             else:
                 probs.exp_()
@@ -141,8 +142,14 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since a second copy of the head's gradient is large. Autograd then raises on a second backward.
-        scaled = [None if kept is None else kept.mul_(grads[0]) for kept in ctx.saved_tensors]
+        scaled = [None if kept is None else kept.mul_(grads[0] * ctx.unit) for kept in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None, None, None, None)
+
+
+def power_of_two(*weights: Tensor) -> Tensor:
+    """The one next to the largest of these weights in size; 1 if all are 0. A division by it rounds nothing."""
+    largest = torch.cat([each.detach().abs() for each in (*weights, weights[0].new_zeros(1))]).max()
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 
 
 def _plan(
