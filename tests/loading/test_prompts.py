@@ -18,6 +18,7 @@ from topd.errors import TOPDError
 from topd.evaluation.engines import Request, Sampling, ids_of
 from topd.loading import prompts as prompting
 from topd.loading.prompts import closing_id, plain_messages, prompt_ids, solution_ids
+from topd.near_future.sampling import sample_rollouts
 
 TALK = [{"role": "user", "content": "what is 1+1?"}]
 THINKS = (
@@ -66,6 +67,8 @@ def test_text_that_begins_with_bos_gets_no_second_one_in_any_command(tmp_path) -
     assert row["prompt_ids"] == bare
     trainer = tiny_trainer(tmp_path / "run", tokenizer=tokenizer, method="opd")
     assert trainer._tokenize_prompts([rendered])[0] == [bare]
+    rollouts = sample_rollouts(tiny_model(0), tokenizer, [rendered], max_new_tokens=1)
+    assert rollouts.prompt_ids.tolist() == [bare]
     ids, written = solution_ids(tokenizer, rendered, "2", {}, tokenizer.eos_token_id)
     assert (ids, tokenizer.decode(written)) == (bare, "2<eos>")
 

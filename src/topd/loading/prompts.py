@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from topd.errors import TOPDError
+from topd.near_future.model_parts import one_beginning
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,6 @@ def closing_id(tokenizer: Any, ends: Sequence[int], template_options: Mapping[st
         return ends[0]
     after = tokenizer(text.rpartition(_CONVERSATION[1]["content"])[2], add_special_tokens=False)["input_ids"]
     return next((int(token) for token in after if token in ends), ends[0])
-
-
-def one_beginning(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids with at most one BOS at the beginning: the template writes one, and the tokenizer may add another."""
-    first = 0
-    while tokenizer.bos_token_id is not None and list(ids[first : first + 2]) == [tokenizer.bos_token_id] * 2:
-        first += 1
-    return list(ids[first:])
 
 
 def plain_messages(value: Any) -> Any:

@@ -263,6 +263,14 @@ def end_token_ids(generation_config: GenerationConfig | None, tokenizer: Any) ->
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
 
 
+def one_beginning(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """Token ids with at most one BOS at the beginning: the template writes one, and the tokenizer may add another."""
+    first = 0
+    while tokenizer.bos_token_id is not None and list(ids[first : first + 2]) == [tokenizer.bos_token_id] * 2:
+        first += 1
+    return list(ids[first:])
+
+
 def padding_id(tokenizer: Any) -> int:
     """The tokenizer's padding token; without one its end of sequence, else 0 (padding is always masked)."""
     known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)

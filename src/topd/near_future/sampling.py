@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from topd.algorithm import top_k_overlap
 from topd.near_future.continuations import LocalModel
 from topd.near_future.distilled_model import DistilledModel
-from topd.near_future.model_parts import backbone_of, cache_of, end_token_ids, left_padded, padding_id
+from topd.near_future.model_parts import backbone_of, cache_of, end_token_ids, left_padded, one_beginning, padding_id
 from topd.near_future.windows import Prefill, Rollouts
 
 
@@ -29,7 +29,10 @@ def sample_rollouts(
     temperature: float = 1.0,
 ) -> Rollouts:
     """One response to each prompt (text, or token ids), sampled from the full distribution."""
-    ids = [torch.tensor(tokenizer(p)["input_ids"]) if isinstance(p, str) else p for p in prompts]
+    ids = [
+        torch.tensor(one_beginning(tokenizer(prompt)["input_ids"], tokenizer)) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
     pad = padding_id(tokenizer)
     source = LocalModel(model, pad, end_token_ids(model.generation_config, tokenizer), temperature)
     responses = source.continue_(ids, max_new_tokens)

@@ -13,14 +13,14 @@ from trl import DistillationTrainer
 from topd.errors import TOPDError
 from topd.loading.dataset_checks import check_prompts, check_teacher_prompts, check_tokens, without_images
 from topd.loading.precision import autocasting
-from topd.loading.prompts import explained_template, one_beginning, plain_messages
+from topd.loading.prompts import explained_template, plain_messages
 from topd.loading.rows import TEACHER_PROMPT
 from topd.loading.sharding import held_whole, unsharded
 from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
-from topd.near_future.model_parts import adapters_merged, left_padded, own_settings_only
+from topd.near_future.model_parts import adapters_merged, left_padded, one_beginning, own_settings_only
 from topd.near_future.protocol import Teacher
 from topd.near_future.sampling import InformativeEnd, SamplingStates, compact_sampling, has_dropout, stopping_by
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
