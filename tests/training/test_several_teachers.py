@@ -100,6 +100,12 @@ def test_what_works_with_one_teacher_only_is_said(tmp_path, options, message):
         MOPDTrainer(tiny_model(0), teachers(), tiny_config(tmp_path, **options), routed("ab"))
 
 
+def test_an_early_end_of_rollouts_is_refused_however_the_teachers_are_given(tmp_path):
+    options = {"method": "opd", "max_informative_tokens": 3}
+    with pytest.raises(TOPDError, match="the weights of one teacher"):
+        tiny_trainer(tmp_path, MOPDTrainer, teacher=teachers(), dataset=routed("ab"), **options)
+
+
 def test_an_evaluation_set_is_refused_wherever_it_is_given(tmp_path):
     args = tiny_config(tmp_path)
     with pytest.raises(TOPDError, match="eval_dataset"):

@@ -42,6 +42,7 @@ class BothModels(DistillationTrainer):
     _server: ServerWindows | None
     _prompted: bool
     """Whether the teacher has its own prompts."""
+    _several_teachers = False
     _tried: list[Ways] | None = None
     _warned_of_trl = False
 
@@ -312,7 +313,7 @@ class OwnRollouts(BothModels):
             raise TOPDError("A teacher prompt is not supported with images or tools yet: leave out one or the other.")
         if self.args.max_informative_tokens is None:
             return
-        if self.teacher_model is None or self._is_vlm or self.tools or self.args.teachers:
+        if self.teacher_model is None or self._is_vlm or self.tools or self._several_teachers:
             raise TOPDError(
                 "max_informative_tokens works on text without tools, with the weights of one teacher: leave it out."
             )

@@ -80,8 +80,6 @@ class TOPDTrainer(
     _name = "TOPD"
     _paper = PAPER
 
-    _several_teachers = False
-
     def __init__(
         self, model: Any, teacher_model: Any = None, args: TOPDConfig | None = None, train_dataset: Any = None,
         eval_dataset: Any = None, processing_class: Any = None, *rest: Any, **kwargs: Any,
