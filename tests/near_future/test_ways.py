@@ -86,6 +86,13 @@ def test_a_model_that_fails_in_training_mode_only_does_not_train():
     assert "axial_pos_shape" in ways.reasons["trains"]
 
 
+def test_experts_whose_config_asks_for_router_logits_keep_their_fast_paths():
+    """As a supervised run saves it; transformers' load-balancing loss fails where `generate` has padded prompts."""
+    model = tiny("Qwen3MoeForCausalLM", 0, output_router_logits=True)
+    assert ways_of(model) == ways_of(tiny("Qwen3MoeForCausalLM", 0)) == Ways(cache_bytes=512.0)
+    assert model.config.output_router_logits  # put back
+
+
 def test_trying_a_model_takes_no_random_numbers():
     model = tiny("GPT2LMHeadModel", attn_pdrop=0.1, resid_pdrop=0.1)
     state = torch.get_rng_state()

@@ -244,12 +244,15 @@ def own_settings_only(model: Any) -> Iterator[None]:
 
     Otherwise results would depend on settings that are neither printed nor recorded.
     Both a PEFT model and its base hold the config, so every module that has one gets a neutral one for the time.
+    Experts' routers give no load-balancing loss (`output_router_logits`), which fails where prompts are padded.
     """
-    neutral = GenerationConfig()
+    neutral, config = GenerationConfig(), model.config.get_text_config()
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(vars(module).get("generation_config"), GenerationConfig):
                 stack.enter_context(patch.object(module, "generation_config", neutral))
+        if getattr(config, "output_router_logits", False):
+            stack.enter_context(patch.object(config, "output_router_logits", False))
         yield
 
 
