@@ -135,6 +135,9 @@ def test_this_machine_is_reached_without_a_proxy(variable, monkeypatch):
         assert OpenAIServer(server.url).models()
         assert OpenAIServer(server.url.replace("127.0.0.1", "localhost")).models()
         assert OpenAIServer(server.url.replace("127.0.0.1", "0.0.0.0")).models()  # as servers print it
+        for host in ("127.1", "[::ffff:127.0.0.1]"):
+            assert OpenAIServer(server.url.replace("127.0.0.1", host)).models()
+    assert parse_address("http://localhost.:8000", "The server").is_loopback
 
 
 def test_other_machines_are_reached_through_it(monkeypatch):

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -55,12 +56,13 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether it is this machine; 0.0.0.0 too, which servers print as theirs."""
-        host = httpx2.URL(self.url).host
+        host = httpx2.URL(self.url).host.removesuffix(".")
         try:
-            address = ipaddress.ip_address(host)
-            return address.is_loopback or address.is_unspecified
-        except ValueError:
+            address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))  # 127.1 is 127.0.0.1
+        except OSError:
             return host == "localhost" or host.endswith(".localhost")
+        address = getattr(address, "ipv4_mapped", None) or address
+        return address.is_loopback or address.is_unspecified
 
     def client(self, connections: int) -> httpx2.AsyncClient:
         """An HTTP client for it. Proxies of the environment are not used for this machine itself."""
