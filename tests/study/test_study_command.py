@@ -88,6 +88,21 @@ def test_a_model_that_is_not_there_is_told_before_anything_runs(runs, tmp_path, 
     assert not runs
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "tpod"}, "arm topd: method must be one of"),
+        ({"window_length": -1}, "arm topd: window_length must be at least 1"),
+        ({"choices": [{"learning_rate": "fast"}]}, "arm topd: learning_rate is 'fast'"),
+    ],
+)
+def test_an_option_that_no_run_can_have_is_told_before_anything_runs(runs, tmp_path, options, said):
+    choices = {"choices": [{}]} if "choices" in options else {}
+    with pytest.raises(TOPDError, match=said):
+        command.run_study(plan(arms={"opd": {"method": "opd"} | choices, "topd": options}), tmp_path)
+    assert not runs
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Training is replaced: an arm's answers follow from its options."""

@@ -47,7 +47,9 @@ def test_what_a_killed_run_left_goes_when_it_runs_again(tmp_path):
 
 def test_what_a_killed_study_left_goes_when_it_starts_again(tmp_path, monkeypatch):
     (tmp_path / "runs" / "opd" / ".0.scratch").mkdir(parents=True)
-    for name in ("runs/opd/.0.scratch/model.safetensors", "study.json.99.part", "runs/opd/1.json"):
+    (tmp_path / "another" / "runs" / "opd" / ".0.scratch").mkdir(parents=True)  # of a study that runs
+    of_others = {"runs/opd/1.json", "another/runs/opd/.0.scratch/model.safetensors", "film.part"}
+    for name in ("runs/opd/.0.scratch/model.safetensors", "study.json.99.part", "runs/opd/0.json.99.part", *of_others):
         (tmp_path / name).write_text("")
 
     def stop(plan):
@@ -56,7 +58,7 @@ def test_what_a_killed_study_left_goes_when_it_starts_again(tmp_path, monkeypatc
     monkeypatch.setattr(command, "task_of", stop)
     with pytest.raises(KeyboardInterrupt):
         command.run_study(plan(), tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "runs" / "opd" / "1.json"]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == of_others
     assert not (tmp_path / "runs" / "opd" / ".0.scratch").exists()
 
 

@@ -18,7 +18,17 @@ from topd.errors import TOPDError
 from topd.runs.files import PART, write_json
 from topd.runs.provenance import versions
 from topd.study.config import REFERENCE, ArmPlan, StudyPlan
-from topd.study.run import SCRATCH, Job, adapter_of, job_of, known_record, pair_tokenizer, run_job, what_it_is_made_of
+from topd.study.run import (
+    SCRATCH,
+    Job,
+    adapter_of,
+    check_options,
+    job_of,
+    known_record,
+    pair_tokenizer,
+    run_job,
+    what_it_is_made_of,
+)
 from topd.study.summary import WAYS, print_tables, summarise
 from topd.study.tasks import task_of
 from topd.version import STUDY_VERSION
@@ -36,9 +46,10 @@ def run_study(plan: StudyPlan, out: Path, workers: int = 1) -> dict[str, Any]:
     Raises `TOPDError` if a model or the data cannot be used, or a run failed. Finished runs are saved and reused.
     """
     console = Console()
-    for remains in [*out.rglob(f"*{SCRATCH}"), *out.rglob(f"*{PART}")]:  # of a killed study
-        shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
-    task_of(plan)  # these three check data, models and adapter before anything runs
+    for remains in [*out.glob(f"*/*/.*{SCRATCH}"), *out.glob(f"*/*/*.json.*{PART}"), *out.glob(f"{RESULT}.*{PART}")]:
+        shutil.rmtree(remains) if remains.is_dir() else remains.unlink()  # of a killed study
+    check_options(plan)  # these four check options, data, models and adapter before anything runs
+    task_of(plan)
     pair_tokenizer(plan)
     adapter_of(plan)
     tuning = _tune(plan, out, workers, console)

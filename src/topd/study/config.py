@@ -1,5 +1,6 @@
 """What a study compares: read from YAML and checked before anything runs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -16,6 +17,8 @@ REFERENCE = "opd"
 """The arm that every other one is compared with."""
 OWN_DATA = ("data", "benchmark", "tune_benchmark", "rule", "sampling")
 """Settings that only a study on your own data has."""
+OF_THE_STUDY = {"output_dir", "max_steps", "seed"}
+"""Options of `TOPDConfig` that the study sets for each run."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _arm(name: str, options: Any, grid: Any) -> ArmPlan:
         choices = [dict(zip(names, values, strict=True)) for values in product(*(grid[option] for option in names))]
     if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
         raise ValueError(f"arm {name}: choices must be a list of option mappings.")
-    if not isinstance(factor, int | float) or factor <= 0:
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ValueError(f"arm {name}: steps_factor must be a positive number; got {factor!r}.")
     return ArmPlan(name, own, tuple(map(_run_options, choices)), time_of, tuned_as, float(factor))
 
@@ -143,6 +146,8 @@ def _check(plan: StudyPlan) -> None:
         whole = isinstance(seeds, tuple) and all(isinstance(seed, int) for seed in seeds)
         if not whole or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f"{name} must be a list of different whole numbers.")
+    if plan.level not in ("short", "long"):
+        raise ValueError(f"level must be short or long; got {plan.level!r}.")
     for name in ("options", "sampling", "lora"):
         if not isinstance(getattr(plan, name), dict):
             raise ValueError(f"{name} must be `name: value` lines; got {getattr(plan, name)!r}.")
@@ -151,6 +156,8 @@ def _check(plan: StudyPlan) -> None:
     for where, options in [("options", plan.options), *of_arms]:
         if unknown := ", ".join(sorted(set(options) - known)):
             raise ValueError(f"{where}: {unknown} is not an option of TOPDConfig. `topd train --help` lists all.")
+        if own := ", ".join(sorted(set(options) & OF_THE_STUDY)):
+            raise ValueError(f"{where}: {own} follows from the study's own steps, seeds and --out. Leave it out.")
         server = str(options.get("teacher_model_server_url"))
         if without_secrets(server) != server:  # options are written into every record
             raise ValueError(

@@ -30,7 +30,7 @@ class Job:
 
 def job_of(plan: StudyPlan, arm: ArmPlan, seed: int, options: dict[str, Any], file: Path, steps: int = 0) -> Job:
     """The job of an arm; `options` override the arm's own."""
-    return Job(arm.name, seed, arm.options | options, steps or round(plan.steps * arm.steps_factor), file)
+    return Job(arm.name, seed, arm.options | options, steps or max(1, round(plan.steps * arm.steps_factor)), file)
 
 
 def known_record(plan: StudyPlan, job: Job, made_of: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -180,3 +180,14 @@ def config_of(plan: StudyPlan, job: Job, folder: Path) -> Any:
         "lr_scheduler_type": "cosine", "warmup_steps": max(1, job.steps // 20),
     }  # fmt: skip
     return TOPDConfig(str(folder), **quiet | plan.options | job.options | {"max_steps": job.steps, "seed": job.seed})
+
+
+def check_options(plan: StudyPlan) -> None:
+    """Raise `TOPDError` for an option of an arm that no run could start with. No device is touched."""
+    on_cpu = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
+    for arm in plan.arms:
+        for choice in arm.choices or ({},):
+            try:
+                config_of(plan, job_of(plan, arm, plan.seeds[0], choice | on_cpu, Path()), Path())
+            except (TypeError, ValueError) as error:
+                raise TOPDError(f"arm {arm.name}: {error}") from error
