@@ -39,6 +39,13 @@ def test_splits_and_other_columns_are_named_with_what_to_write():
         check_datasets(rows("a"), {"a": rows("a"), "b": rows("a").rename_column("prompt", "text")})
 
 
+def test_an_evaluation_without_rows_would_evaluate_nothing():
+    with pytest.raises(DataError, match="eval_dataset has no rows"):
+        check_datasets(rows("a"), Dataset.from_list([]))
+    with pytest.raises(DataError, match=r"eval_dataset\['b'\] has no rows"):
+        check_datasets(rows("a"), {"a": rows("a"), "b": rows("a").select([])})
+
+
 @pytest.mark.parametrize(
     ("value", "found"),
     [

@@ -49,6 +49,12 @@ def test_one_name_as_student_and_teacher_is_refused(tmp_path):
         tiny_trainer(tmp_path, student="embedded:teacher", teacher="embedded:teacher", tokenizer=None)
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_is_not_there_is_named_in_python_too(tmp_path, role):
+    with pytest.raises(TOPDError, match=r"Cannot load the config of /nowhere: .* Give a folder"):
+        tiny_trainer(tmp_path, **{role: "/nowhere"})
+
+
 def test_other_trainers_refuse_one_object_too(tmp_path):
     model, other = tiny_model(0), tiny_model(1)
     rows = prompts(8).add_column("teacher", ["a", "b"] * 4)

@@ -10,7 +10,7 @@ from trl import SFTTrainer
 
 from topd.cli.warmstart import save
 from topd.embedded.task import TEACHER, make_problems, write_solution
-from topd.errors import DataError
+from topd.errors import DataError, TOPDError
 from topd.loading.adapters import is_adapter
 from topd.warmstart import WarmStartConfig, WarmStartTrainer
 
@@ -76,6 +76,19 @@ def test_a_dataset_without_solutions_ends_in_a_message(tmp_path, rows, said):
     args = WarmStartConfig(str(tmp_path), kd_ratio=0, use_cpu=True, bf16=False)
     with pytest.raises(DataError, match=said):
         WarmStartTrainer(tiny_model(0), args=args, train_dataset=dataset, processing_class=TOKENIZER)
+
+
+def test_an_evaluation_without_rows_and_a_student_that_is_not_there_end_in_a_message(tmp_path):
+    with pytest.raises(DataError, match="eval_dataset has no rows"):
+        trainer(tmp_path, eval=solutions().select([]))
+    args = WarmStartConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TOPDError, match=r"Cannot load the config of /nowhere: .* Give a folder"):
+        WarmStartTrainer("/nowhere", "embedded:teacher", args=args, train_dataset=solutions())
+
+
+def test_a_length_that_leaves_no_solution_is_named(tmp_path):
+    with pytest.raises(TOPDError, match="If max_length 3 truncates them, raise it"):
+        trainer(tmp_path, max_length=3)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +208,7 @@ def test_a_nan_stops_before_the_optimizer_moves(tmp_path):
     with torch.no_grad():
         ours.model.model.norm.weight[0] = torch.nan
     before = weights(ours)
-    with pytest.raises(NonFiniteError, match="not finite at step 1"):
+    with pytest.raises(NonFiniteError, match=r"not finite at step 1.*no checkpoint was saved yet. Start again"):
         ours.train()
     assert torch.equal(weights(ours).nan_to_num(), before.nan_to_num())
 

@@ -22,9 +22,7 @@ _REMEDIES = {name: f"dataset.rename_column({name!r}, 'prompt')" for name in PROM
 
 def check_datasets(train: Any, evaluation: Any) -> None:
     """Raise `DataError` unless a trainer's datasets hold prompts; the evaluation may be several datasets by name."""
-    several = isinstance(evaluation, Mapping)
-    evaluations = {f"eval_dataset[{name!r}]": each for name, each in evaluation.items()} if several else {}
-    parts = {"train_dataset": train} | (evaluations if several else {"eval_dataset": evaluation})
+    parts = {"train_dataset": train} | evaluations(evaluation)
     parts = {name: dataset for name, dataset in parts.items() if dataset is not None}
     for name, dataset in parts.items():
         check_dataset(dataset, name)
@@ -34,6 +32,16 @@ def check_datasets(train: Any, evaluation: Any) -> None:
             f"{', '.join(without)} has no column {TEACHER_PROMPT!r}, and another dataset has: their losses would not "
             "be comparable. Add it, or remove it from the other."
         )
+
+
+def evaluations(given: Any) -> dict[str, Any]:
+    """The evaluation's datasets by their names in messages. Raises `DataError` if one has no rows."""
+    several = isinstance(given, Mapping)
+    parts = {f"eval_dataset[{name!r}]": each for name, each in given.items()} if several else {"eval_dataset": given}
+    for name, dataset in parts.items():
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise DataError(f"{name} has no rows: nothing would be evaluated. Pass rows, or leave it out.")
+    return parts
 
 
 def check_dataset(dataset: Any, name: str = "train_dataset") -> None:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from topd.errors import TokenizerMismatchError, TOPDError
 from topd.loading import shared_base
-from topd.loading.adapters import base_of, is_adapter, merged, weights_of, with_adapter
+from topd.loading.adapters import base_of, is_adapter, merged, with_adapter
 from topd.loading.by_name import SAFE
-from topd.loading.models import loaded_model, model_to_train
+from topd.loading.models import load_config, loaded_model, model_to_train
 from topd.loading.sharding import shard_teacher, sharded
 from topd.loading.teacher_prompts import SELF
 from topd.loading.tokenizers import check_rows, check_tokenizers, compare_tokenizers, tokenizer_of
@@ -159,7 +158,7 @@ def heads_message(ours: int, theirs: int) -> str:
 def head_rows(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
     """Rows of a model's output head, for a name from its config."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    config = AutoConfig.from_pretrained(weights_of(model), **options) if isinstance(model, str) else model.config
+    config = load_config(model, **options) if isinstance(model, str) else model.config
     return int(config.get_text_config().vocab_size)
 
 

@@ -39,14 +39,16 @@ def non_finite_error(
             }
             for row in bad
         ]
-        where = Path(output_dir) / "non_finite.json"
-        write_json(records, where)
+        file = Path(output_dir) / "non_finite.json"
+        write_json(records, file)
         first = records[0]
-        lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {where}.")
+        lines.append(f"Rollout {first['rollout']} of the batch, prompt {str(first['prompt'])[:120]!r}; all in {file}.")
+    lower, where = "a lower learning_rate", "at the same step"
+    if rollouts is not None:
+        lower, where = f"{lower} or a smaller guidance_weight", "on the same rollout"
     lines.append(
-        f"{'Resume from it' if newest else 'Start again'} with a lower learning_rate or a smaller guidance_weight; if "
-        "it happens again on the same rollout, look for -inf or NaN in the models' logits (half precision, masked "
-        "vocabulary)."
+        f"{'Resume from it' if newest else 'Start again'} with {lower}; if it happens again {where}, look for -inf or "
+        "NaN in the models' logits (half precision, masked vocabulary)."
     )
     return NonFiniteError(" ".join(lines))
 

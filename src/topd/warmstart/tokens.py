@@ -63,9 +63,9 @@ def endings(dataset: Any, ends: Sequence[int]) -> tuple[int, int, list[int]]:
 
 
 def check_that_it_can_stop(dataset: Any, tokenizer: Any, ends: Sequence[int], max_length: int | None) -> str | None:
-    """A warning if some solutions train no end token. Raises `TOPDError` if none does."""
+    """A warning if some solutions train no end token. Raises `TOPDError` if none does, or there are none."""
     count, ended, other = endings(dataset, ends)
-    if ended == count:
+    if 0 < count == ended:
         return None
     names = ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in ends)
     if ended:

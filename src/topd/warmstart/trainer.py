@@ -11,11 +11,11 @@ from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from topd.algorithm import LikelihoodTerms
-from topd.errors import NonFiniteError, TOPDError
+from topd.errors import TOPDError
 from topd.loading.adapters import is_adapter, weights_of
 from topd.loading.by_name import SAFE
-from topd.loading.dataset_checks import check_one, check_solutions
-from topd.loading.models import model_to_train, names_of
+from topd.loading.dataset_checks import check_one, check_solutions, evaluations
+from topd.loading.models import load_config, model_to_train, names_of
 from topd.loading.pair import load, loaded_teacher
 from topd.loading.precision import watch_rounding
 from topd.loading.shared_base import refuse_two_adapters
@@ -23,7 +23,7 @@ from topd.logs import get_logger
 from topd.near_future.distilled_model import loss_on_device
 from topd.near_future.model_parts import backbone_of, end_token_ids, output_head
 from topd.runs.checkpoints import check_writable
-from topd.runs.non_finite import StopOnNonFiniteGradient
+from topd.runs.non_finite import StopOnNonFiniteGradient, non_finite_error
 from topd.runs.recorded import RecordedTrainer
 from topd.runs.resumable_trainer import ResumableTrainer
 from topd.warmstart.config import WarmStartConfig
@@ -72,14 +72,18 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
             raise TOPDError(f"args is a {type(args).__name__}; pass a WarmStartConfig, which takes the same options.")
         self._names, self._given_dataset = names_of(student=model, teacher=teacher_model), kwargs.get("train_dataset")
         check_one(self._given_dataset)
+        evaluations(kwargs.get("eval_dataset"))
         if not (rest or kwargs.get("formatting_func")):
             check_solutions(self._given_dataset, args.dataset_text_field)
         check_writable(args)
         model, teacher_model = model_to_train("student", model), model_to_train("teacher", teacher_model)
         if args.distils and teacher_model is None:
             raise ValueError("kd_ratio > 0 needs a teacher_model: a name, a folder, or a loaded model.")
-        self._generation = _generation_config(model, args)
         init_kwargs: Any = args.model_init_kwargs
+        if isinstance(model, str):
+            revision = (init_kwargs or {}).get("revision")
+            load_config(model, trust_remote_code=args.trust_remote_code, revision=revision)
+        self._generation = _generation_config(model, args)
         if is_adapter(model):
             refuse_two_adapters(model, kwargs.get("peft_config"))
             model, args.model_init_kwargs = load(model, args, SAFE | (init_kwargs or {}), trained=True), None
@@ -180,11 +184,7 @@ class WarmStartTrainer(RecordedTrainer, ResumableTrainer, SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _stop_on(self, what: str) -> None:
-        raise NonFiniteError(
-            f"The {what} is not finite at step {self.state.global_step + 1}. The optimizer has not moved; the last "
-            "checkpoint is complete. Resume from it with a lower learning_rate; if it happens again at the same step, "
-            "look for -inf or NaN in the models' logits there (half precision, masked vocabulary)."
-        )
+        raise non_finite_error(what, self.state.global_step + 1, str(self.args.output_dir), None, None, None)
 
 
 def _generation_config(model: Any, args: WarmStartConfig) -> GenerationConfig | None:
