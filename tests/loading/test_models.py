@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER
 from transformers import AutoModelForCausalLM
 
@@ -150,6 +151,39 @@ def test_merge_writes_a_whole_model(adapter, tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
     assert main(["merge", str(out), "--out", str(tmp_path / "again")]) == 2
     assert "is not an adapter folder" in capsys.readouterr().err
+
+
+def test_merge_writes_into_an_empty_folder_however_it_is_named(adapter, tmp_path, monkeypatch):
+    """It is not replaced: it may be a mount point, a link, or lie in a folder that cannot be written."""
+    for name in ("here", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", str(tmp_path / "link")):
+        before = Path(out).stat().st_ino
+        assert main(["merge", str(adapter[0]), "--out", out]) == 0
+        assert Path(out).stat().st_ino == before
+        assert not (Path(out) / ".part").exists()
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_merge_looks_whether_it_can_write_before_it_loads(adapter, capsys, monkeypatch):
+    monkeypatch.setattr("topd.loading.models.loaded_model", lambda *_: pytest.fail("weights are loaded"))
+    assert main(["merge", str(adapter[0]), "--out", "/sys/merged"]) == 2
+    assert "/sys/merged" in (said := capsys.readouterr().err)
+    assert "Check its permissions, or use another path" in said
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e6, "float16"), (torch.nan, "auto")])
+def test_a_merge_that_overflows_says_so(adapter, tmp_path, capsys, value, dtype):
+    weights = load_file(adapter[0] / "adapter_model.safetensors")
+    save_file({name: torch.full_like(weight, value) for name, weight in weights.items()},
+              adapter[0] / "adapter_model.safetensors")  # fmt: skip
+    assert main(["merge", str(adapter[0]), "--out", str(tmp_path / "out"), "--dtype", dtype]) == 2
+    said = capsys.readouterr().err
+    assert "computes NaN or infinite logits" in said
+    assert "--dtype float32 or bfloat16" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merge_that_fails_leaves_nothing_and_can_be_repeated(adapter, tmp_path, capsys, monkeypatch):

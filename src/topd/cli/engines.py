@@ -1,11 +1,14 @@
 """What responds in `topd eval` and `topd generate`: its options, and from them to an engine."""
 
 import argparse
+import math
 from dataclasses import replace
 from typing import Any
 
 from topd.cli.options import check_at_least_one, json_object
 from topd.errors import TOPDError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_sampling_options(parser: Any, samples: int, paper: str = "") -> None:
@@ -36,13 +39,15 @@ def add_engine_options(parser: Any, model: str) -> None:
     parser.add_argument("--batch", type=int, help="responses decoded and saved together (default: 32; vllm: 256)")
     parser.add_argument("--concurrency", type=int, default=64, help="parallel server requests (default: %(default)s)")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="number of GPUs for vllm (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of the model (default: %(default)s)")
 
 
 def check_sampling(options: argparse.Namespace) -> None:
     """Raise `TOPDError` where a value is out of range."""
     check_at_least_one(options, "samples", "max_new_tokens", "limit", "batch", "concurrency", "tensor_parallel")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if options.seed < 0:
+        raise TOPDError("--seed must not be negative.")
+    if not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise TOPDError("--temperature must not be negative, --top-p must be in (0, 1].")
     if options.temperature == 0 and options.samples > 1:
         raise TOPDError("At temperature 0 all samples of a problem are the same: give --samples 1, or a temperature.")

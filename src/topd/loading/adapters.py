@@ -95,7 +95,7 @@ def merged(model: Any, folder: str, check: bool = True) -> Any:
             parameter.requires_grad_(parameter.is_floating_point())  # packed weights of 4 or 8 bits have no gradient
         return whole
     except TOPDError as error:
-        raise error if str(folder) in str(error) else TOPDError(f"The adapter in {folder}: {error}") from error
+        raise error if f" {folder} " in str(error) else TOPDError(f"The adapter in {folder}: {error}") from error
 
 
 LARGEST_CHANGE = 0.1
@@ -113,11 +113,11 @@ def merged_adapter(adapted: Any, check: bool = True) -> Any:
     """
     if not hasattr(adapted, "merge_and_unload"):
         raise TOPDError("This kind of adapter cannot be merged into its base; LoRA adapters can.")
-    before = _logits(adapted) if check else None
+    before = _logits(adapted, "model with its adapter") if check else None
     untie_adapted_head(adapted.get_base_model())
     merged = adapted.merge_and_unload()
     if before is not None:
-        change = float((_logits(merged) - before).abs().mean() / before.std())
+        change = float((_logits(merged, "merged model") - before).abs().mean() / before.std())
         if not change <= LARGEST_CHANGE and not getattr(merged, "is_quantized", False):
             raise TOPDError(
                 f"The merged model does not compute what the model with its adapter computes: the logits change by "
@@ -147,9 +147,17 @@ def without_wrappers(layer: Any) -> Any:
 
 
 @torch.no_grad()
-def _logits(model: Any) -> Tensor:
-    """[position, vocabulary] logits of 16 token ids spread over the vocabulary, in evaluation mode."""
+def _logits(model: Any, what: str) -> Tensor:
+    """[position, vocabulary] logits of 16 token ids spread over the vocabulary, in evaluation mode.
+
+    Raises `TOPDError`, for what is NaN or infinite.
+    """
     device, rows = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     with evaluating(model):
         logits: Tensor = model(input_ids=torch.linspace(0, rows - 1, 16, device=device).long()[None]).logits[0]
+    if not logits.isfinite().all():
+        raise TOPDError(
+            f"The {what} computes NaN or infinite logits. float16 overflows above 65,504: use --dtype float32 or "
+            "bfloat16. Otherwise the adapter's own weights are broken."
+        )
     return logits.float()

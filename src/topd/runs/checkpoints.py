@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from topd.errors import ResumeError, SavingError, TOPDError
 from topd.runs.files import flush, write_json
+from topd.runs.guard import REMEDIES
 
 UNFINISHED = "unfinished"
 """Folder in which a checkpoint is written, in the output folder. Its name must not begin with `checkpoint-`."""
@@ -164,9 +165,8 @@ def saving_error(what: str, run_folder: Path, error: BaseException) -> SavingErr
         kept = f"The last complete checkpoint is {newest}"
         then = "run the same command with --resume_from_checkpoint true; --save_total_limit 2 keeps the disk from "
         then += "filling up"
-    return SavingError(
-        f"{what} could not be written ({reason}). {kept}. Free space on the disk of {run_folder}, then {then}."
-    )
+    remedy = REMEDIES.get(getattr(error, "errno", None) or 0, f"Free space on the disk of {run_folder}.")
+    return SavingError(f"{what} could not be written ({reason}). {kept}. {remedy} Then {then}.")
 
 
 AUTO = "auto"

@@ -15,7 +15,7 @@ from topd.errors import SavingError, TOPDError, install
 TRACEBACK = "traceback.txt"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REPORT_NEEDS = ("jinja2", "markupsafe", "matplotlib")
-_REMEDIES = {
+REMEDIES = {
     errno.EROFS: "It is read-only. Use another path.",
     errno.EACCES: "Check its permissions, or use another path.",
     errno.EPERM: "Check its permissions, or use another path.",
@@ -52,8 +52,8 @@ def as_topd_error(error: Exception, folder: Path | None) -> TOPDError:
             f"The disk is full ({reason}). Files written so far are complete. Free space, then run the same command "
             "again to resume."
         )
-    if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
-        return TOPDError(f"{error.filename}: {error.strerror}. {_REMEDIES[error.errno]}")
+    if isinstance(error, OSError) and error.errno in REMEDIES and error.filename is not None:
+        return TOPDError(f"{error.filename}: {error.strerror}. {REMEDIES[error.errno]}")
     where = _write_traceback(folder)
     folders = [Path(frame.filename).parent.name for frame in traceback.extract_tb(error.__traceback__)]
     if type(error).__module__.partition(".")[0] == "jinja2" and "report" not in folders:
