@@ -1,6 +1,7 @@
 """Local correction on the embedded pair and on pairs with known answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from topd.analysis.probe import ProbeOptions, measure
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.embedded.task import is_correct, make_problems
+from topd.errors import NonFiniteError
 from topd.near_future.sampling import local_pair, sample_rollouts
 from topd.training import TOPDConfig
 from topd.training.losses import last_parameters
@@ -44,6 +46,18 @@ def test_at_most_one_fork_a_rollout_and_each_parts(embedded):
     assert forks
     assert len({fork.rollout for fork in forks}) == len(forks)
     assert all(fork.distance > 0 for fork in forks)
+
+
+def test_steps_that_make_the_student_compute_nan_end_in_a_message(embedded):
+    _, corrector, forks = embedded
+    start = {name: value.clone() for name, value in corrector.student.state_dict().items()}
+    corrector.options = replace(OPTIONS_HERE, learning_rate=1e30)
+    try:
+        with pytest.raises(NonFiniteError, match=r"of the arm 'opd' the student computes NaN .* lower learning rate"):
+            corrector.correct(forks[0], "opd")
+    finally:
+        corrector.options = OPTIONS_HERE
+        corrector.student.load_state_dict(start)
 
 
 def test_every_arm_moves_the_student_and_then_puts_it_back(embedded):

@@ -11,11 +11,13 @@ from pathlib import Path
 import jinja2
 import pytest
 from report.made_records import record, write_arm, write_correct
+from transformers.utils.logging import enable_progress_bar
 
 from topd.cli.main import main
 from topd.embedded.pair import pair_folder
 from topd.errors import SavingError, TOPDError, install
 from topd.evaluation.engines import LocalEngine, Response
+from topd.runs.checkpoints import saving_error
 from topd.runs.guard import as_topd_error, guarded
 
 STUDENT = "student=embedded:student-standard"
@@ -157,6 +159,58 @@ def test_results_are_not_written_above_out(tmp_path, capsys, name):
     assert "Traceback" not in message(capsys)
 
 
+OUT_OF_RANGE = {
+    "probe --temperature nan": "--temperature positive",
+    "probe --seed -1": "--seed must be in",
+    "correct --steps 0": "--steps must be at least 1",
+    "correct --learning-rate nan": "--learning-rate must be positive",
+    "correct --guidance-weight nan": "--guidance-weight must not be negative",
+    "eval --temperature nan": "--temperature must not be negative",
+    "eval --seed -1": "--seed must not be negative",
+    "eval --gain nan": "--gain must be above 0",
+}
+
+
+@pytest.mark.parametrize("words", OUT_OF_RANGE)
+def test_numbers_that_are_none_are_refused_before_models_are_loaded(tmp_path, capsys, monkeypatch, words):
+    command, *given = words.split()
+    for loads in ("pair.load_pair", "models.loaded_model"):
+        monkeypatch.setattr(f"topd.loading.{loads}", lambda *_: pytest.fail("weights are loaded"))
+    assert main([command, *given, "--out", str(tmp_path)]) == 2
+    assert OUT_OF_RANGE[words] in message(capsys)
+
+
+def test_two_benchmarks_of_one_name_are_refused_before_one_is_answered(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(f'{{"problem": "{folder}", "answer": "2"}}\n')
+    files = [str(tmp_path / folder / "test.jsonl") for folder in ("a", "b")]
+    assert main(["eval", "--model", STUDENT, "--benchmark", *files, *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert "Two benchmarks have the same label (test). Name them" in message(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["probe", "correct"])
+def test_the_analyses_hide_the_bars_of_loading_weights(tmp_path, capsys, command):
+    enable_progress_bar()
+    assert run(command, tmp_path) == 0
+    assert "Loading weights" not in capsys.readouterr().err
+
+
+def test_generate_looks_whether_it_can_write_before_it_loads(capsys, monkeypatch):
+    monkeypatch.setattr("topd.loading.models.loaded_model", lambda *_: pytest.fail("weights are loaded"))
+    assert main(["generate", "--teacher", "embedded:teacher", *PROMPTS, "--out", "/sys/out/mine.jsonl"]) == 2
+    assert "Check its permissions, or use another path" in message(capsys)
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "probe", "correct"])
+def test_a_dtype_that_there_is_not_is_named(tmp_path, capsys, command):
+    words = [part.replace("OUT", str(tmp_path)) for part in COMMANDS[command]]
+    with pytest.raises(SystemExit):
+        main([*words, "--dtype", "float12"])
+    assert "--dtype: invalid choice: 'float12'" in capsys.readouterr().err
+
+
 def test_an_error_of_ours_ends_in_a_message_and_a_traceback_in_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("topd.report.page.render", lambda runs: {}["a key"])
     write_arm(tmp_path, [record()])
@@ -199,6 +253,9 @@ def test_what_is_ours_and_what_a_user_does_stay_as_they_are():
         raise SavingError("mine")
     with pytest.raises(KeyboardInterrupt), guarded(None):
         raise KeyboardInterrupt
-    assert "permissions" in str(as_topd_error(PermissionError(13, "Permission denied", "/mine/out"), None))
+    denied = PermissionError(13, "Permission denied", "/mine/out")
+    for error in (as_topd_error(denied, None), saving_error("The model", Path("/mine"), denied)):
+        assert "Check its permissions" in str(error)
+        assert "Free space" not in str(error)
     assert install("report") in str(as_topd_error(ImportError(name="matplotlib"), None))
     assert "chat template" in str(as_topd_error(jinja2.TemplateSyntaxError("odd", 1), Path("/nowhere/at/all")))

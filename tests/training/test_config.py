@@ -53,6 +53,7 @@ def test_numbers_of_numpy_and_paths_are_taken(tmp_path):
         ({"max_completion_length_start": 4, "max_completion_length_steps": 0}, "must be at least 1"),
         ({"max_informative_tokens": 0}, "must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
         ({"torch_compile_backend": "eager"}, "torch_compile does nothing"),
     ],
 )

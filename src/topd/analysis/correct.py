@@ -11,6 +11,7 @@ optimization target". OPD and TOPD run on both windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from topd.algorithm import low_loss_threshold
 from topd.analysis.probe import ProbeOptions, measure
+from topd.errors import NonFiniteError
 from topd.near_future import DistilledModel, LocalModel, Places, Rollouts, Windows
 from topd.near_future.model_parts import end_token_ids, padding_id
 from topd.near_future.sampling import written_rollouts
@@ -145,7 +147,7 @@ class Corrector:
     def correct(self, fork: Fork, arm: str) -> tuple[Outcome, float | None]:
         """Take M steps of an arm at the fork; return the new outcome, and the `gradient_ratio` before the first step.
 
-        The ratio is None without guidance.
+        The ratio is None without guidance. Raises `NonFiniteError` if the steps make the student compute NaN.
         """
         loss, guided = self.start(arm, fork)
         optimizer = torch.optim.AdamW(self.student.parameters(), self.options.learning_rate, weight_decay=0.0)
@@ -157,6 +159,11 @@ class Corrector:
             optimizer.zero_grad()
             ratio = result.gradient_ratio if step == 0 else ratio
         outcome = self.outcome(fork)
+        if not math.isfinite(outcome.distance + outcome.teacher_log_likelihood):
+            raise NonFiniteError(
+                f"After {self.options.steps} steps of the arm {arm!r} the student computes NaN or infinity at the fork "
+                f"of rollout {fork.rollout}. Use a lower learning rate, or --dtype float32."
+            )
         self.student.load_state_dict(self._start)
         return outcome, None if ratio is None else float(ratio)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from topd.cli.options import check_at_least_one
 from topd.cli.probe import add_pair_options, check_length, checked, token_ids, weights_of
 from topd.errors import TOPDError
 
@@ -35,9 +37,13 @@ def run(options: argparse.Namespace) -> None:
     from topd.loading.pair import load_pair
     from topd.near_future.model_parts import end_token_ids
     from topd.near_future.sampling import local_pair, sample_rollouts
-    from topd.runs.console import progress
+    from topd.runs.console import progress, silence_libraries
 
+    silence_libraries()
     names = checked(options)
+    check_at_least_one(options, "steps")
+    if not 0 < options.learning_rate < math.inf or not 0 <= (options.guidance_weight or 0.0) < math.inf:
+        raise TOPDError("--learning-rate must be positive, --guidance-weight must not be negative.")
     arms = tuple(options.arms or ARMS)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:

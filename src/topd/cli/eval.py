@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
     console = Console()
     check_sampling(options)
-    if options.gain <= 0:
+    if not options.gain > 0:
         raise TOPDError("--gain must be above 0.")
     if options.compare:
         if options.model or options.benchmark:
@@ -81,6 +81,9 @@ def run(options: argparse.Namespace) -> None:
         load_benchmark(name, limit=options.limit, split=options.split, rule=options.rule, style=options.prompt_style)
         for name in options.benchmark or ["embedded-long"]
     ]
+    labels = [each.name for each in sets]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise TOPDError(f"Two benchmarks have the same label ({twice}). Name them: --benchmark LABEL=FILE OTHER=FILE.")
     folders = [options.out / label for label in models]
     for (label, source), folder in zip(models.items(), folders, strict=True):
         console.print(visible(f"{label} ({source})"), markup=False)

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(
         options.temperature, options.top_p, options.max_new_tokens, options.seed, options.chat_template_kwargs
     )
-    engine, model, _ = load_engine(options.teacher, options, with_reasoning=True)
-    generate_run = GenerateRun(model, f"{options.data} {options.split}", options.samples, options.filter, sampling)
     with sole_writer(options.out.parent, f"_{options.out.stem}.lock"):
+        engine, model, _ = load_engine(options.teacher, options, with_reasoning=True)
+        generate_run = GenerateRun(model, f"{options.data} {options.split}", options.samples, options.filter, sampling)
         run_generate(generate_run, engine, rows, options.out)

@@ -1,6 +1,7 @@
 """`topd probe`: from names to loaded models and token ids, also for `topd correct`. The analysis is in `analysis/`."""
 
 import argparse
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from topd.cli.check import parsed
 from topd.cli.data_options import FormArguments, add_form_options, form_of, source_of
+from topd.cli.engines import DTYPES
 from topd.cli.options import check_at_least_one, data_source, json_object, prompts
 from topd.errors import TOPDError
 from topd.lm.pair import DATA as LM_DATA
@@ -60,7 +62,9 @@ def run(options: argparse.Namespace) -> None:
     from topd.analysis.probe_command import ProbeRun, run_probe
     from topd.loading.pair import load_pair
     from topd.near_future.model_parts import end_token_ids
+    from topd.runs.console import silence_libraries
 
+    silence_libraries()
     names = checked(options)
     student, teacher, tokenizer = load_pair(names["student"], names["teacher"], options.dtype)
     rows = token_ids(options, tokenizer, end_token_ids(student.generation_config, tokenizer), options.given_responses)
@@ -113,9 +117,7 @@ def add_pair_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument("--share", type=float, help="share of positions that are candidates (default: 0.0225)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", default="auto", help="dtype of the models: auto, float32, bfloat16 (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of the models (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path(out),
         help="output folder; run again to resume after an interruption (default: %(default)s)",
@@ -136,8 +138,10 @@ def checked(options: argparse.Namespace) -> dict[str, str]:
         if getattr(options, name) is None:
             setattr(options, name, value)
     check_at_least_one(options, "rollouts", "batch", "max_new_tokens")
-    if not 0 < options.share <= 1 or min(options.window_length) < 1 or options.temperature <= 0:
+    if not 0 < options.share <= 1 or min(options.window_length) < 1 or not 0 < options.temperature < math.inf:
         raise TOPDError("--share must be in (0, 1], --window-length at least 1, --temperature positive.")
+    if not 0 <= options.seed < 2**32:
+        raise TOPDError("--seed must be in [0, 2**32).")
     return names
 
 

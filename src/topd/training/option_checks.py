@@ -22,7 +22,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "max_completion_length_steps", "max_informative_tokens", "eval_samples", "eval_benchmark_limit"),
      lambda value: value < 1, "be at least 1"),
     (("audit_steps", "guidance_weight", "eval_temperature"), lambda value: value < 0, "not be negative"),
-    (("window_memory", "max_overhead", "entropic_epsilon", "temperature"), lambda value: value <= 0, "be positive"),
+    (("window_memory", "max_overhead", "entropic_epsilon", "temperature"),
+     lambda value: not 0 < value < math.inf, "be positive"),
 )  # fmt: skip
 """Options, when a value of theirs is wrong, and the rule for the message. None is allowed where an option has it."""
 
