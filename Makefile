@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # The core: what depends on the versions of torch, transformers, trl, accelerate, peft and the solvers.
 CORE := tests/algorithm tests/near_future tests/teachers tests/loading tests/training tests/warmstart tests/examples tests/analysis tests/check
-# The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.13` takes others.
+# The newest CPU build that comes without CUDA packages. `make newest TORCH=torch PYTHON=python3.12` takes others.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo demo-lm lm-opd lm-topd quick test newest oldest triton cuda slow faults check bench docs env clean
