@@ -103,6 +103,13 @@ def test_messages_hold_no_secret_even_where_the_server_repeats_it():
     none_in(str(refused.value) + str(lost.value))
 
 
+def test_a_secret_is_not_shown_as_a_url_has_it_either():
+    with fake_server(lambda n: 400) as server:
+        server.refusal = "no page /v1/completions?key=a%2Fb%40c, a/b%40c, a/b@c"
+        with pytest.raises(ServerError, match=r"key=\*\*\*, \*\*\*, \*\*\*\. Fix"):
+            OpenAIServer(server.url + "?key=a%2Fb%40c").post("/v1/completions", {})
+
+
 @pytest.mark.parametrize("kept", ["http://***@host:8000", "http://host/v1?api_key=***", "http://host:8000/v1?***"])
 def test_options_read_back_in_another_process_say_what_is_missing(kept, monkeypatch):
     monkeypatch.setattr("topd.teachers.server_address._given", {})

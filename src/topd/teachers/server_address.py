@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from urllib.parse import quote
 
 import httpx2
 
@@ -50,8 +51,9 @@ class Address:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Texts that must not be shown."""
-        return tuple(text for text in (*(self.auth or ()), *self.query.values(), self.key) if text)
+        """Texts that must not be shown, also as a URL has them."""
+        plain = [text for text in (*(self.auth or ()), *self.query.values(), self.key) if text]
+        return tuple(dict.fromkeys(form for text in plain for form in (text, quote(text), quote(text, safe=""))))
 
     @property
     def is_loopback(self) -> bool:
