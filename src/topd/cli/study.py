@@ -30,8 +30,10 @@ def run(options: argparse.Namespace) -> None:
     if options.show:
         print_tables(read_study(options.show), options.against)
         return
+    from topd.runs.console import silence_libraries
     from topd.study.command import run_study
 
+    silence_libraries()
     check_at_least_one(options, "seeds", "workers")
     given = {name: getattr(options, name) for name in ("student", "teacher", "data") if getattr(options, name)}
     plan = read_plan(options.config, given)
