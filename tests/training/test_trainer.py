@@ -357,3 +357,9 @@ def test_what_no_student_can_be_trained_with_is_refused(tmp_path):
     for trainer, args in ((TOPDTrainer, DistillationConfig), (WarmStartTrainer, SFTConfig)):
         with pytest.raises(TOPDError, match=r"pass a (TOPD|WarmStart)Config"):
             trainer(tiny_model(0), tiny_model(1), args(str(tmp_path), bf16=False, use_cpu=True))
+
+
+def test_a_run_without_epochs_is_refused(tmp_path):
+    """Nothing would be trained, and the student saved as it was."""
+    with pytest.raises(TOPDError, match="num_train_epochs is 0"):
+        tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=0).train()

@@ -84,6 +84,10 @@ class ResumableTrainer(Trainer):
                 "Nothing would be trained: all weights of the student are frozen. Set requires_grad; load an adapter "
                 "with PeftModel.from_pretrained(..., is_trainable=True)."
             )
+        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
+            raise TOPDError(
+                f"Nothing would be trained: num_train_epochs is {self.args.num_train_epochs}. Set it, or max_steps."
+            )
         with self._locked_folder(), output_may_close(continues=True), ExitStack() as stack:
             checkpoint = self._checkpoint_of(resume_from_checkpoint) if resume_from_checkpoint else None
             if self.args.save_strategy != "no":  # else there is nothing to resume from: signals keep their defaults
