@@ -243,3 +243,15 @@ def test_the_dtypes_of_both_may_be_names_or_torchs_own(tmp_path, dtype):
     for wrong in ({"model_init_kwargs": {"dtype": "bf16"}}, {"teacher_model_init_kwargs": {"dtype": "bf16"}}):
         with pytest.raises(TOPDError, match="dtype is 'bf16'; write auto, float32"):
             tiny_trainer(tmp_path / "run", student=student, teacher=teacher, **wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_the_old_name_of_dtype_sets_the_dtype(tmp_path, dtype):
+    student, teacher = (saved(tiny_model(seed), tmp_path / str(seed)) for seed in (0, 1))
+    old = {"torch_dtype": dtype}
+    options = {"model_init_kwargs": old, "teacher_model_init_kwargs": '{"torch_dtype": "float16"}'}
+    trainer = tiny_trainer(tmp_path / "run", student=student, teacher=teacher, **options)
+    assert (trainer.model.dtype, trainer.teacher_model.dtype) == (torch.bfloat16, torch.float16)
+    assert old == {"torch_dtype": dtype}
+    warm = WarmStartConfig(str(tmp_path), use_cpu=True, bf16=False, model_init_kwargs=old | {"dtype": "float32"})
+    assert warm.model_init_kwargs == {"dtype": "float32"}

@@ -1,5 +1,8 @@
 """Rows that have ended leave the batch: the same responses, and the states of a scoring pass."""
 
+import warnings
+from unittest.mock import patch
+
 import pytest
 import torch
 from accelerate.logging import MultiProcessAdapter
@@ -9,7 +12,7 @@ from tiny import tiny_trainer
 from transformers import GenerationConfig
 
 from topd.near_future import DistilledModel, LocalModel, Rollouts, ways_of
-from topd.near_future.sampling import SamplingStates, compact_sampling
+from topd.near_future.sampling import SamplingStates, after_the_others_left, compact_sampling
 from topd.near_future.self_check import batching_of
 
 START, LONGEST = 5, 24
@@ -111,3 +114,12 @@ def test_a_static_cache_which_rows_cannot_leave_is_kept_whole(tmp_path, caplog):
 def test_whether_rows_may_leave_is_tried(kind, leaving):
     model = special_model(kind)
     assert batching_of(model, 60).leaving == ways_of(model).leaving == leaving
+
+
+def test_rows_are_continued_without_deprecated_names():
+    model = model_of("llama")
+    inputs = prompts()
+    with warnings.catch_warnings(), patch("transformers.utils.generic.logger.warning_once") as logged:
+        warnings.simplefilter("error", FutureWarning)
+        after_the_others_left(model, **inputs, pad=0)
+    assert not logged.called

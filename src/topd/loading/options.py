@@ -90,6 +90,17 @@ def check_objects(config: Any) -> None:
             raise ValueError(f"{name} must be `name: value` lines or a JSON object; got {value!r}.")
 
 
+def rename_dtype(config: Any) -> None:
+    """Rename `torch_dtype` to `dtype` in a config's keyword arguments of `from_pretrained`: TRL ignores the old name.
+
+    As in transformers, `dtype` wins if both are given.
+    """
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        given = dict(getattr(config, name) or {})
+        if "torch_dtype" in given:
+            setattr(config, name, {"dtype": given.pop("torch_dtype")} | given)
+
+
 def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

@@ -199,12 +199,13 @@ def generate_compactly(
 
 def remaining(found: Any, attention_mask: Tensor, kept: Tensor) -> dict[str, Any]:
     """Inputs with which `generate` continues some rows of its output over their part of the cache."""
-    found.past_key_values.batch_select_indices(kept)
+    cache, argument = cache_of(found), "cache" if "cache" in found else "past_key_values"
+    cache.batch_select_indices(kept)
     grown = attention_mask.new_ones(len(kept), found.sequences.shape[1] - attention_mask.shape[1])
     return {
         "input_ids": found.sequences[kept],
         "attention_mask": torch.cat([attention_mask[kept], grown], dim=1),
-        "past_key_values": found.past_key_values,
+        argument: cache,
     }
 
 

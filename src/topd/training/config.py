@@ -11,7 +11,7 @@ from trl import DistillationConfig
 from topd.algorithm.forks import ForkRule, Selection
 from topd.algorithm.guidance import TargetKind
 from topd.algorithm.transport import GroundCost
-from topd.loading.options import check_kinds
+from topd.loading.options import check_kinds, rename_dtype
 from topd.teachers.server_address import without_secrets
 from topd.training.method import Embedding, Method, Ranking, Solver, StudentWindow
 from topd.training.option_checks import check_options
@@ -246,6 +246,7 @@ class TOPDConfig(DistillationConfig):
         if self.fork_threshold is not None:
             self.fork_rule = "threshold"
         check_options(self, TOPDConfig.__annotations__, choices())
+        rename_dtype(self)
 
     @property
     def generation_steps(self) -> int:

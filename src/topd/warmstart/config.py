@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from topd.loading.options import check_kinds, check_objects
+from topd.loading.options import check_kinds, check_objects, rename_dtype
 
 
 @dataclass
@@ -46,6 +46,7 @@ class WarmStartConfig(SFTConfig):
         check_kinds(self)
         super().__post_init__()
         check_objects(self)
+        rename_dtype(self)
         if not 0 <= self.kd_ratio <= 1:
             raise ValueError(f"kd_ratio must be in [0, 1]; got {self.kd_ratio}.")
         if self.distils and (self.loss_type != "nll" or self.label_smoothing_factor > 0):
