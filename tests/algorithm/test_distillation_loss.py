@@ -283,3 +283,17 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale() -> None:
     for ours, reference in zip(gradients(loss, hidden, head, 2.0**16), references, strict=True):
         assert ours.dtype == torch.float16
         assert (ours.double() - reference).norm() < 0.001 * reference.norm()
+
+
+def test_a_float16_head_gradient_overflows_only_by_the_loss_scale() -> None:
+    """States of real models hold large activations, and the head's gradient is a sum over all positions."""
+    hidden, weight = random_tensor(8000, 16, seed=1), random_tensor(64, 16, seed=2) * 0.3
+    hidden[:, 0], weight[:, 0] = 1000, 0
+    teacher = weight.clone()
+    teacher[5, 0] = 0.003  # a logit of 3 more at every position
+    head = weight.half().requires_grad_()
+    weights = torch.full((8000,), 1 / 8000)
+    loss = distillation_loss(hidden.half(), Head(head), hidden.half(), Head(teacher.half()), weights).loss
+    (gradient,) = torch.autograd.grad(loss, head)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 65504 / 4096  # for weights of about 1 it would overflow in float16

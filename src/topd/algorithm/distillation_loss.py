@@ -22,6 +22,7 @@ from topd.algorithm.vocabulary import (
     at_least_float32,
     check_choice,
     check_vocabularies,
+    in_dtypes,
 )
 
 
@@ -60,8 +61,8 @@ def distillation_loss(
     The KL covers the first `teacher_positions` rows of `hidden`; the other rows have likelihood terms only. The loss is
     differentiable in the student's hidden states and in its head's weight and bias; weights and teacher are constant.
     The forward pass computes and saves the gradients; `backward` scales them, and can run only once, even with
-    `retain_graph`. Values are at least float32. The saved gradients are those for a largest weight of about 1, so that
-    they do not underflow in float16.
+    `retain_graph`. Values are at least float32. In float16, gradients neither underflow nor overflow before the loss
+    scale is applied: those of single positions are for a largest weight of about 1, and sums are float32.
 
     Args:
         hidden: the student's last hidden states.
@@ -115,8 +116,9 @@ class _OnePass(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = at_least_float32(hidden)
         weights, terms = weights.to(dtype), terms._replace(weight=terms.weight.to(dtype))
-        ctx.unit = unit = power_of_two(weights, terms.weight)
+        ctx.unit = unit = power_of_two_above(weights, terms.weight)
         tiles = Tiles(hidden, head, tile_elements, needs_grad)
+        ctx.dtypes = tiles.dtypes
         token_loss, nll = weights.new_zeros(len(weights)), weights.new_zeros(len(terms.token))
         for rows, k, has_teacher, has_gradient in _plan(tiles.size, len(hidden), weights, terms, any(needs_grad)):
             here = LikelihoodTerms(torch.searchsorted(rows, terms.position[k]), terms.token[k], terms.weight[k] / unit)
@@ -134,7 +136,7 @@ class _OnePass(torch.autograd.Function):
                 if len(k):
                     add_likelihood_(grad, probs, here)
                 tiles.collect(rows)
-        ctx.save_for_backward(*tiles.gradients())
+        ctx.save_for_backward(*tiles.grads)
         loss = torch.where(weights == 0, 0, weights * token_loss).sum() + (terms.weight * nll).sum()
         ctx.mark_non_differentiable(token_loss, nll)
         return loss, token_loss, nll
@@ -142,12 +144,12 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since a second copy of the head's gradient is large. Autograd then raises on a second backward.
-        scaled = [None if kept is None else kept.mul_(grads[0] * ctx.unit) for kept in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None, None, None, None)
+        scaled = (None if kept is None else kept.mul_(grads[0] * ctx.unit) for kept in ctx.saved_tensors)
+        return (*in_dtypes(scaled, ctx.dtypes), None, None, None, None, None, None, None, None)
 
 
-def power_of_two(*weights: Tensor) -> Tensor:
-    """The one next to the largest of these weights in size; 1 if all are 0. A division by it rounds nothing."""
+def power_of_two_above(*weights: Tensor) -> Tensor:
+    """The next power of two above the largest absolute weight; 1 if all are 0. Dividing by it is exact."""
     largest = torch.cat([each.detach().abs() for each in (*weights, weights[0].new_zeros(1))]).max()
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 

@@ -27,6 +27,7 @@ from topd.algorithm.vocabulary import (
     check_rows,
     check_vocabularies,
     divergence_,
+    in_dtypes,
     log_softmax_,
     may_mask,
 )
@@ -199,7 +200,7 @@ class _TiledLogProbs(torch.autograd.Function):
             position = torch.arange(len(rows), device=rows.device).repeat_interleave(tokens.shape[1])
             add_likelihood_(grad, probs, LikelihoodTerms(position, tokens[rows].flatten(), -grads[0][rows].flatten()))
             tiles.collect(rows)
-        return (*tiles.gradients(), None, None, None)
+        return (*in_dtypes(tiles.grads, tiles.dtypes), None, None, None)
 
 
 # -------------------------------------------------------------------------------------------------------- top-k teacher

@@ -5,6 +5,7 @@ place. `Tiles.collect` converts that gradient to those of hidden states and head
 not involved. Logits are at least float32.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -102,7 +103,9 @@ class Tiles:
     Attributes:
         student: buffer [row, vocabulary]: the student's log-probabilities, then its probabilities.
         other: second buffer: the teacher's log-probabilities, then the gradient of the logits.
-        grads: gradients of hidden states, weight and bias, summed by `collect`; None if not needed.
+        grads: gradients of hidden states, weight and bias, summed by `collect`; None if not needed. Those of weight and
+            bias are float32 at least.
+        dtypes: those of hidden states, weight and bias.
     """
 
     def __init__(
@@ -173,9 +176,10 @@ class Tiles:
         if in_bias is not None:
             in_bias += grad.sum(dim=0)
 
-    def gradients(self) -> list[Tensor | None]:
-        """The sums of `collect`, in the dtypes of hidden states, weight and bias."""
-        return [None if grad is None else grad.to(dtype) for grad, dtype in zip(self.grads, self.dtypes, strict=True)]
+
+def in_dtypes(gradients: Iterable[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    """Each gradient in its dtype; None where it is not needed."""
+    return [None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def tile_rows(vocabulary: int, tile_elements: int | None, device: torch.device) -> int:
