@@ -172,7 +172,7 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("words", OUT_OF_RANGE)
-def test_numbers_that_are_none_are_refused_before_models_are_loaded(tmp_path, capsys, monkeypatch, words):
+def test_numbers_out_of_range_are_refused_before_models_are_loaded(tmp_path, capsys, monkeypatch, words):
     command, *given = words.split()
     for loads in ("pair.load_pair", "models.loaded_model"):
         monkeypatch.setattr(f"topd.loading.{loads}", lambda *_: pytest.fail("weights are loaded"))
@@ -180,7 +180,7 @@ def test_numbers_that_are_none_are_refused_before_models_are_loaded(tmp_path, ca
     assert OUT_OF_RANGE[words] in message(capsys)
 
 
-def test_two_benchmarks_of_one_name_are_refused_before_one_is_answered(tmp_path, capsys):
+def test_two_benchmarks_with_one_label_are_refused_before_one_is_answered(tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.jsonl").write_text(f'{{"problem": "{folder}", "answer": "2"}}\n')
@@ -191,20 +191,20 @@ def test_two_benchmarks_of_one_name_are_refused_before_one_is_answered(tmp_path,
 
 
 @pytest.mark.parametrize("command", ["probe", "correct"])
-def test_the_analyses_hide_the_bars_of_loading_weights(tmp_path, capsys, command):
+def test_the_analyses_hide_progress_bars_of_loading_weights(tmp_path, capsys, command):
     enable_progress_bar()
     assert run(command, tmp_path) == 0
     assert "Loading weights" not in capsys.readouterr().err
 
 
-def test_generate_looks_whether_it_can_write_before_it_loads(capsys, monkeypatch):
+def test_generate_checks_that_it_can_write_before_it_loads(capsys, monkeypatch):
     monkeypatch.setattr("topd.loading.models.loaded_model", lambda *_: pytest.fail("weights are loaded"))
     assert main(["generate", "--teacher", "embedded:teacher", *PROMPTS, "--out", "/sys/out/mine.jsonl"]) == 2
     assert "Check its permissions, or use another path" in message(capsys)
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "probe", "correct"])
-def test_a_dtype_that_there_is_not_is_named(tmp_path, capsys, command):
+def test_an_unknown_dtype_is_named(tmp_path, capsys, command):
     words = [part.replace("OUT", str(tmp_path)) for part in COMMANDS[command]]
     with pytest.raises(SystemExit):
         main([*words, "--dtype", "float12"])

@@ -167,7 +167,7 @@ def test_merge_writes_into_an_empty_folder_however_it_is_named(adapter, tmp_path
         AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_merge_looks_whether_it_can_write_before_it_loads(adapter, capsys, monkeypatch):
+def test_merge_checks_that_it_can_write_before_it_loads(adapter, capsys, monkeypatch):
     monkeypatch.setattr("topd.loading.models.loaded_model", lambda *_: pytest.fail("weights are loaded"))
     assert main(["merge", str(adapter[0]), "--out", "/sys/merged"]) == 2
     assert "/sys/merged" in (said := capsys.readouterr().err)

@@ -47,7 +47,7 @@ def test_what_a_killed_run_left_goes_when_it_runs_again(tmp_path):
 
 def test_what_a_killed_study_left_goes_when_it_starts_again(tmp_path, monkeypatch):
     (tmp_path / "runs" / "opd" / ".0.scratch").mkdir(parents=True)
-    (tmp_path / "another" / "runs" / "opd" / ".0.scratch").mkdir(parents=True)  # of a study that runs
+    (tmp_path / "another" / "runs" / "opd" / ".0.scratch").mkdir(parents=True)  # of a running study
     of_others = {"runs/opd/1.json", "another/runs/opd/.0.scratch/model.safetensors", "film.part"}
     for name in ("runs/opd/.0.scratch/model.safetensors", "study.json.99.part", "runs/opd/0.json.99.part", *of_others):
         (tmp_path / name).write_text("")

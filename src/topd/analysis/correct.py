@@ -159,12 +159,12 @@ class Corrector:
             optimizer.zero_grad()
             ratio = result.gradient_ratio if step == 0 else ratio
         outcome = self.outcome(fork)
+        self.student.load_state_dict(self._start)
         if not math.isfinite(outcome.distance + outcome.teacher_log_likelihood):
             raise NonFiniteError(
                 f"After {self.options.steps} steps of the arm {arm!r} the student computes NaN or infinity at the fork "
                 f"of rollout {fork.rollout}. Use a lower learning rate, or --dtype float32."
             )
-        self.student.load_state_dict(self._start)
         return outcome, None if ratio is None else float(ratio)
 
     @torch.no_grad()

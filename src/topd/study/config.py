@@ -157,7 +157,7 @@ def _check(plan: StudyPlan) -> None:
         if unknown := ", ".join(sorted(set(options) - known)):
             raise ValueError(f"{where}: {unknown} is not an option of TOPDConfig. `topd train --help` lists all.")
         if own := ", ".join(sorted(set(options) & OF_THE_STUDY)):
-            raise ValueError(f"{where}: {own} follows from the study's own steps, seeds and --out. Leave it out.")
+            raise ValueError(f"{where}: the study itself sets {own}, from its steps, seeds and --out. Leave it out.")
         server = str(options.get("teacher_model_server_url"))
         if without_secrets(server) != server:  # options are written into every record
             raise ValueError(
