@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from topd.errors import NonFiniteError, TOPDError, install
 from topd.loading import tokenizers
 from topd.loading.prompts import prompt_ids
+from topd.near_future.fast_decoding import fast_decoding
 from topd.near_future.model_parts import (
     NEUTRAL,
-    adapters_merged,
     end_token_ids,
     grouped,
     left_padded,
@@ -161,7 +161,7 @@ class LocalEngine:
         watch = NanWatch()
         compactly = self._leaving and len(batch) > 1 and bool(self.eos)
         generate = partial(generate_compactly, self.model.generate, chooser) if compactly else self.model.generate
-        with own_settings_only(self.model), adapters_merged(self.model):
+        with own_settings_only(self.model), fast_decoding(self.model):
             output: Tensor = generate(
                 input_ids=ids, attention_mask=mask, generation_config=config,
                 logits_processor=LogitsProcessorList([watch, *chooser]),

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from topd.algorithm.vocabulary import at_least_float32
 from topd.near_future.attention_interface import attending_in
+from topd.near_future.fast_decoding import weights_packed
 from topd.near_future.model_parts import (
     backbone_of,
     left_padded,
@@ -117,7 +118,8 @@ class LocalModel:
 
         start = (candidate_start if from_candidate else follow_rollout)(places, prefill.greedy, length)
         ends = torch.tensor(self.eos_token_ids, device=places.rows.device)
-        return continue_over_prefix(Decoder(backbone_of(self.model), next_token, ends), prefill, start, places)
+        with weights_packed(self.model):
+            return continue_over_prefix(Decoder(backbone_of(self.model), next_token, ends), prefill, start, places)
 
     def _generate(self, prefixes: list[Tensor], length: int) -> Tensor:
         device = next(self.model.parameters()).device
@@ -130,7 +132,7 @@ class LocalModel:
             disable_compile=True,
             **self._decoding,
         )
-        with own_settings_only(self.model):
+        with own_settings_only(self.model), weights_packed(self.model):
             output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return output[:, ids.shape[1] :]
 

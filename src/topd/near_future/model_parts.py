@@ -1,7 +1,6 @@
 """How a transformers model is used: its backbone and head, the state that it runs in, padded batches, generation."""
 
 import inspect
-from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -118,52 +116,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def adapters_merged(model: Any) -> Iterator[None]:
-    """Run a PEFT model with its adapters merged into copies of its weights; afterwards it is as before, to the bit.
-
-    It computes the same up to rounding, without the adapters' small matrix products, which take a fifth of the time of
-    decoding. Only where all adapted layers are float32 linear layers whose weights are neither shared nor sharded, and
-    PEFT can merge them; else nothing changes. In bfloat16, also by autocast, a merge would round the adapters away.
-    """
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "get_base_layer")]
-    bases: list[nn.Module] = [layer.get_base_layer() for layer in layers] if is_peft_model(model) else []
-    if not _may_merge(model, bases):
-        bases = []
-    saved = [(parameter, parameter.data) for base in bases for parameter in base.parameters()]
-    merged = [layer for layer in layers if bases and not (layer.merged or layer.disable_adapters)]
-
-    def put_back() -> None:
-        for parameter, data in saved:
-            parameter.data = data
-        for layer in merged:
-            layer.merged_adapters.clear()
-
-    try:
-        try:
-            for parameter, data in saved:
-                parameter.data = data.clone()
-            for layer in merged:
-                layer.merge()
-        except (RuntimeError, ValueError):  # PEFT cannot merge this kind of adapter
-            put_back()
-        yield
-    finally:
-        put_back()
-
-
-def _may_merge(model: Any, bases: Sequence[nn.Module]) -> bool:
-    """Whether a merge into these layers rounds nothing away, and changes no other layer."""
-    if not all(type(base) is nn.Linear and base.weight.dtype == torch.float32 for base in bases):
-        return False
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    shared = any(uses[id(base.weight)] > 1 for base in bases)
-    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
-    sharded |= any(hasattr(base.weight, "ds_id") for base in bases)  # by ZeRO-3
-    device_type = next(model.parameters()).device.type
-    return not (shared or sharded or torch.is_autocast_enabled(device_type) or _wrapped_forwards(model))
-
-
-@contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """In training mode, without using up random numbers; afterwards in evaluation mode."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -178,7 +130,7 @@ def training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_autocast(model: Any, device_type: str) -> Iterator[None]:
     """In the dtype of the weights, also where autocast stands around the forward pass of the model or its backbone."""
-    wrapped = _wrapped_forwards(model)
+    wrapped = wrapped_forwards(model)
     forwards = [vars(module).pop("forward") for module in wrapped]
     try:
         with torch.autocast(device_type, enabled=False):
@@ -188,7 +140,7 @@ def without_autocast(model: Any, device_type: str) -> Iterator[None]:
             vars(module)["forward"] = forward
 
 
-def _wrapped_forwards(model: Any) -> list[nn.Module]:
+def wrapped_forwards(model: Any) -> list[nn.Module]:
     """The model and its backbone, where something such as autocast stands around the forward pass."""
     hooks = "_hf_hook"  # they move tensors between devices
     parts = model, backbone_of(model)

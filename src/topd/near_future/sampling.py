@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from topd.algorithm import top_k_overlap
 from topd.near_future.continuations import LocalModel
 from topd.near_future.distilled_model import DistilledModel
+from topd.near_future.fast_decoding import tokens_by_inversion
 from topd.near_future.model_parts import backbone_of, cache_of, end_token_ids, left_padded, one_beginning, padding_id
 from topd.near_future.windows import Prefill, Rollouts
 
@@ -153,9 +154,12 @@ class HalfHaveEnded(StoppingCriteria):
 
 @contextmanager
 def compact_sampling(model: Any, states: SamplingStates | None = None) -> Iterator[None]:
-    """In this block `model.generate` drops rows that have ended; `states`, if any, keeps its hidden states."""
+    """In this block `model.generate` drops rows that have ended, and draws each token with one random number.
+
+    `states`, if any, keeps its hidden states.
+    """
     followers = [] if states is None else [states]
-    with patch.object(model, "generate", partial(generate_compactly, model.generate, followers)):
+    with patch.object(model, "generate", partial(generate_compactly, model.generate, followers)), tokens_by_inversion():
         yield
 
 

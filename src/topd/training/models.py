@@ -20,7 +20,8 @@ from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
 from topd.near_future import DistilledModel, LocalModel
-from topd.near_future.model_parts import adapters_merged, left_padded, one_beginning, own_settings_only
+from topd.near_future.fast_decoding import fast_decoding
+from topd.near_future.model_parts import left_padded, one_beginning, own_settings_only
 from topd.near_future.protocol import Teacher
 from topd.near_future.sampling import InformativeEnd, SamplingStates, compact_sampling, has_dropout, stopping_by
 from topd.near_future.ways import ArchitectureError, Ways, ways_of
@@ -249,10 +250,10 @@ class OwnRollouts(BothModels):
     def _by_own_settings(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         model, end = self.accelerator.unwrap_model(self.model), self._informative_end(prompt_ids)
         compactly = self.args.compact_sampling and self.model.training and self._rows_leave(end)
-        merged = adapters_merged(model) if compactly else nullcontext()
+        fast = fast_decoding(model) if compactly else nullcontext()
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         stopping = nullcontext() if end is None else stopping_by(model, end)
-        with own_settings_only(model), stopping, self._limited(), merged, leaving:
+        with own_settings_only(model), stopping, self._limited(), fast, leaving:
             responses = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
 

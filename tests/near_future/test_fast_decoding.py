@@ -10,7 +10,7 @@ from test_shared_prefix import model_of
 from tiny import tiny_trainer
 
 from topd.loading.precision import autocasting
-from topd.near_future.model_parts import adapters_merged
+from topd.near_future.fast_decoding import adapters_merged, tokens_by_inversion, weights_packed
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -104,3 +104,74 @@ def test_training_samples_with_merged_adapters(tmp_path, monkeypatch):
     assert seen
     assert all(all(merged) and merged for merged in seen)
     assert not any(module.merged for module in trainer.model.modules() if hasattr(module, "merged"))
+
+
+# ------------------------------------------------------------------------------------------------------- packed weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+def test_packed_weights_compute_the_same_logits_and_are_gone_afterwards(kind, amp, dtype):
+    """With adapters; with biases, and weights that no linear layer holds (gpt-oss)."""
+    model = adapted("all-linear", dtype, kind) if kind == "qwen3" else model_of(kind).to(dtype)
+    before = {name: vars(module).copy() for name, module in model.named_modules()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        expected = model(input_ids=IDS).logits
+        with weights_packed(model):
+            packed = model(input_ids=IDS).logits
+    assert packed.dtype == expected.dtype
+    assert torch.allclose(packed.float(), expected.float(), atol=1e-4 if dtype == torch.float32 and not amp else 0.05)
+    assert all(vars(module).keys() == before[name].keys() for name, module in model.named_modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "inputs", [torch.rand(7), torch.rand(3, 5, 7)[:, -1:], torch.rand(4, 7, 2).mT], ids=["1", "slice", "T"]
+)
+def test_packed_layers_take_inputs_of_any_shape(inputs, bias):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 6, bias=bias))
+    with torch.no_grad():
+        expected = model(inputs)
+        with weights_packed(model):
+            assert torch.allclose(model(inputs), expected, atol=1e-6)
+
+
+def test_packed_layers_have_gradients_and_refuse_another_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(7, 6))
+    with weights_packed(model):
+        model(torch.rand(2, 7)).sum().backward()
+        assert model[0].weight.grad is not None
+        with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+            model(torch.rand(2, 7, dtype=torch.bfloat16))
+
+
+def test_layers_with_a_forward_of_their_own_are_left_alone():
+    """Hooks of accelerate, which bring weights from elsewhere, stand there."""
+    model = torch.nn.Sequential(torch.nn.Linear(7, 6), torch.nn.Linear(6, 5, device="meta"))
+    own = model[0].forward
+    model[0].forward = own
+    with weights_packed(model):
+        assert vars(model[0])["forward"] is own
+        assert "forward" not in vars(model[1])
+    assert vars(model[0])["forward"] is own
+
+
+# -------------------------------------------------------------------------------------------- one random number a token
+
+
+def test_tokens_follow_the_distribution_and_impossible_ones_are_never_drawn():
+    torch.manual_seed(0)
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    with tokens_by_inversion():
+        drawn = torch.multinomial(shares.expand(20_000, -1), num_samples=1)
+    counts = torch.bincount(drawn.flatten(), minlength=6)
+    assert drawn.shape == (20_000, 1)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    assert torch.allclose(counts / 20_000, shares, atol=0.015)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("shares", [[float("nan"), 0.5], [float("inf"), 0.5], [-1.0, 0.5], [0.0, 0.0]])
+def test_what_is_no_distribution_is_an_error_as_without(shares):
+    with tokens_by_inversion(), pytest.raises(RuntimeError, match="prob"):
+        torch.multinomial(torch.tensor([[0.5, 0.5], shares]), num_samples=1)
