@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from check.bad_pairs import other_tokenizer
 from small_studies import files_of, plan
 
 from topd.embedded.pair import resolve_model
-from topd.errors import TokenizerMismatchError, TOPDError
+from topd.errors import NonFiniteError, TokenizerMismatchError, TOPDError
 from topd.runs.files import write_json
 from topd.study import command
 from topd.study.curve import Curve
@@ -43,6 +45,15 @@ def test_what_a_killed_run_left_goes_when_it_runs_again(tmp_path):
     assert scratch_folder(job) == first
     assert list(first.iterdir()) == []
     assert first.is_relative_to(tmp_path)
+
+
+def test_the_file_that_a_failed_run_names_is_there(tmp_path):
+    some = plan(options={**plan().options, "learning_rate": 1e30})
+    with pytest.raises(NonFiniteError) as error:
+        run_job(some, command._final(some, some.arms[0], 0, {}, tmp_path))
+    named = re.search(r"all in (\S+non_finite\.json)\.", str(error.value))
+    assert named, error.value
+    assert Path(named[1]).is_file()
 
 
 def test_what_a_killed_study_left_goes_when_it_starts_again(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tiny import prompts, tiny_config, tiny_model, tiny_trainer
 
 from topd.cli.main import main
 from topd.errors import TOPDError
+from topd.report.records import load_run
 from topd.training import several_teachers
 from topd.training.several_teachers import MOPDTrainer
 
@@ -53,6 +54,16 @@ def test_the_names_decide(tmp_path):
     swapped = trained(tmp_path / "swapped", teacher=teachers(), dataset=routed("ba"))
     assert not torch.allclose(mixed[1], swapped[1], rtol=1e-3, atol=1e-5)
     assert torch.isfinite(mixed[1]).all()
+
+
+def test_the_audit_and_the_report_name_the_teacher_of_each_rollout(tmp_path):
+    trained(tmp_path, teacher=teachers(), dataset=routed("ab"), audit_steps=1)
+    records = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    by_prompt = {row["prompt"]: row["teacher"] for row in routed("ab")}
+    assert {record["teacher"] for record in records} == {"a", "b"}
+    assert all(record["teacher"] == by_prompt[record["prompt"]] for record in records)
+    (arm,) = load_run(tmp_path).arms
+    assert {rollout.heading for rollout in arm.rollouts} == {"Step 1, teacher a", "Step 1, teacher b"}
 
 
 def test_the_column_may_have_the_name_of_trl_s_pull_request(tmp_path):

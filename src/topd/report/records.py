@@ -8,7 +8,7 @@ version are refused.
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ def _newest(rollouts: list[Rollout], keep: int) -> list[Rollout]:
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
     candidates = [candidate_of(candidate) for candidate in record.get("candidates") or ()]
-    return rollout_of(record, record.get("rollout") or {}, candidates)
+    rollout = rollout_of(record, record.get("rollout") or {}, candidates)
+    teacher = clean(record.get("teacher") or "")
+    return replace(rollout, title=f"{rollout.heading}, teacher {teacher}") if teacher else rollout
 
 
 @dataclass

@@ -84,29 +84,27 @@ def run_job(plan: StudyPlan, job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     task = task_of(plan)
     made_of = what_it_is_made_of(plan, task)
-    scratch = scratch_folder(job)
-    try:
-        config = config_of(plan, job, scratch)
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokenizer = pair_tokenizer(plan)
-        float32 = {"dtype": "float32"}
-        config.model_init_kwargs = float32 | (config.model_init_kwargs or {})
-        config.teacher_model_init_kwargs = float32 | (config.teacher_model_init_kwargs or {})
-        trainer = load_by_name(
-            "models", f"{plan.student} and {plan.teacher}", TOPDTrainer, plan.student,
-            teacher_model=plan.teacher, args=config, processing_class=tokenizer,
-            train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)), peft_config=adapter_of(plan),
-        )  # fmt: skip
-        curve = Curve(plan, task, tokenizer, asks=job.held_out)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(curve)
-        trainer.train()
-        asked = task.held_out() if job.held_out else task.tuning()
-        right = {"sampled": task.right(trainer.model, tokenizer, asked, sampled=True)}
-        if job.held_out:
-            right["greedy"] = task.right(trainer.model, tokenizer, asked, sampled=False)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    scratch = scratch_folder(job)  # stays where the run fails: its error may name a file there
+    config = config_of(plan, job, scratch)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    tokenizer = pair_tokenizer(plan)
+    float32 = {"dtype": "float32"}
+    config.model_init_kwargs = float32 | (config.model_init_kwargs or {})
+    config.teacher_model_init_kwargs = float32 | (config.teacher_model_init_kwargs or {})
+    trainer = load_by_name(
+        "models", f"{plan.student} and {plan.teacher}", TOPDTrainer, plan.student,
+        teacher_model=plan.teacher, args=config, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(task.prompts(job.steps * batch, job.seed)), peft_config=adapter_of(plan),
+    )  # fmt: skip
+    curve = Curve(plan, task, tokenizer, asks=job.held_out)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(curve)
+    trainer.train()
+    asked = task.held_out() if job.held_out else task.tuning()
+    right = {"sampled": task.right(trainer.model, tokenizer, asked, sampled=True)}
+    if job.held_out:
+        right["greedy"] = task.right(trainer.model, tokenizer, asked, sampled=False)
+    shutil.rmtree(scratch, ignore_errors=True)
     log, seconds = trainer.state.log_history, time.perf_counter() - started
     record = {
         "version": 1,

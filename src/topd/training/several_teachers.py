@@ -59,6 +59,7 @@ class MOPDTrainer(TOPDTrainer):
             raise TOPDError("Several teachers are not supported with DeepSpeed yet: use one process, DDP or FSDP2.")
         self._names = names_of(student=model, **{f"teacher {name}": teacher for name, teacher in teachers.items()})
         self._numbers = {name: number for number, name in enumerate(teachers)}
+        self._teacher_names = list(teachers)
         remedy = " With several teachers, name first the one with fewest rows."
         more = (loaded_teacher(self, model_to_train("teacher", teacher), remedy=remedy) for teacher in others)
         self._teachers = [self.teacher_model, *more]

@@ -1,7 +1,7 @@
 """Part of `TOPDTrainer`: what a step took and found, for the log, the audit records and the budget."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class StepLog(DistillationTrainer):
     _spent: dict[str, float]  # seconds by stage, since the rollouts were sampled
     _sampled_here = False  # whether this start of the run sampled them
     _warned = False
+    _teacher_names: Sequence[str] = ()  # of several, in the order of `Rollouts.teacher`
 
     def _warn_without_distances(self, future: NearFuture) -> None:
         """Say once that nothing is guided, because no candidate has a transport distance."""
@@ -93,6 +94,7 @@ class StepLog(DistillationTrainer):
             records = audit_records(
                 rollouts, future, self._tokenizer,
                 step=self.state.global_step + 1, method=self.args.method, limit=AUDIT_ROLLOUTS,
+                teachers=self._teacher_names,
             )  # fmt: skip
             append_records(records, self._folder / AUDIT_FILE)
 
@@ -190,8 +192,12 @@ def audit_records(
     step: int,
     method: str,
     limit: int,
+    teachers: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """One record per rollout: prompt, tokens with their loss (nats), and every candidate with both windows."""
+    """One record per rollout: prompt, tokens with their loss (nats), and every candidate with both windows.
+
+    `teachers`: names of several, in the order of `Rollouts.teacher`.
+    """
 
     def texts(ids: Tensor) -> list[str]:
         return [str(tokenizer.decode([token])) for token in ids.tolist()]
@@ -201,11 +207,13 @@ def audit_records(
         mask = rollouts.response_mask[row].bool()
         tokens, losses = texts(rollouts.response_ids[row][mask]), future.look.token_loss[row][mask]
         candidates = (future.candidates.places.rows == row).nonzero().squeeze(-1).tolist()
+        teacher = {} if rollouts.teacher is None else {"teacher": teachers[int(rollouts.teacher[row])]}
         records.append(
             {
                 "version": RECORD_VERSION,
                 "step": step,
                 "method": method,
+                **teacher,
                 "prompt": tokenizer.decode(rollouts.prefix(row, 0)),
                 "rollout": {"tokens": tokens, "token_loss": [_number(loss) for loss in losses]},
                 "candidates": [candidate_record(future, index, texts) for index in candidates],
