@@ -65,6 +65,16 @@ def test_the_share_by_hand_and_its_interval():
     assert share["low"] <= share["value"] == 0.5 <= share["high"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_correlation_that_no_sample_defines_is_nan_without_a_warning():
+    """Responses of one token, or a teacher whose losses are all equal."""
+    flat = group([0.1, 0.2, 0.3])
+    found = summary({"high": flat, "random": flat, "low": flat}, samples=20)
+    unknown = [each for each in found.values() if isinstance(each, dict) and numpy.isnan(each.get("value", 0.0))]
+    assert unknown
+    assert all(numpy.isnan([each["low"], each["high"]]).all() for each in unknown)
+
+
 def renamed(student, names):
     """A teacher that says `names[token]` where the student says `token`, and otherwise is the student."""
     teacher = copy.deepcopy(student)

@@ -33,6 +33,7 @@ def test_a_file_of_problems_gets_the_instruction(tmp_path: Path) -> None:
     assert load_benchmark(file, limit=1).problems == found.problems[:1]
     assert load_benchmark(file, rule="integer").rule == "integer"
     assert load_benchmark(f"two={file}").name == "two"
+    assert load_benchmark(str(Path(file).rename(tmp_path / ".mine.jsonl"))).name == "mine"
 
 
 def test_an_instruction_that_is_there_is_not_repeated(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def summary(probe: Probe, samples: int = 1000, seed: int = 0) -> dict[str, Any]:
     drawn = [statistics(resampled(probe, rng)) for _ in range(samples)]
     found: dict[str, dict[str, float]] = {}
     for name, value in statistics(probe).items():
-        low, high = numpy.nanquantile([each[name] for each in drawn], [tail, 1 - tail])
+        values = numpy.array([each[name] for each in drawn])
+        values = values[~numpy.isnan(values)]  # a correlation of equal values
+        low, high = numpy.quantile(values, [tail, 1 - tail]) if len(values) else (numpy.nan, numpy.nan)
         found[name] = {"value": value, "low": float(low), "high": float(high)}
     groups: dict[str, Any] = {}
     for name, group in probe.items():

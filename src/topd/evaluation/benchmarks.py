@@ -95,7 +95,8 @@ def load_benchmark(
     style does not fit the benchmark.
     """
     given = label_and_file(name)  # the label also names files of records
-    label = name if name in BENCHMARKS else given[0] if given else Path(name.replace(":", "-")).name.split(".")[0]
+    stem = Path(name.replace(":", "-")).name.lstrip(".").split(".")[0]
+    label = name if name in BENCHMARKS else given[0] if given else stem
     if style == "lm-eval" and label not in LM_EVAL_BENCHMARKS:
         raise TOPDError(
             f"--prompt-style lm-eval is for {', '.join(LM_EVAL_BENCHMARKS)}, not for {label}. To use a file with the "
