@@ -3,6 +3,7 @@
 from functools import partial
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -144,6 +145,14 @@ def test_packed_layers_have_gradients_and_refuse_another_dtype():
         assert model[0].weight.grad is not None
         with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
             model(torch.rand(2, 7, dtype=torch.bfloat16))
+
+
+def test_without_memory_for_copies_nothing_is_packed(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 6))
+    for free, packed in ((10 * 7 * 6 * 4, True), (7 * 6 * 4, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        with weights_packed(model):
+            assert ("forward" in vars(model[0])) == packed
 
 
 def test_layers_with_a_forward_of_their_own_are_left_alone():

@@ -79,9 +79,10 @@ class LocalModel:
         """Continue each prefix (token ids, 1-D) by at most `length` tokens, fewer only where EOS comes first."""
         device = next(self.model.parameters()).device
         tokens = torch.full((len(prefixes), length), self.pad_token_id, device=device)
-        for chosen in self._batches([len(prefix) for prefix in prefixes], length):
-            new = self._generate([prefixes[index] for index in chosen], length)
-            tokens[chosen, : new.shape[1]] = new
+        with weights_packed(self.model):
+            for chosen in self._batches([len(prefix) for prefix in prefixes], length):
+                new = self._generate([prefixes[index] for index in chosen], length)
+                tokens[chosen, : new.shape[1]] = new
         return Windows(tokens, until_eos(tokens, torch.tensor(self.eos_token_ids, device=device)))
 
     def _batches(self, lengths: list[int], growth: int) -> Iterator[list[int]]:
@@ -132,7 +133,7 @@ class LocalModel:
             disable_compile=True,
             **self._decoding,
         )
-        with own_settings_only(self.model), weights_packed(self.model):
+        with own_settings_only(self.model):
             output: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return output[:, ids.shape[1] :]
 

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
@@ -84,21 +85,25 @@ def weights_packed(model: nn.Module) -> Iterator[None]:
     """On a CPU, run linear layers on copies of their weights in the layout that oneDNN multiplies with.
 
     A product of a few rows otherwise spends half of its time on weights in an unsuitable layout. Without gradients
-    only; the copies are gone afterwards.
+    only, and where the copies take less than half of the free memory; they are gone afterwards.
     """
-    packed: list[nn.Module] = []
+    layers: list[Any] = [] if _sharded(model) else [module for module in model.modules() if _may_pack(module)]
+    if 2 * sum(layer.weight.nbytes for layer in layers) > psutil.virtual_memory().available:
+        layers = []
     try:
-        if not _sharded(model):
-            for layer in model.modules():
-                if type(layer) is not nn.Linear or "forward" in vars(layer):
-                    continue
-                if layer.weight.device.type == "cpu" and type(layer.weight.data) is Tensor:
-                    vars(layer)["forward"] = _forward_of(layer)
-                    packed.append(layer)
+        for layer in layers:
+            vars(layer)["forward"] = _forward_of(layer)
         yield
     finally:
-        for layer in packed:
-            del vars(layer)["forward"]
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _may_pack(module: Any) -> bool:
+    """Whether it is a linear layer as torch has it, with a whole weight on the CPU."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return module.weight.device.type == "cpu" and type(module.weight.data) is Tensor
 
 
 def _forward_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
