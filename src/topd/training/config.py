@@ -59,8 +59,8 @@ class TOPDConfig(DistillationConfig):
     compact_sampling: bool = _option(
         False,
         "Remove finished rollouts from the batch while the others are sampled, which saves time if lengths differ; "
-        "adapters of a float32 student are merged while sampling. Same distribution, other random numbers than TRL. "
-        "Not for vLLM. Our choice.",
+        "while sampling, adapters of a float32 student are merged, and on a CPU weights are packed for oneDNN. Same "
+        "distribution, other random numbers than TRL. Not for vLLM. Our choice.",
     )
     candidate_ranking: Ranking = _option(
         "reverse_kl",
