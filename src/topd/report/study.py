@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from topd.report.elements import Figure, Group, Section, Table, joined, p_value, share, signed, span
+from topd.report.elements import Figure, Group, Section, Table, joined, p_value, plural, share, signed, span
 from topd.report.reading import clean, mapping, mappings, number, read_object
 from topd.report.svg import BLUE, INK, Drawing, Estimate, drawing, forest
 from topd.version import STUDY_VERSION
@@ -64,7 +64,7 @@ def _accuracies(words: str, arms: Arms) -> Table:
         rows.append((
             name, span(found.get("accuracy")), span(compared, signed) if compared else "",
             p_value(compared.get("p")), p_value(compared.get("p_holm")),
-            ahead or f"{len(found.get('seeds') or ())} seeds",
+            ahead or plural(len(found.get("seeds") or ()), "seed"),
         ))  # fmt: skip
     return Table(
         f"Table of the study, {words}", ("", "Accuracy", "Minus OPD", "p", "p (Holm)", "Seeds ahead"), [Group(rows)],

@@ -120,7 +120,7 @@ def study_rows(result: Mapping[str, Any], how: str, against: str = REFERENCE) ->
     for name, arm in found.items():
         accuracy, difference = arm["accuracy"], arm.get(f"beside_{against}")
         seconds = list(result["arms"][name]["seconds_training"].values())
-        compared = ["", "", f"{len(arm['seeds'])} seeds"]
+        compared = ["", "", f"{len(arm['seeds'])} seed{'s' * (len(arm['seeds']) != 1)}"]
         if difference:
             gain = f"{100 * difference['mean']:+.1f} ({_range(difference, '+')})"
             ahead = f"{difference['ahead']}/{len(difference['seeds'])}"
