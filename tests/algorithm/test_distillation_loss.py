@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from topd.algorithm import Head, LikelihoodTerms, distillation_loss, score_tokens, token_kl
+from topd.algorithm.vocabulary import Tiles
 
 POSITIONS, TEACHER_POSITIONS, VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 9, 6, 11, 3, 4
 SHAPES = {
@@ -297,3 +298,32 @@ def test_a_float16_head_gradient_overflows_only_by_the_loss_scale() -> None:
     (gradient,) = torch.autograd.grad(loss, head)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 65504 / 4096  # for weights of about 1 it would overflow in float16
+
+
+def test_terms_of_weight_zero_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`opd_loss` asks for the likelihoods of sampled tokens, which it only logs."""
+    collected = []
+    monkeypatch.setattr(Tiles, "collect", lambda _, rows: collected.append(rows))
+    (hidden, head), (teacher_hidden, teacher_head) = student(), teacher(0)
+    silent = TERMS._replace(weight=torch.zeros_like(TERMS.weight))
+    found = distillation_loss(hidden, head, teacher_hidden, teacher_head, WEIGHTS[:0], silent)
+    assert_close(found.nll, -head.logits(hidden).log_softmax(-1)[TERMS.position, TERMS.token].detach())
+    assert found.loss == 0
+    assert not collected
+
+
+def test_float32_heads_are_converted_once_for_all_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast gives bfloat16 states over float32 weights."""
+    usual, dtypes = Head.write_logits, set()
+
+    def watched(self: Head, hidden: Tensor, out: Tensor) -> Tensor:
+        dtypes.add((hidden.dtype, self.weight.dtype))
+        return usual(self, hidden, out)
+
+    monkeypatch.setattr(Head, "write_logits", watched)
+    heads = [replace(head, weight=head.weight.detach().float(), bias=None) for _, head in (student(), teacher())]
+    states = [random_tensor(TEACHER_POSITIONS, head.weight.shape[1], seed=1, dtype=torch.bfloat16) for head in heads]
+    tokens = torch.zeros(TEACHER_POSITIONS, dtype=torch.long)
+    score_tokens(states[0], heads[0], states[1], heads[1], tokens, tile_elements=VOCABULARY)
+    distillation_loss(states[0], heads[0], states[1], heads[1], WEIGHTS.float(), tile_elements=VOCABULARY)
+    assert dtypes == {(torch.bfloat16, torch.bfloat16)}

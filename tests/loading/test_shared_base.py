@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from topd.cli.main import main
 from topd.errors import TOPDError
 from topd.loading.pair import prepared_models
-from topd.loading.shared_base import without_adapters
+from topd.loading.shared_base import share_base, without_adapters
+from topd.loading.tokenizers import tokenizer_of
+from topd.training.config import TOPDConfig
 from topd.training.several_teachers import MOPDTrainer
 from topd.training.trainer import TOPDTrainer
 
@@ -241,3 +243,19 @@ def test_wrappers_inside_wrappers_are_taken_off_together(options: dict[str, Any]
     with torch.no_grad(), student.disable_adapter():
         assert torch.equal(teacher(input_ids=ids).logits, student(input_ids=ids).logits)
     assert not [name for name in teacher.state_dict() if "lora" in name or "base_layer" in name]
+
+
+def test_with_vllm_the_teacher_has_weights_of_its_own(tmp_path: Path, folders: dict[str, str]) -> None:
+    """TRL merges adapters into the base to send the student to vLLM, which rounds the base each time."""
+    args = TOPDConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
+    student = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders["base"]).bfloat16(), folders["student"], is_trainable=True
+    )
+    assert not share_base(folders["student"], folders["base"], args)
+    pair = prepared_models(student, "self", args, tokenizer_of(folders["base"]))
+    before = {name: value.clone() for name, value in pair.teacher.state_dict().items()}
+    student.merge_adapter()
+    student.unmerge_adapter()
+    assert not pair.shared
+    assert all(torch.equal(value, before[name]) for name, value in pair.teacher.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in pair.teacher.parameters())

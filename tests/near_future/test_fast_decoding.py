@@ -91,7 +91,7 @@ def test_under_autocast_which_would_round_the_adapters_away_nothing_is_merged():
 def test_training_samples_with_merged_adapters(tmp_path, monkeypatch):
     seen = []
     trainer = tiny_trainer(
-        tmp_path, method="topd", compact_sampling=True, max_steps=1,
+        tmp_path, method="topd", compact_sampling=True, max_steps=3,
         trainer_options={"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")},
     )  # fmt: skip
     sample = type(trainer.model).generate
@@ -102,7 +102,7 @@ def test_training_samples_with_merged_adapters(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(trainer.model), "generate", watched)
     trainer.train()
-    assert seen
+    assert len(seen) >= 3, "TRL puts a forward pass on the model after the first step"
     assert all(all(merged) and merged for merged in seen)
     assert not any(module.merged for module in trainer.model.modules() if hasattr(module, "merged"))
 

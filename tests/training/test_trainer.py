@@ -9,13 +9,14 @@ import pytest
 import torch
 from check.bad_pairs import swap_two_tokens
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import TOKENIZER, prompts, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
 from topd.embedded.pair import pair_folder
 from topd.errors import ContextError, NonFiniteError, TokenizerMismatchError, TOPDError
 from topd.runs.console import STAGES
-from topd.training import TOPDTrainer
+from topd.training import TOPDConfig, TOPDTrainer
 from topd.training.batch import rollouts_of
 from topd.training.budget import ROUNDS
 from topd.training.config import choices
@@ -363,3 +364,45 @@ def test_a_run_without_epochs_is_refused(tmp_path):
     """Nothing would be trained, and the student saved as it was."""
     with pytest.raises(TOPDError, match="num_train_epochs is 0"):
         tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=0).train()
+
+
+def test_gradient_checkpointing_keeps_its_options_and_adds_no_hooks(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, max_steps=4,
+        trainer_options={"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")},
+    )  # fmt: skip
+    found = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            layer = next(m for m in model.modules() if getattr(m, "gradient_checkpointing", False))
+            hooks = len(model.get_input_embeddings()._forward_hooks)
+            found.append((hooks, layer._gradient_checkpointing_func.keywords))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert len(found) == 4
+    assert found[-1] == found[0]
+    assert found[0][1] == {"use_reentrant": True}
+
+
+def test_one_process_with_several_gpus_is_refused(tmp_path):
+    args = TOPDConfig(str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    with pytest.raises(TOPDError, match=r"sees 2 GPUs.*--num_processes 2.*CUDA_VISIBLE_DEVICES=0"):
+        TOPDTrainer(tiny_model(0), tiny_model(1), args)
+
+
+def test_steps_of_plain_opd_do_not_hold_the_cache_of_sampling(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, method="topd", max_overhead=0.5, max_steps=4)
+    usual, plain = trainer.compute_loss, []
+
+    def watched(*args, **kwargs):
+        plain.append(trainer._budget.max_candidates() == 0)
+        assert trainer._sampling is None
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.train()
+    assert any(plain)

@@ -1,5 +1,7 @@
 """Rollouts that are looked at in waves of any sizes give the losses and gradients of one wave."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_trainer
@@ -7,7 +9,7 @@ from tiny import tiny_model, tiny_trainer
 import topd.training.step
 from topd.algorithm import Transport
 from topd.near_future import Places, Rollouts, Windows
-from topd.training.method import Futures, Look
+from topd.training.method import Futures, Look, Method, StepContext
 
 METHODS = [
     {"method": "topd"},
@@ -71,3 +73,12 @@ def test_rows_follow_those_of_the_waves_before():
         assert futures.places.rows.tolist() == [0, 1, 2, 4, 5]
         assert futures.places.positions.tolist() == [0, 1, 0, 2, 0]
         assert len(futures.places.rollouts) == 6
+
+
+@pytest.mark.parametrize(("kept", "count"), [(0.0, 1), (2.0**30, 5)])
+def test_rollouts_are_looked_at_together_where_nothing_is_kept(kept, count):
+    """Requests to a server then run side by side."""
+    one, mask = torch.ones(5, 4, dtype=torch.long), torch.ones(5, 4, dtype=torch.long)
+    model = SimpleNamespace(cache_bytes_per_token=kept)
+    waves = topd.training.step.waves(Rollouts(one, mask, one, mask, mask), model, model, Method(), StepContext())
+    assert len(waves) == count

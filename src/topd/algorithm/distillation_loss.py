@@ -22,6 +22,7 @@ from topd.algorithm.vocabulary import (
     at_least_float32,
     check_choice,
     check_vocabularies,
+    converted,
     in_dtypes,
 )
 
@@ -118,6 +119,7 @@ class _OnePass(torch.autograd.Function):
         weights, terms = weights.to(dtype), terms._replace(weight=terms.weight.to(dtype))
         ctx.unit = unit = power_of_two_above(weights, terms.weight)
         tiles = Tiles(hidden, head, tile_elements, needs_grad)
+        teacher_head = converted(teacher_head, teacher_hidden)
         ctx.dtypes = tiles.dtypes
         token_loss, nll = weights.new_zeros(len(weights)), weights.new_zeros(len(terms.token))
         for rows, k, has_teacher, has_gradient in _plan(tiles.size, len(hidden), weights, terms, any(needs_grad)):
@@ -129,7 +131,7 @@ class _OnePass(torch.autograd.Function):
                 token_loss[rows] = tiles.divergence(rows, teacher_hidden, teacher_head, direction)
                 grad.mul_(weights[rows, None] / unit)
                 grad[weights[rows] == 0] = 0  # an infinite KL of weight 0 too
-            else:
+            elif has_gradient:
                 probs.exp_()
                 grad.zero_()
             if has_gradient:
@@ -161,11 +163,16 @@ def _plan(
 
     Rows with weight 0 and no term need the KL only. Rows beyond the teacher's without a term are skipped.
     """
-    kind = weights.new_zeros(positions, dtype=torch.int8)  # 1: KL and gradient; 2: KL only; 3: likelihood terms only
+    kind = weights.new_zeros(positions, dtype=torch.int8)
+    # 1: KL and gradient; 2: KL only; 3: likelihood terms and gradient; 4: likelihood terms of weight 0 only
     kind[: len(weights)] = torch.where(weights != 0, 1, 2)
-    kind[terms.position] = torch.where(terms.position < len(weights), 1, 3).to(torch.int8)
+    kind[terms.position[terms.position >= len(weights)]] = 4
+    live = terms.position[terms.weight != 0]
+    kind[live] = torch.where(live < len(weights), 1, 3).to(torch.int8)
     order = terms.position.argsort(stable=True)
-    for group, needs_teacher, needs_gradient in ((1, True, True), (2, True, False), (3, False, True)):
+    for group, needs_teacher, needs_gradient in (
+        (1, True, True), (2, True, False), (3, False, True), (4, False, False),
+    ):  # fmt: skip
         tiles = torch.split((kind == group).nonzero().squeeze(-1), size)
         of_group = order[kind[terms.position[order]] == group]
         starts = torch.stack([rows[0] for rows in tiles if len(rows)][1:]) if len(tiles) > 1 else order[:0]
@@ -192,7 +199,8 @@ def known_token_loss(
     token_loss, outside_top_k = known_token_kl(log_probs, teacher, direction)
     loss, nll = (weights * token_loss).sum(), token_loss.new_zeros(0)
     if terms is not None:
-        nll = -gathered_log_probs(hidden[terms.position], head, terms.token[:, None]).squeeze(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool((terms.weight != 0).any())):
+            nll = -gathered_log_probs(hidden[terms.position], head, terms.token[:, None]).squeeze(-1)
         loss = loss + (terms.weight * nll).sum()
     return DistillationLoss(loss, token_loss.detach(), nll.detach(), outside_top_k)
 

@@ -26,6 +26,7 @@ from topd.algorithm.vocabulary import (
     check_choice,
     check_rows,
     check_vocabularies,
+    converted,
     divergence_,
     in_dtypes,
     log_softmax_,
@@ -110,6 +111,7 @@ def score_tokens(
     check_rows(student_hidden=student_hidden, teacher_hidden=teacher_hidden, tokens=tokens.flatten())
     check_vocabularies(student_head, teacher_head)
     tiles = Tiles(student_hidden, student_head, tile_elements)
+    student_head, teacher_head = tiles.head, converted(teacher_head, teacher_hidden)
     kl, teacher_nll, student_nll, entropy = student_hidden.new_zeros(4, len(tokens), dtype=tiles.student.dtype)
     student_greedy, teacher_greedy = tokens.new_zeros(2, len(tokens), dtype=torch.long)
     masked = may_mask(student_head, teacher_head)
@@ -144,6 +146,7 @@ def top_k_overlap(
     """
     check_vocabularies(student_head, teacher_head)
     tiles = Tiles(student_hidden, student_head, tile_elements)
+    student_head, teacher_head = tiles.head, converted(teacher_head, teacher_hidden)
     overlap = tiles.student.new_empty(len(student_hidden))
     k = min(k, student_head.weight.shape[0])
     for rows in tiles.split(len(student_hidden)):

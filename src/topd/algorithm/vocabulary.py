@@ -83,6 +83,11 @@ class Head:
         return grad if self.scale == self.temperature else grad.mul_(self.scale / self.temperature)
 
 
+def converted(head: Head, hidden: Tensor) -> Head:
+    """The head with constant weights in the dtype of the hidden states: once for many tiles."""
+    return replace(head, weight=head.weight.detach().to(hidden.dtype))
+
+
 class LikelihoodTerms(NamedTuple):
     """The sum over k of `weight_k * -log p_S(token_k | position_k)`, in nats.
 
@@ -118,7 +123,7 @@ class Tiles:
     ) -> None:
         self.hidden = hidden
         self.dtypes = hidden.dtype, head.weight.dtype, hidden.dtype if head.bias is None else head.bias.dtype
-        self.head = replace(head, weight=head.weight.detach().to(hidden.dtype))
+        self.head = converted(head, hidden)
         vocabulary, dtype = head.weight.shape[0], at_least_float32(hidden)
         self.size = min(tile_rows(vocabulary, tile_elements, hidden.device), max(1, len(hidden)))
         self.student = hidden.new_empty(self.size, vocabulary, dtype=dtype)

@@ -84,8 +84,7 @@ def prepared_models(
         args.teacher_model_init_kwargs = None
         if peft is None and not is_peft_model(student):
             return Prepared(student, copy.deepcopy(student).requires_grad_(False))
-        base, note = shared_base.base_of_student(student, peft), shared_base.shared_note(student, student)
-        return Prepared(student, base, (note,), shared=True)
+        return _on_base(student, shared_base.base_of_student(student, peft), student, args)
     if teacher is None:  # on a server
         return Prepared(student, teacher)
     if shares or not (isinstance(student, str) or isinstance(teacher, str)):
@@ -131,7 +130,15 @@ def _on_one_base(student: Any, teacher: Any, args: TOPDConfig, tokenizer: Any, p
     else:
         return None
     new = (shared_base.NEW_ADAPTER,) if peft is not None and not is_adapter(teacher) else ()
-    return Prepared(student, base, (shared_base.shared_note(student, teacher), *new), shared=True)
+    return _on_base(student, base, teacher, args, new)
+
+
+def _on_base(student: Any, base: Any, teacher: Any, args: TOPDConfig, notes: tuple[str, ...] = ()) -> Prepared:
+    """A student and its base, which is the teacher, or the base of the teacher."""
+    teaches = shared_base.apart_from_vllm(base, args)
+    if teaches is not base:
+        return Prepared(student, teaches.requires_grad_(False), notes)
+    return Prepared(student, base, (shared_base.shared_note(student, teacher), *notes), shared=True)
 
 
 def _load_student(name: str, args: TOPDConfig, quantization: Any) -> Any:
@@ -214,9 +221,9 @@ def loaded_teacher(trainer: Any, teacher: Any, revision: str | None = None, reme
     in_parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     base = shared_base.teacher_on_base(student, teacher) if shared_base.share_base(student, teacher, args) else None
     if not isinstance(teacher, str) and shared_base.trained_together(student, teacher):
-        base = shared_base.base_of_student(student)
+        base = shared_base.apart_from_vllm(shared_base.base_of_student(student), args)
     if base is not None:
-        teacher = base
+        teacher = base if not args.use_vllm else base.requires_grad_(False)
         shared_base.check_base_is_fixed(teacher, in_parts)
     elif isinstance(teacher, str):
         options = SAFE | {"revision": revision} if revision else SAFE

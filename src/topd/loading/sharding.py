@@ -26,11 +26,41 @@ def sharded(args: Any = None) -> bool:
     return launched or (args is not None and bool(args.fsdp or args.deepspeed))
 
 
+def check_one_gpu(args: Any) -> None:
+    """Raise `TOPDError` if this process has several GPUs: TRL would spread a model over them."""
+    if args.n_gpu > 1:
+        raise TOPDError(
+            f"This process sees {args.n_gpu} GPUs, and TOPD uses one per process. Start one process per GPU "
+            f"(topd train --num_processes {args.n_gpu}, or accelerate launch), or use one: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 @contextmanager
 def held_whole(model: Any, accelerator: Accelerator) -> Iterator[None]:
     """Gather all parameters of a model, as accelerate wrapped it, in every process: the block needs no other one."""
-    with unwrap_model_for_generation(model, accelerator) as unwrapped, unsharded(unwrapped):
+    with (
+        without_checkpointing(model),
+        unwrap_model_for_generation(model, accelerator) as unwrapped,
+        unsharded(unwrapped),
+    ):
         yield
+
+
+@contextmanager
+def without_checkpointing(model: Any) -> Iterator[None]:
+    """Switch gradient checkpointing off for a while; its options stay.
+
+    TRL's `disable_gradient_checkpointing` loses them, and transformers adds a hook to the embeddings each time it is
+    switched on. It does nothing where checkpointing is off.
+    """
+    parts = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
 
 
 @contextmanager

@@ -66,7 +66,17 @@ def share_base(student: Any, teacher: Any, args: Any, peft: Any = None, quantiza
         and not getattr(student, "is_quantized", False)
         and not changed_base(adapters)
         and not sharded(args)
+        and not getattr(args, "use_vllm", False)  # see `apart_from_vllm`
     )
+
+
+def apart_from_vllm(base: Any, args: Any) -> Any:
+    """A student's base as its teacher: the same weights, or with vLLM a copy of them.
+
+    To send the student to vLLM, TRL merges its adapters into the base's weights and subtracts them again. That rounds
+    the weights each time, so a teacher on them would change.
+    """
+    return copy.deepcopy(base) if args.use_vllm else base
 
 
 def teacher_on_base(student: Any, teacher: str) -> Any | None:

@@ -127,7 +127,7 @@ def _sdpa_or_layout(
     """
     if isinstance(attention_mask, LayoutMask):
         return _attend(module, query, key, value, attention_mask, *args, **kwargs)
-    if attention_mask is not None and query.device.type != "cpu":
+    if attention_mask is not None and query.device.type != "cpu" and query.shape[2] > 1:  # one token sees itself
         attention_mask = attending(attention_mask)
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     return output

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from topd.algorithm.vocabulary import at_least_float32
+from topd.algorithm.vocabulary import at_least_float32, converted
 from topd.near_future.attention_interface import attending_in
 from topd.near_future.fast_decoding import weights_packed
 from topd.near_future.model_parts import (
@@ -25,13 +25,16 @@ from topd.near_future.model_parts import (
     own_settings_only,
     takes_positions,
 )
-from topd.near_future.recurrent_states import cache_argument, rows_at_once, states_at
+from topd.near_future.recurrent_states import cache_argument, keep_rows, most_at_once, rows_at_once, states_at
 from topd.near_future.tree_attention import OpenBranches
 from topd.near_future.ways import ways_of
 from topd.near_future.windows import Places, Prefill, Rollouts, Windows
 
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""
+LEAVE = 0.75
+"""Branches that have ended leave once at most this share of those being decoded is left: each change copies states, and
+has the matrix products of another shape (our choice)."""
 
 
 # --------------------------------------------------------------------------------------------------- sources of windows
@@ -113,7 +116,9 @@ class LocalModel:
         head = output_head(self.model)
 
         def next_token(hidden: Tensor) -> Tensor:
+            nonlocal head
             states = hidden.flatten(0, -2)
+            head = converted(head, states)
             logits = states.new_empty(len(states), len(head.weight), dtype=at_least_float32(states))
             return head.write_logits(states, logits).argmax(-1).view(hidden.shape[:-1])
 
@@ -205,6 +210,9 @@ class Feed:
     def __len__(self) -> int:
         return len(self.row)
 
+    def __getitem__(self, which: Tensor) -> Feed:
+        return Feed(self.row[which], self.position[which], self.token[which], self.wanted[which])
+
     def of_rollouts(self, rows: slice) -> tuple[Feed, Tensor]:
         """The branches of these rollouts, as branches of that part, and a mask [branch] of which they are here."""
         which = (self.row >= rows.start) & (self.row < rows.stop)
@@ -251,61 +259,57 @@ def _feed(places: Places, start: Start, share: bool) -> tuple[Feed, Tensor]:
 
 
 def _grow_in_parts(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed: Feed) -> Tensor:
-    """[branch, token] how each branch continues, of as many rollouts at a time as `rows_at_once` says."""
+    """[branch, token] how each branch continues, of as many rollouts and branches at a time as fit in memory."""
     grown = feed.wanted.new_zeros(len(feed), int(feed.wanted.max()))
     for rows in rows_at_once(decoder.backbone, torch.bincount(feed.row, minlength=len(rollouts)).tolist()):
         here, which = feed.of_rollouts(rows)
-        if len(here):
-            part = _grow(decoder, prefill[rows], rollouts[rows], here)
-            grown[which, : part.shape[1]] = part
+        branches = which.nonzero().squeeze(-1)
+        for some in torch.arange(len(here), device=which.device).split(most_at_once(decoder.backbone)):
+            if len(some):
+                part = _grow(decoder, prefill[rows], rollouts[rows], here[some])
+                grown[branches[some], : part.shape[1]] = part
     return grown
 
 
 def _grow(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed: Feed) -> Tensor:
-    """[branch, token] how each branch continues, all in one batch of [rollout, slot]."""
+    """[branch, token] how each branch continues, all together; those that have ended leave, a few at a time."""
     backbone, order = decoder.backbone, feed.row.argsort(stable=True)
-    row, slots = feed.row[order], torch.bincount(feed.row, minlength=len(rollouts))
-    slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    most, steps = int(slots.max()), int(feed.wanted.max())
-
-    def spread(values: Tensor) -> Tensor:
-        out = values.new_zeros(len(rollouts), most)
-        out[row, slot] = values[order]
-        return out
-
-    place = rollouts.prompt_mask.sum(1)[:, None] + spread(feed.position)  # of the token that is fed first, in the row
-    fed, left = spread(feed.token), spread(feed.wanted)
-    tree = _open_branches(prefill, place, steps)
+    place = rollouts.prompt_mask.sum(1)[feed.row] + feed.position  # of the token that is fed first, in the row
+    tree = _open_branches(prefill, feed.row[order], place[order], int(feed.wanted.max()))
     inputs: dict[str, Any] = {"use_cache": False}
-    states = states_at(backbone, rollouts, place)
+    states = states_at(backbone, rollouts, tree.rollout, tree.start)
     if states is not None:
         inputs = {"use_cache": True, cache_argument(backbone): states}
-    grown = fed.new_zeros(len(rollouts), most, steps)
     positions = takes_positions(backbone)
+    branch, fed, left = order, feed.token[order], feed.wanted[order]
+    grown = fed.new_zeros(len(feed), tree.room)
     with attending_in(tree, backbone.config):
-        for step in range(steps):
+        for step in range(tree.room):
             tree.grow()
             if positions:
-                inputs["position_ids"] = (tree.start + step).view(-1, 1)
-            hidden = backbone(input_ids=fed.view(-1, 1), **inputs).last_hidden_state
+                inputs["position_ids"] = (tree.start + step)[:, None]
+            hidden = backbone(input_ids=fed[:, None], **inputs).last_hidden_state
             if tree.calls != len(tree.prefix):
                 raise RuntimeError(f"{type(backbone).__name__} attends {tree.calls} times, not {len(tree.prefix)}.")
-            fed = decoder.next_token(hidden.view(*fed.shape, -1))
-            grown[:, :, step] = fed
+            fed = decoder.next_token(hidden.squeeze(1))
+            grown[branch, step] = fed
             left = torch.where(torch.isin(fed, decoder.eos), 0, left - 1)
-            if not bool((left > 0).any()):
+            still = (left > 0).nonzero().squeeze(-1)
+            if not len(still):
                 break
-    out = grown.new_zeros(len(feed), steps)
-    out[order] = grown[row, slot]
-    return out
+            if len(still) <= LEAVE * len(fed):
+                branch, fed, left = branch[still], fed[still], left[still]
+                tree.keep(still)
+                if states is not None:
+                    keep_rows(states, still)
+    return grown
 
 
-def _open_branches(prefill: Prefill, place: Tensor, room: int) -> OpenBranches:
-    """Branches whose first token is fed at `place` [rollout, branch], a position in prompt and response."""
+def _open_branches(prefill: Prefill, rollout: Tensor, start: Tensor, room: int) -> OpenBranches:
+    """Branches [branch] of these rollouts, whose first token is fed at `start`, a position in prompt and response."""
     assert prefill.prefix is not None
     assert prefill.begin is not None
-    position = torch.arange(int((prefill.begin[:, None] + place).max()), device=place.device) - prefill.begin[:, None]
-    seen = (position[:, None] >= 0) & (position[:, None] < place[:, :, None])
-    used = position.shape[1]
+    used = int((prefill.begin[rollout] + start).max())
+    row_position = torch.arange(used, device=start.device) - prefill.begin[:, None]
     prefix = [(keys[:, :, :used], values[:, :, :used]) for keys, values in prefill.prefix]
-    return OpenBranches(prefix, seen, position, place, room)
+    return OpenBranches(prefix, row_position, rollout, start, room)

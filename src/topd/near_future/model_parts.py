@@ -144,7 +144,13 @@ def wrapped_forwards(model: Any) -> list[nn.Module]:
     """The model and its backbone, where something such as autocast stands around the forward pass."""
     hooks = "_hf_hook"  # they move tensors between devices
     parts = model, backbone_of(model)
-    return [module for module in parts if "forward" in vars(module) and not hasattr(module, hooks)]
+    return [module for module in parts if _own_forward(module) and not hasattr(module, hooks)]
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is another one than its class has. TRL puts that back as an attribute."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 # ------------------------------------------------------------------------------------------------------- padded batches

@@ -6,7 +6,6 @@ copied there. That is one forward pass per rollout in the place of one per windo
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -43,60 +42,70 @@ def is_recurrent(cache: Cache) -> bool:
     return any(hasattr(layer, "conv_states") for layer in cache.layers)
 
 
-def rows_at_once(backbone: Any, counts: list[int]) -> Iterator[slice]:
-    """Rollouts whose branches may be decoded together; `counts`: branches of each.
+def most_at_once(backbone: Any) -> int:
+    """Branches that are decoded together: all, or `BRANCHES_AT_ONCE` where each has states of its own."""
+    return BRANCHES_AT_ONCE if is_recurrent(empty_cache(backbone)) else 2**31
 
-    A rollout takes as many rows of the batch as the one with the most branches. One rollout is never divided.
-    """
-    start, most = 0, 0
-    limit = BRANCHES_AT_ONCE if is_recurrent(empty_cache(backbone)) else math.inf
+
+def rows_at_once(backbone: Any, counts: list[int]) -> Iterator[slice]:
+    """Rollouts whose branches are decoded together, by `most_at_once`, at least one; `counts`: branches of each."""
+    start, together, limit = 0, 0, most_at_once(backbone)
     for row, count in enumerate(counts):
-        most = max(most, count)
-        if row > start and (row + 1 - start) * most > limit:
+        together += count
+        if row > start and together > limit:
             yield slice(start, row)
-            start, most = row, count
+            start, together = row, count
     yield slice(start, len(counts))
 
 
-def states_at(backbone: Any, rollouts: Rollouts, place: Tensor) -> DynamicCache | None:
+def states_at(backbone: Any, rollouts: Rollouts, rollout: Tensor, start: Tensor) -> DynamicCache | None:
     """A cache for branches that start at these places; None for a model that keeps nothing but keys and values.
 
     Its recurrent layers hold the states of the tokens before each place. Its attention layers hold nothing, and give
     back the keys and values that they are given: attention over the prefix is for the layout of the branches.
 
     Args:
-        place: [rollout, branch] position, in prompt and response, of the first token that a branch is fed.
+        rollout: [branch] of these rollouts, ascending.
+        start: [branch] position, in prompt and response, of the first token that a branch is fed.
 
     Returns:
-        The cache of rollout * branch rows.
+        The cache, with one row per branch.
     """
     branches = empty_cache(backbone)
     if not is_recurrent(branches):
         return None
     layers: list[Any] = branches.layers
     mixers = mixers_of(backbone, branches)
-    for number, (places, padding) in enumerate(zip(place.tolist(), rollouts.padding.tolist(), strict=True)):
-        rows: dict[int, list[int]] = {}  # of the branches, by the number of tokens before them
-        for slot, at in enumerate(places):
-            rows.setdefault(at, []).append(number * len(places) + slot)
+    branches_of: dict[int, dict[int, list[int]]] = {}  # a rollout's, by the number of tokens before them
+    for branch, (number, at) in enumerate(zip(rollout.tolist(), start.tolist(), strict=True)):
+        branches_of.setdefault(number, {}).setdefault(at, []).append(branch)
+    paddings, size = rollouts.padding.tolist(), len(start)
+    for number, rows in branches_of.items():
         cache = empty_cache(backbone)
 
         def keep(layer: int, end: int, read: Any = cache.layers, starting: dict[int, list[int]] = rows) -> None:
-            _copy_states(read[layer], layers[layer], starting[end], place.numel())
+            _copy_states(read[layer], layers[layer], starting[end], size)
 
-        ids, ends = rollouts.input_ids[number, padding:], sorted(rows)
+        ids, ends = rollouts.input_ids[number, paddings[number] :], sorted(rows)
         if mixers is not None:
             with in_segments(mixers, ends, keep):
                 _read_on(backbone, ids, cache, 0, ends[-1])
             continue
-        for start, end in pairwise([0, *ends]):
-            _read_on(backbone, ids, cache, start, end)
+        for begin, end in pairwise([0, *ends]):
+            _read_on(backbone, ids, cache, begin, end)
             for layer in range(len(layers)):
                 keep(layer, end)
     for layer in layers:
         if hasattr(layer, "keys"):
             layer.update = lambda keys, values, *_, **__: (keys, values)
     return branches
+
+
+def keep_rows(cache: Cache, rows: Tensor) -> None:
+    """Keep the states of these rows only."""
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            states.update({index: None if state is None else state[rows] for index, state in states.items()})
 
 
 def mixers_of(backbone: Any, cache: Cache) -> dict[int, nn.Module] | None:

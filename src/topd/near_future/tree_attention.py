@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from topd.near_future.attention_interface import Attention, LayoutMask, Rule, attending
+from topd.near_future.windows import slots
 
 QUERIES_AT_ONCE = 256
 """Queries whose scores are in memory together, where no fused kernel is used."""
@@ -162,33 +163,58 @@ class _Packed(LayoutMask):
 
 @dataclass
 class OpenBranches:
-    """Windows that are being decoded, the same number of branches in each rollout; each is a row of one token."""
+    """Windows that are being decoded; each branch is a row of one token.
+
+    Everything but attention to the prefix runs on rows. There the branches of a rollout stand side by side, in slots,
+    as many in each rollout as the one with most has; `in_slots` and `slots` convert.
+    """
 
     # of each attention call, keys and values [rollout, head, row_position, width] of the rollouts
     prefix: list[tuple[Tensor, Tensor]]
-    seen: Tensor  # bool [rollout, branch, row_position], True at the tokens before each branch
-    row_position: Tensor  # [rollout, row_position] of the rollouts' tokens in an unpadded sequence
-    start: Tensor  # [rollout, branch], the position of the first token that is fed
+    row_position: Tensor  # [rollout, row_position] of the rollouts' tokens in an unpadded sequence; negative: padding
+    rollout: Tensor  # [branch] ascending
+    start: Tensor  # [branch] position of the first token that is fed
     room: int  # tokens that each branch may grow by
     size: int = 0  # tokens that each branch has grown by, the one being fed included
-    # of each call, keys and values [rollout, head, branch, token, width]
+    # of each call, keys and values [branch, head, token, width]
     own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: int = 0  # of attention in this forward pass
     _whole: LayoutMask | None = None
+
+    def __post_init__(self) -> None:
+        self.slot = slots(self.rollout)
+        self.most = int(self.slot.max()) + 1
 
     def grow(self) -> None:
         """A forward pass for the next token of each branch begins."""
         self.size, self.calls = self.size + 1, 0
 
+    def keep(self, which: Tensor) -> None:
+        """Continue with these branches only; `which`: [kept] ascending."""
+        self.rollout, self.start, self._whole = self.rollout[which], self.start[which], None
+        self.own = [(keys[which], values[which]) for keys, values in self.own]
+        self.__post_init__()
+
+    def in_slots(self, values: Tensor) -> Tensor:
+        """[branch, ...] as [rollout, slot, ...], 0 in empty slots."""
+        out = values.new_zeros(len(self.row_position), self.most, *values.shape[1:])
+        out[self.rollout, self.slot] = values
+        return out
+
     def mask(self, rule: Rule, attention: str, asked: dict[str, Any]) -> LayoutMask:
         if rule.causal:
-            self._whole = self._whole or _Branches(self, self.seen, None, None)
+            self._whole = self._whole or _Branches(self, self._before(), None, None)
             return self._whole
-        at = self.start[:, :, None] + self.size - 1
-        seen = self.seen & rule(at, self.row_position[:, None])
+        at = self.start + self.size - 1
+        seen = self._before() & rule(self.in_slots(at)[:, :, None], self.row_position[:, None])
         blind = ~seen.any(-1)  # the rollout is out of a sliding window's reach
-        own = rule(at, self.start[:, :, None] + torch.arange(self.size, device=at.device))
-        return _Branches(self, seen | blind[:, :, None], own, blind)
+        own = rule(at[:, None], self.start[:, None] + torch.arange(self.size, device=at.device))
+        return _Branches(self, seen | blind[:, :, None], own, blind[self.rollout, self.slot])
+
+    def _before(self) -> Tensor:
+        """bool [rollout, slot, row_position], True at the tokens before each branch."""
+        position = self.row_position[:, None]
+        return (position >= 0) & (position < self.in_slots(self.start)[:, :, None])
 
     def prefix_for(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the call that is due, as `attention_and_lse` computes fastest with these queries."""
@@ -201,27 +227,27 @@ class OpenBranches:
         return key, value
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep keys and values [rollout, head, branch, width] of the token being fed; those of each branch so far."""
+        """Keep keys and values [branch, head, width] of the token being fed; those of each branch so far."""
         call = self.calls
         if call == len(self.own):
             self.own.append(
                 (
-                    key.new_empty(*key.shape[:3], self.room, key.shape[3]),
-                    value.new_empty(*value.shape[:3], self.room, value.shape[3]),
+                    key.new_empty(*key.shape[:2], self.room, key.shape[2]),
+                    value.new_empty(*value.shape[:2], self.room, value.shape[2]),
                 )
             )
         self.calls += 1
         keys, values = self.own[call]
-        keys[:, :, :, self.size - 1], values[:, :, :, self.size - 1] = key, value
-        return keys[:, :, :, : self.size], values[:, :, :, : self.size]
+        keys[:, :, self.size - 1], values[:, :, self.size - 1] = key, value
+        return keys[:, :, : self.size], values[:, :, : self.size]
 
 
 @dataclass
 class _Branches(LayoutMask):
-    """`own`: bool [rollout, branch, token]; `blind`: bool [rollout, branch], where nothing of the prefix is seen."""
+    """`own`: bool [branch, token]; `blind`: bool [branch], where nothing of the prefix is seen."""
 
     tree: OpenBranches
-    seen: Tensor
+    seen: Tensor  # bool [rollout, slot, row_position]
     own: Tensor | None
     blind: Tensor | None
     _bias: Tensor | None = None
@@ -231,36 +257,37 @@ class _Branches(LayoutMask):
 
         Each part is normalised for itself, and the two are weighted by their log-sum-exps.
         """
-        rollouts, branches = self.tree.start.shape
-        query, key, value = (x.squeeze(-2).unflatten(0, (rollouts, branches)) for x in _grouped(call))
-        groups, queries = query.shape[2:4]  # query: [rollout, branch, group, query head, width]
-        prefix = self.tree.prefix_for(query)
-        own_keys, own_values = self.tree.append(key.transpose(1, 2), value.transpose(1, 2))
+        tree = self.tree
+        query, key, value = (x.squeeze(-2) for x in _grouped(call))
+        groups, queries = query.shape[1:3]  # query: [branch, group, query head, width]
+        prefix = tree.prefix_for(query)
+        own_keys, own_values = tree.append(key, value)
 
-        of_group = query.permute(0, 2, 3, 1, 4).reshape(rollouts, groups, queries * branches, -1)
+        of_group = tree.in_slots(query).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [rollout, group, head x slot, width]
         from_prefix, prefix_lse = attention_and_lse(of_group, *prefix, self._prefix_bias(queries, query), call.softcap)
-        from_prefix = from_prefix[..., : value.shape[-1]].unflatten(2, (queries, branches)).transpose(2, 3)
-        prefix_lse = prefix_lse.unflatten(2, (queries, branches)).transpose(2, 3)
+        place = tree.rollout, slice(None), slice(None), tree.slot
+        from_prefix = from_prefix[..., : value.shape[-1]].unflatten(2, (queries, tree.most))[place]
+        prefix_lse = prefix_lse.unflatten(2, (queries, tree.most))[place]
         if self.blind is not None:
-            prefix_lse = prefix_lse.masked_fill(self.blind[:, None, :, None], -torch.inf)
+            prefix_lse = prefix_lse.masked_fill(self.blind[:, None, None], -torch.inf)
 
-        scores = capped(query.transpose(1, 2) @ own_keys.mT, call.softcap).to(prefix_lse.dtype)
+        scores = capped(query @ own_keys.mT, call.softcap).to(prefix_lse.dtype)  # [branch, group, query head, token]
         if self.own is not None:
-            scores = scores.masked_fill(~self.own[:, None, :, None], -torch.inf)
-        own_lse = scores.logsumexp(-1)  # [rollout, group, branch, query head]
+            scores = scores.masked_fill(~self.own[:, None, None], -torch.inf)
+        own_lse = scores.logsumexp(-1)
         from_own = (scores - own_lse[..., None]).exp().to(value.dtype) @ own_values
 
         share = torch.sigmoid(prefix_lse - own_lse)  # of the prefix in the whole softmax
         output = torch.lerp(from_own, from_prefix, share[..., None].to(value.dtype))
         if call.sinks is not None:
             whole_lse = torch.logaddexp(prefix_lse, own_lse)
-            share = torch.sigmoid(whole_lse - call.sinks.view(groups, 1, queries).to(whole_lse.dtype))
+            share = torch.sigmoid(whole_lse - call.sinks.view(groups, queries).to(whole_lse.dtype))
             output = output * share[..., None].to(value.dtype)
-        return output.transpose(1, 2).reshape(rollouts * branches, 1, groups * queries, -1)
+        return output.reshape(len(output), 1, groups * queries, -1)
 
     def _prefix_bias(self, queries: int, like: Tensor) -> Tensor:
-        """[rollout, 1, query head of a group x branch, row_position]: 0 where seen, else -inf; one for all layers."""
-        if self._bias is None or self._bias.dtype != like.dtype or self._bias.shape[2] != queries * like.shape[1]:
+        """[rollout, 1, query head of a group x slot, row_position]: 0 where seen, else -inf; one for all layers."""
+        if self._bias is None or self._bias.dtype != like.dtype or self._bias.shape[2] != queries * self.tree.most:
             bias = torch.zeros(self.seen.shape, dtype=like.dtype, device=like.device)
             self._bias = bias.masked_fill_(~self.seen, -torch.inf).repeat(1, queries, 1)[:, None]
         return self._bias

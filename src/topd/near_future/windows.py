@@ -295,3 +295,8 @@ def rollout_windows(places: Places, length: int) -> Windows:
     inside = index.clamp(max=last)
     mask = (index <= last) & rollouts.response_mask[rows, inside].bool()
     return Windows(rollouts.response_ids[rows, inside] * mask, mask)
+
+
+def slots(rollout: Tensor) -> Tensor:
+    """[branch] how many of the branches before it are of the same rollout; `rollout`: [branch] ascending."""
+    return torch.arange(len(rollout), device=rollout.device) - torch.searchsorted(rollout, rollout)

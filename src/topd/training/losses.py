@@ -25,7 +25,7 @@ from topd.algorithm import (
 )
 from topd.algorithm.vocabulary import Direction
 from topd.near_future.protocol import Student, Teacher
-from topd.near_future.windows import Branches, Rollouts
+from topd.near_future.windows import Branches, Rollouts, slots
 from topd.training.method import Futures, Method
 
 RATIO_EVERY = 10
@@ -58,11 +58,11 @@ def guided_windows(chosen: Futures, method: Method) -> Guided:
     """Lay the guided futures out as [rollout, branch, ...]; at least one slot, empty if need be."""
     places, ours, theirs, plan = chosen.places, chosen.ours, chosen.theirs, chosen.transport.plan
     rows, count = places.rows, len(places.rollouts)
-    slots = int(torch.bincount(rows, minlength=count).max().clamp(min=1))
-    slot = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)  # rows are sorted
+    most = int(torch.bincount(rows, minlength=count).max().clamp(min=1))
+    slot = slots(rows)
 
     def spread(values: Tensor) -> Tensor:
-        out = values.new_zeros(count, slots, *values.shape[1:])
+        out = values.new_zeros(count, most, *values.shape[1:])
         out[rows, slot] = values
         return out
 

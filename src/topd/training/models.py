@@ -15,7 +15,7 @@ from topd.loading.dataset_checks import check_prompts, check_teacher_prompts, ch
 from topd.loading.precision import autocasting
 from topd.loading.prompts import explained_template, plain_messages
 from topd.loading.rows import TEACHER_PROMPT
-from topd.loading.sharding import held_whole, unsharded
+from topd.loading.sharding import held_whole, unsharded, without_checkpointing
 from topd.loading.teacher_prompts import teacher_prompt_ids
 from topd.loading.tokenizers import check_context
 from topd.logs import get_logger
@@ -253,7 +253,7 @@ class OwnRollouts(BothModels):
         fast = fast_decoding(model) if compactly else nullcontext()
         leaving = compact_sampling(model, self._sampling) if compactly else nullcontext()
         stopping = nullcontext() if end is None else stopping_by(model, end)
-        with own_settings_only(model), stopping, self._limited(), fast, leaving:
+        with own_settings_only(model), without_checkpointing(model), stopping, self._limited(), fast, leaving:
             responses = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return responses if end is None else end.cut(responses)
 

@@ -150,7 +150,7 @@ def waves(rollouts: Rollouts, student: Student, teacher: Teacher, method: Method
     per_token = teacher.cache_bytes_per_token + kept
     length = torch.tensor([float(rollouts.width)], device=rollouts.input_ids.device)
     longest = context.gather(length).max().item()
-    size = max(1, int(context.window_memory * 2**30 // (per_token * longest))) if per_token else 1
+    size = max(1, int(context.window_memory * 2**30 // (per_token * longest))) if per_token else len(rollouts)
     return [slice(start, start + size) for start in range(0, len(rollouts), size)]
 
 

@@ -16,7 +16,7 @@ from topd.loading.dataset_checks import check_columns, check_datasets, check_eno
 from topd.loading.models import names_of
 from topd.loading.pair import head_rows, prepared_models
 from topd.loading.precision import watch_rounding
-from topd.loading.sharding import shard_teacher
+from topd.loading.sharding import check_one_gpu, shard_teacher
 from topd.loading.teacher_prompts import SAME_PROMPT, SELF, check_options, has_teacher_prompts
 from topd.loading.tokenizers import tokenizer_of
 from topd.logs import get_logger
@@ -90,6 +90,7 @@ class TOPDTrainer(
             args = TOPDConfig(f"{Path(name).name}-TOPD")
         if not isinstance(args, TOPDConfig):
             raise TOPDError(f"args is a {type(args).__name__}; pass a TOPDConfig, which takes the same options.")
+        check_one_gpu(args)
         if args.teachers and not self._several_teachers:
             raise TOPDError("TOPDTrainer has one teacher; args.teachers needs MOPDTrainer (training.several_teachers).")
         check_datasets(train_dataset, eval_dataset)
@@ -160,6 +161,7 @@ class TOPDTrainer(
         self._step_size = (float(batch["completion_mask"].sum()), float(len(batch["completion_mask"])), 0.0)
         max_candidates = self._budget.max_candidates() if self._budget else None
         if max_candidates == 0:  # a step of plain OPD, to compare with
+            self._sampling = None
             return batch | self._for_opd(batch)
 
         rollouts, method = rollouts_of(batch), Method.of(self.args)
