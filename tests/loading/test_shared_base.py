@@ -254,8 +254,12 @@ def test_with_vllm_the_teacher_has_weights_of_its_own(tmp_path: Path, folders: d
     assert not share_base(folders["student"], folders["base"], args)
     pair = prepared_models(student, "self", args, tokenizer_of(folders["base"]))
     before = {name: value.clone() for name, value in pair.teacher.state_dict().items()}
+    base = student.get_base_model()
+    started = {name: value.clone() for name, value in base.state_dict().items()}
     student.merge_adapter()
     student.unmerge_adapter()
+    assert any(not torch.equal(value, started[name]) for name, value in base.state_dict().items())
     assert not pair.shared
+    assert "own copy of the student's base" in pair.notes[0]
     assert all(torch.equal(value, before[name]) for name, value in pair.teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in pair.teacher.parameters())

@@ -134,10 +134,10 @@ def _on_one_base(student: Any, teacher: Any, args: TOPDConfig, tokenizer: Any, p
 
 
 def _on_base(student: Any, base: Any, teacher: Any, args: TOPDConfig, notes: tuple[str, ...] = ()) -> Prepared:
-    """A student and its base, which is the teacher, or the base of the teacher."""
+    """A student with `base`, its base with or without the teacher's adapter, as the teacher."""
     teaches = shared_base.apart_from_vllm(base, args)
     if teaches is not base:
-        return Prepared(student, teaches.requires_grad_(False), notes)
+        return Prepared(student, teaches, (shared_base.VLLM_NOTE, *notes))
     return Prepared(student, base, (shared_base.shared_note(student, teacher), *notes), shared=True)
 
 
@@ -223,7 +223,7 @@ def loaded_teacher(trainer: Any, teacher: Any, revision: str | None = None, reme
     if not isinstance(teacher, str) and shared_base.trained_together(student, teacher):
         base = shared_base.apart_from_vllm(shared_base.base_of_student(student), args)
     if base is not None:
-        teacher = base if not args.use_vllm else base.requires_grad_(False)
+        teacher = base
         shared_base.check_base_is_fixed(teacher, in_parts)
     elif isinstance(teacher, str):
         options = SAFE | {"revision": revision} if revision else SAFE

@@ -31,6 +31,12 @@ KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of peft's `init_lora_weights` that leave the base's weights as they are."""
 
 
+VLLM_NOTE = (
+    "With use_vllm the teacher is on its own copy of the student's base, which takes memory: TRL merges the student's "
+    "adapters into the base to send it to vLLM, and that changes the base a little each time."
+)
+
+
 def refuse_two_adapters(student: Any, peft: Any) -> None:
     """Raise `TOPDError` if a new adapter would be trained on a student that is an adapter."""
     if peft is not None and is_adapter(student):
@@ -76,7 +82,7 @@ def apart_from_vllm(base: Any, args: Any) -> Any:
     To send the student to vLLM, TRL merges its adapters into the base's weights and subtracts them again. That rounds
     the weights each time, so a teacher on them would change.
     """
-    return copy.deepcopy(base) if args.use_vllm else base
+    return copy.deepcopy(base).requires_grad_(False) if args.use_vllm else base
 
 
 def teacher_on_base(student: Any, teacher: str) -> Any | None:

@@ -33,8 +33,8 @@ from topd.near_future.windows import Places, Prefill, Rollouts, Windows
 NextToken = Callable[[Tensor], Tensor]
 """Last hidden states [..., width] to the next tokens [...]."""
 LEAVE = 0.75
-"""Branches that have ended leave once at most this share of those being decoded is left: each change copies states, and
-has the matrix products of another shape (our choice)."""
+"""Branches that have ended are dropped when at most this share of the decoded branches is still open: each time, states
+are copied and the matrix products change their shape (our choice)."""
 
 
 # --------------------------------------------------------------------------------------------------- sources of windows
@@ -272,7 +272,7 @@ def _grow_in_parts(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed:
 
 
 def _grow(decoder: Decoder, prefill: Prefill, rollouts: Rollouts, feed: Feed) -> Tensor:
-    """[branch, token] how each branch continues, all together; those that have ended leave, a few at a time."""
+    """[branch, token] how each branch continues: all are decoded together, and dropped once they have ended."""
     backbone, order = decoder.backbone, feed.row.argsort(stable=True)
     place = rollouts.prompt_mask.sum(1)[feed.row] + feed.position  # of the token that is fed first, in the row
     tree = _open_branches(prefill, feed.row[order], place[order], int(feed.wanted.max()))

@@ -165,8 +165,8 @@ class _Packed(LayoutMask):
 class OpenBranches:
     """Windows that are being decoded; each branch is a row of one token.
 
-    Everything but attention to the prefix runs on rows. There the branches of a rollout stand side by side, in slots,
-    as many in each rollout as the one with most has; `in_slots` and `slots` convert.
+    Only attention to the prefix is laid out as [rollout, slot]: the branches of a rollout fill its first slots, and
+    all rollouts have as many slots as the one with most branches.
     """
 
     # of each attention call, keys and values [rollout, head, row_position, width] of the rollouts
@@ -182,6 +182,9 @@ class OpenBranches:
     _whole: LayoutMask | None = None
 
     def __post_init__(self) -> None:
+        self._assign_slots()
+
+    def _assign_slots(self) -> None:
         self.slot = slots(self.rollout)
         self.most = int(self.slot.max()) + 1
 
@@ -193,7 +196,7 @@ class OpenBranches:
         """Continue with these branches only; `which`: [kept] ascending."""
         self.rollout, self.start, self._whole = self.rollout[which], self.start[which], None
         self.own = [(keys[which], values[which]) for keys, values in self.own]
-        self.__post_init__()
+        self._assign_slots()
 
     def in_slots(self, values: Tensor) -> Tensor:
         """[branch, ...] as [rollout, slot, ...], 0 in empty slots."""
